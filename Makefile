@@ -1,0 +1,35 @@
+# Each target makes the environment it needs on first use; Python 3.10+ and make are enough.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint pretrain clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dapt demo --output demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Trains the bundled backbone anew, about two hours on two cores; see pretrain/README.md.
+pretrain: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[pretrain]'
+	$(BIN)/python pretrain/run.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist demo

@@ -1,0 +1,449 @@
+"""A frozen CLIP-like model: where it comes from, and what of it prompts need.
+
+Models and tokenizers are open_clip's. Whatever the source, the result is one `Backbone`:
+an image tower, a text tower, a temperature, a tokenizer and the preprocessing that belongs to
+the weights, in eval mode, without gradients, on one device at one precision.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transformer import LayerNorm, LayerNormFp32, TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from dapt.errors import UserError, nearest
+from dapt.weights import StateDict, digest, read_state_dict
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUNDLED = "bundled"
+# OpenAI's CLIP, and every state dict with its key names, has heads 64 wide.
+_HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the weights expect to see an image: side in pixels, normalisation, resize rule."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+
+class Backbone(nn.Module):
+    """A frozen vision-language model.
+
+    Attributes:
+        visual: image tower, (B, 3, S, S) -> (B, D).
+        text: text tower, (C, L) token ids -> (C, D).
+        tokenizer: open_clip tokenizer, list of strings -> (C, L) ids.
+        preprocessing: what an image must go through first.
+        name: what it was loaded as; ``fingerprint`` is the SHA-256 of its weights.
+        dtype: precision of weights and of compute.
+    """
+
+    # open_clip's towers are of many types; what is asked of them is checked where it is.
+    visual: Any
+    text: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        super().__init__()
+        self.name, self.tokenizer, self.preprocessing = name, tokenizer, preprocessing
+        self.precision, self.dtype = precision, PRECISIONS[precision]
+        self.fingerprint = digest(model.state_dict())
+        self.visual = model.visual
+        self.text = model.text
+        # A plain number: nothing learns it, and fp32 arithmetic on it is wanted everywhere.
+        self.logit_scale = float(cast(Tensor, model.logit_scale).detach().float().exp())
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+        _cast(self.visual, self.dtype)
+        _cast(self.text, self.dtype)
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode: a frozen model has no other."""
+        return super().train(False)
+
+    @property
+    def text_width(self) -> int:
+        """Width of a text prompt vector."""
+        self.require_text_prompts()
+        return int(self.text.width)
+
+    @property
+    def vision_width(self) -> int:
+        """Width of a visual prompt vector."""
+        return self._patches()[0]
+
+    @property
+    def patch_size(self) -> int:
+        """Side of an image patch in pixels."""
+        return self._patches()[1]
+
+    @property
+    def context_length(self) -> int:
+        """Longest text in tokens, start and end included."""
+        return int(getattr(self.text, "context_length", self.tokenizer.context_length))
+
+    def _patches(self) -> tuple[int, int]:
+        self.require_visual_prompts()
+        if isinstance(self.visual, VisionTransformer):
+            return self.visual.conv1.out_channels, self.visual.patch_size[0]
+        trunk = self.visual.trunk
+        return int(trunk.embed_dim), int(trunk.patch_embed.patch_size[0])
+
+    def require_text_prompts(self) -> None:
+        """Raise `UserError` where no context can be learned in front of the class name."""
+        if not isinstance(self.text, TextTransformer):
+            raise UserError(
+                f"the text tower of '{self.name}' is a {type(self.text).__name__}, which takes no "
+                "learned context; use a method without one (vpt), or an open_clip model with its "
+                "own text transformer, such as ViT-B-16"
+            )
+
+    def require_visual_prompts(self) -> None:
+        """Raise `UserError` where no vectors can be put between class token and patches."""
+        if not isinstance(self.visual, VisionTransformer) and not _is_timm_vit(self.visual):
+            raise UserError(
+                f"the image tower of '{self.name}' is a {type(self.visual).__name__}, which takes "
+                "no visual prompt; use a method without one (coop), or a ViT such as ViT-B-16"
+            )
+
+    def normalize(self, views: Tensor) -> Tensor:
+        """Map (B, 3, S, S) uint8 views to the towers' input, on their device, at their dtype."""
+        x = views.to(self.device, non_blocking=True)
+        return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, from its start to its end token, without padding.
+
+        Raises:
+            UserError: a text does not fit; it is named, and nothing is silently cut.
+        """
+        # One more place than the tower has shows which texts the tokenizer would cut.
+        ids = self.tokenizer(list(texts), context_length=self.context_length + 1)
+        pad = self.pad_token
+        rows = []
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            while len(row) > 1 and row[-1] == pad and row[-2] == pad:
+                row.pop()
+            # Padding and end may be the same token (SigLIP's tokenizers): the first one is the end.
+            if row[-1] == pad and pad != self._end_id():
+                row.pop()
+            if len(row) > self.context_length:
+                raise UserError(
+                    f"class name '{text}' is longer than the {self.context_length} tokens of the "
+                    f"text tower of '{self.name}'; shorten it"
+                )
+            rows.append(row)
+        return rows
+
+    @property
+    def pad_token(self) -> int:
+        """What the tokenizer fills a row up with."""
+        return int(self.tokenizer([""], context_length=8)[0, -1])
+
+    def _end_id(self) -> int:
+        row = self.tokenizer([""], context_length=8)[0].tolist()
+        return int(next((t for t in reversed(row) if t != row[-1]), row[-1]))
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """What the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for SigLIP."""
+        a, b = self.tokenizer(["a", "b"], context_length=8)[:, 0].tolist()
+        return [a] if a == b else []
+
+
+def load_backbone(
+    name: str = BUNDLED,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> Backbone:
+    """Load a frozen backbone.
+
+    Args:
+        name: one of
+            ``"bundled"``, the small CLIP in this package;
+            an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
+            a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``);
+            a directory with ``open_clip_config.json`` and weights;
+            a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
+            whose architecture is read from the shapes.
+        pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
+            weights, always the same; by default OpenAI's weights where the model has them.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+
+    Raises:
+        UserError: unknown name, tag, device or precision; unreadable or unfit weights.
+    """
+    if precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise UserError(f"unknown precision '{precision}'; use one of {known}")
+    place = _device(device)
+    path = Path(name).expanduser()
+    if name == BUNDLED:
+        model, tokenizer, preprocess = _from_directory(Path(str(files("dapt") / "assets/backbone")))
+    elif path.is_dir():
+        model, tokenizer, preprocess = _from_directory(path)
+    elif path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        model, tokenizer, preprocess = _from_file(path)
+    else:
+        model, tokenizer, preprocess = _from_open_clip(name, pretrained)
+    label = name if pretrained is None else f"{name}/{pretrained}"
+    return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device '{device}' is not available here; use 'cpu' or leave it 'auto'"
+        ) from error
+    return place
+
+
+Loaded = tuple[nn.Module, Any, Preprocessing]
+
+
+def _from_directory(path: Path) -> Loaded:
+    config_file = path / "open_clip_config.json"
+    if not config_file.is_file():
+        raise UserError(
+            f"{path} has no open_clip_config.json; a backbone directory holds that file and its "
+            "weights"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        model_config = dict(config["model_cfg"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
+    weights = (
+        sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.bin"))
+    )
+    if not weights:
+        raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
+    # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
+    tokenizer = _quietly(open_clip.get_tokenizer, f"local-dir:{path}")
+    model = _build(model_config, read_state_dict(weights[0]), weights[0])
+    return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}))
+
+
+def _from_file(path: Path) -> Loaded:
+    state = read_state_dict(path)
+    if "visual.conv1.weight" not in state or "text_projection" not in state:
+        raise UserError(
+            f"{path} has no weights named as OpenAI's CLIP names them; convert it, or give a "
+            "directory with open_clip_config.json"
+        )
+    if "visual.proj" not in state:
+        raise UserError(
+            f"{path} holds a ResNet image tower, which cannot be read from its shapes here; load "
+            "it by its open_clip name, such as RN50 with pretrained openai"
+        )
+    model = _build(config_from_shapes(state), state, path)
+    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    return model, tokenizer, _preprocessing(model, {})
+
+
+def config_from_shapes(state: StateDict) -> dict[str, Any]:
+    """Read an open_clip model configuration off the shapes of an OpenAI-key state dict.
+
+    What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
+    """
+
+    def layers(prefix: str) -> int:
+        return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
+
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    text_width = state["ln_final.weight"].shape[0]
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "layers": layers("visual.transformer.resblocks"),
+            "width": width,
+            "head_width": _HEAD_WIDTH,
+            "patch_size": patch,
+            "image_size": side * patch,
+        },
+        "text_cfg": {
+            "context_length": state["positional_embedding"].shape[0],
+            "vocab_size": state["token_embedding.weight"].shape[0],
+            "width": text_width,
+            "heads": max(1, text_width // _HEAD_WIDTH),
+            "layers": layers("transformer.resblocks"),
+        },
+    }
+
+
+def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
+    config.pop("custom_text", None)
+    try:
+        model = CustomTextCLIP(**config)
+        state = {k: v.float() for k, v in convert_to_custom_text_state_dict(state).items()}
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {source} do not fit their model: {reason}") from error
+    return model
+
+
+def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
+    if name.startswith("hf-hub:") or "/" in name:
+        source = name if name.startswith("hf-hub:") else f"hf-hub:{name}"
+        try:
+            model = _quietly(open_clip.create_model, source, force_custom_text=True)
+            tokenizer = _quietly(open_clip.get_tokenizer, source)
+        except Exception as error:  # the hub's client raises a wide family
+            reason = str(error).strip().splitlines()[0][:160]
+            raise UserError(
+                f"'{name}' is no local file and could not be fetched from the hub ({reason}); "
+                "check the name and the connection"
+            ) from error
+        return model, tokenizer, _preprocessing(model, model.visual.preprocess_cfg)
+
+    if open_clip.get_model_config(name) is None:
+        known = open_clip.list_models()
+        raise UserError(
+            f"unknown backbone '{name}'{nearest(name, known)}; use 'bundled', an open_clip model "
+            "name, a hub id org/repo, or a file of weights"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        if "openai" not in tags:
+            raise UserError(
+                f"backbone '{name}' needs pretrained weights: one of {', '.join(tags) or 'none'}, "
+                "a weights file, or 'random'"
+            )
+        pretrained = "openai"
+    if pretrained == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # untrained, yet the same everywhere
+            model = _quietly(open_clip.create_model, name, force_custom_text=True)
+    elif pretrained in tags:
+        # Which activation the weights were trained with is the tag's to say, not the name's.
+        quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+        try:
+            model = _quietly(
+                open_clip.create_model,
+                name,
+                pretrained=pretrained,
+                force_custom_text=True,
+                quick_gelu=quick,
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"weights '{pretrained}' of '{name}' could not be fetched; check the connection, "
+                "or download them and pass the file"
+            ) from error
+    elif Path(pretrained).is_file():
+        config = open_clip.get_model_config(name)
+        model = _build(config, read_state_dict(Path(pretrained)), Path(pretrained))
+    else:
+        raise UserError(
+            f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use one of "
+            f"{', '.join(tags)}, a weights file, or 'random'"
+        )
+    tokenizer = _tokenizer(name)
+    return model, tokenizer, _preprocessing(model, getattr(model.visual, "preprocess_cfg", {}))
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return _quietly(open_clip.get_tokenizer, name)
+    except Exception as error:  # transformers missing, or its files out of reach
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"the tokenizer of '{name}' could not be loaded ({reason}); it needs "
+            "'pip install dapt[siglip]' and, once, a connection to the model hub"
+        ) from error
+
+
+def _preprocessing(model: nn.Module, config: dict[str, Any]) -> Preprocessing:
+    merged = merge_preprocess_dict(PreprocessCfg(), config)
+    visual = cast(nn.Module, model.visual)
+    size = getattr(visual, "image_size", merged["size"])
+    side = size[0] if isinstance(size, list | tuple) else size
+    return Preprocessing(
+        size=int(cast(int, side)),
+        mean=tuple(merged["mean"]),
+        std=tuple(merged["std"]),
+        interpolation=merged["interpolation"],
+        resize_mode=merged["resize_mode"],
+    )
+
+
+def _cast(tower: nn.Module, dtype: torch.dtype) -> None:
+    """Put a tower's weights at ``dtype``, but open_clip's layer norms: those stay in fp32."""
+    tower.to(dtype)
+    if dtype == torch.float32:
+        return
+    for module in tower.modules():
+        if isinstance(module, LayerNorm):
+            module.float()
+            # Same module, whose forward casts its input up and back, on every device.
+            module.__class__ = LayerNormFp32
+
+
+def _is_timm_vit(visual: nn.Module) -> bool:
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:
+        return False
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    return isinstance(trunk, TimmVisionTransformer)
+
+
+def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call open_clip without its log lines and activation warnings, which we settle ourselves."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args, **kwargs)
+    finally:
+        logging.disable(level)

@@ -1,0 +1,408 @@
+"""The ``dapt`` command: reads arguments, calls the package, prints what came of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dapt.errors import UserError
+from dapt.progress import RichReporter, console, errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
+)
+data = typer.Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
+app.add_typer(data, name="data")
+
+RunArgument = Annotated[Path, typer.Argument(help="Run directory that 'dapt train' wrote.")]
+RootOption = Annotated[
+    Path | None, typer.Option("--root", help="Folder that holds the benchmarks.")
+]
+DomainOption = Annotated[str | None, typer.Option(help="Style of the bundled task.")]
+NamesOption = Annotated[
+    Path | None, typer.Option("--class-names", help="JSON file: folder name -> class name.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+DEMO_FOLDER = Path("demo")
+
+# What the operating system says when there is no room or no right to write.
+_STORAGE = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the file system is read-only; write elsewhere with --output",
+    errno.EACCES: "permission is denied; write elsewhere with --output",
+    errno.EPERM: "permission is denied; write elsewhere with --output",
+}
+
+
+@contextmanager
+def _readable_errors(run: Path | None = None) -> Iterator[None]:
+    """Turn what a user can mend into one sentence and exit code 2."""
+    from dapt.train import Interrupted
+
+    try:
+        yield
+    except UserError as error:
+        _stop(str(error))
+    except Interrupted:
+        errors.print(
+            f"stopped; go on with: dapt train --output {run} --resume",
+            highlight=False,
+            markup=False,
+        )
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        again = f", then: dapt train --output {run} --resume" if run else ""
+        _stop(f"cannot write {error.filename or run or ''}: {_STORAGE[error.errno]}{again}")
+
+
+def _stop(sentence: str) -> None:
+    errors.print(f"dapt: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    dataset: Annotated[
+        str | None,
+        typer.Argument(help="'bundled', a benchmark's name, a folder, or a .csv/.jsonl file."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory to write.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See 'dapt methods'.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Support images a class.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of support set, prompts and order.")] = None,
+    root: RootOption = None,
+    domain: DomainOption = None,
+    class_names: NamesOption = None,
+    support_set: Annotated[
+        Path | None, typer.Option(help="Saved support set, in place of a draw.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file."),
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Tag of the open_clip model, a file, or 'random'.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    device: DeviceOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the support set.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of settings.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Any setting as name=value; see 'dapt settings'."),
+    ] = None,
+    tune_settings: Annotated[
+        bool,
+        typer.Option("--tune-settings", help="Search lr and betas on held-out support images."),
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the run there.")] = False,
+) -> None:
+    """Tune prompts on a few labelled images, and evaluate them.
+
+    **Examples**
+
+        dapt train bundled -o runs/first
+
+        dapt train photos/ -o runs/photos --shots 8 --tune-settings
+
+        dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai
+
+        dapt train -o runs/photos --resume
+    """
+    with _readable_errors(output):
+        from dapt.runs import RunDirectory
+        from dapt.settings import make_settings, parse_assignment, read_settings_file
+        from dapt.train import train as run_training
+
+        options: dict[str, Any] = {
+            "dataset": dataset,
+            "method": method,
+            "shots": shots,
+            "seed": seed,
+            "root": root and str(root.resolve()),
+            "domain": domain,
+            "class_names": class_names and str(class_names.resolve()),
+            "support_set": support_set and str(support_set.resolve()),
+            "backbone": backbone,
+            "pretrained": pretrained,
+            "precision": precision,
+            "device": device,
+            "epochs": epochs,
+            "lr": lr,
+        }
+        given = read_settings_file(config) if config else {}
+        given |= {name: value for name, value in options.items() if value is not None}
+        given |= dict(parse_assignment(text) for text in settings or [])
+        if output is None:
+            raise UserError("no run directory; add --output, such as --output runs/first")
+        run = RunDirectory(output)
+        if resume and run.exists:
+            # What is not said again is as it was.
+            given = {**run.read_settings().model_dump(), **given}
+        if "dataset" not in given:
+            raise UserError("no dataset; name one, such as: dapt train bundled -o runs/first")
+        reporter = RichReporter()
+        final = make_settings(_absolute(given))
+        if tune_settings and not (resume and run.exists):
+            from dapt.search import search_settings
+
+            final = search_settings(final, reporter)
+        run_training(final, output, resume=resume, overwrite=overwrite, reporter=reporter)
+        _show_run(run)
+
+
+def _absolute(given: dict[str, Any]) -> dict[str, Any]:
+    """Paths among the settings made absolute, so that a run is found again from anywhere."""
+    given = dict(given)
+    for name in ("dataset", "backbone"):
+        if isinstance(given.get(name), str) and Path(given[name]).expanduser().exists():
+            from dapt.backbone import BUNDLED
+
+            if given[name] != BUNDLED:
+                given[name] = str(Path(given[name]).expanduser().resolve())
+    return given
+
+
+def _show_run(run: Any) -> None:
+    from dapt.files import read_json
+
+    result = read_json(run.metrics_file, "metrics")
+    spent = read_json(run.environment_file, "environment")
+    console.print(_metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
+    for name, values in result["dispersion"].items():
+        console.print(
+            f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after",
+            highlight=False,
+        )
+    console.print(
+        f"{result['learned_parameters']:,} learned parameters, tuned in "
+        f"{spent['tuning_seconds']:g} s; everything is in {run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _metrics_table(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left")
+    columns = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
+    cells = [f"{values['images']:,}"]
+    table.add_column("images", justify="right")
+    for name, label in columns.items():
+        if name in values:
+            table.add_column(label, justify="right")
+            cells.append(f"{100 * values[name]:.1f} %")
+    table.add_row(*cells)
+    return table
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunArgument,
+    dataset: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
+    root: RootOption = None,
+    domain: DomainOption = None,
+    class_names: NamesOption = None,
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
+) -> None:
+    """Evaluate a run's prompts: on its own test images, another domain, or another dataset.
+
+    **Examples**
+
+        dapt eval runs/first
+
+        dapt eval runs/first --domain high-contrast
+
+        dapt eval runs/caltech --dataset oxford_pets --root /data
+    """
+    with _readable_errors():
+        from dapt.files import write_json
+        from dapt.runs import RunDirectory
+        from dapt.train import evaluate_task, load_classifier, task_of
+
+        directory = RunDirectory(run)
+        directory.require()
+        settings = directory.read_settings()
+        changes = {
+            "dataset": dataset,
+            "root": root and str(root),
+            "domain": domain,
+            "class_names": class_names and str(class_names),
+        }
+        if dataset is not None:  # where the other one's classes come from is its own affair
+            changes = {**dict.fromkeys(("domain", "class_names")), **changes}
+            settings = settings.model_copy(update={"domain": None, "class_names": None})
+        settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
+        task = task_of(settings)
+        classifier = load_classifier(directory, task.class_names, task.template, device=device)
+        result = evaluate_task(classifier, task, settings, RichReporter())
+        if dataset or domain:
+            name = "-".join(filter(None, [Path(dataset or settings.dataset).name, domain]))
+            write_json(directory.path / f"eval-{name}.json", {"dataset": task.name, "test": result})
+        if as_json:
+            typer.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            console.print(_metrics_table(f"{task.name}, prompts of {run}", result))
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Classify images with a run's prompts.
+
+    **Examples**
+
+        dapt predict runs/photos new/*.jpg
+
+        dapt predict runs/photos new/ --top 3 --json
+    """
+    with _readable_errors():
+        from dapt.predict import find_images
+        from dapt.predict import predict as run_prediction
+        from dapt.runs import RunDirectory
+        from dapt.train import load_classifier
+
+        paths = find_images(images)
+        classifier = load_classifier(RunDirectory(run), device=device)
+        with RichReporter().stage("predicting", len(paths)) as advance:
+            found = run_prediction(classifier, paths, top=top, advance=advance)
+        for prediction in found:
+            if as_json:
+                ranked = [{"class": c, "probability": p} for c, p in prediction.classes]
+                line = {"path": str(prediction.path), "classes": ranked}
+                typer.echo(json.dumps(line, ensure_ascii=False))
+            else:
+                ranked_text = ", ".join(f"{c} {p:.1%}" for c, p in prediction.classes)
+                typer.echo(f"{prediction.path}: {ranked_text}")
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where runs and picture go.")
+    ] = DEMO_FOLDER,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the support set.")] = None,
+    seed: Annotated[int, typer.Option(help="Of support set, prompts and order.")] = 1,
+) -> None:
+    """Compare zero-shot, a linear probe, CoOp, VPT, VLPT and DAPT on the bundled task."""
+    with _readable_errors():
+        from dapt.demo import run_demo
+
+        run_demo(output, epochs=epochs, seed=seed, reporter=RichReporter())
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each learns, and by which loss terms."""
+    from dapt.methods import METHODS
+
+    table = Table("name", "method", "text prompt", "visual prompt", "loss terms")
+    for name, row in METHODS.items():
+        learns = ["learned" if row.text else "words", "learned" if row.visual else "–"]
+        if row.probe:
+            learns = ["–", "–"]
+        table.add_row(name, row.title, *learns, ", ".join(row.terms) or "–")
+    console.print(table)
+
+
+@app.command(name="settings")
+def list_settings(
+    dataset: Annotated[str, typer.Argument(help="Show the settings published for it.")] = "bundled",
+    shots: Annotated[int, typer.Option(help="Support images a class.")] = 16,
+) -> None:
+    """List every setting with its default for a dataset, and what it means."""
+    from dapt.settings import Settings, default_settings
+
+    defaults = default_settings({"dataset": dataset, "shots": shots})
+    given = {"dataset": dataset, "shots": shots}
+    table = Table("setting", "default", "meaning")
+    for name, field in Settings.model_fields.items():
+        value = given.get(name, defaults.get(name, field.default))
+        table.add_row(name, "" if value is None else str(value), field.description or "")
+    console.print(table)
+
+
+@data.command(name="support-set")
+def support_set(
+    dataset: Annotated[str, typer.Argument(help="As for 'dapt train'.")],
+    shots: Annotated[int, typer.Option(min=1, help="Support images a class.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 1,
+    root: RootOption = None,
+    domain: DomainOption = None,
+    class_names: NamesOption = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write it to a file that 'dapt train' can take.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Draw a support set exactly as the published protocol does, and print it.
+
+    **Examples**
+
+        dapt data support-set bundled --shots 4
+
+        dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json
+    """
+    with _readable_errors():
+        from dapt.data import draw_support_set, open_task
+
+        task = open_task(dataset, root=root, domain=domain, class_names=class_names)
+        drawn = draw_support_set(task, shots, seed)
+        if save:
+            drawn.save(save)
+        if as_json:
+            typer.echo(json.dumps(drawn.to_json(), ensure_ascii=False))
+            return
+        for part in ("train", "val"):
+            for item in getattr(drawn, part):
+                typer.echo(f"{part}\t{item.label}\t{item.class_name}\t{item.path}")
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from dapt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``dapt`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The bundled task in one go: every method on the same support set, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from dapt.backbone import load_backbone
+from dapt.classifier import Classifier
+from dapt.data import Task, open_image
+from dapt.errors import UserError
+from dapt.evaluate import classify
+from dapt.files import read_json
+from dapt.methods import METHODS
+from dapt.progress import Reporter, console
+from dapt.runs import RunDirectory
+from dapt.settings import Settings, make_settings
+from dapt.train import load_classifier, store_of, task_of, train
+
+DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
+# A quarter of the published schedule: enough to show the order of methods within minutes.
+DEMO_EPOCHS = 50
+
+
+def run_demo(
+    output: Path, *, epochs: int | None = None, seed: int = 1, reporter: Reporter
+) -> list[RunDirectory]:
+    """Run `DEMO_METHODS` on the bundled task under ``output``, print a table, draw a picture.
+
+    Runs that are already there, at the same settings, are kept; an unfinished one is continued.
+    """
+    base = make_settings({"dataset": "bundled", "epochs": epochs or DEMO_EPOCHS, "seed": seed})
+    task, backbone = task_of(base), load_backbone()
+    runs = []
+    for method in DEMO_METHODS:
+        settings, run = base.model_copy(update={"method": method}), RunDirectory(output / method)
+        if run.exists and run.read_settings() != settings:
+            raise UserError(f"{run.path} holds a run with other settings; choose another --output")
+        train(settings, run.path, resume=True, backbone=backbone, task=task, reporter=reporter)
+        runs.append(run)
+
+    results = [read_json(run.metrics_file, "metrics") for run in runs]
+    table = Table(
+        title=f"{task.name}: {len(task.class_names)} classes, {base.shots} shots, seed {seed}, "
+        f"{base.epochs} epochs",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for column in ("accuracy", "learned parameters", "seconds"):
+        table.add_column(column, justify="right")
+    for run, result in zip(runs, results, strict=True):
+        spent = read_json(run.environment_file, "environment")
+        table.add_row(
+            METHODS[result["method"]].title,
+            f"{result['test']['accuracy']:.1%}",
+            f"{result['learned_parameters']:,}",
+            f"{spent['tuning_seconds']:.1f}",
+        )
+    console.print(table)
+
+    classifiers = [load_classifier(runs[i], backbone=backbone) for i in (0, -1)]
+    picture = output / "demo.png"
+    _draw(picture, base, task, results, classifiers)
+    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    return runs
+
+
+def _draw(
+    path: Path,
+    settings: Settings,
+    task: Task,
+    results: Sequence[dict[str, Any]],
+    classifiers: Sequence[Classifier],
+) -> None:
+    """Bars of accuracy, and test images that the last classifier names and the first does not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    store = store_of(classifiers[0].backbone, task, task.test, settings)
+    first, last = (classify(c, store).argmax(-1).tolist() for c in classifiers)
+    mended = [
+        (item, before)
+        for item, before, after in zip(task.test, first, last, strict=True)
+        if after == item.label != before
+    ]
+    # One image a class at most, so that the picture shows variety.
+    shown = list({item.label: (item, before) for item, before in reversed(mended)}.values())[:12]
+
+    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5)))
+    axes = left.subplots()
+    titles = [METHODS[r["method"]].title for r in results][::-1]
+    values = [100 * r["test"]["accuracy"] for r in results][::-1]
+    bars = axes.barh(titles, values, color=["#c2410c", *["#94a3b8"] * (len(values) - 1)])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.axvline(100 / len(task.class_names), color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="accuracy on test images, % (dotted: chance)", xlim=(0, max(values) * 1.15))
+    axes.spines[["top", "right"]].set_visible(False)
+    right.suptitle("named by DAPT, missed without tuning", fontsize=10)
+    for place, (item, before) in zip(right.subplots(2, 6).flat, shown, strict=False):
+        place.imshow(open_image(task.image_path(item)))
+        wrong = task.class_names[before].replace("_", " ")
+        place.set_title(item.class_name.replace("_", " "), fontsize=8, color="#c2410c")
+        place.set_xlabel(f"not: {wrong}", fontsize=7, color="#64748b")
+    for place in right.get_axes():
+        place.set(xticks=[], yticks=[])
+        place.spines[:].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,75 @@
+"""The linear probe: logistic regression on frozen image features, by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+# Inverse regularisation strengths tried on held-out images. Features have length one, so useful
+# values lie higher than for CLIP's raw ones.
+STRENGTHS = tuple(float(10**e) for e in np.arange(-1, 4.5, 0.5))
+
+
+def fit_probe(
+    features: Tensor,
+    labels: Tensor,
+    val_features: Tensor | None,
+    val_labels: Tensor,
+    classes: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Fit a multinomial logistic regression; its strength is chosen on held-out images.
+
+    Held out are the support set's val images, else folds of the train images, else (too few
+    images a class) a middle strength is taken.
+
+    Args:
+        features: (n, D) normalised; ``labels``: (n,).
+        val_features: (m, D) or None; ``val_labels``: (m,).
+        classes: C; a class without images gets a bias that never wins.
+        seed: of the folds.
+
+    Returns:
+        weight (C, D) and bias (C,).
+    """
+    x, y = features.double().numpy(), labels.numpy()
+    weight = torch.zeros(classes, x.shape[1])
+    bias = torch.full((classes,), -1e4)
+    present = np.unique(y)
+    if len(present) == 1:
+        bias[present[0]] = 0
+        return weight, bias
+
+    if val_features is not None and len(val_labels):
+        vx, vy = val_features.double().numpy(), val_labels.numpy()
+        scores = [(_fit(x, y, c).score(vx, vy), -c) for c in STRENGTHS]
+        strength = -max(scores)[1]
+    elif (folds := min(3, int(np.bincount(y)[present].min()))) >= 2:
+        split = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
+        scores = [
+            (float(np.mean([_fit(x[a], y[a], c).score(x[b], y[b]) for a, b in split])), -c)
+            for c in STRENGTHS
+        ]
+        strength = -max(scores)[1]
+    else:
+        strength = 100.0
+    model = _fit(x, y, strength)
+    coefficients, intercepts = model.coef_, model.intercept_
+    if len(present) == 2:  # scikit-learn keeps one row for two classes
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    weight[present] = torch.from_numpy(coefficients).float()
+    bias[present] = torch.from_numpy(intercepts).float()
+    return weight, bias
+
+
+def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, max_iter=1000).fit(x, y)

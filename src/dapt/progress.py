@@ -1,0 +1,62 @@
+"""Progress of long work, shown by whoever calls: the computing code only says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Advance = Callable[[int], None]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def nothing(_count: int) -> None:
+    """Advance nobody is watching."""
+
+
+class Reporter:
+    """What training and evaluation tell while they run; silent by itself."""
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """Announce work of ``total`` units; yields ``advance(count, note="")``."""
+        yield lambda count, note="": None
+
+    def say(self, line: str) -> None:
+        """Tell one line of result or warning."""
+
+
+class RichReporter(Reporter):
+    """A bar with time left on a terminal; a line a stage where output is a file."""
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """Show a bar for ``total`` units of work; it goes when the work is done."""
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=errors,
+            transient=True,
+        ) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda count, note="": bar.update(task, advance=count, note=note)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        console.print(line, highlight=False)

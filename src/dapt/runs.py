@@ -1,0 +1,272 @@
+"""The run directory: the one place that knows which files a run keeps, and their form.
+
+    settings.json          everything that decides the result
+    environment.json       versions, commit, device, backbone fingerprint, seconds
+    task.json              dataset, class names in label order, template
+    support_set.json       the images it was tuned on
+    log.csv                one row a step: epoch, learning rate, losses, accuracy
+    tensorboard/           the same, for TensorBoard, where that is installed
+    checkpoint.safetensors prompts and momentum, to resume from
+    prompts.safetensors    the result: text_prompt, visual_prompt (or a probe's weight, bias)
+    metrics.json           how well it does; there once the run is finished
+    eval-<name>.json       the same prompts on another dataset or domain
+
+All of it is JSON, CSV or safetensors, readable without this package.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dapt.backbone import Backbone
+from dapt.errors import UserError
+from dapt.files import read_json, write_atomic, write_json
+from dapt.settings import Settings, make_settings
+
+_PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
+
+
+class RunDirectory:
+    """Files of one run under ``path``."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.settings_file = self.path / "settings.json"
+        self.environment_file = self.path / "environment.json"
+        self.task_file = self.path / "task.json"
+        self.support_file = self.path / "support_set.json"
+        self.log_file = self.path / "log.csv"
+        self.checkpoint_file = self.path / "checkpoint.safetensors"
+        self.prompts_file = self.path / "prompts.safetensors"
+        self.metrics_file = self.path / "metrics.json"
+        self.tensorboard = self.path / "tensorboard"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was ever started here."""
+        return self.settings_file.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.metrics_file.is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; the lock dies with the process.
+
+        Raises:
+            UserError: another process holds it, or the directory cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.path} cannot be made ({error.strerror}); choose another "
+                "with --output"
+            ) from error
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"run directory {self.path} is in use by another process; wait for it or choose "
+                "another with --output"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require(self, *, finished: bool = True) -> None:
+        """Raise `UserError` unless a (finished) run is here."""
+        if not self.exists:
+            raise UserError(
+                f"{self.path} is no run directory (it has no settings.json); give one that "
+                "'dapt train' wrote"
+            )
+        if finished and not self.prompts_file.is_file():
+            raise UserError(
+                f"the run in {self.path} is not finished; 'dapt train --output {self.path} "
+                "--resume' continues it"
+            )
+
+    # ------------------------------------------------------------------ what decides it
+
+    def write_settings(self, settings: Settings) -> None:
+        """Record the settings."""
+        write_json(self.settings_file, settings.model_dump())
+
+    def read_settings(self) -> Settings:
+        """Settings the run was started with, validated again."""
+        values = read_json(self.settings_file, "settings of the run")
+        if not isinstance(values, dict):
+            raise UserError(f"{self.settings_file} must hold a mapping of settings")
+        return make_settings(values)
+
+    def write_task(self, name: str, class_names: tuple[str, ...], template: str) -> None:
+        """Record the classes, in label order."""
+        content = {"dataset": name, "template": template, "class_names": list(class_names)}
+        write_json(self.task_file, content)
+
+    def read_task(self) -> tuple[str, tuple[str, ...], str]:
+        """Dataset name, class names in label order, template."""
+        value = read_json(self.task_file, "task of the run")
+        try:
+            names = value["class_names"]
+            if not names or not all(isinstance(n, str) for n in names):
+                raise TypeError("class names")
+            return str(value["dataset"]), tuple(names), str(value["template"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.task_file} is damaged ({error}); run 'dapt train' again"
+            ) from error
+
+    def write_environment(self, backbone: Backbone, **more: Any) -> None:
+        """Record versions, source commit, machine, and the backbone's fingerprint."""
+        write_json(self.environment_file, {**environment(backbone), **more})
+
+    def add_to_environment(self, **more: Any) -> None:
+        """Add entries to what `write_environment` recorded."""
+        known = read_json(self.environment_file, "environment of the run")
+        write_json(self.environment_file, {**known, **more})
+
+    # --------------------------------------------------------------------- its progress
+
+    def write_checkpoint(self, state: dict[str, Tensor], step: int) -> None:
+        """Record prompts and momentum after ``step`` steps."""
+        self.write_tensors(self.checkpoint_file, state, step=str(step))
+
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], int] | None:
+        """State and number of steps done, or None where there is no checkpoint yet."""
+        if not self.checkpoint_file.is_file():
+            return None
+        state, metadata = self.read_tensors(self.checkpoint_file)
+        return state, int(metadata["step"])
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+        """Write safetensors atomically, on the CPU, with string metadata."""
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomic(path, save(tensors, metadata=metadata))
+
+    def read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file of this run.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); train again") from error
+
+    def discard_results(self) -> None:
+        """Remove what an earlier run left, the result first, so that no mix can be mistaken."""
+        evals = sorted(self.path.glob("eval-*.json"))
+        for file in [self.metrics_file, self.prompts_file, self.checkpoint_file, *evals]:
+            file.unlink(missing_ok=True)
+        self.log_file.unlink(missing_ok=True)
+        if self.tensorboard.is_dir():
+            for file in self.tensorboard.iterdir():
+                file.unlink()
+
+
+class StepLog:
+    """log.csv, one row a step, and TensorBoard where it is installed.
+
+    Args:
+        run: whose log it is.
+        terms: names of the loss terms, a column each.
+        steps: rows to keep of an earlier log when a run resumes; later ones are dropped.
+    """
+
+    def __init__(self, run: RunDirectory, terms: list[str], steps: int = 0) -> None:
+        header = ["step", "epoch", "lr", "loss", "cross_entropy", *terms, "accuracy"]
+        kept = [header]
+        if steps and run.log_file.is_file():
+            with run.log_file.open(newline="", encoding="utf-8") as file:
+                kept = list(csv.reader(file))[: steps + 1]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(kept)
+        write_atomic(run.log_file, text.getvalue())
+        self._file = run.log_file.open("a", newline="", encoding="utf-8")
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        self._header = header
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=steps)
+
+    def add(self, row: list[float | int]) -> None:
+        """Append one step: step, epoch, lr, loss, cross-entropy, terms, accuracy."""
+        self._csv.writerow(row)
+        if self._board is not None:
+            for name, value in zip(self._header[2:], row[2:], strict=True):
+                self._board.add_scalar(f"train/{name}", value, row[0])
+
+    def flush(self) -> None:
+        """Put everything so far on disk, before a checkpoint counts on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def environment(backbone: Backbone) -> dict[str, Any]:
+    """Versions, source commit, machine, device and backbone of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = backbone.device
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.fingerprint,
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parents[1] / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,103 @@
+"""Settings for a user's own data: a small search on a held-out part of the support set."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from dapt.backbone import load_backbone
+from dapt.data import Item, SupportSet
+from dapt.errors import UserError
+from dapt.files import read_json
+from dapt.methods import get_method
+from dapt.progress import Reporter
+from dapt.settings import Settings
+from dapt.train import support_of, task_of
+from dapt.train import train as run_training
+
+LEARNING_RATES = (0.02, 0.2, 2.0)
+BETAS = {"beta_visual": (1.0, 10.0, 100.0), "beta_text": (0.1, 1.0)}
+EPOCHS = 20
+
+
+def hold_out(support: SupportSet, seed: int) -> SupportSet:
+    """Move a quarter of each class's train images (at least one of two or more) to val.
+
+    The support set's own val images stay out of it: they are not drawn for this.
+
+    Raises:
+        UserError: no class has two images, so nothing can be held out.
+    """
+    generator = random.Random(seed)
+    by_class: dict[int, list[Item]] = {}
+    for item in support.train:
+        by_class.setdefault(item.label, []).append(item)
+    train: list[Item] = []
+    val: list[Item] = []
+    for items in by_class.values():
+        count = max(1, len(items) // 4) if len(items) > 1 else 0
+        held = set(generator.sample(range(len(items)), count))
+        for i, item in enumerate(items):
+            (val if i in held else train).append(item)
+    if not val:
+        raise UserError(
+            "--tune-settings needs two support images in some class; use more --shots, or leave "
+            "it out"
+        )
+    return SupportSet(support.dataset, support.shots, support.seed, tuple(train), tuple(val))
+
+
+def search_settings(settings: Settings, reporter: Reporter) -> Settings:
+    """Choose learning rate and loss weights by accuracy on held-out support images.
+
+    Short runs (20 epochs) over a small grid; only the weights the method uses are varied. First
+    the learning rate at the given weights, then the weights at the best rate. Test images are
+    never looked at.
+
+    Returns:
+        The settings with the best values found; the first of equals, in the order tried.
+    """
+    method = get_method(settings.method)
+    if not method.learns_prompts:
+        return settings
+    task = task_of(settings)
+    held = hold_out(support_of(settings, task), settings.seed)
+    backbone = load_backbone(
+        settings.backbone,
+        settings.pretrained,
+        device=settings.device,
+        precision=settings.precision,
+    )
+    scored: dict[tuple, float] = {}
+
+    def score(candidate: Settings) -> float:
+        key = (candidate.lr, candidate.beta_visual, candidate.beta_text)
+        if key not in scored:
+            short = candidate.model_copy(update={"epochs": min(EPOCHS, settings.epochs)})
+            with tempfile.TemporaryDirectory() as folder:
+                run = run_training(
+                    short,
+                    Path(folder) / "run",
+                    backbone=backbone,
+                    task=replace(task, test=held.val),
+                    support=held,
+                )
+                scored[key] = read_json(run.metrics_file, "metrics")["test"]["accuracy"]
+            reporter.say(
+                f"lr {candidate.lr:g}, beta_visual {candidate.beta_visual:g}, beta_text "
+                f"{candidate.beta_text:g}: {scored[key]:.1%} of {len(held.val)} held-out images"
+            )
+        return scored[key]
+
+    best = max((settings.model_copy(update={"lr": lr}) for lr in LEARNING_RATES), key=score)
+    weights = [w for w in method.terms.values() if w in BETAS]
+    grids = [[(str(w), value) for value in BETAS[str(w)]] for w in weights]
+    options = [best.model_copy(update=dict(choice)) for choice in product(*grids)]
+    best = max([best, *options], key=score)
+    reporter.say(
+        f"chosen: lr {best.lr:g}, beta_visual {best.beta_visual:g}, beta_text {best.beta_text:g}"
+    )
+    return best

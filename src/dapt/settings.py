@@ -1,0 +1,150 @@
+"""What a run is made of: validated settings, their defaults, and where a default comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dapt.errors import UserError, nearest
+from dapt.methods import PUBLISHED, get_method, published_epochs
+
+# Where nothing is published: what worked best on the bundled task's validation images, for
+# every shot count (see the README's section on settings).
+OWN_DATA = {"lr": 0.2, "beta_visual": 10.0, "beta_text": 0.1}
+
+
+class Settings(BaseModel):
+    """Everything that decides a run's result. Field descriptions are the user's reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    dataset: str = Field(description="'bundled', a benchmark, a folder, or a .csv/.jsonl file")
+    root: str | None = Field(None, description="folder that holds the benchmarks")
+    domain: str | None = Field(None, description="style of the bundled task")
+    class_names: str | None = Field(None, description="JSON file: folder name -> class name")
+    support_set: str | None = Field(None, description="saved support set, instead of a draw")
+    method: str = Field("dapt", description="row of the method table")
+    backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
+    pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen model")
+    shots: int = Field(16, ge=1, description="support images a class")
+    seed: int = Field(1, ge=0, description="of support set, prompts, order and views")
+    text_vectors: int = Field(16, ge=1, description="M, vectors of the text prompt")
+    visual_vectors: int = Field(16, ge=1, description="N, vectors of the visual prompt")
+    text_init: str | None = Field(None, description="words the text prompt starts from")
+    template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
+    epochs: int = Field(ge=1, description="passes over the support set")
+    batch_size: int = Field(32, ge=1, description="images a step")
+    lr: float = Field(gt=0, description="SGD learning rate, after the first epoch's 1e-5")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="of SGD")
+    beta_visual: float = Field(ge=0, description="weight of intra-dispersion")
+    beta_text: float = Field(ge=0, description="weight of inter-dispersion")
+    loss_weights: dict[str, float] = Field({}, description="weights of further loss terms")
+    rbf_t: float = Field(2.0, gt=0, description="sharpness t of inter-dispersion")
+    visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
+    checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
+    eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
+    memory_budget: float = Field(2.0, gt=0, description="GiB of decoded images kept in memory")
+
+
+def make_settings(given: dict[str, Any]) -> Settings:
+    """Fill what is not given with published settings, or with those for own data, and validate.
+
+    Learning rate and loss weights are published by dataset, epochs by shots.
+
+    Raises:
+        UserError: an unknown setting (with the nearest known one) or an impossible value.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    for name in given:
+        if name not in Settings.model_fields:
+            raise UserError(
+                f"unknown setting '{name}'{nearest(name, list(Settings.model_fields))}; "
+                "'dapt settings' lists all"
+            )
+    values = {**default_settings(given), **given}
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"setting {name}={first['input']!r}: {first['msg'].lower()}") from error
+    method = get_method(settings.method)
+    if settings.template is not None and settings.template.count("{}") != 1:
+        raise UserError(
+            f"setting template='{settings.template}' must hold {{}} once, where the class name goes"
+        )
+    for term, weight in method.terms.items():
+        known = {*Settings.model_fields, *settings.loss_weights}
+        if isinstance(weight, str) and weight not in known:
+            raise UserError(
+                f"loss term '{term}' of method '{settings.method}' needs a weight; set "
+                f"loss_weights: {{{weight}: ...}}"
+            )
+    return settings
+
+
+def default_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate, loss weights and epochs for a dataset and number of shots."""
+    dataset = str(given.get("dataset", ""))
+    values: dict[str, Any]
+    if dataset in PUBLISHED:
+        lr, beta_visual, beta_text = PUBLISHED[dataset]
+        values = {"lr": lr, "beta_visual": beta_visual, "beta_text": beta_text}
+    else:
+        values = dict(OWN_DATA)
+    shots = given.get("shots", 16)
+    shots = int(shots) if str(shots).isdecimal() else 16
+    return {**values, "epochs": published_epochs(dataset, shots)}
+
+
+def loss_weights(settings: Settings) -> dict[str, float]:
+    """Weight of each of the method's loss terms."""
+    weights = {}
+    for term, source in get_method(settings.method).terms.items():
+        if isinstance(source, str):
+            value = getattr(settings, source, None)
+            weights[term] = settings.loss_weights[source] if value is None else float(value)
+        else:
+            weights[term] = source
+    return weights
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Read settings from YAML (or JSON, which is YAML too).
+
+    Raises:
+        UserError: the file is missing, malformed, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"settings file {path} does not exist; check the path") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"settings file {path} is not readable YAML ({reason})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UserError(f"settings file {path} must map setting names to values")
+    return values
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split ``key=value`` of the command line; the value is read as YAML.
+
+    Raises:
+        UserError: there is no ``=``, or the value is malformed.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: write it as name=value, such as --set lr=0.2")
+    try:
+        return key.strip().replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value cannot be read") from error

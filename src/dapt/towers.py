@@ -1,0 +1,356 @@
+"""The two towers with prompts in them.
+
+Plain functions over open_clip's frozen modules: `encode_image` puts visual prompts between the
+class token and the patches, `encode_text` puts a learned context between the start token and
+the class name. Both compute only what is read: the last image layer for the class token alone,
+the text tower once for what all classes share and then for each class's own tokens, the last
+text layer for the end tokens alone. All of it is exact. A tower built otherwise (no causal
+mask, other blocks, other pooling) takes a path through its own modules.
+
+Letters in shape comments: B images, T image tokens, C classes, P shared prefix tokens, S own
+tokens of a class, N all own tokens of all classes, H heads, W width, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import (
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    text_global_pool,
+)
+from torch import Tensor, nn
+
+from dapt.backbone import Backbone
+from dapt.errors import UserError
+
+# ---------------------------------------------------------------------------- one block
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Layer norm whose weights may be fp32 under a low-precision stream."""
+    if isinstance(norm, nn.Identity):
+        return x
+    ln = cast(nn.LayerNorm, norm)
+    if x.dtype == ln.weight.dtype or x.device.type == "cpu":  # the CPU kernel takes mixed types
+        return F.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
+    return F.layer_norm(x.float(), ln.normalized_shape, ln.weight, ln.bias, ln.eps).to(x.dtype)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Split the last dimension: (..., L, W) -> (..., H, L, W/H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _qkv(block: ResidualAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every token: three of (..., L, W)."""
+    attn = block.attn
+    q, k, v = F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    return q, k, v
+
+
+def _finish(block: ResidualAttentionBlock, x: Tensor, mixed: Tensor) -> Tensor:
+    """Output projection, residuals and MLP: ``x`` and attention's ``mixed`` are (..., L, W)."""
+    x = x + block.ls_1(F.linear(mixed, block.attn.out_proj.weight, block.attn.out_proj.bias))
+    return x + block.ls_2(block.mlp(_norm(block.ln_2, x)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Fused attention over split heads, heads merged again: (..., H, L, W/H) -> (..., L, W)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2).flatten(-2)
+
+
+def _plain_blocks(transformer: nn.Module) -> bool:
+    """Whether every layer is open_clip's ordinary block, which the functions above unroll."""
+    return all(type(b) is ResidualAttentionBlock for b in cast(Any, transformer).resblocks)
+
+
+# -------------------------------------------------------------------------- image tower
+
+
+def encode_image(backbone: Backbone, images: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Encode images, with visual prompt vectors among their patches if there are any.
+
+    The vectors enter after class embedding, positional embedding and ``ln_pre``, carry no
+    positional embedding, and are left out of pooling.
+
+    Args:
+        backbone: the frozen model.
+        images: (B, 3, S, S), normalised by `Backbone.normalize`.
+        prompt: (V, W) shared by the batch, or (B, V, W), or None.
+
+    Returns:
+        (B, D) features, not normalised, in fp32.
+
+    Raises:
+        UserError: the tower takes no visual prompt.
+    """
+    visual = backbone.visual
+    if prompt is None:
+        if isinstance(visual, VisionTransformer):
+            return _encode_vit(visual, images, None).float()
+        return visual(images).float()
+    backbone.require_visual_prompts()
+    prompt = prompt.to(images.dtype).expand(len(images), -1, -1)  # (B, V, W)
+    if isinstance(visual, VisionTransformer):
+        return _encode_vit(visual, images, prompt).float()
+    return _encode_timm(visual, images, prompt).float()
+
+
+def _insert(x: Tensor, prompt: Tensor | None, at: int) -> Tensor:
+    return x if prompt is None else torch.cat([x[:, :at], prompt, x[:, at:]], dim=1)
+
+
+def _encode_vit(visual: VisionTransformer, images: Tensor, prompt: Tensor | None) -> Tensor:
+    x = _insert(visual._embeds(images), prompt, 1)  # (B, T, W): class token, prompt, patches
+    pools_class_token = visual.attn_pool is None and visual.pool_type == "tok"
+    if not (pools_class_token and _plain_blocks(visual.transformer)):
+        x = visual.transformer(x)
+        if prompt is not None:
+            x = torch.cat([x[:, :1], x[:, 1 + prompt.shape[1] :]], dim=1)
+        pooled = visual._pool(x)[0]
+        return pooled if visual.proj is None else pooled @ visual.proj
+
+    *blocks, last = visual.transformer.resblocks
+    heads = last.attn.num_heads
+    for block in blocks:
+        q, k, v = (_heads(t, heads) for t in _qkv(block, x))
+        x = _finish(block, x, _attend(q, k, v))
+    # Only the class token is read: the last layer needs its query, everybody's keys and values.
+    normed = _norm(last.ln_1, x)
+    weight, bias, width = last.attn.in_proj_weight, last.attn.in_proj_bias, x.shape[-1]
+    q = F.linear(normed[:, :1], weight[:width], bias[:width])  # (B, 1, W)
+    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)  # (B, T, W) each
+    mixed = _attend(_heads(q, heads), _heads(k, heads), _heads(v, heads))
+    x = _finish(last, x[:, :1], mixed)[:, 0]  # (B, W)
+    x = _norm(visual.ln_post, x)
+    return x if visual.proj is None else x @ visual.proj
+
+
+def _encode_timm(visual: nn.Module, images: Tensor, prompt: Tensor) -> Tensor:
+    trunk = cast(Any, visual).trunk
+    x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+    first = trunk.num_prefix_tokens
+    x = trunk.norm(trunk.blocks(_insert(x, prompt, first)))  # (B, T, W)
+    x = torch.cat([x[:, :first], x[:, first + prompt.shape[1] :]], dim=1)
+    return cast(Any, visual).head(trunk.forward_head(x))
+
+
+# --------------------------------------------------------------------------- text tower
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Token ids of all classes, split into what they share and what is their own.
+
+    Attributes:
+        shared: ids every class starts with; a learned context comes right after them.
+        own: for each class its remaining ids, the end token last; never empty.
+    """
+
+    shared: tuple[int, ...]
+    own: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def for_context(cls, backbone: Backbone, class_names: Sequence[str], length: int):
+        """Tokens of ``[SOS] <context> <class name> . [EOT]`` for a context of ``length`` vectors.
+
+        Raises:
+            UserError: a class name leaves no room for the context, or the reverse.
+        """
+        backbone.require_text_prompts()
+        names = [name.replace("_", " ") for name in class_names]
+        start = tuple(backbone.start_tokens)
+        own = tuple(tuple(ids[len(start) :]) for ids in backbone.tokenize([f"{n}." for n in names]))
+        room = backbone.context_length - len(start) - length
+        longest = max(range(len(own)), key=lambda i: len(own[i]))
+        if room < 2:
+            raise UserError(
+                f"a text prompt of {length} vectors does not fit the {backbone.context_length} "
+                f"tokens of the text tower of '{backbone.name}'; use fewer vectors"
+            )
+        if len(own[longest]) > room:
+            raise UserError(
+                f"class name '{names[longest]}' takes {len(own[longest])} tokens but {length} text "
+                f"prompt vectors leave room for {room}; shorten it or use fewer vectors"
+            )
+        return cls(start, own)
+
+    @classmethod
+    def for_template(cls, backbone: Backbone, class_names: Sequence[str], template: str):
+        """Tokens of each class name put into ``template`` in place of ``{}``."""
+        texts = [template.format(name.replace("_", " ")) for name in class_names]
+        rows = backbone.tokenize(texts)
+        # What all classes begin with is shared too, short of the last token of the shortest.
+        limit = min(map(len, rows)) - 1
+        same = (len({row[i] for row in rows}) == 1 for i in range(limit))
+        count = next((i for i, equal in enumerate(same) if not equal), limit)
+        return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
+
+
+class TextEncoder(nn.Module):
+    """The frozen text tower laid out for one list of classes.
+
+    Classes are sorted by length and their own tokens packed end to end, so that matrix products
+    see no padding at all; attention runs once for each length, over the keys and values of the
+    shared prefix and of the class itself. The prefix (start token, learned context) is run once
+    for all classes, and gradients reach the context through it.
+    """
+
+    backbone: Backbone
+    shared: Tensor  # (P',), ids before the context
+    packed: Tensor  # (N,), own ids of all classes, shorter classes first
+    positions: Tensor  # (N,), of each within its class
+    ends: Tensor  # (C,), where each class's end token lies among the packed
+    restore: Tensor  # (C,), from sorted order to class order
+
+    def __init__(self, backbone: Backbone, tokens: ClassTokens) -> None:
+        super().__init__()
+        self.backbone, self.tokens = backbone, tokens
+        text = backbone.text
+        self.shares_prefix = (
+            isinstance(text, TextTransformer)
+            and text.attn_mask is not None
+            and text.cls_emb is None
+            and text.pool_type in ("argmax", "eos")
+            and _plain_blocks(text.transformer)
+        )
+        order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
+        lengths = [len(tokens.own[i]) for i in order]
+        self.groups = [(lengths.count(s), s) for s in sorted(set(lengths))]  # (classes, tokens)
+        packed = [t for i in order for t in tokens.own[i]]
+        positions = [p for s in lengths for p in range(s)]
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        for name, values in {
+            "shared": torch.tensor(tokens.shared, dtype=torch.long),
+            "packed": torch.tensor(packed),
+            "positions": torch.tensor(positions),
+            "ends": ends,
+            "restore": torch.tensor(order).argsort(),
+        }.items():
+            self.register_buffer(name, values.to(backbone.device), persistent=False)
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        """Encode all classes with ``context`` (M, W) after the shared ids, or without one.
+
+        Returns:
+            (C, D) features, not normalised, in fp32.
+        """
+        if self.shares_prefix:
+            return self._shared_prefix(context).float()
+        return self._whole(context).float()
+
+    def _shared_prefix(self, context: Tensor | None) -> Tensor:
+        text = self.backbone.text
+        dtype, embed = self.backbone.dtype, text.token_embedding
+        pos = text.positional_embedding
+        head = embed(self.shared).to(dtype)  # (P, W)
+        if context is not None:
+            head = torch.cat([head, context.to(dtype)])
+        prefix = len(head)
+        head = head + pos[:prefix].to(dtype)
+        x = embed(self.packed).to(dtype) + pos[self.positions + prefix].to(dtype)  # (N, W)
+
+        *blocks, last = text.transformer.resblocks
+        heads = last.attn.num_heads
+        for block in blocks:
+            head, x = self._layer(block, head, x, heads)
+        # Last layer: queries of the end tokens alone, and no prefix state after it.
+        _, prefix_k, prefix_v = (_heads(t, heads) for t in _qkv(last, head))  # (H, P, W/H)
+        q, k, v = _qkv(last, x)
+        q = q[self.ends]  # (C, W)
+        mixed, first, end = [], 0, 0
+        for count, size in self.groups:
+            own = slice(first, first + count * size)
+            mixed.append(
+                _attend(
+                    _heads(q[end : end + count].unsqueeze(1), heads),
+                    self._with_prefix(prefix_k, k[own], count, heads),
+                    self._with_prefix(prefix_v, v[own], count, heads),
+                ).squeeze(1)
+            )
+            first, end = own.stop, end + count
+        x = _finish(last, x[self.ends], torch.cat(mixed))  # (C, W)
+        x = _project(text, _norm(text.ln_final, x))
+        return x[self.restore]
+
+    def _layer(
+        self, block: ResidualAttentionBlock, head: Tensor, x: Tensor, heads: int
+    ) -> tuple[Tensor, Tensor]:
+        """One layer over the prefix ``head`` (P, W) and the packed own tokens ``x`` (N, W)."""
+        prefix_q, prefix_k, prefix_v = (_heads(t, heads) for t in _qkv(block, head))
+        q, k, v = _qkv(block, x)
+        mixed, first = [], 0
+        for count, size in self.groups:
+            own = slice(first, first + count * size)
+            # Row i sees the whole prefix and the class's own tokens up to itself.
+            mask = torch.ones(size, len(head) + size, dtype=torch.bool, device=x.device)
+            mixed.append(
+                _attend(
+                    _heads(q[own].unflatten(0, (count, size)), heads),
+                    self._with_prefix(prefix_k, k[own], count, heads),
+                    self._with_prefix(prefix_v, v[own], count, heads),
+                    mask.tril(len(head)),
+                ).flatten(0, 1)
+            )
+            first = own.stop
+        causal = torch.ones(len(head), len(head), dtype=torch.bool, device=x.device).tril()
+        head = _finish(block, head, _attend(prefix_q, prefix_k, prefix_v, causal))
+        return head, _finish(block, x, torch.cat(mixed))
+
+    @staticmethod
+    def _with_prefix(prefix: Tensor, own: Tensor, count: int, heads: int) -> Tensor:
+        """Prefix (H, P, W/H) before each class's own (count*S, W): (count, H, P+S, W/H)."""
+        split = _heads(own.unflatten(0, (count, -1)), heads)
+        return torch.cat([prefix.expand(count, -1, -1, -1), split], dim=2)
+
+    def _whole(self, context: Tensor | None) -> Tensor:
+        """Every class in full, through the tower's own modules."""
+        backbone, text = self.backbone, self.backbone.text
+        length = 0 if context is None else len(context)
+        first = len(self.tokens.shared)
+        pad, end = backbone.pad_token, max(map(len, self.tokens.own)) + first + length
+        # A tower that reads its last position, or appends a class token, needs every position.
+        reads_end_token = getattr(text, "pool_type", None) in ("argmax", "eos")
+        if not reads_end_token or getattr(text, "cls_emb", None) is not None:
+            end = backbone.context_length
+        if not isinstance(text, TextTransformer):
+            end = backbone.context_length
+        # The context's places hold a token that is neither padding nor the end.
+        stand_in = next(t for t in range(2, 100) if t not in (pad, *self.tokens.own[0]))
+        ids = torch.full((len(self.tokens.own), end), pad, device=self.packed.device)
+        for i, own in enumerate(self.tokens.own):
+            row = [*self.tokens.shared, *[stand_in] * length, *own]
+            ids[i, : len(row)] = torch.tensor(row, device=ids.device)
+        if not isinstance(text, TextTransformer):
+            return text(ids)
+
+        x, mask = text._embeds(ids)  # (C, L, W), with positional embedding
+        x = x.to(backbone.dtype)
+        if context is not None:
+            placed = context.to(x.dtype) + text.positional_embedding[first : first + length].to(
+                x.dtype
+            )
+            placed = placed.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
+        if mask is not None:
+            mask = mask[..., : x.shape[1], : x.shape[1]].to(x.dtype)
+        x = text.transformer(x, attn_mask=mask)
+        if text.cls_emb is not None:
+            return _project(text, text.ln_final(x[:, -1]))
+        x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
+        return _project(text, x)
+
+
+def _project(text: TextTransformer, x: Tensor) -> Tensor:
+    """Text projection (C, W) -> (C, D), whichever of open_clip's kinds it is."""
+    projection = text.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -1,0 +1,478 @@
+"""From settings to a finished run: one loop, with checkpoint and resume.
+
+Whatever is random in a step (order, views, dropout) is a function of the seed and the step's
+number alone. So a checkpoint needs only the prompts, their momentum and that number, and a run
+that was killed continues to the same bits as one that never was.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapt.backbone import Backbone, load_backbone
+from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
+from dapt.data import (
+    ImageStore,
+    Item,
+    SupportSet,
+    Task,
+    draw_support_set,
+    load_support_set,
+    open_task,
+)
+from dapt.errors import UserError
+from dapt.evaluate import (
+    classify,
+    encode_store,
+    mean_prototype_distance,
+    mean_text_distance,
+    metrics,
+    unprompted_features,
+)
+from dapt.files import read_json, write_json
+from dapt.losses import class_prototypes
+from dapt.methods import Method, get_method
+from dapt.probe import fit_probe
+from dapt.progress import Reporter
+from dapt.prompts import Prompts, new_prompts
+from dapt.runs import RunDirectory, StepLog
+from dapt.settings import Settings, loss_weights
+from dapt.tuning import Tuner, learning_rate
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; a checkpoint of where it stood is on disk."""
+
+
+def train(
+    settings: Settings,
+    output: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    backbone: Backbone | None = None,
+    task: Task | None = None,
+    support: SupportSet | None = None,
+) -> RunDirectory:
+    """Tune prompts on a support set, evaluate them, and leave a run directory.
+
+    Args:
+        settings: from `make_settings`.
+        output: the run directory.
+        resume: continue a run that was stopped; a finished one is left as it is.
+        overwrite: discard the run that is there.
+        reporter: is told the progress.
+        backbone, task, support: already loaded as the settings say, to share them between runs.
+
+    Raises:
+        UserError: bad input, or a directory that is in use or holds another run.
+        Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
+    """
+    reporter, run = reporter or Reporter(), RunDirectory(output)
+    if run.finished and resume:
+        return run
+    # Everything that can be wrong with the input is found before anything is written.
+    _check_output(run, settings, resume=resume, overwrite=overwrite)
+    task = task or task_of(settings)
+    support = support or support_of(settings, task)
+    backbone = backbone or load_backbone(
+        settings.backbone,
+        settings.pretrained,
+        device=settings.device,
+        precision=settings.precision,
+    )
+    method = get_method(settings.method)
+    classifier = new_classifier(backbone, task, method, settings)
+    with run.locked():
+        _check_output(run, settings, resume=resume, overwrite=overwrite)
+        if not resume or not run.exists:
+            run.discard_results()
+            run.write_task(task.name, task.class_names, task.template)
+            support.save(run.support_file)
+            run.write_environment(backbone, seed=settings.seed)
+            run.write_settings(settings)
+        started = time.perf_counter()
+        fitted = _fit(run, settings, task, support, classifier, method, reporter)
+        tuned = time.perf_counter()
+        _finish(run, settings, task, method, fitted, reporter)
+        run.add_to_environment(
+            tuning_seconds=round(tuned - started, 2),
+            evaluation_seconds=round(time.perf_counter() - tuned, 2),
+        )
+    return run
+
+
+def _check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    if not run.exists:
+        if run.path.exists() and not run.path.is_dir():
+            raise UserError(f"--output {run.path} is a file; give a directory")
+        return
+    if overwrite:
+        return
+    if not resume:
+        state, way = (
+            ("holds a finished run", "--overwrite")
+            if run.finished
+            else ("holds an unfinished run", "--resume")
+        )
+        raise UserError(f"{run.path} {state}; add {way}, or choose another --output")
+    kept = run.read_settings()
+    for name, value in settings.model_dump().items():
+        if (old := getattr(kept, name)) != value:
+            raise UserError(
+                f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}; "
+                "leave the setting out, or choose another --output"
+            )
+
+
+def task_of(settings: Settings) -> Task:
+    """Open the task that settings name."""
+    return open_task(
+        settings.dataset,
+        root=Path(settings.root) if settings.root else None,
+        domain=settings.domain,
+        class_names=Path(settings.class_names) if settings.class_names else None,
+    )
+
+
+def support_of(settings: Settings, task: Task) -> SupportSet:
+    """Draw the support set by the protocol, or read the saved one."""
+    if settings.support_set:
+        support = load_support_set(Path(settings.support_set), task)
+    else:
+        support = draw_support_set(task, settings.shots, settings.seed)
+    if not support.train:
+        raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
+    return support
+
+
+def new_classifier(
+    backbone: Backbone, task: Task, method: Method, settings: Settings
+) -> PromptedClassifier:
+    """A classifier with freshly drawn prompts, as the method's row says."""
+    prompts = new_prompts(
+        backbone,
+        text_vectors=settings.text_vectors if method.text else 0,
+        visual_vectors=settings.visual_vectors if method.visual else 0,
+        text_init=settings.text_init,
+        seed=settings.seed,
+    )
+    return PromptedClassifier(
+        backbone, task.class_names, prompts, settings.template or task.template
+    )
+
+
+def store_of(
+    backbone: Backbone, task: Task, items: tuple[Item, ...], settings: Settings
+) -> ImageStore:
+    """The images of ``items``, decoded as the backbone wants them."""
+    seen = backbone.preprocessing
+    return ImageStore(
+        [task.image_path(item) for item in items],
+        size=seen.size,
+        interpolation=seen.interpolation,
+        resize_mode=seen.resize_mode,
+        memory_budget=int(settings.memory_budget * 2**30),
+    )
+
+
+@dataclass
+class _Fitted:
+    """A tuned classifier and what was measured on the support set while tuning it."""
+
+    classifier: Classifier
+    store: ImageStore
+    labels: Tensor
+    before: Tensor  # (n, D) un-prompted features of the support set
+    prototypes: Tensor  # (C, D)
+    learned: int
+
+
+def _fit(
+    run: RunDirectory,
+    settings: Settings,
+    task: Task,
+    support: SupportSet,
+    classifier: PromptedClassifier,
+    method: Method,
+    reporter: Reporter,
+) -> _Fitted:
+    backbone, classes = classifier.backbone, len(task.class_names)
+    store = store_of(backbone, task, support.train, settings)
+    labels = torch.tensor([item.label for item in support.train])
+    with reporter.stage("support set", len(store)) as advance:
+        before = unprompted_features(
+            backbone, store, batch_size=settings.eval_batch_size, advance=advance
+        )
+    prototypes = class_prototypes(before, labels, classes)
+    fitted = _Fitted(classifier, store, labels, before, prototypes, classifier.prompts.count)
+    if method.probe:
+        val = store_of(backbone, task, support.val, settings) if support.val else None
+        val_features = unprompted_features(backbone, val) if val is not None else None
+        val_labels = torch.tensor([item.label for item in support.val])
+        weight, bias = fit_probe(before, labels, val_features, val_labels, classes, settings.seed)
+        fitted.classifier = LinearProbe(backbone, task.class_names, weight, bias)
+        fitted.learned = weight.numel() + bias.numel()
+        run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
+        return fitted
+    if method.learns_prompts:
+        _tune(run, settings, classifier, method, store, labels, prototypes, reporter)
+    tensors = {f"{name}_prompt": p.detach() for name, p in classifier.prompts.named_parameters()}
+    run.write_tensors(run.prompts_file, tensors, method=settings.method)
+    return fitted
+
+
+def _tune(
+    run: RunDirectory,
+    settings: Settings,
+    classifier: PromptedClassifier,
+    method: Method,
+    store: ImageStore,
+    labels: Tensor,
+    prototypes: Tensor,
+    reporter: Reporter,
+) -> None:
+    tuner = Tuner(
+        classifier,
+        method,
+        loss_weights(settings),
+        prototypes.to(classifier.backbone.device),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        rbf_t=settings.rbf_t,
+        dropout=settings.visual_dropout,
+    )
+    per_epoch = steps_per_epoch(len(store), settings.batch_size)
+    total, done = per_epoch * settings.epochs, 0
+    if (checkpoint := run.read_checkpoint()) is not None:
+        tuner.load_state(checkpoint[0])
+        done = checkpoint[1]
+    log = StepLog(run, list(method.terms), done)
+
+    def save() -> None:
+        log.flush()
+        run.write_checkpoint(tuner.state(), done)
+
+    try:
+        with (
+            reporter.stage(f"tuning {method.title}", total) as advance,
+            _stop_signal() as stop,
+        ):
+            advance(done)
+            for epoch in range(done // per_epoch, settings.epochs):
+                lr = learning_rate(epoch, settings.epochs, settings.lr)
+                first = done - epoch * per_epoch  # steps of this epoch already taken
+                order = epoch_order(len(store), settings.batch_size, settings.seed, epoch)[first:]
+                views = store.batches(order, train=(settings.seed, epoch))
+                for indices, batch in zip(order, views, strict=True):
+                    generator = torch.Generator().manual_seed(_mix(settings.seed, done))
+                    result = tuner.step(batch, labels[indices], lr, generator)
+                    losses = [result.total, result.cross_entropy, *result.terms.values()]
+                    log.add([done, epoch, lr, *losses, result.accuracy])
+                    done += 1
+                    if not _finite(result.total):
+                        raise UserError(
+                            f"the loss became {result.total} at step {done} with learning rate "
+                            f"{lr:g}; use a smaller one with --lr (the last good checkpoint is "
+                            f"in {run.path})"
+                        )
+                    parts = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
+                    note = f"ce {result.cross_entropy:.3f} {parts} acc {result.accuracy:.0%}"
+                    advance(1, note)
+                    if stop.is_set():
+                        save()
+                        raise Interrupted
+                if (epoch + 1) % settings.checkpoint_every == 0 or done == total:
+                    save()
+    finally:
+        log.close()
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Full batches in the support set; at least one, however small it is."""
+    return max(1, images // batch_size)
+
+
+def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one epoch: a shuffle by seed and epoch, its last incomplete batch dropped.
+
+    A support set smaller than one batch is one batch.
+    """
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    order = torch.randperm(images, generator=generator).tolist()
+    size = min(batch_size, images)
+    return [order[i * size : (i + 1) * size] for i in range(steps_per_epoch(images, batch_size))]
+
+
+def _mix(seed: int, number: int) -> int:
+    """One generator seed for each pair; consecutive ones are unrelated."""
+    return (seed * 1_000_003 + number * 7_919 + 12_345) % 2**63
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event set by SIGINT or SIGTERM, so that a run stops between two steps.
+
+    A second signal acts as it would without us. Off the main thread signals are left alone.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers}
+
+    def handle(number: int, _frame: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _finish(
+    run: RunDirectory,
+    settings: Settings,
+    task: Task,
+    method: Method,
+    fitted: _Fitted,
+    reporter: Reporter,
+) -> None:
+    """Evaluate on the test images and write metrics.json, which marks the run finished."""
+    result: dict[str, Any] = {
+        "method": settings.method,
+        "dataset": task.name,
+        "shots": settings.shots,
+        "seed": settings.seed,
+        "learned_parameters": fitted.learned,
+        "support_images": len(fitted.store),
+    }
+    result["dispersion"] = _dispersion(settings, task, method, fitted)
+    result["test"] = evaluate_task(fitted.classifier, task, settings, reporter)
+    write_json(run.metrics_file, result)
+
+
+def evaluate_task(
+    classifier: Classifier, task: Task, settings: Settings, reporter: Reporter
+) -> dict[str, Any]:
+    """`metrics` of a classifier on a task's test images.
+
+    Raises:
+        UserError: the task has no test images.
+    """
+    if not task.test:
+        raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
+    store = store_of(classifier.backbone, task, task.test, settings)
+    with reporter.stage("evaluating", len(store)) as advance:
+        logits = classify(classifier, store, batch_size=settings.eval_batch_size, advance=advance)
+    return metrics(logits, [item.label for item in task.test], task.class_names)
+
+
+def _dispersion(
+    settings: Settings, task: Task, method: Method, fitted: _Fitted
+) -> dict[str, dict[str, float]]:
+    """Mean inter- and intra-dispersion before and after tuning.
+
+    Inter: mean distance between class text features, in the template before, in the learned
+    context after. Intra: mean distance of support images to their class prototype.
+    """
+    if not method.learns_prompts:
+        return {}
+    classifier = fitted.classifier
+    assert isinstance(classifier, PromptedClassifier)
+    backbone, template = classifier.backbone, settings.template or task.template
+    after = fitted.before
+    if method.visual:
+        after = encode_store(
+            classifier.image_features, fitted.store, batch_size=settings.eval_batch_size
+        )
+    plain = PromptedClassifier(backbone, task.class_names, Prompts(), template)
+    with torch.inference_mode():
+        text_before, text_after = plain.text_features(), classifier.text_features()
+    return {
+        "inter": {
+            "before": mean_text_distance(text_before),
+            "after": mean_text_distance(text_after),
+        },
+        "intra": {
+            "before": mean_prototype_distance(fitted.before, fitted.labels, fitted.prototypes),
+            "after": mean_prototype_distance(after, fitted.labels, fitted.prototypes),
+        },
+    }
+
+
+def load_classifier(
+    run: RunDirectory,
+    class_names: tuple[str, ...] | None = None,
+    template: str | None = None,
+    *,
+    backbone: Backbone | None = None,
+    device: str | None = None,
+) -> Classifier:
+    """The tuned classifier of a finished run.
+
+    Args:
+        run: its directory.
+        class_names: other classes than it was tuned on, for prompts that carry over.
+        template: goes with them, where the text prompt is not learned.
+        backbone: already loaded, to share it.
+        device: to run on, if not the one it was tuned on.
+
+    Raises:
+        UserError: no finished run is here, its backbone differs from the one it was tuned on,
+            or it is a probe, whose classes are fixed.
+    """
+    run.require()
+    settings = run.read_settings()
+    _, own_names, own_template = run.read_task()
+    backbone = backbone or load_backbone(
+        settings.backbone,
+        settings.pretrained,
+        device=device or settings.device,
+        precision=settings.precision,
+    )
+    _check_fingerprint(run, backbone)
+    tensors, _ = run.read_tensors(run.prompts_file)
+    names = class_names or own_names
+    if "weight" in tensors:
+        if names != own_names:
+            raise UserError(
+                f"the run in {run.path} is a linear probe, which knows only the classes it was "
+                "fitted on; use a prompt method for other classes"
+            )
+        place = backbone.device
+        return LinearProbe(backbone, names, tensors["weight"].to(place), tensors["bias"].to(place))
+    prompts = Prompts(tensors.get("text_prompt"), tensors.get("visual_prompt"))
+    prompts = prompts.to(backbone.device).requires_grad_(False)
+    return PromptedClassifier(
+        backbone, names, prompts, settings.template or template or own_template
+    )
+
+
+def _check_fingerprint(run: RunDirectory, backbone: Backbone) -> None:
+    recorded = read_json(run.environment_file, "environment of the run").get("backbone_sha256")
+    if recorded != backbone.fingerprint:
+        raise UserError(
+            f"the weights of backbone '{backbone.name}' are not those that {run.path} was tuned "
+            "on; its prompts only fit the original ones"
+        )

@@ -1,0 +1,100 @@
+"""The recorded run of the method is reproduced, number by number."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dapt.backbone import load_backbone
+from dapt.classifier import PromptedClassifier, image_features
+from dapt.losses import class_prototypes
+from dapt.methods import METHODS
+from dapt.prompts import Prompts
+from dapt.tuning import Tuner, learning_rate
+
+SMALL = Path(__file__).parent / "fixtures" / "recorded"
+
+
+@pytest.fixture(scope="module", params=["small", "full"])
+def recorded(request, tmp_path_factory):
+    """The record cut small (in the repository), and the whole one where it is at hand."""
+    folder = SMALL if request.param == "small" else request.getfixturevalue("shared") / "reference"
+    record = load_file(folder / "record.safetensors")
+    settings = json.loads((folder / "record.json").read_text())
+    weights_file = folder / "clip.safetensors"
+    if request.param == "small":  # put the token embedding's rows back into its table
+        state = load_file(weights_file)
+        table = torch.zeros(49408, state["ln_final.weight"].shape[0])
+        table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
+        weights_file = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
+        save_file({**state, "token_embedding.weight": table}, weights_file)
+    backbone = load_backbone(str(weights_file))
+    prompts = Prompts(record["txt_ctx"], record["vis_ctx"][0])
+    classifier = PromptedClassifier(backbone, settings["class_names"], prompts, "")
+    prototypes = record["prototypes"]
+    if "support_images" in record:
+        support = image_features(backbone, record["support_images"])
+        classes = len(settings["class_names"])
+        prototypes = class_prototypes(support, record["support_labels"], classes)
+    weights = {"intra": settings["beta_visual"], "inter": settings["beta_text"]}
+    tuner = Tuner(
+        classifier,
+        METHODS["dapt"],
+        weights,
+        prototypes,
+        momentum=settings["momentum"],
+        weight_decay=settings["weight_decay"],
+        rbf_t=settings["rbf_t"],
+    )
+    return record, settings, classifier, tuner
+
+
+def test_tokens_are_those_of_the_record(recorded):
+    record, settings, classifier, _ = recorded
+    tokens = classifier.text_encoder.tokens
+    for row, own in zip(record["tokenized_prompts"].tolist(), tokens.own, strict=True):
+        start = len(tokens.shared) + settings["n_text"]
+        assert row[start : start + len(own)] == list(own)
+        assert row[: len(tokens.shared)] == list(tokens.shared)
+        assert not any(row[start + len(own) :])
+
+
+def test_recorded_run_is_reproduced(recorded):
+    record, settings, classifier, tuner = recorded
+    with torch.no_grad():
+        text, image = classifier.text_features(), classifier.image_features(record["images"][0])
+        logits = classifier.logits(image, text)
+    torch.testing.assert_close(text, record["first_text_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(image, record["first_image_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, record["first_logits"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tuner.prototypes, record["prototypes"], atol=1e-5, rtol=0)
+
+    total, _, _ = tuner.losses(record["images"][0], record["labels"][0])
+    total.backward()
+    for name, recorded_gradient in (
+        ("text", record["first_grad_txt"]),
+        ("visual", record["first_grad_vis"][0]),
+    ):
+        gradient = tuner.named[name].grad
+        assert (gradient - recorded_gradient).norm() < 1e-4 * recorded_gradient.norm()
+
+    per_epoch = settings["iterations_per_epoch"]
+    losses = []
+    for step, (views, labels) in enumerate(zip(record["images"], record["labels"], strict=True)):
+        lr = learning_rate(step // per_epoch, settings["epochs"], settings["lr"])
+        assert lr == record["lrs"][step].item()
+        result = tuner.step(views, labels, lr)
+        terms = result.terms
+        losses.append([result.cross_entropy, terms["intra"], terms["inter"], result.total])
+    torch.testing.assert_close(
+        torch.tensor(losses, dtype=torch.float64), record["losses"], atol=1e-3, rtol=0
+    )
+    if "final_logits" not in record:
+        return
+    torch.testing.assert_close(tuner.named["text"], record["final_txt_ctx"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(tuner.named["visual"], record["final_vis_ctx"][0], atol=1e-3, rtol=0)
+    with torch.no_grad():
+        logits = classifier(record["images"][0])
+    torch.testing.assert_close(logits, record["final_logits"], atol=1e-3, rtol=0)

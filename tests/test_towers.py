@@ -1,0 +1,238 @@
+"""The towers give what open_clip's own forward gives, with prompts put in by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.model import CustomTextCLIP
+
+from conftest import tiny_config
+from dapt.backbone import Backbone, Preprocessing, load_backbone
+from dapt.classifier import PromptedClassifier
+from dapt.errors import UserError
+from dapt.prompts import Prompts, new_prompts
+from dapt.towers import ClassTokens, TextEncoder, encode_image
+
+WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "zebra", "a very long name of a rare flower"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_weights):
+    return load_backbone(str(tiny_weights))
+
+
+def plain_text(backbone, names, context):
+    """77 tokens a class, the context put in place of stand-in words, the tower's own blocks."""
+    text, count = backbone.text, len(context)
+    sentences = [" ".join(["X"] * count + [n.replace("_", " ") + "."]) for n in names]
+    ids = backbone.tokenizer(sentences)
+    x = text.token_embedding(ids)
+    x = torch.cat([x[:, :1], context.expand(len(names), -1, -1), x[:, 1 + count :]], dim=1)
+    x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
+    x = text.ln_final(x)[torch.arange(len(names)), ids.argmax(-1)]
+    return x @ text.text_projection
+
+
+def plain_image(visual, images, prompt):
+    """All tokens through all layers, then the class token."""
+    x = visual._embeds(images)
+    x = torch.cat([x[:, :1], prompt.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+    x = visual.ln_post(visual.transformer(x))[:, 0]
+    return x @ visual.proj
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6, unique=True),
+    vectors=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 100),
+)
+def test_shared_prefix_is_exact(backbone, names, vectors, seed):
+    torch.manual_seed(seed)
+    context = torch.nn.Parameter(torch.randn(vectors, 64) * 0.02)
+    weights = torch.randn(len(names), 32)
+    expected = plain_text(backbone, names, context)
+    (expected * weights).sum().backward()
+    gradient, context.grad = context.grad.clone(), None
+
+    encoder = TextEncoder(backbone, ClassTokens.for_context(backbone, names, vectors))
+    assert encoder.shares_prefix
+    found = encoder(context)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(
+        F.normalize(found, dim=-1), F.normalize(expected, dim=-1), atol=1e-5, rtol=0
+    )
+    assert (context.grad - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+@settings(max_examples=8, deadline=None)
+@given(vectors=st.sampled_from([1, 4, 16]), images=st.integers(1, 3), seed=st.integers(0, 100))
+def test_class_token_only_last_layer_is_exact(backbone, vectors, images, seed):
+    torch.manual_seed(seed)
+    prompt = torch.nn.Parameter(torch.randn(vectors, 64))
+    pixels, weights = torch.randn(images, 3, 32, 32), torch.randn(images, 32)
+    expected = plain_image(backbone.visual, pixels, prompt)
+    (expected * weights).sum().backward()
+    gradient, prompt.grad = prompt.grad.clone(), None
+    found = encode_image(backbone, pixels, prompt)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(
+        F.normalize(found, dim=-1), F.normalize(expected, dim=-1), atol=1e-5, rtol=0
+    )
+    assert (prompt.grad - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_without_prompts_both_towers_are_open_clips(backbone):
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        encode_image(backbone, images), backbone.visual(images), atol=1e-5, rtol=1e-4
+    )
+    sentences = [f"a photo of a {n.replace('_', ' ')}." for n in WORDS]
+    encoder = TextEncoder(backbone, ClassTokens.for_template(backbone, WORDS, "a photo of a {}."))
+    assert len(encoder.tokens.shared) >= 4  # start and the template's first words
+    torch.testing.assert_close(
+        encoder(), backbone.text(backbone.tokenizer(sentences)), atol=1e-5, rtol=1e-4
+    )
+
+
+class LetterTokenizer:
+    """Stands in for SigLIP's tokenizer, whose files only the hub has: a token a letter."""
+
+    context_length = 24
+
+    def __call__(self, texts, context_length=24):
+        ids = torch.ones(len(texts), context_length, dtype=torch.long)
+        for i, text in enumerate(texts):
+            row = [2 + ord(c) % 90 for c in text][: context_length - 1]
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return ids
+
+
+def siglip():
+    """A SigLIP in miniature: timm tower with attention pooling, text without a causal mask."""
+    torch.manual_seed(3)
+    model = CustomTextCLIP(
+        embed_dim=192,
+        vision_cfg={
+            "image_size": 32,
+            "timm_model_name": "vit_tiny_patch16_224",
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        text_cfg={
+            "context_length": 24, "vocab_size": 100, "width": 48, "heads": 2, "layers": 2,
+            "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+        },
+    )  # fmt: skip
+    model.visual.set_input_size(32)
+    seen = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash")
+    return Backbone(
+        model, LetterTokenizer(), seen, name="siglip", device=torch.device("cpu"), precision="fp32"
+    )
+
+
+def test_siglip_takes_both_prompts():
+    backbone = siglip()
+    assert (backbone.vision_width, backbone.patch_size, backbone.start_tokens) == (192, 16, [])
+    ids = backbone.tokenizer(["a cat.", "a dog."])
+    encoder = TextEncoder(backbone, ClassTokens.for_template(backbone, ["cat", "dog"], "a {}."))
+    assert not encoder.shares_prefix
+    torch.testing.assert_close(encoder(), backbone.text(ids), atol=1e-5, rtol=1e-4)
+
+    # A context made of the words' own embeddings is the sentence itself.
+    words = backbone.text.token_embedding(backbone.tokenizer(["a "])[0, :2])
+    learned = TextEncoder(backbone, ClassTokens.for_context(backbone, ["cat", "dog"], 2))
+    torch.testing.assert_close(learned(words), backbone.text(ids), atol=1e-5, rtol=1e-4)
+
+    prompts = new_prompts(backbone, text_vectors=4, visual_vectors=3)
+    classifier = PromptedClassifier(backbone, ["cat", "dog"], prompts, "{}")
+    images = torch.randn(2, 3, 32, 32)
+    classifier(images).sum().backward()
+    assert prompts.text.grad.norm() > 0
+    assert prompts.visual.grad.norm() > 0
+    empty = encode_image(backbone, images, torch.zeros(0, 192))
+    torch.testing.assert_close(empty, backbone.visual(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_cfg__pool_type": "avg"},
+        {"vision_cfg__attentional_pool": True, "vision_cfg__attn_pooler_heads": 2},
+        {"vision_cfg__qk_norm": True, "text_cfg__qk_norm": True},
+        {"vision_cfg__no_ln_pre": True, "vision_cfg__ls_init_value": 0.1},
+        {"text_cfg__embed_cls": True, "text_cfg__context_length": 30},
+        {"text_cfg__proj_bias": True, "text_cfg__pool_type": "eos", "text_cfg__eos_id": 49407},
+    ],
+)
+def test_other_towers_of_open_clip(changes):
+    torch.manual_seed(5)
+    model = CustomTextCLIP(**tiny_config(**changes)).eval()
+    from open_clip import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=model.text.context_length)
+    ids, images = tokenizer(["a cat.", "a sea lion."]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        text, image = model.text(ids), model.visual(images)
+    seen = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
+    backbone = Backbone(
+        model, tokenizer, seen, name="odd", device=torch.device("cpu"), precision="fp32"
+    )
+    tokens = ClassTokens.for_context(backbone, ["cat", "sea lion"], 1)
+    word = backbone.text.token_embedding(tokenizer("a")[0, 1:2]).detach()
+    found = TextEncoder(backbone, tokens)(word)
+    torch.testing.assert_close(found, text, atol=1e-5, rtol=1e-4)
+    none = encode_image(backbone, images, torch.zeros(0, 64))
+    torch.testing.assert_close(none, image, atol=1e-5, rtol=1e-4)
+    prompt = torch.nn.Parameter(torch.randn(2, 64))
+    encode_image(backbone, images, prompt).sum().backward()
+    assert prompt.grad.norm() > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_near_and_prompts_stay_fp32(tiny_weights, backbone, precision):
+    low = load_backbone(str(tiny_weights), precision=precision)
+    views = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    prompts = new_prompts(backbone, text_vectors=4, visual_vectors=4)
+    found = PromptedClassifier(low, WORDS, prompts, "{}")
+    expected = PromptedClassifier(backbone, WORDS, prompts, "{}")
+    with torch.no_grad():
+        cosine = (found.image_features(views) * expected.image_features(views)).sum(-1)
+    assert cosine.min() > 0.99
+    found(views).sum().backward()
+    assert prompts.text.grad.dtype == prompts.visual.grad.dtype == torch.float32
+    assert found.text_features().dtype == torch.float32
+
+
+def test_what_does_not_fit_is_named(backbone):
+    with pytest.raises(UserError, match="class name 'la la.*leave room for"):
+        ClassTokens.for_context(backbone, ["cat", "la " * 65], 16)
+    with pytest.raises(UserError, match="longer than the 77 tokens"):
+        ClassTokens.for_context(backbone, ["la " * 90], 16)
+    with pytest.raises(UserError, match="text prompt of 76 vectors"):
+        ClassTokens.for_context(backbone, ["cat"], 76)
+
+
+def test_resnet_takes_text_prompts_only():
+    backbone = load_backbone("RN50", "random")
+    with pytest.raises(UserError, match="takes no visual prompt"):
+        new_prompts(backbone, visual_vectors=4)
+    prompts = new_prompts(backbone, text_vectors=4)
+    classifier = PromptedClassifier(backbone, ["cat", "dog"], prompts, "{}")
+    assert classifier(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 2)
+
+
+def test_prompt_initialisation(backbone):
+    prompts = new_prompts(backbone, text_vectors=400, visual_vectors=400)
+    bound = (6 / (3 * 8**2 + 64)) ** 0.5
+    assert prompts.text.std().item() == pytest.approx(0.02, rel=0.05)
+    assert prompts.visual.abs().max() <= bound
+    assert prompts.visual.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    words = new_prompts(backbone, text_vectors=6, text_init="a photo of a")
+    ids = torch.tensor(backbone.tokenize(["a photo of a"])[0][1:-1])
+    torch.testing.assert_close(words.text[2:].detach(), backbone.text.token_embedding(ids))
+    with pytest.raises(UserError, match="use fewer words or more vectors"):
+        new_prompts(backbone, text_vectors=2, text_init="a photo of a")
+    assert Prompts().count == 0
