@@ -41,6 +41,11 @@ class PromptedClassifier(nn.Module):
         self.text_encoder = TextEncoder(backbone, tokens)
         self._fixed_text_features: Tensor | None = None
 
+    @property
+    def learned_parameters(self) -> int:
+        """How many numbers tuning may change."""
+        return self.prompts.count
+
     def text_features(self) -> Tensor:
         """(C, D) normalised class features in fp32; computed once where no context is learned."""
         if self.prompts.text is not None:
@@ -91,6 +96,11 @@ class LinearProbe(nn.Module):
         super().__init__()
         self.backbone, self.class_names = backbone, tuple(class_names)
         self.weight, self.bias = weight.float(), bias.float()
+
+    @property
+    def learned_parameters(self) -> int:
+        """How many numbers were fitted."""
+        return self.weight.numel() + self.bias.numel()
 
     def image_features(self, views: Tensor) -> Tensor:
         """(B, D) normalised, un-prompted image features in fp32."""

@@ -40,6 +40,7 @@ DEMO_FOLDER = Path("demo")
 _STORAGE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "the file size limit is reached; raise it",
     errno.EROFS: "the file system is read-only; write elsewhere with --output",
     errno.EACCES: "permission is denied; write elsewhere with --output",
     errno.EPERM: "permission is denied; write elsewhere with --output",
@@ -262,7 +263,7 @@ def evaluate(
         classifier = load_classifier(directory, task.class_names, task.template, device=device)
         result = evaluate_task(classifier, task, settings, RichReporter())
         if dataset or domain:
-            name = "-".join(filter(None, [Path(dataset or settings.dataset).name, domain]))
+            name = "-".join(filter(None, [Path(dataset or settings.dataset).stem, domain]))
             write_json(directory.path / f"eval-{name}.json", {"dataset": task.name, "test": result})
         if as_json:
             typer.echo(json.dumps(result, ensure_ascii=False))

@@ -58,7 +58,7 @@ class Method:
         return self.text or self.visual
 
 
-_INTRA, _INTER = {"intra": "beta_visual"}, {"inter": "beta_text"}
+INTRA, INTER = {"intra": "beta_visual"}, {"inter": "beta_text"}
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("Zero-shot CLIP"),
@@ -66,9 +66,9 @@ METHODS: dict[str, Method] = {
     "coop": Method("CoOp", text=True),
     "vpt": Method("VPT", visual=True),
     "vlpt": Method("VLPT", text=True, visual=True),
-    "dapt-text": Method("DAPT-text", text=True, terms=_INTER),
-    "dapt-visual": Method("DAPT-visual", visual=True, terms=_INTRA),
-    "dapt": Method("DAPT", text=True, visual=True, terms={**_INTRA, **_INTER}),
+    "dapt-text": Method("DAPT-text", text=True, terms=INTER),
+    "dapt-visual": Method("DAPT-visual", visual=True, terms=INTRA),
+    "dapt": Method("DAPT", text=True, visual=True, terms={**INTRA, **INTER}),
 }
 
 

@@ -19,8 +19,7 @@ STRENGTHS = tuple(float(10**e) for e in np.arange(-1, 4.5, 0.5))
 def fit_probe(
     features: Tensor,
     labels: Tensor,
-    val_features: Tensor | None,
-    val_labels: Tensor,
+    val: tuple[Tensor, Tensor] | None,
     classes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +30,7 @@ def fit_probe(
 
     Args:
         features: (n, D) normalised; ``labels``: (n,).
-        val_features: (m, D) or None; ``val_labels``: (m,).
+        val: the same of held-out images, (m, D) and (m,), or None.
         classes: C; a class without images gets a bias that never wins.
         seed: of the folds.
 
@@ -46,8 +45,8 @@ def fit_probe(
         bias[present[0]] = 0
         return weight, bias
 
-    if val_features is not None and len(val_labels):
-        vx, vy = val_features.double().numpy(), val_labels.numpy()
+    if val is not None:
+        vx, vy = val[0].double().numpy(), val[1].numpy()
         scores = [(_fit(x, y, c).score(vx, vy), -c) for c in STRENGTHS]
         strength = -max(scores)[1]
     elif (folds := min(3, int(np.bincount(y)[present].min()))) >= 2:

@@ -163,7 +163,8 @@ class RunDirectory:
     def write_tensors(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
         """Write safetensors atomically, on the CPU, with string metadata."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        write_atomic(path, save(tensors, metadata=metadata))
+        # No tensors and an empty mapping together make a header that cannot be read back.
+        write_atomic(path, save(tensors, metadata=metadata or None))
 
     def read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a safetensors file of this run.

@@ -93,7 +93,8 @@ def train(
         precision=settings.precision,
     )
     method = get_method(settings.method)
-    classifier = new_classifier(backbone, task, method, settings)
+    classifier: Classifier = new_classifier(backbone, task, method, settings)
+    encoded = encode_support(backbone, task, support, settings, reporter)
     with run.locked():
         _check_output(run, settings, resume=resume, overwrite=overwrite)
         if not resume or not run.exists:
@@ -103,9 +104,36 @@ def train(
             run.write_environment(backbone, seed=settings.seed)
             run.write_settings(settings)
         started = time.perf_counter()
-        fitted = _fit(run, settings, task, support, classifier, method, reporter)
+        if method.probe:
+            classifier = _fit_probe(run, settings, task, support, encoded, backbone)
+        else:
+            assert isinstance(classifier, PromptedClassifier)
+            if method.learns_prompts:
+                _tune(run, settings, classifier, method, encoded, reporter)
+            prompts = classifier.prompts.named_parameters()
+            run.write_tensors(
+                run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
+            )
         tuned = time.perf_counter()
-        _finish(run, settings, task, method, fitted, reporter)
+        try:
+            test = evaluate_task(classifier, task, settings, reporter)
+        except UserError as error:
+            raise UserError(
+                f"{error} (the tuned prompts are kept: dapt train --output {run.path} --resume)"
+            ) from error
+        write_json(
+            run.metrics_file,
+            {
+                "method": settings.method,
+                "dataset": task.name,
+                "shots": settings.shots,
+                "seed": settings.seed,
+                "learned_parameters": classifier.learned_parameters,
+                "support_images": len(encoded.store),
+                "dispersion": _dispersion(classifier, task, settings, encoded),
+                "test": test,
+            },
+        )
         run.add_to_environment(
             tuning_seconds=round(tuned - started, 2),
             evaluation_seconds=round(time.perf_counter() - tuned, 2),
@@ -187,50 +215,56 @@ def store_of(
     )
 
 
-@dataclass
-class _Fitted:
-    """A tuned classifier and what was measured on the support set while tuning it."""
+@dataclass(frozen=True)
+class Support:
+    """A support set as its backbone sees it without prompts; the same for every method."""
 
-    classifier: Classifier
     store: ImageStore
-    labels: Tensor
-    before: Tensor  # (n, D) un-prompted features of the support set
+    labels: Tensor  # (n,)
+    features: Tensor  # (n, D), normalised, on the CPU
     prototypes: Tensor  # (C, D)
-    learned: int
 
 
-def _fit(
-    run: RunDirectory,
-    settings: Settings,
+def encode_support(
+    backbone: Backbone,
     task: Task,
     support: SupportSet,
-    classifier: PromptedClassifier,
-    method: Method,
+    settings: Settings,
     reporter: Reporter,
-) -> _Fitted:
-    backbone, classes = classifier.backbone, len(task.class_names)
+) -> Support:
+    """Read the support images once: un-prompted features, and class prototypes from them.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
     store = store_of(backbone, task, support.train, settings)
     labels = torch.tensor([item.label for item in support.train])
     with reporter.stage("support set", len(store)) as advance:
-        before = unprompted_features(
+        features = unprompted_features(
             backbone, store, batch_size=settings.eval_batch_size, advance=advance
         )
-    prototypes = class_prototypes(before, labels, classes)
-    fitted = _Fitted(classifier, store, labels, before, prototypes, classifier.prompts.count)
-    if method.probe:
-        val = store_of(backbone, task, support.val, settings) if support.val else None
-        val_features = unprompted_features(backbone, val) if val is not None else None
-        val_labels = torch.tensor([item.label for item in support.val])
-        weight, bias = fit_probe(before, labels, val_features, val_labels, classes, settings.seed)
-        fitted.classifier = LinearProbe(backbone, task.class_names, weight, bias)
-        fitted.learned = weight.numel() + bias.numel()
-        run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
-        return fitted
-    if method.learns_prompts:
-        _tune(run, settings, classifier, method, store, labels, prototypes, reporter)
-    tensors = {f"{name}_prompt": p.detach() for name, p in classifier.prompts.named_parameters()}
-    run.write_tensors(run.prompts_file, tensors, method=settings.method)
-    return fitted
+    prototypes = class_prototypes(features, labels, len(task.class_names))
+    return Support(store, labels, features, prototypes)
+
+
+def _fit_probe(
+    run: RunDirectory,
+    settings: Settings,
+    task: Task,
+    drawn: SupportSet,
+    support: Support,
+    backbone: Backbone,
+) -> LinearProbe:
+    val = None
+    if drawn.val:
+        store = store_of(backbone, task, drawn.val, settings)
+        labels = torch.tensor([item.label for item in drawn.val])
+        val = unprompted_features(backbone, store, batch_size=settings.eval_batch_size), labels
+    classes = len(task.class_names)
+    weight, bias = fit_probe(support.features, support.labels, val, classes, settings.seed)
+    run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
+    place = backbone.device
+    return LinearProbe(backbone, task.class_names, weight.to(place), bias.to(place))
 
 
 def _tune(
@@ -238,16 +272,16 @@ def _tune(
     settings: Settings,
     classifier: PromptedClassifier,
     method: Method,
-    store: ImageStore,
-    labels: Tensor,
-    prototypes: Tensor,
+    support: Support,
     reporter: Reporter,
 ) -> None:
+    """Tune the classifier's prompts in place, from the last checkpoint if there is one."""
+    store, labels = support.store, support.labels
     tuner = Tuner(
         classifier,
         method,
         loss_weights(settings),
-        prototypes.to(classifier.backbone.device),
+        support.prototypes.to(classifier.backbone.device),
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         rbf_t=settings.rbf_t,
@@ -350,28 +384,6 @@ def _stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, before[number])
 
 
-def _finish(
-    run: RunDirectory,
-    settings: Settings,
-    task: Task,
-    method: Method,
-    fitted: _Fitted,
-    reporter: Reporter,
-) -> None:
-    """Evaluate on the test images and write metrics.json, which marks the run finished."""
-    result: dict[str, Any] = {
-        "method": settings.method,
-        "dataset": task.name,
-        "shots": settings.shots,
-        "seed": settings.seed,
-        "learned_parameters": fitted.learned,
-        "support_images": len(fitted.store),
-    }
-    result["dispersion"] = _dispersion(settings, task, method, fitted)
-    result["test"] = evaluate_task(fitted.classifier, task, settings, reporter)
-    write_json(run.metrics_file, result)
-
-
 def evaluate_task(
     classifier: Classifier, task: Task, settings: Settings, reporter: Reporter
 ) -> dict[str, Any]:
@@ -389,35 +401,29 @@ def evaluate_task(
 
 
 def _dispersion(
-    settings: Settings, task: Task, method: Method, fitted: _Fitted
+    classifier: Classifier, task: Task, settings: Settings, support: Support
 ) -> dict[str, dict[str, float]]:
-    """Mean inter- and intra-dispersion before and after tuning.
+    """Mean inter- and intra-dispersion before and after tuning; empty where nothing was tuned.
 
     Inter: mean distance between class text features, in the template before, in the learned
     context after. Intra: mean distance of support images to their class prototype.
     """
-    if not method.learns_prompts:
+    if not isinstance(classifier, PromptedClassifier) or not classifier.learned_parameters:
         return {}
-    classifier = fitted.classifier
-    assert isinstance(classifier, PromptedClassifier)
-    backbone, template = classifier.backbone, settings.template or task.template
-    after = fitted.before
-    if method.visual:
+    after = support.features
+    if classifier.prompts.visual is not None:
         after = encode_store(
-            classifier.image_features, fitted.store, batch_size=settings.eval_batch_size
+            classifier.image_features, support.store, batch_size=settings.eval_batch_size
         )
-    plain = PromptedClassifier(backbone, task.class_names, Prompts(), template)
+    template = settings.template or task.template
+    plain = PromptedClassifier(classifier.backbone, task.class_names, Prompts(), template)
     with torch.inference_mode():
-        text_before, text_after = plain.text_features(), classifier.text_features()
+        text = [mean_text_distance(c.text_features()) for c in (plain, classifier)]
+    labels, prototypes = support.labels, support.prototypes
+    image = [mean_prototype_distance(z, labels, prototypes) for z in (support.features, after)]
     return {
-        "inter": {
-            "before": mean_text_distance(text_before),
-            "after": mean_text_distance(text_after),
-        },
-        "intra": {
-            "before": mean_prototype_distance(fitted.before, fitted.labels, fitted.prototypes),
-            "after": mean_prototype_distance(after, fitted.labels, fitted.prototypes),
-        },
+        "inter": {"before": text[0], "after": text[1]},
+        "intra": {"before": image[0], "after": image[1]},
     }
 
 

@@ -1,0 +1,25 @@
+"""Tasks (bundled, benchmarks, folders, tables), support sets, and images."""
+
+from dapt.data.benchmarks import BENCHMARKS, Benchmark, read_split
+from dapt.data.images import ImageStore, centre_view, decode_image, is_image_file, open_image
+from dapt.data.items import Item, Task
+from dapt.data.support import SupportSet, draw_support_set, load_support_set
+from dapt.data.tasks import bundled_domains, open_task
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "ImageStore",
+    "Item",
+    "SupportSet",
+    "Task",
+    "bundled_domains",
+    "centre_view",
+    "decode_image",
+    "draw_support_set",
+    "is_image_file",
+    "load_support_set",
+    "open_image",
+    "open_task",
+    "read_split",
+]

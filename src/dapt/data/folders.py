@@ -1,0 +1,116 @@
+"""A task from a folder of images, and the split of what comes without one."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+from dapt.data.images import has_image_name
+from dapt.data.items import (
+    PARTS,
+    Listing,
+    Pair,
+    check_class_names,
+    check_listing,
+    check_path,
+    label_order,
+)
+from dapt.errors import UserError
+
+
+def read_folder(folder: Path, test_fraction: float, split_seed: int) -> Listing:
+    """Read a tree of images, class by class folder, labelled in the order of folder names.
+
+    Either ``train/<class>/`` and ``test/<class>/`` (and ``val/<class>/``), or ``<class>/`` alone,
+    which `split_by_class` then splits. Images may lie deeper in a class's folder.
+
+    Raises:
+        UserError: there are no class folders or one is empty; ``test/`` or a test class's train
+            folder is missing; two folders' names read the same.
+    """
+    # A class may be called "train": a split tree's train/ holds folders.
+    if (folder / "train").is_dir() and _subfolders(folder / "train"):
+        if not (folder / "test").is_dir():
+            hint = f"; rename {folder / 'val'} to test" if (folder / "val").is_dir() else ""
+            raise UserError(f"folder {folder} has train/ but no test/{hint or '; add one'}")
+        listing = _read_parts(folder)
+    else:
+        classes = label_order(set(_subfolders(folder)))
+        if not classes:
+            raise UserError(
+                f"folder {folder} holds no class folders; put each class's images in a folder of "
+                "its own, or train/ and test/ with such folders"
+            )
+        images = tuple(
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in _images(folder, folder / name)
+        )
+        train, test = split_by_class(images, classes, test_fraction, split_seed)
+        listing = Listing(tuple(classes), train=train, test=test)
+    check_class_names(listing.class_names, f"folder {folder}", distinct=False)
+    check_listing(listing, f"folder {folder}")
+    return listing
+
+
+def split_by_class(
+    images: tuple[Pair, ...], classes: list[str], test_fraction: float, seed: int
+) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """Split every class's images into train and test, at random but always the same.
+
+    A class's split depends on its name, its images and the seed alone, not on other classes. A
+    class of two or more images has some in both; a single image goes to train.
+
+    Returns:
+        Train and test pairs, each in the order of ``images``.
+    """
+    by_class: dict[int, list[Pair]] = {}
+    for pair in sorted(images):
+        by_class.setdefault(pair[1], []).append(pair)
+    tested: set[Pair] = set()
+    for label, members in by_class.items():
+        random.Random(f"{seed}/{classes[label]}").shuffle(members)
+        count = round(test_fraction * len(members))
+        tested.update(members[: min(max(count, 1), len(members) - 1)])
+    train = tuple(pair for pair in images if pair not in tested)
+    return train, tuple(pair for pair in images if pair in tested)
+
+
+def _read_parts(folder: Path) -> Listing:
+    found = {part: _subfolders(folder / part) for part in PARTS if (folder / part).is_dir()}
+    classes = label_order(set(found["train"]))
+    parts: dict[str, tuple[Pair, ...]] = {}
+    for part, names in found.items():
+        if unknown := sorted(set(names) - set(classes)):
+            raise UserError(
+                f"class folder {folder / part / unknown[0]} has no counterpart in "
+                f"{folder / 'train'}; add one, or take it out"
+            )
+        parts[part] = tuple(
+            (path, label)
+            for label, name in enumerate(classes)
+            if name in names
+            for path in _images(folder, folder / part / name)
+        )
+    return Listing(tuple(classes), **parts)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror})") from error
+    return sorted(n for n in names if not n.startswith(".") and (folder / n).is_dir())
+
+
+def _images(root: Path, folder: Path) -> list[str]:
+    """Image files in and below ``folder``, relative to ``root``, sorted; hidden ones left out."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(root).as_posix()
+        found += [f"{inside}/{name}" for name in files if has_image_name(name)]
+    if not found:
+        raise UserError(f"class folder {folder} holds no images; add some, or take it out")
+    return sorted(check_path(path, f"folder {root}") for path in found)

@@ -1,0 +1,412 @@
+"""Image files to square uint8 tensors, decoded once and ahead of the model.
+
+Normalisation by a mean and standard deviation is the backbone's, not done here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dapt.errors import UserError
+
+# PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
+_REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+RESIZE_MODES = ("shortest", "squash")
+
+# Of the training crop, as in Inception-style training: share of the area, and width / height.
+CROP_SCALE = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+
+# EXIF orientation tag and what undoes each value; 1 is upright.
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Longer strips than this are cut to their middle before the short side is resized, or a strip of
+# a few bytes would become gigabytes. What is cut lies far outside the centre crop.
+_MAX_ASPECT = 16
+
+# Images a thread takes at a time: enough to hide the cost of handing them out.
+_CHUNK = 8
+
+
+# -- reading one file ------------------------------------------------------------------------
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _REFUSED_FORMATS)
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    formats = set(_formats())
+    return frozenset(e for e, name in Image.registered_extensions().items() if name in formats)
+
+
+def has_image_name(name: str) -> bool:
+    """Whether a file's name has the extension of an image, in any case, and is not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether ``path`` is a file with the name of an image."""
+    return has_image_name(path.name) and path.is_file()
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """Read an image file as upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency laid on white, 16-bit greyscale scaled to 8 bits,
+    and of an animation the first frame is taken.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, no image, or so large that PIL suspects
+            a decompression bomb.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode_image(file, str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"image {path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path} cannot be opened ({error}); check the path") from error
+
+
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read an image as `open_image` does, from an open file that errors call ``name``.
+
+    Raises:
+        UserError: as `open_image`, once the file is open.
+    """
+    try:
+        with Image.open(file, formats=_formats()) as image:
+            image.load()
+            if min(image.size) < 1:
+                raise ValueError("it has no pixels")
+            return _upright(_as_rgb(image), _orientation(image))
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        reason = "not an image in a known format" if file.read(1) else "the file is empty"
+        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+    except Exception as error:  # decoders fail on damaged files in whatever way
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged tag must not cost the picture
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _wide_grey(image).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    # A copy, not the file's own object, which closes with the file.
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_grey(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits, which PIL's own conversion would clip, as 8 bits."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its values have no known scale (save it with 8 or 16 bits)")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+# -- views -----------------------------------------------------------------------------------
+
+
+def centre_view(
+    image: Image.Image, size: int, *, interpolation: str = "bicubic", resize_mode: str = "shortest"
+) -> Image.Image:
+    """The square of ``size`` px that is looked at in evaluation.
+
+    ``shortest`` resizes the short side and crops the centre, as torchvision's ``Resize`` and
+    ``CenterCrop`` do on a PIL image (to the bit); ``squash`` resizes both sides.
+
+    Raises:
+        UserError: ``interpolation`` or ``resize_mode`` is unknown.
+    """
+    resample = _resample(interpolation)
+    if _resize_mode(resize_mode) == "squash":
+        return image.resize((size, size), resample)
+    image = _without_ends(image)
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized_long = int(size * long / short)
+    new = (size, resized_long) if width <= height else (resized_long, size)
+    image = image.resize(new, resample)
+    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def train_view(
+    image: Image.Image, size: int, generator: random.Random, *, interpolation: str = "bicubic"
+) -> Image.Image:
+    """A random resized crop (area 8 % to 100 %, aspect 3/4 to 4/3), mirrored half the time.
+
+    The distribution is that of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
+    Only ``generator.random()`` is called: the one method whose values Python promises not to
+    change between versions.
+
+    Raises:
+        UserError: ``interpolation`` is unknown.
+    """
+    box = crop_box(*image.size, generator)
+    view = image.crop(box).resize((size, size), _resample(interpolation))
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else view
+
+
+def crop_box(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop of a width x height px image.
+
+    Area is uniform, aspect log-uniform; after ten crops that do not fit, the largest centred one
+    of an allowed aspect is taken (Szegedy et al., 2015, as in torchvision).
+    """
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(10):
+        area = (
+            width * height * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * generator.random())
+        )
+        aspect = math.exp(low + (high - low) * generator.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(generator.random() * (height - h + 1))
+            left = int(generator.random() * (width - w + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    keep = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= keep:
+        return image
+    if width > height:
+        left = (width - keep) // 2
+        return image.crop((left, 0, left + keep, height))
+    top = (height - keep) // 2
+    return image.crop((0, top, width, top + keep))
+
+
+def _resample(interpolation: str) -> Image.Resampling:
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"interpolation '{interpolation}' is none of {', '.join(INTERPOLATIONS)}; use a "
+            "backbone with one of these"
+        )
+    return INTERPOLATIONS[interpolation]
+
+
+def _resize_mode(mode: str) -> str:
+    if mode not in RESIZE_MODES:
+        raise UserError(
+            f"resize mode '{mode}' is none of {', '.join(RESIZE_MODES)}; use a backbone with one "
+            "of these"
+        )
+    return mode
+
+
+# -- many files ------------------------------------------------------------------------------
+
+
+class ImageStore:
+    """Views of many image files, of which as many as fit a budget stay decoded in memory.
+
+    What is kept never changes a view; it only saves decoding. Nothing is read at construction.
+
+    Args:
+        paths: image files; an image's index is its place here.
+        size: side of a view, px.
+        interpolation: ``bicubic`` or another of `INTERPOLATIONS`.
+        resize_mode: ``shortest`` or ``squash``, of test views; see `centre_view`.
+        memory_budget: bytes that kept images may take in all. First come, first kept.
+        threads: decoding threads; by default one a core, at most eight.
+
+    Raises:
+        UserError: ``interpolation`` or ``resize_mode`` is unknown.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        size: int,
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+        memory_budget: int = 2 * 2**30,
+        threads: int | None = None,
+    ) -> None:
+        _resample(interpolation)
+        _resize_mode(resize_mode)
+        self.paths = tuple(paths)
+        self.size = size
+        self.interpolation = interpolation
+        self.resize_mode = resize_mode
+        self.memory_budget = memory_budget
+        self.threads = threads or min(8, _cores())
+        self._kept: dict[int, Image.Image] = {}
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """The whole image, upright RGB, not to be changed.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        image = open_image(self.paths[index])
+        taken = 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
+        with self._lock:
+            if index not in self._kept and self._kept_bytes + taken <= self.memory_budget:
+                self._kept[index] = image
+                self._kept_bytes += taken
+        return image
+
+    def test_views(self, indices: Sequence[int]) -> Tensor:
+        """(B, 3, size, size) uint8, as `centre_view` makes them.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return next(self.batches([indices]))
+
+    def train_views(self, indices: Sequence[int], *, seed: int, epoch: int) -> Tensor:
+        """(B, 3, size, size) uint8, as `train_view` makes them.
+
+        A view is a function of seed, epoch and index alone.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return next(self.batches([indices], train=(seed, epoch)))
+
+    def batches(
+        self,
+        index_lists: Iterable[Sequence[int]],
+        *,
+        train: tuple[int, int] | None = None,
+        prefetch: int = 2,
+    ) -> Iterator[Tensor]:
+        """Views batch by batch, made in other threads while earlier batches are in use.
+
+        Args:
+            index_lists: the batches, B indices each.
+            train: (seed, epoch) for `train_views`; without it they are `test_views`.
+            prefetch: batches to be ahead of the one in use.
+
+        Yields:
+            (B, 3, size, size) uint8.
+
+        Raises:
+            UserError: a file cannot be read; raised in its batch's place.
+        """
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
+        started: deque[_Batch] = deque()
+        try:
+            for indices in index_lists:
+                started.append(self._start(pool, [int(i) for i in indices], train))
+                if len(started) > prefetch:
+                    yield started.popleft().wait()
+            while started:
+                yield started.popleft().wait()
+        finally:
+            # Also where the consumer has had enough, or a file could not be read.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(
+        self, pool: ThreadPoolExecutor, indices: list[int], train: tuple[int, int] | None
+    ) -> _Batch:
+        pixels = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
+        work = [
+            pool.submit(self._fill, pixels[i : i + _CHUNK], indices[i : i + _CHUNK], train)
+            for i in range(0, len(indices), _CHUNK)
+        ]
+        return _Batch(pixels, work)
+
+    def _fill(self, pixels: np.ndarray, indices: list[int], train: tuple[int, int] | None) -> None:
+        for row, index in enumerate(indices):
+            image = self.image(index)
+            if train is None:
+                view = centre_view(
+                    image,
+                    self.size,
+                    interpolation=self.interpolation,
+                    resize_mode=self.resize_mode,
+                )
+            else:
+                # A string is hashed by SHA-512: the same in every process, and no pattern
+                # between neighbouring numbers.
+                generator = random.Random(f"{train[0]}/{train[1]}/{index}")
+                view = train_view(image, self.size, generator, interpolation=self.interpolation)
+            pixels[row] = np.asarray(view)
+
+
+class _Batch:
+    """Pixels (B, S, S, 3) that threads are filling."""
+
+    def __init__(self, pixels: np.ndarray, work: list[Future[None]]) -> None:
+        self.pixels = pixels
+        self.work = work
+
+    def wait(self) -> Tensor:
+        """(B, 3, S, S), once filled; the first bad file's error, if there is one."""
+        for part in self.work:
+            part.result()
+        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,126 @@
+"""What a task is made of, and what is checked of every listing wherever it was read from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapt.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+# (path relative to the task's root, label)
+Pair = tuple[str, int]
+
+# Rooted or drive-lettered, a '..' step, or a character no file system or encoder takes.
+_UNSAFE_PATH = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udfff]")
+_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image: ``path`` is relative to the task's root, with forward slashes."""
+
+    path: str
+    label: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Classes, and the images to tune on (train, val) and to evaluate on (test).
+
+    ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
+    text prompts that are not learned. A target domain has test images only.
+    """
+
+    name: str
+    root: Path
+    class_names: tuple[str, ...]
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    test: tuple[Item, ...]
+    template: str = "a photo of a {}."
+
+    def image_path(self, item: Item) -> Path:
+        """Where the item's image file is."""
+        return self.root / item.path
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a reader finds: class names in label order, and (path, label) pairs by part."""
+
+    class_names: tuple[str, ...]
+    train: tuple[Pair, ...] = ()
+    val: tuple[Pair, ...] = ()
+    test: tuple[Pair, ...] = ()
+
+
+def check_path(text: str, where: str) -> str:
+    """Return ``text`` if it is a relative path that stays below its root.
+
+    Raises:
+        UserError: it is empty, absolute, or has a '..' step; ``where`` tells where it was read.
+    """
+    if not text.strip() or _UNSAFE_PATH.search(text):
+        raise UserError(
+            f"{where}: {text!r} is no safe image path; give one relative to the dataset's folder, "
+            "without '..'"
+        )
+    return text
+
+
+def read_as(class_name: str) -> str:
+    """How prompts read a class name, as far as two names can differ to a tokenizer."""
+    return " ".join(class_name.replace("_", " ").split()).casefold()
+
+
+def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True) -> None:
+    """Refuse blank names, control characters and (unless told otherwise) two equal names.
+
+    Two names that differ by case, spaces or underscores alone are equal: no prompt can tell
+    them apart.
+
+    Raises:
+        UserError: with ``where``, the file or folder the names come from.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not read_as(name) or _UNSAFE_NAME.search(name):
+            raise UserError(f"{where}: {name!r} is no class name; give a printable one")
+        if distinct and read_as(name) in seen:
+            raise UserError(
+                f"{where}: classes '{seen[read_as(name)]}' and '{name}' have the same name to a "
+                "text prompt; rename one, or give --class-names"
+            )
+        seen[read_as(name)] = name
+
+
+def check_listing(listing: Listing, where: str) -> None:
+    """Every class must have images to tune on, and there must be images to test on.
+
+    Raises:
+        UserError: with ``where``, the file or folder the listing was read from.
+    """
+    if not listing.train:
+        raise UserError(f"{where} names no images to tune on; check that it is complete")
+    taught = {label for _, label in listing.train}
+    for part in ("test", "val"):
+        for path, label in getattr(listing, part):
+            if label not in taught:
+                raise UserError(
+                    f"{where}: class '{listing.class_names[label]}' of {part} image {path} has no "
+                    "train images; add some, or take the class out"
+                )
+    if not listing.test:
+        raise UserError(f"{where} names no test images; every task needs some")
+
+
+def label_order(names: set[str]) -> list[str]:
+    """Class keys in label order: by number where all are numbers, else by code point."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)

@@ -1,0 +1,208 @@
+"""The command as a user types it: results, help, one-sentence errors with exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dapt.cli import app
+
+runner = CliRunner()
+
+
+def dapt(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def options(photo_folder, tiny_weights):
+    return [
+        photo_folder, "--backbone", tiny_weights, "--device", "cpu", "--shots", 4, "--epochs", 2,
+        "--lr", 0.1, "--set", "text_vectors=4", "--set", "visual-vectors=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "run"
+    result = dapt("train", *options, "--output", path)
+    assert result.exit_code == 0, result.output
+    assert "top-1" in result.output
+    assert "inter-dispersion" in result.output
+    return path
+
+
+def fails(sentence, *arguments):
+    result = dapt(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    said = " ".join(result.stderr.split())
+    assert sentence in said, said
+    return said
+
+
+def test_predict(run, photo_folder):
+    images = sorted((photo_folder / "test").rglob("*.png"))
+    result = dapt("predict", run, photo_folder / "test", "--top", 2, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["path"] for r in rows] == [str(p) for p in images]
+    for row in rows:
+        assert [set(c) for c in row["classes"]] == [{"class", "probability"}] * 2
+        assert row["classes"][0]["probability"] >= row["classes"][1]["probability"]
+    text = dapt("predict", run, images[0]).stdout
+    assert text.startswith(f"{images[0]}: ")
+
+
+def test_predictions_add_up_to_the_metrics(run, photo_folder):
+    rows = dapt("predict", run, photo_folder / "test", "--json").stdout.splitlines()
+    found = [json.loads(r) for r in rows]
+    right = [Path(r["path"]).parent.name == r["classes"][0]["class"] for r in found]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert sum(right) / len(right) == metrics["test"]["accuracy"]
+
+
+def test_eval(run, tmp_path, photo_folder):
+    own = json.loads(dapt("eval", run, "--json").stdout)
+    assert own == json.loads((run / "metrics.json").read_text())["test"]
+    lines = [f"test/blue/{i}.png,blue,{p}" for i, p in ((0, "train"), (1, "test"))]
+    (photo_folder / "other.csv").write_text("path,label,split\n" + "\n".join(lines))
+    other = dapt("eval", run, "--dataset", photo_folder / "other.csv", "--json")
+    assert json.loads(other.stdout)["images"] == 1
+    assert json.loads((run / "eval-other.json").read_text())["test"]["images"] == 1
+    fails("none does not exist", "eval", run, "--dataset", "dtd", "--root", tmp_path / "none")
+
+
+def test_support_set_round_trip(options, photo_folder, tmp_path):
+    file = tmp_path / "set.json"
+    printed = dapt("data", "support-set", photo_folder, "--shots", 2, "--save", file, "--json")
+    value = json.loads(printed.stdout)
+    assert value == json.loads(file.read_text())
+    assert len(value["train"]) == 6
+    run = tmp_path / "run"
+    assert dapt("train", *options, "-o", run, "--support-set", file).exit_code == 0
+    assert json.loads((run / "support_set.json").read_text())["train"] == value["train"]
+
+
+def test_config_file_and_overrides(photo_folder, tiny_weights, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"dataset: {photo_folder}\nbackbone: {tiny_weights}\nmethod: coop\nepochs: 9\nshots: 2\n"
+        "text_vectors: 2\n"
+    )
+    run = tmp_path / "run"
+    result = dapt("train", "--config", config, "--epochs", 1, "--set", "lr=0.5", "-o", run)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["method"], settings["epochs"], settings["lr"]) == ("coop", 1, 0.5)
+
+
+def test_resume_needs_only_the_directory(options, run):
+    (run / "metrics.json").rename(run / "kept.json")
+    (run / "prompts.safetensors").unlink()
+    result = dapt("train", "-o", run, "--resume")
+    assert result.exit_code == 0, result.output
+    assert (run / "metrics.json").read_bytes() == (run / "kept.json").read_bytes()
+
+
+def test_tune_settings_searches_on_held_out_support_images(options, tmp_path):
+    options = [o for o in options if o not in ("--lr", 0.1)]
+    result = dapt("train", *options, "-o", tmp_path / "run", "--tune-settings")
+    assert result.exit_code == 0, result.output
+    assert "chosen: lr" in result.output
+    assert "held-out images" in result.output
+
+
+def draw(dataset):
+    """Train items of the support set."""
+    printed = dapt("data", "support-set", dataset, "--json")
+    return json.loads(printed.stdout)["train"]
+
+
+def test_an_unreadable_test_image_costs_no_tuning(options, tmp_path, photo_folder):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    bad = photos / "test" / "blue" / "2.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:200])
+    new = tmp_path / "new"
+    said = fails("2.png cannot be read", "train", photos, *options[1:], "-o", new)
+    assert "--resume" in said
+    bad.write_bytes(good)
+    assert dapt("train", "-o", new, "--resume").exit_code == 0
+
+
+def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
+    new = tmp_path / "new"
+    fails("add --output", "train", *options)
+    fails("no dataset", "train", "-o", new)
+    fails("unknown dataset 'bundeld' (did you mean 'bundled'?)", "train", "bundeld", "-o", new)
+    fails("needs --root", "train", "caltech101", "-o", new)
+    fails("unknown setting 'lrr'", "train", *options, "-o", new,
+          "--set", "lrr=1")  # fmt: skip
+    fails("unknown backbone 'ViT-B-61'", "train", "bundled", "-b", "ViT-B-61", "-o", new)
+    fails("does not fit the 77 tokens", "train", *options, "-o", new, "--set", "text_vectors=80")
+    fails("holds a finished run", "train", *options, "-o", run)
+    fails("is no run directory", "predict", tmp_path, photo_folder)
+    fails("does not exist", "predict", run, tmp_path / "none.jpg")
+    fails("is no run directory", "eval", tmp_path)
+    assert not new.exists()
+
+    bad = tmp_path / "photos"
+    for name in ("a", "b"):
+        (bad / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (9, 9)).save(bad / name / f"{i}.png")
+    arguments = [bad, *options[1:]]
+    kept = [Path(i["path"]) for i in draw(bad)]
+    (bad / kept[0]).write_bytes(b"not an image")
+    assert "cannot be read" in fails(str(kept[0]), "train", *arguments, "-o", new)
+    assert not new.exists()
+    (bad / kept[0]).unlink()
+    (bad / "empty").mkdir()
+    fails("holds no images", "train", *arguments, "-o", tmp_path / "newer")
+    long = bad / ("x y z " * 40)
+    (bad / "empty").rename(long)
+    for i in range(3):
+        Image.new("RGB", (9, 9)).save(long / f"{i}.png")
+    fails("longer than the 77 tokens", "train", *arguments, "-o", tmp_path / "newer")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full's kind of file system")
+def test_a_full_disk_is_one_sentence(options, tmp_path):
+    """A directory whose quota is nothing: files may be made but not filled."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "from dapt.cli import main\n"
+        "main()\n"
+    )
+    arguments = [str(o) for o in ["train", *options, "-o", tmp_path / "run"]]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "file size limit" in result.stderr
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "predict", "demo", "methods", "settings", "data"]
+)
+def test_every_command_has_help(command):
+    result = dapt(command, "--help")
+    assert result.exit_code == 0
+    if command in ("train", "eval", "predict"):
+        assert "Examples" in result.output
+
+
+def test_lists():
+    assert "DAPT-visual" in dapt("methods").output
+    assert "beta_visual" in dapt("settings", "dtd").output
+    assert dapt("--version").stdout.strip() == "0.1.0"

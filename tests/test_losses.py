@@ -1,0 +1,72 @@
+"""Losses and metrics against plain definitions and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dapt.evaluate import calibration_error, metrics
+from dapt.losses import class_prototypes, inter_dispersion, intra_dispersion
+from dapt.probe import fit_probe
+
+
+@settings(deadline=None, max_examples=30)
+@given(classes=st.integers(1, 12), width=st.integers(2, 8), seed=st.integers(0, 99))
+def test_inter_dispersion_is_the_mean_over_pairs(classes, width, seed):
+    torch.manual_seed(seed)
+    w = F.normalize(torch.randn(classes, width, dtype=torch.float64), dim=-1).requires_grad_()
+    pairs = [torch.exp(-2 * (w[a] - w[b]).square().sum()) for a in range(classes) for b in range(a)]
+    expected = torch.stack(pairs).mean() if pairs else w.sum() * 0
+    found = inter_dispersion(w)
+    torch.testing.assert_close(found, expected)
+    for value in (found, expected):
+        assert torch.isfinite(torch.autograd.grad(value, w, retain_graph=True)[0]).all()
+
+
+def test_identical_classes_have_the_highest_potential():
+    same = F.normalize(torch.ones(3, 4), dim=-1)
+    assert inter_dispersion(same).item() == pytest.approx(1)
+
+
+def test_prototypes_are_plain_means():
+    features = torch.randn(7, 3)
+    labels = torch.tensor([0, 0, 2, 2, 2, 0, 2])
+    found = class_prototypes(features, labels, 4)
+    torch.testing.assert_close(found[2], features[labels == 2].mean(0))
+    assert not found[1].any()
+    spread = intra_dispersion(features, labels, found)
+    torch.testing.assert_close(spread, ((features - found[labels]) ** 2).mean())
+
+
+def test_metrics():
+    logits = torch.tensor([[3.0, 0, 0], [0, 3, 0], [3, 0, 0], [0, 3, 0]])
+    found = metrics(logits, [0, 1, 1, 1], ["a", "b", "c"])
+    assert found["accuracy"] == 0.75
+    assert "top5" not in found
+    assert found["per_class"] == {"a": 1.0, "b": pytest.approx(2 / 3), "c": None}
+    assert found["confusion"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+    many = metrics(torch.eye(7).repeat(2, 1), [*range(7), *[6] * 7], list("abcdefg"))
+    assert many["accuracy"] == pytest.approx(8 / 14)
+    assert "top5" in many
+
+
+def test_calibration_error():
+    confident = np.array([[0.9, 0.1]] * 10)
+    assert calibration_error(confident, np.array([0] * 9 + [1])) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(confident, np.ones(10, dtype=int)) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("val", [True, False])
+def test_probe_separates_what_is_separable(classes, val):
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(classes, 16), dim=-1)
+    labels = torch.arange(classes).repeat(6)
+    features = F.normalize(centres[labels] + 0.05 * torch.randn(len(labels), 16), dim=-1)
+    held = (features, labels) if val else None
+    # One class more than there are images for: it must never win.
+    weight, bias = fit_probe(features, labels, held, classes + 1, seed=1)
+    assert ((features @ weight.T + bias).argmax(-1) == labels).all()

@@ -1,0 +1,77 @@
+"""Settings: presets, overrides, and refusals that help."""
+
+import pytest
+
+from dapt.errors import UserError
+from dapt.methods import PUBLISHED, get_method
+from dapt.settings import loss_weights, make_settings, parse_assignment, read_settings_file
+
+
+@pytest.mark.parametrize("dataset", list(PUBLISHED))
+def test_published_settings_are_the_default(dataset):
+    settings = make_settings({"dataset": dataset})
+    found = (settings.lr, settings.beta_visual, settings.beta_text)
+    assert found == PUBLISHED[dataset]
+    assert (settings.text_vectors, settings.visual_vectors, settings.rbf_t) == (16, 16, 2)
+    assert (settings.momentum, settings.weight_decay, settings.batch_size) == (0.9, 5e-4, 32)
+
+
+@pytest.mark.parametrize(("shots", "epochs"), [(1, 50), (2, 100), (4, 100), (8, 200), (16, 200)])
+def test_epochs_follow_shots_except_on_imagenet(shots, epochs):
+    assert make_settings({"dataset": "dtd", "shots": shots}).epochs == epochs
+    assert make_settings({"dataset": "imagenet", "shots": shots}).epochs == 50
+
+
+def test_what_is_given_wins():
+    settings = make_settings({"dataset": "dtd", "lr": 3, "epochs": 7})
+    assert (settings.lr, settings.epochs, settings.beta_visual) == (3, 7, 100)
+    assert loss_weights(settings) == {"intra": 100, "inter": 0.01}
+    assert loss_weights(make_settings({"dataset": "dtd", "method": "vlpt"})) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"beta_tex": 1}, r"unknown setting 'beta_tex' \(did you mean 'beta_text'\?\)"),
+        ({"lr": -1}, "setting lr=-1: input should be greater than 0"),
+        ({"lr": "fast"}, "setting lr='fast'"),
+        ({"lr": float("nan")}, "setting lr=nan"),
+        ({"shots": 0}, "setting shots=0"),
+        ({"precision": "fp8"}, "setting precision='fp8'"),
+        ({"method": "coup"}, r"unknown method 'coup' \(did you mean 'coop'\?\)"),
+        ({"template": "a photo"}, "must hold {} once"),
+    ],
+)
+def test_bad_settings_are_named(given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_settings({"dataset": "bundled", **given})
+
+
+def test_settings_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: coop\nlr: 0.002\nloss_weights: {gamma: 1}\n")
+    assert read_settings_file(file) == {"method": "coop", "lr": 0.002, "loss_weights": {"gamma": 1}}
+    for text in ("[1, 2]", "a: [", "!!python/object/apply:os.system ['true']", "1: 2"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"mine\.yaml"):
+            read_settings_file(file)
+    with pytest.raises(UserError, match="does not exist"):
+        read_settings_file(tmp_path / "none.yaml")
+
+
+def test_assignments():
+    assert parse_assignment("lr=0.5") == ("lr", 0.5)
+    assert parse_assignment("text-init=a photo of a") == ("text_init", "a photo of a")
+    for text in ("lr", "=1", "lr=["):
+        with pytest.raises(UserError, match="--set"):
+            parse_assignment(text)
+
+
+def test_the_table_matches_the_paper():
+    rows = {name: get_method(name) for name in ("coop", "vpt", "vlpt", "dapt")}
+    assert [(r.text, r.visual, sorted(r.terms)) for r in rows.values()] == [
+        (True, False, []),
+        (False, True, []),
+        (True, True, []),
+        (True, True, ["inter", "intra"]),
+    ]

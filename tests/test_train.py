@@ -1,0 +1,186 @@
+"""Runs from the outside: what they leave, that they repeat and resume to the bit."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dapt.errors import UserError
+from dapt.methods import METHODS, Method
+from dapt.runs import RunDirectory
+from dapt.settings import make_settings
+from dapt.train import epoch_order, load_classifier, steps_per_epoch, train
+from dapt.tuning import learning_rate
+
+
+@pytest.fixture
+def given(photo_folder, tiny_weights):
+    return {
+        "dataset": str(photo_folder),
+        "backbone": str(tiny_weights),
+        "device": "cpu",
+        "shots": 4,
+        "batch_size": 5,
+        "epochs": 4,
+        "text_vectors": 4,
+        "visual_vectors": 2,
+        "lr": 0.02,
+        "checkpoint_every": 1,
+    }
+
+
+def results(run):
+    """What must be the same to the bit between two runs."""
+    return [
+        (run.path / name).read_bytes()
+        for name in ("prompts.safetensors", "metrics.json", "log.csv", "support_set.json")
+    ]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_leaves_a_readable_run(given, tmp_path, method):
+    run = train(make_settings({**given, "method": method}), tmp_path / "run")
+    metrics = json.loads(run.metrics_file.read_text())
+    assert metrics["test"]["images"] == 12
+    assert 0 <= metrics["test"]["accuracy"] <= 1
+    row, tensors = METHODS[method], load_file(run.prompts_file)
+    expected = {"text_prompt"} if row.text else set()
+    expected |= {"visual_prompt"} if row.visual else set()
+    assert set(tensors) == ({"weight", "bias"} if row.probe else expected)
+    assert metrics["learned_parameters"] == sum(t.numel() for t in tensors.values())
+    if row.learns_prompts:
+        with run.log_file.open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 4 * (12 // 5)
+        assert {"cross_entropy", "lr", "accuracy", *row.terms} <= set(rows[0])
+        assert [float(r["lr"]) for r in rows[::2]] == [learning_rate(e, 4, 0.02) for e in range(4)]
+        assert {"before", "after"} == set(metrics["dispersion"]["inter"])
+    environment = json.loads(run.environment_file.read_text())
+    assert environment["seed"] == 1
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert load_classifier(run)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 3)
+
+
+def test_tuning_learns(given, tmp_path):
+    """Even an untrained tower tells colours apart once its prompts are tuned."""
+    given = {**given, "shots": 6, "batch_size": 9, "text_vectors": 8}
+    tuned = {**given, "epochs": 40, "lr": 0.1, "method": "vlpt"}
+    run = train(make_settings(tuned), tmp_path / "run")
+    with run.log_file.open() as file:
+        losses = [float(r["cross_entropy"]) for r in csv.DictReader(file)]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    before = train(make_settings({**given, "method": "zero-shot"}), tmp_path / "before")
+    accuracy = [json.loads(r.metrics_file.read_text())["test"]["accuracy"] for r in (before, run)]
+    assert accuracy[1] > max(accuracy[0], 0.5)
+
+
+def test_same_settings_same_bits(given, tmp_path):
+    settings = make_settings({**given, "visual_dropout": 0.3})
+    first, second = (train(settings, tmp_path / name) for name in "ab")
+    assert results(first) == results(second)
+    other = train(settings.model_copy(update={"seed": 2}), tmp_path / "c")
+    assert results(first)[0] != results(other)[0]
+
+
+SCRIPT = """
+import json, sys
+from dapt.settings import make_settings
+from dapt.train import train
+train(make_settings(json.loads(sys.argv[1])), sys.argv[2], resume=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_same_bits(given, tmp_path, number):
+    given = {**given, "epochs": 60, "visual_dropout": 0.2}
+    undisturbed = train(make_settings(given), tmp_path / "undisturbed")
+    run = RunDirectory(tmp_path / "killed")
+    command = [sys.executable, "-c", SCRIPT, json.dumps(given), str(run.path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not run.checkpoint_file.is_file() and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    assert process.wait(60) != 0
+    assert run.exists
+    assert not run.finished
+    _, step = run.read_checkpoint()
+    assert 0 < step < 120
+    train(make_settings(given), run.path, resume=True)
+    assert results(run) == results(undisturbed)
+
+
+def test_resume_of_a_finished_run_changes_nothing(given, tmp_path):
+    run = train(make_settings(given), tmp_path / "run")
+    before = results(run)
+    train(make_settings(given), run.path, resume=True)
+    assert results(run) == before
+
+
+def test_a_run_is_never_mixed_with_another(given, tmp_path):
+    settings = make_settings(given)
+    run = train(settings, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a finished run; add --overwrite"):
+        train(settings, run.path)
+    run.metrics_file.unlink()
+    with pytest.raises(UserError, match="holds an unfinished run; add --resume"):
+        train(settings, run.path)
+    with pytest.raises(UserError, match=r"cannot resume .* with lr=0.5: .* lr=0.02"):
+        train(settings.model_copy(update={"lr": 0.5}), run.path, resume=True)
+    train(settings.model_copy(update={"lr": 0.5}), run.path, overwrite=True)
+    assert run.read_settings().lr == 0.5
+
+
+def test_a_directory_in_use_is_refused(given, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.locked(), pytest.raises(UserError, match="in use by another process"):
+        train(make_settings(given), run.path)
+
+
+def test_divergence_names_the_step(given, tmp_path):
+    with pytest.raises(UserError, match=r"loss became nan at step \d+ with learning rate"):
+        train(make_settings({**given, "lr": 1e30, "epochs": 20}), tmp_path / "run")
+
+
+def test_prompts_only_fit_their_backbone(given, tmp_path, tiny_weights):
+    run = train(make_settings(given), tmp_path / "run")
+    environment = json.loads(run.environment_file.read_text())
+    environment["backbone_sha256"] = "0" * 64
+    run.environment_file.write_text(json.dumps(environment))
+    with pytest.raises(UserError, match="are not those that"):
+        load_classifier(run)
+
+
+def test_a_new_method_is_a_row_and_a_function(given, tmp_path, monkeypatch):
+    """A researcher's own loss term: prompts pulled towards zero."""
+    from dapt import methods
+
+    monkeypatch.setitem(methods.LOSS_TERMS, "norm", lambda b: b.text_features.std())
+    row = Method("Mine", text=True, terms={"norm": "gamma", "inter": "beta_text"})
+    monkeypatch.setitem(methods.METHODS, "mine", row)
+    with pytest.raises(UserError, match="loss term 'norm' .* needs a weight"):
+        make_settings({**given, "method": "mine"})
+    settings = make_settings({**given, "method": "mine", "loss_weights": {"gamma": 0.5}})
+    run = train(settings, tmp_path / "run")
+    with run.log_file.open() as file:
+        row = next(csv.DictReader(file))
+    total = float(row["cross_entropy"]) + 0.5 * float(row["norm"])
+    total += settings.beta_text * float(row["inter"])
+    assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(("images", "steps"), [(3, 1), (32, 1), (63, 1), (64, 2)])
+def test_the_last_incomplete_batch_is_dropped(images, steps):
+    assert steps_per_epoch(images, 32) == steps
+    order = epoch_order(images, 32, seed=1, epoch=0)
+    assert [len(b) for b in order] == [min(images, 32)] * steps
+    flat = [i for b in order for i in b]
+    assert len(set(flat)) == len(flat)
+    assert order != epoch_order(images, 32, seed=1, epoch=1)
