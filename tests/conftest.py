@@ -6,9 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
+
+# Time limits a single example would break on a busy machine say nothing about the code.
+settings.register_profile("dapt", deadline=None)
+settings.load_profile("dapt")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -56,15 +56,9 @@ def _readable_errors(run: Path | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         _stop(str(error))
-    except Interrupted:
-        errors.print(
-            f"stopped; go on with: dapt train --output {run} --resume",
-            highlight=False,
-            markup=False,
-        )
-        raise typer.Exit(130) from None
-    except KeyboardInterrupt:
-        errors.print("stopped")
+    except (Interrupted, KeyboardInterrupt):
+        again = f"; go on with: dapt train --output {run} --resume" if run and run.exists() else ""
+        errors.print(f"stopped{again}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno not in _STORAGE:
@@ -145,10 +139,10 @@ def train(
             "method": method,
             "shots": shots,
             "seed": seed,
-            "root": root and str(root.resolve()),
+            "root": root and str(root),
             "domain": domain,
-            "class_names": class_names and str(class_names.resolve()),
-            "support_set": support_set and str(support_set.resolve()),
+            "class_names": class_names and str(class_names),
+            "support_set": support_set and str(support_set),
             "backbone": backbone,
             "pretrained": pretrained,
             "precision": precision,
@@ -179,13 +173,13 @@ def train(
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
     """Paths among the settings made absolute, so that a run is found again from anywhere."""
-    given = dict(given)
-    for name in ("dataset", "backbone"):
-        if isinstance(given.get(name), str) and Path(given[name]).expanduser().exists():
-            from dapt.backbone import BUNDLED
+    from dapt.data import BENCHMARKS
 
-            if given[name] != BUNDLED:
-                given[name] = str(Path(given[name]).expanduser().resolve())
+    given, names = dict(given), {"bundled", *BENCHMARKS}
+    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
+        value = given.get(setting)
+        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
+            given[setting] = str(Path(value).expanduser().resolve())
     return given
 
 

@@ -418,7 +418,7 @@ def _dispersion(
     template = settings.template or task.template
     plain = PromptedClassifier(classifier.backbone, task.class_names, Prompts(), template)
     with torch.inference_mode():
-        text = [mean_text_distance(c.text_features()) for c in (plain, classifier)]
+        text = [mean_text_distance(c.text_features().cpu()) for c in (plain, classifier)]
     labels, prototypes = support.labels, support.prototypes
     image = [mean_prototype_distance(z, labels, prototypes) for z in (support.features, after)]
     return {

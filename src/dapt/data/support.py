@@ -1,28 +1,24 @@
-"""Support sets: the few labelled images a run is tuned on, drawn exactly as published."""
+"""Support sets: the few images a class that prompts are tuned on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dapt.data.items import Item, Task, check_path
-from dapt.errors import UserError
+from dapt.errors import UserError, nearest
 from dapt.files import read_json, write_json
 
+# The published protocol never draws more validation images a class.
 VAL_SHOTS = 4
 
 
 @dataclass(frozen=True)
 class SupportSet:
-    """Images drawn from a task's train and val parts.
-
-    Attributes:
-        dataset: name of the task; ``shots`` images a class; ``seed`` of the draw.
-        train: tuned on; ``val``: for choosing settings, at most four a class.
-    """
+    """Images drawn from a task: ``train`` to tune on, ``val`` to choose settings by."""
 
     dataset: str
     shots: int
@@ -31,85 +27,114 @@ class SupportSet:
     val: tuple[Item, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `save` writes them."""
-        head = {"dataset": self.dataset, "shots": self.shots, "seed": self.seed}
+        """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``."""
         return {
-            **head,
-            **{
-                part: [
-                    {"path": i.path, "label": i.label, "class_name": i.class_name} for i in items
-                ]
-                for part, items in (("train", self.train), ("val", self.val))
-            },
+            "dataset": self.dataset,
+            "shots": self.shots,
+            "seed": self.seed,
+            "train": [asdict(item) for item in self.train],
+            "val": [asdict(item) for item in self.val],
         }
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, atomically."""
-        write_json(path, self.to_json())
+        """Write it to a JSON file, all or nothing.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            write_json(path, self.to_json())
+        except OSError as error:
+            raise UserError(
+                f"support set file {path} cannot be written ({error.strerror}); choose another"
+            ) from error
 
 
 def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
-    """Draw ``shots`` images a class by the published protocol.
+    """Draw a support set as the published protocol does, to the very image.
 
-    ``random.Random(seed)`` walks the classes in order of first appearance in the train list and
-    samples ``shots`` items of each (all, where a class has fewer); then the same generator draws
-    min(shots, 4) a class from val.
+    One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
+    ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
+    gives all it has, without a draw. Zhou et al. (2022) drew the published sets like this.
+
+    Raises:
+        UserError: ``shots`` is below 1 or ``seed`` below 0.
     """
+    if shots < 1:
+        raise UserError(f"shots {shots} must be 1 or more")
+    if seed < 0:  # random.Random would take it for its absolute value
+        raise UserError(f"seed {seed} must be 0 or more")
     generator = random.Random(seed)
     train = _draw(task.train, shots, generator)
     val = _draw(task.val, min(shots, VAL_SHOTS), generator)
     return SupportSet(task.name, shots, seed, train, val)
 
 
-def _draw(items: Iterable[Item], shots: int, generator: random.Random) -> tuple[Item, ...]:
-    by_label: dict[int, list[Item]] = {}
+def _draw(items: Sequence[Item], shots: int, generator: random.Random) -> tuple[Item, ...]:
+    by_class: dict[int, list[Item]] = {}
     for item in items:
-        by_label.setdefault(item.label, []).append(item)
+        by_class.setdefault(item.label, []).append(item)
     drawn: list[Item] = []
-    for members in by_label.values():
+    for members in by_class.values():
         drawn += generator.sample(members, shots) if len(members) >= shots else members
     return tuple(drawn)
 
 
 def load_support_set(path: Path, task: Task) -> SupportSet:
-    """Read a saved support set for ``task``.
+    """Read a support set that `SupportSet.save` wrote, or one written by hand in that form.
+
+    Its images need not be in the task's train list, but must not be test images.
 
     Raises:
-        UserError: the file is malformed, or names classes that the task does not have.
+        UserError: the file is missing or malformed or names no train image, an item's class is
+            not the task's, a path leaves the task's folder, or an image is listed twice or is a
+            test image.
     """
-    value = read_json(path, "support set")
-    if not isinstance(value, dict):
-        raise UserError(f"support set {path} must be an object with train and val lists")
-    parts = {}
+    data = read_json(path, "support set file")
+    if not isinstance(data, dict):
+        raise UserError(f"support set file {path} must hold a JSON object; draw it anew")
+    form = {"dataset": str, "shots": int, "seed": int, "train": list, "val": list}
+    for key, kind in form.items():
+        if type(data.get(key)) is not kind:
+            raise UserError(
+                f"support set file {path} needs '{key}' as {kind.__name__}; draw it anew"
+            )
+    if not data["train"]:
+        raise UserError(f"support set file {path} names no train images; draw it anew")
+    test = {item.path for item in task.test}
+    seen: set[str] = set()
+    parts: dict[str, tuple[Item, ...]] = {}
     for part in ("train", "val"):
-        rows = value.get(part)
-        if not isinstance(rows, list):
-            raise UserError(f"support set {path} must map '{part}' to a list")
-        parts[part] = tuple(
-            _item(row, f"support set {path}, {part}[{i}]", task) for i, row in enumerate(rows)
-        )
-    shots, seed = value.get("shots", 0), value.get("seed", 0)
-    if type(shots) is not int or type(seed) is not int:
-        raise UserError(f"support set {path}: shots and seed must be whole numbers")
-    if not parts["train"]:
-        raise UserError(f"support set {path} holds no train images")
-    return SupportSet(task.name, shots, seed, **parts)
+        items = []
+        for number, entry in enumerate(data[part]):
+            where = f"support set file {path}, {part} entry {number}"
+            item = _item(entry, task, where)
+            if item.path in test:
+                raise UserError(
+                    f"{where}: {item.path} is a test image of '{task.name}'; take it out"
+                )
+            if item.path in seen:
+                raise UserError(f"{where}: {item.path} is listed twice; take one out")
+            seen.add(item.path)
+            items.append(item)
+        parts[part] = tuple(items)
+    return SupportSet(data["dataset"], data["shots"], data["seed"], **parts)
 
 
-def _item(row: Any, where: str, task: Task) -> Item:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} must be an object with path, label and class_name")
-    label, name = row.get("label"), row.get("class_name")
-    if type(label) is not int or not 0 <= label < len(task.class_names):
+def _item(entry: Any, task: Task, where: str) -> Item:
+    entry = entry if isinstance(entry, dict) else {}
+    path, label, name = entry.get("path"), entry.get("label"), entry.get("class_name")
+    # True is an int to isinstance, but no label
+    if not (isinstance(path, str) and type(label) is int and isinstance(name, str)):
+        raise UserError(f"{where} must be an object of path, label (a number) and class_name")
+    names = task.class_names
+    if name not in names:
         raise UserError(
-            f"{where}: label {label!r} must be 0 to {len(task.class_names) - 1}, as '{task.name}' "
-            "has no others"
+            f"{where}: '{task.name}' has no class '{name}'{nearest(name, names)}; use the task it "
+            "was drawn from"
         )
-    if name != task.class_names[label]:
+    if not 0 <= label < len(names) or names[label] != name:
         raise UserError(
-            f"{where}: label {label} is '{task.class_names[label]}' in '{task.name}', not {name!r}"
+            f"{where}: class '{name}' has label {names.index(name)} in '{task.name}', not {label}"
         )
-    path = row.get("path")
-    if not isinstance(path, str):
-        raise UserError(f"{where}: path must be text, not {path!r:.80}")
-    return Item(check_path(path, where), label, str(name))
+    return Item(check_path(path, where), label, name)

@@ -1,0 +1,363 @@
+"""Reading images of every kind, and views that depend on nothing but what they should."""
+
+import io
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from dapt.data import ImageStore, centre_view, decode_image, is_image_file, open_image
+from dapt.data import images as images_module
+from dapt.data.images import crop_box, train_view
+from dapt.errors import UserError
+
+
+def noise(width, height, seed=0):
+    """A smooth but busy RGB image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve images of various shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = []
+    for i in range(12):
+        paths.append(folder / f"{i}.png")
+        noise(30 + 7 * i, 90 - 5 * i, seed=i).save(paths[-1])
+    return paths
+
+
+# -- one file --------------------------------------------------------------------------------
+
+
+def is_close(image, colour, tolerance=2):
+    """Whether a flat image has ``colour``."""
+    return np.abs(np.asarray(image).astype(int) - colour).max() <= tolerance
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return open_image(path)
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    image = noise(9, 7)
+    assert np.array_equal(saved(image, tmp_path / "a.png"), image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    upright = Image.new("RGB", (40, 24), "white")
+    upright.paste("red", (0, 0, 20, 12))
+    upright.paste("blue", (20, 0, 40, 12))
+    # How a camera held that way stores it: the inverse of what a viewer does.
+    undo = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    stored = upright
+    if orientation != 1:
+        viewer = images_module._UPRIGHT[orientation]
+        stored = upright.transpose(undo.get(orientation, viewer))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    read = saved(stored, tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    assert read.size == (40, 24)
+    assert is_close(read.crop((2, 2, 18, 10)), (255, 0, 0), 12)
+    assert is_close(read.crop((22, 2, 38, 10)), (0, 0, 255), 12)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_costs_nothing(tmp_path):
+    image = saved(Image.new("RGB", (8, 8), "red"), tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*garbage")
+    assert is_close(image, (255, 0, 0), 4)
+
+
+def test_grey_of_every_depth(tmp_path):
+    assert is_close(saved(Image.new("L", (4, 4), 77), tmp_path / "8.png"), (77,) * 3, 0)
+    assert is_close(saved(Image.new("1", (4, 4), 1), tmp_path / "1.png"), (255,) * 3, 0)
+    for suffix in ("png", "tif"):
+        wide = Image.fromarray(np.array([[0, 128, 129, 32768], [65535] * 4], dtype=np.uint16))
+        values = np.asarray(saved(wide, tmp_path / f"16.{suffix}"))
+        assert values[..., 0].tolist() == [[0, 0, 1, 128], [255] * 4]
+    big = Image.fromarray(np.full((4, 4), 51400, dtype=np.int32))
+    assert is_close(saved(big, tmp_path / "32.tif"), (200,) * 3, 0)
+    wide.save(tmp_path / "16.pgm")
+    assert np.asarray(open_image(tmp_path / "16.pgm"))[1, 0].tolist() == [255] * 3
+
+
+def test_grey_of_unknown_scale_is_refused(tmp_path):
+    for name, kind, value in (("f", np.float32, 0.5), ("i", np.int32, 70000)):
+        Image.fromarray(np.full((4, 4), value, dtype=kind)).save(tmp_path / f"{name}.tif")
+        with pytest.raises(UserError, match=rf"{name}\.tif cannot be read: its values have no"):
+            open_image(tmp_path / f"{name}.tif")
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    assert is_close(
+        saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), tmp_path / "a.png"), (255,) * 3
+    )
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert is_close(saved(half, tmp_path / "b.webp", lossless=True), (255, 127, 127))
+    assert is_close(saved(Image.new("LA", (4, 4), (0, 128)), tmp_path / "c.png"), (127,) * 3)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 0, 200, 0])
+    assert is_close(saved(palette, tmp_path / "d.png"), (0, 200, 0))
+    assert is_close(saved(palette, tmp_path / "e.png", transparency=1), (255,) * 3)
+    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
+    assert is_close(saved(keyed, tmp_path / "f.png", transparency=(1, 2, 3)), (255,) * 3)
+
+
+def test_cmyk(tmp_path):
+    read = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=95)
+    assert read.mode == "RGB"
+    assert is_close(read, (255, 0, 0), 8)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50)
+    assert is_close(open_image(path), (255, 0, 0), 8)
+
+
+def refused(path, message):
+    with pytest.raises(UserError) as error:
+        open_image(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_what_cannot_be_read(tmp_path, monkeypatch):
+    refused(tmp_path / "none.png", "does not exist")
+    refused(tmp_path, "cannot be opened")
+    refused(f"{tmp_path}/a\0b.png", "cannot be opened")
+    (tmp_path / "empty.jpg").touch()
+    refused(tmp_path / "empty.jpg", "the file is empty")
+    (tmp_path / "text.jpg").write_text("no image")
+    refused(tmp_path / "text.jpg", "not an image in a known format")
+    for suffix in ("png", "jpg", "webp", "tif", "bmp"):
+        content = io.BytesIO()
+        noise(50, 50).save(content, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
+        cut = tmp_path / f"cut.{suffix}"
+        cut.write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+        refused(cut, "cannot be read")
+    noise(50, 50).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    refused(tmp_path / "bomb.png", "decompression bomb")
+
+
+def test_postscript_is_not_run(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    refused(tmp_path / "a.eps", "not an image in a known format")
+    assert not is_image_file(tmp_path / "a.eps")
+
+
+@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP"]), st.integers(0, 200))
+def test_damaged_bytes_are_read_or_refused(noise_bytes, kind, place):
+    content = io.BytesIO()
+    Image.new("RGB", (6, 6), "red").save(content, kind)
+    content = content.getvalue()
+    damaged = content[:place] + noise_bytes + content[place + len(noise_bytes) :]
+    try:
+        assert decode_image(io.BytesIO(damaged), "upload").mode == "RGB"
+    except UserError as error:
+        assert str(error).startswith("image upload cannot be read: ")  # noqa: PT017
+
+
+def test_names_of_images(tmp_path):
+    for name in ("a.jpg", "b.JPEG", "c.png", "d.WebP", "e.tif", "f.gif", "g.bmp"):
+        (tmp_path / name).touch()
+        assert is_image_file(tmp_path / name)
+    for name in (".a.jpg", "b.txt", "c.pdf", "jpg", "d.h5"):
+        (tmp_path / name).touch()
+        assert not is_image_file(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    assert not is_image_file(tmp_path / "folder.png")
+    assert not is_image_file(tmp_path / "none.png")
+
+
+# -- views -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 48))
+def test_centre_view_is_torchvisions(width, height, size):
+    short, long = sorted((width, height))
+    if long > 16 * short:
+        return  # see test_long_strips
+    image = noise(width, height)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(size, InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+        ]
+    )(image)
+    assert np.array_equal(centre_view(image, size), theirs)
+
+
+def test_squash_is_torchvisions():
+    image = noise(50, 30)
+    theirs = transforms.Resize((24, 24), InterpolationMode.BILINEAR)(image)
+    ours = centre_view(image, 24, interpolation="bilinear", resize_mode="squash")
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(2, 200_000), (200_000, 2)])
+def test_long_strips_do_not_fill_the_memory(size):
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (0, 0, size[0] // 4, size[1] // 4))
+    view = centre_view(image, 224)
+    assert view.size == (224, 224)
+    assert is_close(view, (255, 0, 0))
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers())
+def test_crops_lie_inside(width, height, seed):
+    left, top, right, bottom = crop_box(width, height, random.Random(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_crops_are_distributed_as_torchvisions():
+    image = Image.new("RGB", (300, 200))
+    generator = random.Random(0)
+    ours = np.array([crop_box(300, 200, generator) for _ in range(4000)], dtype=float)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        get = transforms.RandomResizedCrop.get_params
+        theirs = np.array(
+            [get(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)], dtype=float
+        )
+    top, left, height, width = theirs.T
+    theirs = np.stack([left, top, left + width, top + height], 1)
+    for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert np.abs(np.quantile(ours, q, 0) - np.quantile(theirs, q, 0)).max() < 10
+
+
+def test_views_are_mirrored_half_the_time():
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, 16, 32))
+    views = [np.asarray(train_view(image, 8, random.Random(i))).astype(int) for i in range(400)]
+    darker_right = sum(v[:, 7].mean() < v[:, 0].mean() for v in views)
+    darker_left = sum(v[:, 7].mean() > v[:, 0].mean() for v in views)
+    assert 0.4 < darker_right / (darker_left + darker_right) < 0.6
+
+
+# -- stores ----------------------------------------------------------------------------------
+
+
+def test_test_views(photos):
+    store = ImageStore(photos, size=24)
+    views = store.test_views([3, 0, 3])
+    assert views.shape == (3, 3, 24, 24)
+    assert views.dtype == torch.uint8
+    assert views.is_contiguous()
+    expected = np.asarray(centre_view(open_image(photos[0]), 24)).transpose(2, 0, 1)
+    assert np.array_equal(views[1], expected)
+    assert torch.equal(views[0], views[2])
+    assert len(store) == 12
+
+
+def test_train_views_depend_on_seed_epoch_and_index_alone(photos):
+    plain = ImageStore(photos, size=24, threads=1)
+    reference = plain.train_views(range(12), seed=1, epoch=2)
+    assert torch.equal(reference, plain.train_views(range(12), seed=1, epoch=2))
+    for options in ({"threads": 4}, {"memory_budget": 0}, {"memory_budget": 40_000, "threads": 3}):
+        store = ImageStore(photos, size=24, **options)
+        order = random.Random(0).sample(range(12), 12)
+        batches = [order[i : i + 5] for i in range(0, 12, 5)]
+        for _ in range(2):
+            views = torch.cat(list(store.batches(batches, train=(1, 2))))
+            assert torch.equal(views, reference[order])
+    for seed, epoch in ((2, 2), (1, 3), (2, 1)):
+        other = plain.train_views(range(12), seed=seed, epoch=epoch)
+        assert all(not torch.equal(a, b) for a, b in zip(reference, other, strict=True))
+    same = ImageStore([photos[0]] * 2, size=24).train_views([0, 1], seed=1, epoch=2)
+    assert not torch.equal(same[0], same[1])
+
+
+def test_crops_never_change():
+    """Across processes, machines and versions: a resumed run must go on with the same views."""
+    boxes = [crop_box(300, 200, random.Random(f"1/{epoch}/7")) for epoch in range(3)]
+    assert boxes == [(47, 0, 259, 189), (60, 41, 182, 190), (127, 67, 244, 191)]
+
+
+def test_global_generators_are_left_alone(photos):
+    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    ImageStore(photos, size=24).train_views(range(12), seed=1, epoch=2)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_memory_budget(photos, monkeypatch):
+    opened = []
+    reader = images_module.open_image
+    monkeypatch.setattr(images_module, "open_image", lambda p: opened.append(p) or reader(p))
+    sizes = [4 * np.prod(Image.open(p).size) for p in photos]
+    store = ImageStore(photos, size=8, memory_budget=int(sum(sizes[:4])), threads=1)
+    assert not opened
+    for _ in range(3):
+        store.test_views(range(12))
+    assert len(opened) == 12 + 2 * 8
+    assert store._kept_bytes <= store.memory_budget
+    opened.clear()
+    store = ImageStore(photos, size=8)
+    for _ in range(3):
+        store.test_views(range(12))
+    assert len(opened) == 12
+
+
+def test_batches_run_ahead(photos, monkeypatch):
+    store, made = ImageStore(photos, size=8, threads=1), []
+    monkeypatch.setattr(store, "image", lambda i: made.append(i) or open_image(photos[i]))
+    batches = store.batches([[i] for i in range(12)], prefetch=3)
+    assert not made
+    next(batches)
+    for _ in range(200):
+        if len(made) == 4:
+            break
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3]
+    batches.close()
+    assert made == [0, 1, 2, 3]
+    assert list(store.batches([])) == []
+    assert [len(b) for b in store.batches([[0, 1], [2]], prefetch=0)] == [2, 1]
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("dapt-images")]
+
+
+def test_a_consumer_may_leave(photos):
+    store = ImageStore(photos, size=8)
+    for _ in store.batches([[i] for i in range(12)]):
+        assert threads()
+        break
+    assert not threads()
+
+
+def test_bad_images_are_reported_in_order(photos, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    paths = [*photos[:5], tmp_path / "bad.png", tmp_path / "none.png", *photos[5:]]
+    batches = ImageStore(paths, size=8).batches([[i] for i in range(14)], prefetch=9)
+    assert [len(next(batches)) for _ in range(5)] == [1] * 5
+    with pytest.raises(UserError, match=r"bad\.png"):
+        next(batches)
+    assert not threads()
+    with pytest.raises(UserError, match=r"none\.png does not exist"):
+        ImageStore(paths, size=8).test_views([0, 6, 5])
+
+
+def test_unknown_ways_of_resizing_are_refused(photos):
+    with pytest.raises(UserError, match="interpolation 'random' is none of"):
+        ImageStore(photos, size=8, interpolation="random")
+    with pytest.raises(UserError, match="resize mode 'longest' is none of"):
+        ImageStore(photos, size=8, resize_mode="longest")

@@ -1,0 +1,142 @@
+"""Support sets: the published ones to the image, and what holds of any."""
+
+import hashlib
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapt.data import Item, SupportSet, Task, draw_support_set, load_support_set, read_split
+from dapt.data.benchmarks import BENCHMARKS
+from dapt.errors import UserError
+
+REAL = ("caltech101", "dtd", "eurosat", "oxford_flowers", "oxford_pets", "stanford_cars", "ucf101")
+
+
+def task_of(train, val=(), test=()):
+    """A task from lists of labels, one image each."""
+    parts = {
+        part: tuple(
+            Item(f"{part}/{i}.jpg", label, f"class {label}") for i, label in enumerate(labels)
+        )
+        for part, labels in (("train", train), ("val", val), ("test", test))
+    }
+    classes = max([*train, *val, *test, 0]) + 1
+    return Task("made-up", Path("/images"), tuple(f"class {i}" for i in range(classes)), **parts)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_support_sets(shared, name):
+    published = json.loads((shared / "benchmarks" / "fewshot_subsets.json").read_text())
+    row = BENCHMARKS[name]
+    listing = read_split(shared / "benchmarks" / "splits" / row.index)
+    names = listing.class_names
+    parts = {
+        part: tuple(Item(p, y, names[y]) for p, y in getattr(listing, part))
+        for part in ("train", "val", "test")
+    }
+    task = Task(name, Path(row.folder, row.images), names, **parts)
+    for shots in (1, 2, 4, 8, 16):
+        drawn, known = draw_support_set(task, shots, 1), published[f"{name}/shots={shots}/seed=1"]
+        for part in ("train", "val"):
+            items = getattr(drawn, part)
+            ends = ("/".join(task.image_path(item).parts[-2:]) for item in items)
+            lines = [f"{item.label}\t{end}" for item, end in zip(items, ends, strict=True)]
+            assert len(items) == known[f"n_{part}"]
+            assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == known[part]
+
+
+labels = st.lists(st.integers(0, 5), max_size=60)
+
+
+@given(train=labels, val=labels, shots=st.integers(1, 20), seed=st.integers(0, 2**40))
+def test_draw(train, val, shots, seed):
+    task = task_of(train, val)
+    drawn = draw_support_set(task, shots, seed)
+    for items, listed, wanted in ((drawn.train, train, shots), (drawn.val, val, min(shots, 4))):
+        available = Counter(listed)
+        assert Counter(i.label for i in items) == {
+            label: min(wanted, count) for label, count in available.items()
+        }
+        assert len({i.path for i in items}) == len(items)
+        assert list(dict.fromkeys(i.label for i in items)) == list(dict.fromkeys(listed))
+    assert set(drawn.train) <= set(task.train)
+    assert drawn == draw_support_set(task, shots, seed)
+    assert drawn.train == draw_support_set(task_of(train), shots, seed).train
+
+
+def test_draw_depends_on_the_seed():
+    task = task_of([0] * 50 + [1] * 50)
+    assert len({draw_support_set(task, 8, seed).train for seed in range(20)}) == 20
+
+
+def test_saved_and_loaded(tmp_path):
+    task = task_of([0, 0, 1, 1], [0, 1], [0, 1])
+    drawn = draw_support_set(task, 1, 3)
+    drawn.save(tmp_path / "set.json")
+    assert load_support_set(tmp_path / "set.json", task) == drawn
+    assert json.loads((tmp_path / "set.json").read_text()) == drawn.to_json()
+    assert [p.name for p in tmp_path.iterdir()] == ["set.json"]
+
+
+GOOD = {"path": "train/0.jpg", "label": 0, "class_name": "class 0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "must hold a JSON object"),
+        ({"train": 1}, "needs 'train' as list"),
+        ({"shots": "2"}, "needs 'shots' as int"),
+        ({"seed": True}, "needs 'seed' as int"),
+        ({"train": []}, "names no train images"),
+        ({"train": [["train/0.jpg", 0, "class 0"]]}, "train entry 0 must be an object"),
+        ({"train": [{**GOOD, "path": 3}]}, "train entry 0 must be an object"),
+        ({"train": [{**GOOD, "label": True}]}, "train entry 0 must be an object"),
+        ({"train": [{**GOOD, "label": 99}]}, "has label 0 in 'made-up', not 99"),
+        ({"train": [GOOD, {**GOOD, "label": 1}]}, "train entry 1: class 'class 0' has label 0"),
+        ({"train": [GOOD, GOOD]}, "train/0.jpg is listed twice"),
+        ({"val": [{**GOOD, "path": "test/0.jpg"}]}, "test/0.jpg is a test image"),
+        ({"train": [{**GOOD, "path": "../x.jpg"}]}, "'../x.jpg' is no safe image path"),
+    ],
+)
+def test_load_refuses(tmp_path, change, message):
+    task = task_of([0, 0, 1, 1], test=[0, 1])
+    value = {"dataset": "made-up", "shots": 1, "seed": 1, "train": [GOOD], "val": []}
+    file = tmp_path / "set.json"
+    file.write_text(json.dumps({**value, **change} if isinstance(change, dict) else change))
+    with pytest.raises(UserError) as error:
+        load_support_set(file, task)
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_load_refuses_what_is_no_json(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_support_set(tmp_path / "none.json", task_of([0]))
+    (tmp_path / "bad.json").write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=r"bad\.json is not readable JSON"):
+        load_support_set(tmp_path / "bad.json", task_of([0]))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("class 0"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["dataset", "shots", "seed", "train", "val", "path", "label"]), inner
+        )
+    ),
+)
+
+
+@given(json_values)
+def test_any_json_is_loaded_or_refused(tmp_path_factory, value):
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_text(json.dumps(value))
+    with suppress(UserError):
+        assert isinstance(load_support_set(file, task_of([0, 1])), SupportSet)
