@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapt import losses
 from dapt.evaluate import calibration_error, metrics
 from dapt.losses import class_prototypes, inter_dispersion, intra_dispersion
 from dapt.probe import fit_probe
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(classes=st.integers(1, 12), width=st.integers(2, 8), seed=st.integers(0, 99))
 def test_inter_dispersion_is_the_mean_over_pairs(classes, width, seed):
     torch.manual_seed(seed)
@@ -23,6 +24,15 @@ def test_inter_dispersion_is_the_mean_over_pairs(classes, width, seed):
     torch.testing.assert_close(found, expected)
     for value in (found, expected):
         assert torch.isfinite(torch.autograd.grad(value, w, retain_graph=True)[0]).all()
+
+
+def test_inter_dispersion_in_blocks_is_the_same(monkeypatch):
+    w = F.normalize(torch.randn(11, 5, dtype=torch.float64), dim=-1).requires_grad_()
+    whole = inter_dispersion(w)
+    gradient = torch.autograd.grad(whole, w)[0]
+    monkeypatch.setattr(losses, "_ROWS", 3)
+    torch.testing.assert_close(inter_dispersion(w), whole)
+    torch.testing.assert_close(torch.autograd.grad(inter_dispersion(w), w)[0], gradient)
 
 
 def test_identical_classes_have_the_highest_potential():

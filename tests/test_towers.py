@@ -12,7 +12,7 @@ from dapt.backbone import Backbone, Preprocessing, load_backbone
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError
 from dapt.prompts import Prompts, new_prompts
-from dapt.towers import ClassTokens, TextEncoder, encode_image
+from dapt.towers import ClassTokens, TextEncoder, _bytes_per_token, encode_image
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "zebra", "a very long name of a rare flower"]
 
@@ -42,7 +42,7 @@ def plain_image(visual, images, prompt):
     return x @ visual.proj
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     names=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6, unique=True),
     vectors=st.sampled_from([1, 4, 16]),
@@ -66,7 +66,31 @@ def test_shared_prefix_is_exact(backbone, names, vectors, seed):
     assert (context.grad - gradient).norm() <= 1e-4 * gradient.norm()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10)
+@given(
+    names=st.lists(st.sampled_from(WORDS), min_size=1, max_size=6, unique=True),
+    tokens=st.integers(1, 30),
+)
+def test_chunks_change_nothing(backbone, names, tokens):
+    context = torch.nn.Parameter(torch.randn(4, 64) * 0.02)
+    weights = torch.randn(len(names), 32)
+    found = []
+    for budget in (2**40, tokens * _bytes_per_token(backbone.text, torch.float32)):
+        split = ClassTokens.for_context(backbone, names, 4)
+        encoder = TextEncoder(backbone, split, budget)
+        features = encoder(context)
+        (features * weights).sum().backward()
+        found.append((features.detach(), context.grad, len(encoder.chunks)))
+        context.grad = None
+    (whole, gradient, one), (chunked, other, many) = found
+    assert one == 1
+    assert many <= len(names)
+    assert many > 1 or sum(map(len, encoder.tokens.own)) <= 2 * tokens or len(names) == 1
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-4)
+    assert (other - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+@settings(max_examples=8)
 @given(vectors=st.sampled_from([1, 4, 16]), images=st.integers(1, 3), seed=st.integers(0, 100))
 def test_class_token_only_last_layer_is_exact(backbone, vectors, images, seed):
     torch.manual_seed(seed)

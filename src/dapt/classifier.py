@@ -23,13 +23,21 @@ class PromptedClassifier(nn.Module):
         class_names: C names in label order; underscores stand for spaces.
         prompts: the learned vectors; without a text prompt the names stand in ``template``.
         template: such as "a photo of a {}.".
+        text_memory: bytes of the text tower's activations to keep for the backward pass; more
+            classes than fit are encoded in chunks.
 
     Raises:
         UserError: a class name or prompt that does not fit the text tower.
     """
 
     def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], prompts: Prompts, template: str
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        prompts: Prompts,
+        template: str,
+        *,
+        text_memory: int = 4 * 2**30,
     ) -> None:
         super().__init__()
         self.backbone, self.prompts = backbone, prompts
@@ -38,7 +46,7 @@ class PromptedClassifier(nn.Module):
             tokens = ClassTokens.for_template(backbone, class_names, template)
         else:
             tokens = ClassTokens.for_context(backbone, class_names, len(prompts.text))
-        self.text_encoder = TextEncoder(backbone, tokens)
+        self.text_encoder = TextEncoder(backbone, tokens, text_memory)
         self._fixed_text_features: Tensor | None = None
 
     @property

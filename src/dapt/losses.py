@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Classes whose distances to all others are held at once: at 20,000 classes, 160 MB a matrix.
+_ROWS = 2000
 
 
 def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
@@ -21,13 +25,25 @@ def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
     if classes < 2:
         return text_features.sum() * 0
     squares = text_features.square().sum(-1)
-    distances = squares[:, None] + squares[None] - 2 * text_features @ text_features.T  # (C, C)
-    # The diagonal is no pair; everything else counts twice, above and below.
-    potential = torch.exp(-t * distances.clamp_min(0))
-    potential = potential.masked_fill(
-        torch.eye(classes, dtype=torch.bool, device=potential.device), 0
-    )
-    return potential.sum() / (classes * (classes - 1))
+
+    def potential(first: int, last: int) -> Tensor:
+        """Sum over the pairs of some rows with all classes but themselves."""
+        rows = text_features[first:last]
+        distances = squares[first:last, None] + squares - 2 * rows @ text_features.T  # (r, C)
+        values = torch.exp(-t * distances.clamp_min(0))
+        own = torch.arange(first, last, device=values.device)
+        return values.index_put((own - first, own), values.new_zeros(())).sum()
+
+    # Every pair counts twice, above and below the diagonal.
+    pairs = classes * (classes - 1)
+    if classes <= _ROWS:
+        return potential(0, classes) / pairs
+    # Rows in blocks, their (r, C) matrices computed anew in the backward pass.
+    blocks = [
+        checkpoint(potential, i, min(i + _ROWS, classes), use_reentrant=False)
+        for i in range(0, classes, _ROWS)
+    ]
+    return torch.stack(blocks).sum() / pairs
 
 
 def intra_dispersion(image_features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ class Settings(BaseModel):
     visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
+    text_memory: float = Field(
+        4.0, gt=0, description="GiB of text activations kept a step; more classes go in chunks"
+    )
     memory_budget: float = Field(2.0, gt=0, description="GiB of decoded images kept in memory")
 
 

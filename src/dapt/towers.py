@@ -26,9 +26,14 @@ from open_clip.transformer import (
     text_global_pool,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dapt.backbone import Backbone
 from dapt.errors import UserError
+
+# Widths of activations a token keeps in one layer: two norms' input and output, queries, keys and
+# values, attention with its prefix, and the MLP four wide before and after its activation.
+_KEPT_WIDTHS = 24
 
 # ---------------------------------------------------------------------------- one block
 
@@ -194,13 +199,29 @@ class ClassTokens:
         return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Classes encoded together: those at ``classes`` in the order of their length."""
+
+    classes: slice
+    tokens: slice  # of their packed own tokens
+    groups: tuple[tuple[int, int], ...]  # (number of classes, own tokens of each), by length
+
+
 class TextEncoder(nn.Module):
     """The frozen text tower laid out for one list of classes.
 
     Classes are sorted by length and their own tokens packed end to end, so that matrix products
     see no padding at all; attention runs once for each length, over the keys and values of the
     shared prefix and of the class itself. The prefix (start token, learned context) is run once
-    for all classes, and gradients reach the context through it.
+    for all classes, and gradients reach the context through it. Where the activations of all
+    classes exceed a budget, classes are taken in chunks and the backward pass computes each
+    chunk's activations anew.
+
+    Args:
+        backbone: the frozen model.
+        tokens: of the classes.
+        memory_budget: bytes that activations kept for the backward pass may take.
     """
 
     backbone: Backbone
@@ -210,7 +231,9 @@ class TextEncoder(nn.Module):
     ends: Tensor  # (C,), where each class's end token lies among the packed
     restore: Tensor  # (C,), from sorted order to class order
 
-    def __init__(self, backbone: Backbone, tokens: ClassTokens) -> None:
+    def __init__(
+        self, backbone: Backbone, tokens: ClassTokens, memory_budget: int = 4 * 2**30
+    ) -> None:
         super().__init__()
         self.backbone, self.tokens = backbone, tokens
         text = backbone.text
@@ -223,18 +246,18 @@ class TextEncoder(nn.Module):
         )
         order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
         lengths = [len(tokens.own[i]) for i in order]
-        self.groups = [(lengths.count(s), s) for s in sorted(set(lengths))]  # (classes, tokens)
-        packed = [t for i in order for t in tokens.own[i]]
-        positions = [p for s in lengths for p in range(s)]
-        ends = torch.tensor(lengths).cumsum(0) - 1
         for name, values in {
             "shared": torch.tensor(tokens.shared, dtype=torch.long),
-            "packed": torch.tensor(packed),
-            "positions": torch.tensor(positions),
-            "ends": ends,
+            "packed": torch.tensor([t for i in order for t in tokens.own[i]]),
+            "positions": torch.tensor([p for s in lengths for p in range(s)]),
+            "ends": torch.tensor(lengths).cumsum(0) - 1,
             "restore": torch.tensor(order).argsort(),
         }.items():
             self.register_buffer(name, values.to(backbone.device), persistent=False)
+        self.chunks = [Chunk(slice(0, len(order)), slice(0, len(self.packed)), ())]
+        if self.shares_prefix:
+            budget = max(1, memory_budget // _bytes_per_token(text, backbone.dtype))
+            self.chunks = _chunks(lengths, budget)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         """Encode all classes with ``context`` (M, W) after the shared ids, or without one.
@@ -242,73 +265,68 @@ class TextEncoder(nn.Module):
         Returns:
             (C, D) features, not normalised, in fp32.
         """
-        if self.shares_prefix:
-            return self._shared_prefix(context).float()
-        return self._whole(context).float()
+        if not self.shares_prefix:
+            return self._whole(context).float()
+        prefix = self._prefix(context)
+        if len(self.chunks) == 1 or not torch.is_grad_enabled():
+            features = [self._own(chunk, *prefix) for chunk in self.chunks]
+        else:
+            features = [
+                checkpoint(self._own, chunk, *prefix, use_reentrant=False, preserve_rng_state=False)
+                for chunk in self.chunks
+            ]
+        return torch.cat(features)[self.restore].float()
 
-    def _shared_prefix(self, context: Tensor | None) -> Tensor:
-        text = self.backbone.text
-        dtype, embed = self.backbone.dtype, text.token_embedding
-        pos = text.positional_embedding
-        head = embed(self.shared).to(dtype)  # (P, W)
+    def _prefix(self, context: Tensor | None) -> list[Tensor]:
+        """Keys and values of the shared prefix in each layer: k, v, k, v, ..., (H, P, W/H) each."""
+        text, dtype = self.backbone.text, self.backbone.dtype
+        x = text.token_embedding(self.shared).to(dtype)  # (P', W)
         if context is not None:
-            head = torch.cat([head, context.to(dtype)])
-        prefix = len(head)
-        head = head + pos[:prefix].to(dtype)
-        x = embed(self.packed).to(dtype) + pos[self.positions + prefix].to(dtype)  # (N, W)
-
+            x = torch.cat([x, context.to(dtype)])
+        x = x + text.positional_embedding[: len(x)].to(dtype)  # (P, W)
+        causal = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
+        found: list[Tensor] = []
         *blocks, last = text.transformer.resblocks
-        heads = last.attn.num_heads
         for block in blocks:
-            head, x = self._layer(block, head, x, heads)
-        # Last layer: queries of the end tokens alone, and no prefix state after it.
-        _, prefix_k, prefix_v = (_heads(t, heads) for t in _qkv(last, head))  # (H, P, W/H)
+            q, k, v = (_heads(t, block.attn.num_heads) for t in _qkv(block, x))
+            found += [k, v]
+            x = _finish(block, x, _attend(q, k, v, causal))
+        # Nothing reads what the last layer would make of the prefix itself.
+        _, k, v = (_heads(t, last.attn.num_heads) for t in _qkv(last, x))
+        return [*found, k, v]
+
+    def _own(self, chunk: Chunk, *prefix: Tensor) -> Tensor:
+        """Features (c, D) of a chunk's c classes, in sorted order, given the prefix."""
+        text, dtype = self.backbone.text, self.backbone.dtype
+        length = prefix[0].shape[-2]
+        x = text.token_embedding(self.packed[chunk.tokens]).to(dtype)  # (N, W)
+        x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
+        *blocks, last = text.transformer.resblocks
+        for i, block in enumerate(blocks):
+            q, k, v = _qkv(block, x)
+            mixed, first = [], 0
+            for count, size in chunk.groups:
+                own = slice(first, first + count * size)
+                # Row i sees the whole prefix and the class's own tokens up to itself.
+                mask = torch.ones(size, length + size, dtype=torch.bool, device=x.device)
+                query = _heads(q[own].unflatten(0, (count, size)), block.attn.num_heads)
+                keys = _after(prefix[2 * i], k[own], count)
+                values = _after(prefix[2 * i + 1], v[own], count)
+                mixed.append(_attend(query, keys, values, mask.tril(length)).flatten(0, 1))
+                first = own.stop
+            x = _finish(block, x, torch.cat(mixed))
+        # Last layer: queries of the end tokens alone.
         q, k, v = _qkv(last, x)
-        q = q[self.ends]  # (C, W)
-        mixed, first, end = [], 0, 0
-        for count, size in self.groups:
+        ends = self.ends[chunk.classes] - chunk.tokens.start
+        q, mixed, first, end = q[ends], [], 0, 0
+        for count, size in chunk.groups:
             own = slice(first, first + count * size)
-            mixed.append(
-                _attend(
-                    _heads(q[end : end + count].unsqueeze(1), heads),
-                    self._with_prefix(prefix_k, k[own], count, heads),
-                    self._with_prefix(prefix_v, v[own], count, heads),
-                ).squeeze(1)
-            )
+            query = _heads(q[end : end + count].unsqueeze(1), last.attn.num_heads)
+            keys, values = (_after(p, t[own], count) for p, t in ((prefix[-2], k), (prefix[-1], v)))
+            mixed.append(_attend(query, keys, values).squeeze(1))
             first, end = own.stop, end + count
-        x = _finish(last, x[self.ends], torch.cat(mixed))  # (C, W)
-        x = _project(text, _norm(text.ln_final, x))
-        return x[self.restore]
-
-    def _layer(
-        self, block: ResidualAttentionBlock, head: Tensor, x: Tensor, heads: int
-    ) -> tuple[Tensor, Tensor]:
-        """One layer over the prefix ``head`` (P, W) and the packed own tokens ``x`` (N, W)."""
-        prefix_q, prefix_k, prefix_v = (_heads(t, heads) for t in _qkv(block, head))
-        q, k, v = _qkv(block, x)
-        mixed, first = [], 0
-        for count, size in self.groups:
-            own = slice(first, first + count * size)
-            # Row i sees the whole prefix and the class's own tokens up to itself.
-            mask = torch.ones(size, len(head) + size, dtype=torch.bool, device=x.device)
-            mixed.append(
-                _attend(
-                    _heads(q[own].unflatten(0, (count, size)), heads),
-                    self._with_prefix(prefix_k, k[own], count, heads),
-                    self._with_prefix(prefix_v, v[own], count, heads),
-                    mask.tril(len(head)),
-                ).flatten(0, 1)
-            )
-            first = own.stop
-        causal = torch.ones(len(head), len(head), dtype=torch.bool, device=x.device).tril()
-        head = _finish(block, head, _attend(prefix_q, prefix_k, prefix_v, causal))
-        return head, _finish(block, x, torch.cat(mixed))
-
-    @staticmethod
-    def _with_prefix(prefix: Tensor, own: Tensor, count: int, heads: int) -> Tensor:
-        """Prefix (H, P, W/H) before each class's own (count*S, W): (count, H, P+S, W/H)."""
-        split = _heads(own.unflatten(0, (count, -1)), heads)
-        return torch.cat([prefix.expand(count, -1, -1, -1), split], dim=2)
+        x = _finish(last, x[ends], torch.cat(mixed))  # (c, W)
+        return _project(text, _norm(text.ln_final, x))
 
     def _whole(self, context: Tensor | None) -> Tensor:
         """Every class in full, through the tower's own modules."""
@@ -346,6 +364,39 @@ class TextEncoder(nn.Module):
             return _project(text, text.ln_final(x[:, -1]))
         x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
         return _project(text, x)
+
+
+def _after(prefix: Tensor, own: Tensor, count: int) -> Tensor:
+    """Prefix (H, P, W/H) before each class's own (count*S, W): (count, H, P+S, W/H)."""
+    split = _heads(own.unflatten(0, (count, -1)), len(prefix))
+    return torch.cat([prefix.expand(count, -1, -1, -1), split], dim=2)
+
+
+def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:
+    """Activations that one own token keeps for the backward pass, measured to be about this."""
+    width = text.width * text.transformer.layers * dtype.itemsize
+    return _KEPT_WIDTHS * width
+
+
+def _chunks(lengths: list[int], budget: int) -> list[Chunk]:
+    """Cut classes of these (sorted) lengths into chunks of about ``budget`` tokens each.
+
+    Chunks are about equal; one class is never cut, so a chunk holds at least one.
+    """
+    count = -(-sum(lengths) // budget)
+    target, chunks, first, start = sum(lengths) / count, list[Chunk](), 0, 0
+    while first < len(lengths):
+        last, end = first, start
+        while last < len(lengths) and (
+            last == first or end + lengths[last] / 2 <= target * (len(chunks) + 1)
+        ):
+            end += lengths[last]
+            last += 1
+        inside = lengths[first:last]
+        groups = tuple((inside.count(s), s) for s in sorted(set(inside)))
+        chunks.append(Chunk(slice(first, last), slice(start, end), groups))
+        first, start = last, end
+    return chunks
 
 
 def _project(text: TextTransformer, x: Tensor) -> Tensor:

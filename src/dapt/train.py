@@ -197,7 +197,11 @@ def new_classifier(
         seed=settings.seed,
     )
     return PromptedClassifier(
-        backbone, task.class_names, prompts, settings.template or task.template
+        backbone,
+        task.class_names,
+        prompts,
+        settings.template or task.template,
+        text_memory=int(settings.text_memory * 2**30),
     )
 
 
