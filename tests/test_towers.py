@@ -11,6 +11,7 @@ from conftest import tiny_config
 from dapt.backbone import Backbone, Preprocessing, load_backbone
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError
+from dapt.plain import image_plain, text_plain
 from dapt.prompts import Prompts, new_prompts
 from dapt.towers import ClassTokens, TextEncoder, _bytes_per_token, encode_image
 
@@ -23,23 +24,9 @@ def backbone(tiny_weights):
 
 
 def plain_text(backbone, names, context):
-    """77 tokens a class, the context put in place of stand-in words, the tower's own blocks."""
-    text, count = backbone.text, len(context)
-    sentences = [" ".join(["X"] * count + [n.replace("_", " ") + "."]) for n in names]
-    ids = backbone.tokenizer(sentences)
-    x = text.token_embedding(ids)
-    x = torch.cat([x[:, :1], context.expand(len(names), -1, -1), x[:, 1 + count :]], dim=1)
-    x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
-    x = text.ln_final(x)[torch.arange(len(names)), ids.argmax(-1)]
-    return x @ text.text_projection
-
-
-def plain_image(visual, images, prompt):
-    """All tokens through all layers, then the class token."""
-    x = visual._embeds(images)
-    x = torch.cat([x[:, :1], prompt.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-    x = visual.ln_post(visual.transformer(x))[:, 0]
-    return x @ visual.proj
+    """The plain way: stand-in words, whose embeddings the context replaces, and all 77 tokens."""
+    sentences = [" ".join(["X"] * len(context) + [n.replace("_", " ") + "."]) for n in names]
+    return text_plain(backbone.text, backbone.tokenizer(sentences), context)
 
 
 @settings(max_examples=15)
@@ -96,7 +83,7 @@ def test_class_token_only_last_layer_is_exact(backbone, vectors, images, seed):
     torch.manual_seed(seed)
     prompt = torch.nn.Parameter(torch.randn(vectors, 64))
     pixels, weights = torch.randn(images, 3, 32, 32), torch.randn(images, 32)
-    expected = plain_image(backbone.visual, pixels, prompt)
+    expected = image_plain(backbone.visual, pixels, prompt)
     (expected * weights).sum().backward()
     gradient, prompt.grad = prompt.grad.clone(), None
     found = encode_image(backbone, pixels, prompt)

@@ -38,6 +38,8 @@ BUNDLED = "bundled"
 # OpenAI's CLIP, and every state dict with its key names, has heads 64 wide.
 _HEAD_WIDTH = 64
 
+Loaded = tuple[nn.Module, Any, "Preprocessing"]
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -225,17 +227,25 @@ def load_backbone(
         known = ", ".join(PRECISIONS)
         raise UserError(f"unknown precision '{precision}'; use one of {known}")
     place = _device(device)
-    path = Path(name).expanduser()
-    if name == BUNDLED:
-        model, tokenizer, preprocess = _from_directory(Path(str(files("dapt") / "assets/backbone")))
-    elif path.is_dir():
-        model, tokenizer, preprocess = _from_directory(path)
-    elif path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        model, tokenizer, preprocess = _from_file(path)
-    else:
-        model, tokenizer, preprocess = _from_open_clip(name, pretrained)
+    model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
+
+
+def load_model(name: str, pretrained: str | None) -> Loaded:
+    """open_clip's own model, tokenizer and preprocessing, from any source of `load_backbone`.
+
+    Raises:
+        UserError: unknown name or tag; unreadable or unfit weights.
+    """
+    path = Path(name).expanduser()
+    if name == BUNDLED:
+        return _from_directory(Path(str(files("dapt") / "assets/backbone")))
+    if path.is_dir():
+        return _from_directory(path)
+    if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        return _from_file(path)
+    return _from_open_clip(name, pretrained)
 
 
 def _device(device: str) -> torch.device:
@@ -252,9 +262,6 @@ def _device(device: str) -> torch.device:
             f"device '{device}' is not available here; use 'cpu' or leave it 'auto'"
         ) from error
     return place
-
-
-Loaded = tuple[nn.Module, Any, Preprocessing]
 
 
 def _from_directory(path: Path) -> Loaded:

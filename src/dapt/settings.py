@@ -38,6 +38,9 @@ class Settings(BaseModel):
     text_init: str | None = Field(None, description="words the text prompt starts from")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
     epochs: int = Field(ge=1, description="passes over the support set")
+    crop_min: float = Field(
+        0.08, gt=0, le=1, description="least share of an image that a training view shows"
+    )
     batch_size: int = Field(32, ge=1, description="images a step")
     lr: float = Field(gt=0, description="SGD learning rate, after the first epoch's 1e-5")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")

@@ -215,6 +215,7 @@ def store_of(
         size=seen.size,
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
+        crop_min=settings.crop_min,
         memory_budget=int(settings.memory_budget * 2**30),
     )
 

@@ -34,8 +34,8 @@ INTERPOLATIONS = {
 }
 RESIZE_MODES = ("shortest", "squash")
 
-# Of the training crop, as in Inception-style training: share of the area, and width / height.
-CROP_SCALE = (0.08, 1.0)
+# Of the training crop, as in Inception-style training: least share of the area, width / height.
+CROP_MIN = 0.08
 CROP_RATIO = (3 / 4, 4 / 3)
 
 # EXIF orientation tag and what undoes each value; 1 is upright.
@@ -183,9 +183,14 @@ def centre_view(
 
 
 def train_view(
-    image: Image.Image, size: int, generator: random.Random, *, interpolation: str = "bicubic"
+    image: Image.Image,
+    size: int,
+    generator: random.Random,
+    *,
+    interpolation: str = "bicubic",
+    crop_min: float = CROP_MIN,
 ) -> Image.Image:
-    """A random resized crop (area 8 % to 100 %, aspect 3/4 to 4/3), mirrored half the time.
+    """A random resized crop (area ``crop_min`` to 1, aspect 3/4 to 4/3), mirrored half the time.
 
     The distribution is that of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
     Only ``generator.random()`` is called: the one method whose values Python promises not to
@@ -194,12 +199,14 @@ def train_view(
     Raises:
         UserError: ``interpolation`` is unknown.
     """
-    box = crop_box(*image.size, generator)
+    box = crop_box(*image.size, generator, crop_min)
     view = image.crop(box).resize((size, size), _resample(interpolation))
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else view
 
 
-def crop_box(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, generator: random.Random, crop_min: float = CROP_MIN
+) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a random crop of a width x height px image.
 
     Area is uniform, aspect log-uniform; after ten crops that do not fit, the largest centred one
@@ -207,9 +214,7 @@ def crop_box(width: int, height: int, generator: random.Random) -> tuple[int, in
     """
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(10):
-        area = (
-            width * height * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * generator.random())
-        )
+        area = width * height * (crop_min + (1 - crop_min) * generator.random())
         aspect = math.exp(low + (high - low) * generator.random())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -265,6 +270,7 @@ class ImageStore:
         size: side of a view, px.
         interpolation: ``bicubic`` or another of `INTERPOLATIONS`.
         resize_mode: ``shortest`` or ``squash``, of test views; see `centre_view`.
+        crop_min: least share of an image's area that a train view shows; the protocol's is 0.08.
         memory_budget: bytes that kept images may take in all. First come, first kept.
         threads: decoding threads; by default one a core, at most eight.
 
@@ -279,6 +285,7 @@ class ImageStore:
         size: int,
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
+        crop_min: float = CROP_MIN,
         memory_budget: int = 2 * 2**30,
         threads: int | None = None,
     ) -> None:
@@ -288,6 +295,7 @@ class ImageStore:
         self.size = size
         self.interpolation = interpolation
         self.resize_mode = resize_mode
+        self.crop_min = crop_min
         self.memory_budget = memory_budget
         self.threads = threads or min(8, _cores())
         self._kept: dict[int, Image.Image] = {}
@@ -388,7 +396,13 @@ class ImageStore:
                 # A string is hashed by SHA-512: the same in every process, and no pattern
                 # between neighbouring numbers.
                 generator = random.Random(f"{train[0]}/{train[1]}/{index}")
-                view = train_view(image, self.size, generator, interpolation=self.interpolation)
+                view = train_view(
+                    image,
+                    self.size,
+                    generator,
+                    interpolation=self.interpolation,
+                    crop_min=self.crop_min,
+                )
             pixels[row] = np.asarray(view)
 
 

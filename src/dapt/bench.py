@@ -1,0 +1,314 @@
+"""`dapt bench`: a training step and an evaluation, the plain way and ours, in one run.
+
+Every variant lives in a process of its own, so that its peak memory is its own, and the variants
+take turns at one step each, so that a shared machine's drift meets all of them alike. Beside them
+stands the machine's measured rate of matrix products, and the share of it that a step reaches,
+from counted floating-point operations.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dapt.backbone import PRECISIONS, load_backbone, load_model
+from dapt.classifier import PromptedClassifier
+from dapt.errors import UserError
+from dapt.methods import METHODS
+from dapt.plain import PlainClassifier
+from dapt.prompts import new_prompts
+from dapt.tuning import Tuner
+
+PLAIN = "plain"
+VARIANTS = (PLAIN, *PRECISIONS)
+MATMUL_SIDE = 2048
+EVAL_BATCHES = 2
+
+
+def run_bench(
+    *,
+    backbone: str,
+    pretrained: str | None,
+    class_names: Sequence[str],
+    batch_size: int,
+    eval_batch_size: int,
+    variants: Sequence[str],
+    rounds: int,
+    evaluation: bool,
+    device: str = "auto",
+    advance: Callable[..., None] = lambda count, note="": None,
+) -> dict[str, Any]:
+    """Time each variant's training step and evaluation, in turns.
+
+    Args:
+        backbone, pretrained: as `load_backbone`; ``pretrained="random"`` needs no download.
+        class_names: C names.
+        batch_size: images a training step; ``eval_batch_size``: images a batch in evaluation.
+        variants: of "plain", "fp32", "bf16", "fp16".
+        rounds: turns each variant takes, after one that is not counted.
+        evaluation: whether to time evaluation too.
+        device: of all variants.
+        advance: is told of each finished turn.
+
+    Returns:
+        Plain values: the settings, and for each variant medians over the rounds in seconds,
+        images a second, peak memory in bytes, counted operations and their rate.
+
+    Raises:
+        UserError: an unknown variant, or a worker that failed; its last words are passed on.
+    """
+    if unknown := [v for v in variants if v not in VARIANTS]:
+        raise UserError(f"unknown variant '{unknown[0]}'; use some of {', '.join(VARIANTS)}")
+    job = {
+        "backbone": backbone,
+        "pretrained": pretrained,
+        "class_names": list(class_names),
+        "batch_size": batch_size,
+        "eval_batch_size": eval_batch_size,
+        "device": device,
+    }
+    tasks = ["train", "eval"] if evaluation else ["train"]
+    workers = {v: _Worker({**job, "variant": v}) for v in variants}
+    precisions = sorted({_precision(v) for v in variants})
+    rates: dict[str, list[float]] = {p: [] for p in precisions}
+    times: dict[str, list[dict[str, float]]] = {v: [] for v in variants}
+    try:
+        for turn in range(rounds + 1):
+            for precision in precisions:
+                rates[precision].append(matmul_rate(PRECISIONS[precision], device))
+            for variant, worker in workers.items():
+                result: dict[str, float] = {}
+                for task in tasks:
+                    result |= worker.ask(task)
+                if turn:  # the first warms up
+                    times[variant].append(result)
+                advance(1, f"{variant} {result['step']:.2f} s a step")
+        ends = {variant: worker.ask("finish") for variant, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    report: dict[str, Any] = {
+        **{k: v for k, v in job.items() if k != "class_names"},
+        "classes": len(class_names),
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matmul_flops_per_second": {p: statistics.median(r) for p, r in rates.items()},
+        "variants": {},
+    }
+    for variant in variants:
+        rows = times[variant]
+        row: dict[str, Any] = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+        row["steps"] = [r["step"] for r in rows]
+        row |= ends[variant]
+        # The rate of the turns themselves: what the machine gave in the same minutes.
+        rate = report["matmul_flops_per_second"][_precision(variant)]
+        row["flops_per_second"] = row["flops"] / row["step"]
+        row["share_of_matmul_rate"] = row["flops_per_second"] / rate
+        report["variants"][variant] = row
+    return report
+
+
+def _precision(variant: str) -> str:
+    return "fp32" if variant == PLAIN else variant
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "auto") -> float:
+    """Floating-point operations a second of square matrix products, the best of some."""
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else
+                         device)  # fmt: skip
+    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=place).to(dtype)
+    b = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=place).to(dtype)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        _wait(place)
+        best = max(best, 2 * MATMUL_SIDE**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Worker:
+    """A process that holds one variant and runs a step whenever asked."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", "dapt.bench"]
+        self.variant = job["variant"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._send(job)
+
+    def ask(self, task: str) -> dict[str, float]:
+        """Run ``task`` there and return its figures."""
+        self._send(task)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(
+                f"the {self.variant} variant stopped (exit code {self.process.wait()}; -9 means "
+                "out of memory); leave it out with --variants, or use fewer classes or images"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+    def _send(self, value: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer's end of file tells why
+
+
+# ------------------------------------------------------------------------------- a worker
+
+
+class _Variant:
+    """One variant's model, with a training step and an evaluation batch to run."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        name, pretrained, names = job["backbone"], job["pretrained"], job["class_names"]
+        backbone = load_backbone(
+            name, pretrained, device=job["device"], precision=_precision(job["variant"])
+        )
+        prompts = new_prompts(backbone, text_vectors=16, visual_vectors=16)
+        size = backbone.preprocessing.size
+        self.backbone = backbone
+        self.views = torch.randint(0, 256, (job["batch_size"], 3, size, size), dtype=torch.uint8)
+        self.eval_views = torch.randint(
+            0, 256, (job["eval_batch_size"], 3, size, size), dtype=torch.uint8
+        )
+        self.labels = torch.randint(0, len(names), (job["batch_size"],))
+        self.plain = job["variant"] == PLAIN
+        classifier: Any
+        if self.plain:
+            model, _, _ = load_model(name, pretrained)
+            classifier = PlainClassifier(backbone, model.to(backbone.device), names, prompts)
+            # Its own weights; what was only loaded to draw the prompts goes.
+            del backbone.visual, backbone.text
+        else:
+            classifier = PromptedClassifier(backbone, names, prompts, "{}")
+        self.classifier = classifier
+        with torch.no_grad():
+            prototypes = torch.randn_like(classifier.text_features())
+        self.tuner = _Timed(classifier, prototypes)
+
+    def train(self) -> dict[str, float]:
+        """One training step: seconds of forward, of backward, of all."""
+        return self.tuner.timed_step(self.views, self.labels, self.backbone.device)
+
+    @torch.inference_mode()
+    def eval(self) -> dict[str, float]:
+        """Evaluation of some batches: images a second, class features included as each does."""
+        started = time.perf_counter()
+        text = None if self.plain else self.classifier.text_features()
+        once = time.perf_counter() - started
+        started = time.perf_counter()
+        for _ in range(EVAL_BATCHES):
+            if text is None:
+                self.classifier(self.eval_views)
+            else:
+                image = self.classifier.image_features(self.eval_views)
+                self.classifier.logits(image, text)
+        _wait(self.backbone.device)
+        seconds = time.perf_counter() - started
+        count = EVAL_BATCHES * len(self.eval_views)
+        return {"eval_images_per_second": count / seconds, "eval_class_features": once}
+
+    def finish(self) -> dict[str, float]:
+        """Peak memory, and operations of a step: counted last, as counting needs memory itself."""
+        if self.backbone.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.backbone.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"peak_bytes": peak, "flops": self.flops()}
+
+    def flops(self) -> float:
+        """Floating-point operations of one training step, forward and backward."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        # The counter knows attention by its matrix products, not by its fused kernel.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.train()
+        return float(counter.get_total_flops())
+
+
+class _Timed(Tuner):
+    """A `Tuner` that says how long the halves of a step take."""
+
+    def __init__(self, classifier: Any, prototypes: torch.Tensor) -> None:
+        weights = {"intra": 10.0, "inter": 0.1}
+        super().__init__(classifier, METHODS["dapt"], weights, prototypes)
+
+    def timed_step(
+        self, views: torch.Tensor, labels: torch.Tensor, device: torch.device
+    ) -> dict[str, float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        _wait(device)
+        started = time.perf_counter()
+        total, _, _ = self.losses(views, labels)
+        _wait(device)
+        half = time.perf_counter()
+        total.backward()
+        self.optimizer.step()
+        _wait(device)
+        end = time.perf_counter()
+        return {"forward": half - started, "backward": end - half, "step": end - started}
+
+
+def _work() -> None:
+    """Read a job, then tasks, from standard input; answer each with a line of JSON."""
+    variant = _Variant(json.loads(sys.stdin.readline()))
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = getattr(variant, json.loads(line))()
+        except UserError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Class names from a JSON list, or from a text file, one a line.
+
+    Raises:
+        UserError: the file cannot be read or names no class.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"class names file {path} cannot be read ({error})") from error
+    if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+        raise UserError(f"class names file {path} must hold a list of names")
+    names = [n.strip() for n in value if n.strip()]
+    if not names:
+        raise UserError(f"class names file {path} names no class")
+    return names
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,94 @@
+"""The plain way: prompt tuning as it is usually written, to measure and to test against.
+
+Every class over all 77 tokens, every token through every layer, attention written out, class
+features computed for every batch, all in fp32. Nothing in the package uses it but `dapt bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from dapt.backbone import Backbone
+from dapt.prompts import Prompts
+
+
+def block_plain(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
+    """One transformer layer over x (B, L, W), its (B, H, L, L) attention matrix written out."""
+    attn, heads = block.attn, block.attn.num_heads
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    scores = q @ k.transpose(-1, -2) / sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(attn.out_proj(mixed))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def text_plain(text: TextTransformer, ids: Tensor, context: Tensor) -> Tensor:
+    """Text features (C, D) of token ids (C, L) with a context (M, W) put after the start token."""
+    x = text.token_embedding(ids)
+    x = torch.cat([x[:, :1], context.expand(len(ids), -1, -1), x[:, 1 + len(context) :]], dim=1)
+    x = x + text.positional_embedding
+    for block in text.transformer.resblocks:
+        x = block_plain(block, x, text.attn_mask)
+    x = text.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
+    return x @ text.text_projection
+
+
+def image_plain(visual: VisionTransformer, images: Tensor, prompt: Tensor) -> Tensor:
+    """Image features (B, D) with a visual prompt (N, W) between class token and patches."""
+    x = visual._embeds(images)
+    x = torch.cat([x[:, :1], prompt.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+    for block in visual.transformer.resblocks:
+        x = block_plain(block, x, None)
+    return visual.ln_post(x)[:, 0] @ visual.proj
+
+
+class PlainClassifier(nn.Module):
+    """Both towers of an open_clip model with prompts, the plain way.
+
+    Args:
+        backbone: says how images are normalised and what the temperature is.
+        model: open_clip's own model of the same weights, as loaded.
+        class_names: C names.
+        prompts: text (M, W) and visual (N, W').
+    """
+
+    def __init__(
+        self, backbone: Backbone, model: Any, class_names: Sequence[str], prompts: Prompts
+    ) -> None:
+        super().__init__()
+        self.model, self.prompts = model.eval().requires_grad_(False), prompts
+        self.normalize, self.logit_scale = backbone.normalize, backbone.logit_scale
+        assert prompts.text is not None
+        stand_in = " ".join(["X"] * len(prompts.text))
+        names = [name.replace("_", " ") for name in class_names]
+        ids = backbone.tokenizer([f"{stand_in} {name}." for name in names])
+        self.ids = ids.to(backbone.device)  # (C, 77)
+
+    def text_features(self) -> Tensor:
+        """(C, D), normalised."""
+        assert self.prompts.text is not None
+        return F.normalize(text_plain(self.model.text, self.ids, self.prompts.text), dim=-1)
+
+    def image_features(self, views: Tensor, **_: Any) -> Tensor:
+        """(B, D), normalised, of uint8 views (B, 3, S, S)."""
+        assert self.prompts.visual is not None
+        images = self.normalize(views)
+        return F.normalize(image_plain(self.model.visual, images, self.prompts.visual), dim=-1)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """(B, C) logits; class features are computed anew."""
+        return self.logits(self.image_features(views), self.text_features())
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """(B, C) logits of normalised features."""
+        return self.logit_scale * image_features @ text_features.T
