@@ -69,11 +69,13 @@ def test_predictions_add_up_to_the_metrics(run, photo_folder):
 def test_eval(run, tmp_path, photo_folder):
     own = json.loads(dapt("eval", run, "--json").stdout)
     assert own == json.loads((run / "metrics.json").read_text())["test"]
-    lines = [f"test/blue/{i}.png,blue,{p}" for i, p in ((0, "train"), (1, "test"))]
-    (photo_folder / "other.csv").write_text("path,label,split\n" + "\n".join(lines))
+    # Other classes, and nothing to tune on: test images alone are enough.
+    (photo_folder / "other.csv").write_text("path,label,split\ntest/blue/1.png,sky,test\n")
     other = dapt("eval", run, "--dataset", photo_folder / "other.csv", "--json")
     assert json.loads(other.stdout)["images"] == 1
     assert json.loads((run / "eval-other.json").read_text())["test"]["images"] == 1
+    whole = dapt("eval", run, "--dataset", photo_folder / "test", "--json")
+    assert json.loads(whole.stdout)["images"] == 12  # an unsplit tree is taken whole
     fails("none does not exist", "eval", run, "--dataset", "dtd", "--root", tmp_path / "none")
 
 
@@ -84,7 +86,10 @@ def test_support_set_round_trip(options, photo_folder, tmp_path):
     assert value == json.loads(file.read_text())
     assert len(value["train"]) == 6
     run = tmp_path / "run"
-    assert dapt("train", *options, "-o", run, "--support-set", file).exit_code == 0
+    fails("was drawn with 2 shots", "train", *options, "-o", run, "--support-set", file)
+    unsaid = [o for o in options if o not in ("--shots", 4)]
+    assert dapt("train", *unsaid, "-o", run, "--support-set", file).exit_code == 0
+    assert json.loads((run / "metrics.json").read_text())["shots"] == 2
     assert json.loads((run / "support_set.json").read_text())["train"] == value["train"]
 
 
@@ -172,33 +177,40 @@ def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
     fails("longer than the 77 tokens", "train", *arguments, "-o", tmp_path / "newer")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full's kind of file system")
-def test_a_full_disk_is_one_sentence(options, tmp_path):
-    """A directory whose quota is nothing: files may be made but not filled."""
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of file size are Linux's here")
+@pytest.mark.parametrize(("limit", "begun"), [(100, False), (3000, True)])
+def test_no_room_on_disk_is_one_sentence(options, tmp_path, limit, begun):
+    """A limit on file size stands in for a full disk: the records fit, or the checkpoint does."""
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "from dapt.cli import main\n"
         "main()\n"
     )
-    arguments = [str(o) for o in ["train", *options, "-o", tmp_path / "run"]]
+    run = tmp_path / "run"
+    arguments = [str(o) for o in ["train", *options, "-o", run]]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "file size limit" in result.stderr
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    left = {p.name for p in run.iterdir()}
+    if begun:
+        assert not left & {"metrics.json", "prompts.safetensors", "checkpoint.safetensors"}
+        assert dapt("train", "-o", run, "--resume").exit_code == 0
+    else:
+        assert left <= {".lock"}
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "demo", "methods", "settings", "data"]
+    "command", ["train", "eval", "predict", "demo", "bench", "methods", "settings", "data"]
 )
 def test_every_command_has_help(command):
     result = dapt(command, "--help")
     assert result.exit_code == 0
-    if command in ("train", "eval", "predict"):
+    if command in ("train", "eval", "predict", "bench"):
         assert "Examples" in result.output
 
 

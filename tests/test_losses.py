@@ -55,7 +55,11 @@ def test_metrics():
     found = metrics(logits, [0, 1, 1, 1], ["a", "b", "c"])
     assert found["accuracy"] == 0.75
     assert "top5" not in found
-    assert found["per_class"] == {"a": 1.0, "b": pytest.approx(2 / 3), "c": None}
+    assert found["per_class"] == [
+        {"class": "a", "images": 1, "accuracy": 1.0},
+        {"class": "b", "images": 3, "accuracy": pytest.approx(2 / 3)},
+        {"class": "c", "images": 0, "accuracy": None},
+    ]
     assert found["confusion"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
     many = metrics(torch.eye(7).repeat(2, 1), [*range(7), *[6] * 7], list("abcdefg"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,23 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dapt import files
+from dapt.backbone import load_backbone
+from dapt.data import draw_support_set
 from dapt.errors import UserError
 from dapt.methods import METHODS, Method
 from dapt.runs import RunDirectory
 from dapt.settings import make_settings
-from dapt.train import epoch_order, load_classifier, steps_per_epoch, train
+from dapt.train import (
+    epoch_order,
+    load_classifier,
+    steps_per_epoch,
+    support_of,
+    task_of,
+    train,
+)
 from dapt.tuning import learning_rate
 
 
@@ -111,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bits(given, tmp_path, number):
     assert process.wait(60) != 0
     assert run.exists
     assert not run.finished
-    _, step = run.read_checkpoint()
+    _, step, _ = run.read_checkpoint()
     assert 0 < step < 120
     train(make_settings(given), run.path, resume=True)
     assert results(run) == results(undisturbed)
@@ -136,6 +147,107 @@ def test_a_run_is_never_mixed_with_another(given, tmp_path):
         train(settings.model_copy(update={"lr": 0.5}), run.path, resume=True)
     train(settings.model_copy(update={"lr": 0.5}), run.path, overwrite=True)
     assert run.read_settings().lr == 0.5
+
+
+def test_resume_and_overwrite_exclude_each_other(given, tmp_path):
+    with pytest.raises(UserError, match="give one of them"):
+        train(make_settings(given), tmp_path / "run", resume=True, overwrite=True)
+
+
+def unfinished(given, path):
+    run = train(make_settings(given), path)
+    run.metrics_file.unlink()
+    return run
+
+
+def test_resume_wants_the_same_data(given, tmp_path, photo_folder):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    given = {**given, "dataset": str(photos)}
+    run = unfinished(given, tmp_path / "run")
+    (photos / "train" / "blue" / "0.png").rename(photos / "train" / "blue" / "new.png")
+    with pytest.raises(UserError, match="the support set of 'photos' differ"):
+        train(make_settings(given), run.path, resume=True)
+    (photos / "train" / "blue" / "new.png").rename(photos / "train" / "blue" / "0.png")
+    names = tmp_path / "names.json"
+    names.write_text('{"blue": "sky"}')
+    task = run.path / "task.json"
+    task.write_text(task.read_text().replace("blue", "sky"))
+    with pytest.raises(UserError, match="the classes or template of 'photos' differ"):
+        train(make_settings(given), run.path, resume=True)
+
+
+def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
+    weights = tmp_path / "weights.safetensors"
+    state = load_file(tiny_weights)
+    save_file(state, weights)
+    given = {**given, "backbone": str(weights)}
+    run = unfinished(given, tmp_path / "run")
+    state["logit_scale"] += 0.1
+    save_file(state, weights)
+    with pytest.raises(UserError, match="are not those that"):
+        train(make_settings(given), run.path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["task_file", "support_file", "environment_file", "settings_file"])
+def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, monkeypatch, name):
+    """Stopped at any file, the directory holds either no run or the whole new one."""
+    run = train(make_settings(given), tmp_path / "run")
+    target = getattr(run, name)
+    write = files.write_atomic
+
+    def die(path, content):
+        if path == target:
+            os._exit(9)
+        write(path, content)
+
+    new = make_settings({**given, "method": "coop", "lr": 0.7})
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(files, "write_atomic", die)
+        task = task_of(new)
+        support = support_of(new, task)
+        backbone = load_backbone(given["backbone"])
+        run.begin(new, task, support, backbone)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not run.exists
+    assert not run.finished
+    assert not run.prompts_file.exists()
+    train(new, run.path)
+    assert run.read_settings() == new
+
+
+def test_a_finished_run_has_everything(given, tmp_path, monkeypatch):
+    """The metrics, which say so, come last."""
+    run = RunDirectory(tmp_path / "run")
+    found = {}
+
+    def finish(self, metrics):
+        found.update(json.loads(self.environment_file.read_text()))
+        assert self.prompts_file.is_file()
+
+    monkeypatch.setattr(RunDirectory, "finish", finish)
+    train(make_settings(given), run.path)
+    assert found["tuning_seconds"] > 0
+    assert found["evaluation_seconds"] > 0
+
+
+def test_the_last_step_may_diverge_too(given, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match="smaller --lr"):
+        train(make_settings({**given, "lr": 1e38, "epochs": 2, "batch_size": 12}), run.path)
+    assert not run.prompts_file.exists()
+    for file in run.path.glob("checkpoint*"):
+        assert all(t.isfinite().all() for t in load_file(file).values())
+
+
+def test_a_saved_support_set_says_its_shots(given, tmp_path):
+    task = task_of(make_settings(given))
+    file = tmp_path / "set.json"
+    draw_support_set(task, 2, seed=3).save(file)
+    with pytest.raises(UserError, match="was drawn with 2 shots; give --shots 2"):
+        train(make_settings({**given, "support_set": str(file)}), tmp_path / "run")
 
 
 def test_a_directory_in_use_is_refused(given, tmp_path):

@@ -282,10 +282,12 @@ class _Timed(Tuner):
 
 def _work() -> None:
     """Read a job, then tasks, from standard input; answer each with a line of JSON."""
-    variant = _Variant(json.loads(sys.stdin.readline()))
+    job, variant = json.loads(sys.stdin.readline()), None
     for line in sys.stdin:
+        answer: dict[str, Any]
         try:
-            answer: dict[str, Any] = getattr(variant, json.loads(line))()
+            variant = variant or _Variant(job)
+            answer = getattr(variant, json.loads(line))()
         except UserError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)

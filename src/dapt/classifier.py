@@ -59,7 +59,8 @@ class PromptedClassifier(nn.Module):
         if self.prompts.text is not None:
             return F.normalize(self.text_encoder(self.prompts.text), dim=-1)
         if self._fixed_text_features is None:
-            with torch.no_grad():
+            # Ordinary tensors even if asked for in inference mode: a later step may use them.
+            with torch.inference_mode(False), torch.no_grad():
                 self._fixed_text_features = F.normalize(self.text_encoder(None), dim=-1)
         return self._fixed_text_features
 

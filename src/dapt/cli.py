@@ -41,35 +41,51 @@ _STORAGE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EFBIG: "the file size limit is reached; raise it",
-    errno.EROFS: "the file system is read-only; write elsewhere with --output",
-    errno.EACCES: "permission is denied; write elsewhere with --output",
-    errno.EPERM: "permission is denied; write elsewhere with --output",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EACCES: "permission is denied; change it, or use another path",
+    errno.EPERM: "permission is denied; change it, or use another path",
 }
 
 
 @contextmanager
-def _readable_errors(run: Path | None = None) -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2."""
+def _readable_errors(run: Path | None = None, command: str = "train") -> Iterator[None]:
+    """Turn what a user can mend into one sentence and exit code 2.
+
+    Args:
+        run: directory that ``command`` writes to; a hint says how to go on with what is there.
+        command: "train" or "demo".
+    """
     from dapt.train import Interrupted
+
+    def again(start: str) -> str:
+        if run is None or not run.exists():
+            return ""
+        return f"{start}dapt {command} --output {run}{' --resume' if command == 'train' else ''}"
 
     try:
         yield
     except UserError as error:
         _stop(str(error))
     except (Interrupted, KeyboardInterrupt):
-        again = f"; go on with: dapt train --output {run} --resume" if run and run.exists() else ""
-        errors.print(f"stopped{again}", highlight=False, markup=False, soft_wrap=True)
+        _say_error(f"stopped{again('; go on with: ')}")
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        again = f", then: dapt train --output {run} --resume" if run else ""
-        _stop(f"cannot write {error.filename or run or ''}: {_STORAGE[error.errno]}{again}")
+        _stop(f"{error.filename or run}: {_STORAGE[error.errno]}{again(', then: ')}")
 
 
 def _stop(sentence: str) -> None:
-    errors.print(f"dapt: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    _say_error(f"dapt: {sentence}")
     raise typer.Exit(2)
+
+
+def _say_error(line: str) -> None:
+    errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @app.command()
@@ -132,6 +148,7 @@ def train(
     with _readable_errors(output):
         from dapt.runs import RunDirectory
         from dapt.settings import make_settings, parse_assignment, read_settings_file
+        from dapt.train import check_output
         from dapt.train import train as run_training
 
         options: dict[str, Any] = {
@@ -160,15 +177,30 @@ def train(
             # What is not said again is as it was.
             given = {**run.read_settings().model_dump(), **given}
         if "dataset" not in given:
-            raise UserError("no dataset; name one, such as: dapt train bundled -o runs/first")
+            missing = f"{output} holds no run to resume, and no" if resume else "no"
+            raise UserError(
+                f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
+            )
         reporter = RichReporter()
-        final = make_settings(_absolute(given))
+        given = _absolute(given)
+        if given.get("support_set"):
+            given.setdefault("shots", _shots_of(Path(given["support_set"])))
+        final = make_settings(given)
+        check_output(run, final, resume=resume, overwrite=overwrite)
         if tune_settings and not (resume and run.exists):
             from dapt.search import search_settings
 
             final = search_settings(final, reporter)
         run_training(final, output, resume=resume, overwrite=overwrite, reporter=reporter)
         _show_run(run)
+
+
+def _shots_of(support_set: Path) -> Any:
+    """Shots that a saved support set was drawn with; what else it holds is checked later."""
+    from dapt.files import read_json
+
+    value = read_json(support_set, "support set file")
+    return value.get("shots") if isinstance(value, dict) else None
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -190,15 +222,10 @@ def _show_run(run: Any) -> None:
     spent = read_json(run.environment_file, "environment")
     console.print(_metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
     for name, values in result["dispersion"].items():
-        console.print(
-            f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after",
-            highlight=False,
-        )
-    console.print(
+        _say(f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after")
+    _say(
         f"{result['learned_parameters']:,} learned parameters, tuned in "
-        f"{spent['tuning_seconds']:g} s; everything is in {run.path}",
-        highlight=False,
-        soft_wrap=True,
+        f"{spent['tuning_seconds']:g} s; everything is in {run.path}"
     )
 
 
@@ -253,7 +280,7 @@ def evaluate(
             changes = {**dict.fromkeys(("domain", "class_names")), **changes}
             settings = settings.model_copy(update={"domain": None, "class_names": None})
         settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        task = task_of(settings)
+        task = task_of(settings, evaluate=True) if dataset else task_of(settings)
         classifier = load_classifier(directory, task.class_names, task.template, device=device)
         result = evaluate_task(classifier, task, settings, RichReporter())
         if dataset or domain:
@@ -306,11 +333,11 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where runs and picture go.")
     ] = DEMO_FOLDER,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the support set.")] = None,
-    seed: Annotated[int, typer.Option(help="Of support set, prompts and order.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the support set.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of support set, prompts and order.")] = 1,
 ) -> None:
     """Compare zero-shot, a linear probe, CoOp, VPT, VLPT and DAPT on the bundled task."""
-    with _readable_errors():
+    with _readable_errors(output, "demo"):
         from dapt.demo import run_demo
 
         run_demo(output, epochs=epochs, seed=seed, reporter=RichReporter())
@@ -350,6 +377,8 @@ def bench(
         from dapt.data import open_task
         from dapt.files import write_json
 
+        if json_file and not json_file.parent.is_dir():
+            raise UserError(f"--json {json_file}: its folder does not exist; make it first")
         names = read_class_names(class_names) if class_names else open_task("bundled").class_names
         chosen = [v.strip() for v in variants.split(",") if v.strip()]
         with RichReporter().stage("bench", (rounds + 1) * len(chosen)) as advance:
@@ -398,7 +427,7 @@ def _show_bench(report: dict[str, Any]) -> None:
         )
     console.print(table)
     rates = (f"{p} {r / 1e9:,.0f}" for p, r in report["matmul_flops_per_second"].items())
-    console.print(f"matrix products, Gflop/s: {', '.join(rates)}", highlight=False)
+    _say(f"matrix products, Gflop/s: {', '.join(rates)}")
 
 
 @app.command()
@@ -418,7 +447,7 @@ def methods() -> None:
 @app.command(name="settings")
 def list_settings(
     dataset: Annotated[str, typer.Argument(help="Show the settings published for it.")] = "bundled",
-    shots: Annotated[int, typer.Option(help="Support images a class.")] = 16,
+    shots: Annotated[int, typer.Option(min=1, help="Support images a class.")] = 16,
 ) -> None:
     """List every setting with its default for a dataset, and what it means."""
     from dapt.settings import Settings, default_settings

@@ -83,8 +83,8 @@ def metrics(logits: Tensor, labels: Sequence[int], class_names: Sequence[str]) -
     Returns:
         ``images``, ``accuracy`` (top-1), ``top5`` where there are more than five classes,
         ``macro_f1`` over the classes present, ``ece`` (expected calibration error, 15 bins of
-        equal width), ``per_class`` accuracy (None for a class without images) and ``confusion``
-        with true classes as rows. All fractions, none percent.
+        equal width), ``per_class`` in label order (accuracy None without images) and
+        ``confusion`` with true classes as rows. All fractions, none percent.
     """
     classes = len(class_names)
     truth = np.asarray(labels)
@@ -105,10 +105,14 @@ def metrics(logits: Tensor, labels: Sequence[int], class_names: Sequence[str]) -
         f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
     )
     result["ece"] = calibration_error(probabilities, truth)
-    result["per_class"] = {
-        name: float(confusion[i, i] / totals[i]) if totals[i] else None
+    result["per_class"] = [
+        {
+            "class": name,
+            "images": int(totals[i]),
+            "accuracy": float(confusion[i, i] / totals[i]) if totals[i] else None,
+        }
         for i, name in enumerate(class_names)
-    }
+    ]
     result["confusion"] = confusion.tolist()
     return result
 

@@ -41,6 +41,8 @@ def predict(
     Raises:
         UserError: an image cannot be read.
     """
+    if not paths:
+        return []
     files = [Path(path) for path in paths]
     seen = classifier.backbone.preprocessing
     store = ImageStore(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,6 +44,9 @@ class RichReporter(Reporter):
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         """Show a bar for ``total`` units of work; it goes when the work is done."""
+        if not errors.is_terminal:
+            yield _Lines(title, total)
+            return
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -59,4 +63,20 @@ class RichReporter(Reporter):
 
     def say(self, line: str) -> None:
         """Print one line."""
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class _Lines:
+    """A line a tenth of the work, and not too often: for a log file in place of a terminal."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.next, self.spoke = total / 10, time.monotonic()
+
+    def __call__(self, count: int, note: str = "") -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.done >= self.total or (self.done >= self.next and now - self.spoke > 5):
+            self.next, self.spoke = self.done + self.total / 10, now
+            line = f"{self.title}: {self.done} of {self.total} {note}".rstrip()
+            errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

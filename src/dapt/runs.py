@@ -35,6 +35,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dapt.backbone import Backbone
+from dapt.data import SupportSet, Task
 from dapt.errors import UserError
 from dapt.files import read_json, write_atomic, write_json
 from dapt.settings import Settings, make_settings
@@ -109,9 +110,66 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ what decides it
 
-    def write_settings(self, settings: Settings) -> None:
-        """Record the settings."""
-        write_json(self.settings_file, settings.model_dump())
+    def begin(
+        self, settings: Settings, task: Task, support: SupportSet, backbone: Backbone
+    ) -> None:
+        """Record what the run is made of, in place of whatever was here.
+
+        The settings go first and come last: while they are missing, no run is here.
+        """
+        for file in [self.settings_file, *self._results(), *self._records()]:
+            file.unlink(missing_ok=True)
+        try:
+            write_json(self.task_file, _task_record(task))
+            support.save(self.support_file)
+            write_json(self.environment_file, environment(backbone, settings.seed))
+            write_json(self.settings_file, settings.model_dump())
+        except BaseException:
+            for file in self._records():
+                file.unlink(missing_ok=True)
+            raise
+
+    def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> None:
+        """Check that what was found again is what the run was begun with.
+
+        Raises:
+            UserError: backbone, classes or support images differ.
+        """
+        self.require_backbone(backbone)
+        for file, now, what in (
+            (self.task_file, _task_record(task), "classes or template"),
+            (self.support_file, support.to_json(), "support set"),
+        ):
+            if read_json(file, what) != now:
+                raise UserError(
+                    f"cannot resume {self.path}: the {what} of '{task.name}' differ from those in "
+                    f"{file.name}, which it was started with; restore the data, or start anew "
+                    "with --overwrite"
+                )
+        before = read_json(self.environment_file, "environment of the run")
+        before.setdefault("resumed", []).append(environment(backbone))
+        write_json(self.environment_file, before)
+
+    def require_backbone(self, backbone: Backbone) -> None:
+        """Raise `UserError` unless these are the weights that the run was tuned on."""
+        recorded = read_json(self.environment_file, "environment of the run")
+        if recorded.get("backbone_sha256") != backbone.fingerprint:
+            raise UserError(
+                f"the weights of backbone '{backbone.name}' are not those that {self.path} was "
+                "tuned on; its prompts only fit the original ones"
+            )
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Record the metrics, which marks the run finished; everything else is there already."""
+        write_json(self.metrics_file, metrics)
+
+    def _results(self) -> list[Path]:
+        files = [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file]
+        board = list(self.tensorboard.iterdir()) if self.tensorboard.is_dir() else []
+        return [*files, *sorted(self.path.glob("eval-*.json")), *board]
+
+    def _records(self) -> list[Path]:
+        return [self.settings_file, self.task_file, self.support_file, self.environment_file]
 
     def read_settings(self) -> Settings:
         """Settings the run was started with, validated again."""
@@ -119,11 +177,6 @@ class RunDirectory:
         if not isinstance(values, dict):
             raise UserError(f"{self.settings_file} must hold a mapping of settings")
         return make_settings(values)
-
-    def write_task(self, name: str, class_names: tuple[str, ...], template: str) -> None:
-        """Record the classes, in label order."""
-        content = {"dataset": name, "template": template, "class_names": list(class_names)}
-        write_json(self.task_file, content)
 
     def read_task(self) -> tuple[str, tuple[str, ...], str]:
         """Dataset name, class names in label order, template."""
@@ -138,27 +191,32 @@ class RunDirectory:
                 f"{self.task_file} is damaged ({error}); run 'dapt train' again"
             ) from error
 
-    def write_environment(self, backbone: Backbone, **more: Any) -> None:
-        """Record versions, source commit, machine, and the backbone's fingerprint."""
-        write_json(self.environment_file, {**environment(backbone), **more})
-
     def add_to_environment(self, **more: Any) -> None:
-        """Add entries to what `write_environment` recorded."""
+        """Add entries to what `begin` recorded of the environment."""
         known = read_json(self.environment_file, "environment of the run")
         write_json(self.environment_file, {**known, **more})
 
     # --------------------------------------------------------------------- its progress
 
-    def write_checkpoint(self, state: dict[str, Tensor], step: int) -> None:
-        """Record prompts and momentum after ``step`` steps."""
-        self.write_tensors(self.checkpoint_file, state, step=str(step))
+    def write_checkpoint(self, state: dict[str, Tensor], step: int, seconds: float) -> None:
+        """Record prompts and momentum after ``step`` steps and ``seconds`` of tuning."""
+        self.write_tensors(self.checkpoint_file, state, step=str(step), seconds=f"{seconds:.3f}")
 
-    def read_checkpoint(self) -> tuple[dict[str, Tensor], int] | None:
-        """State and number of steps done, or None where there is no checkpoint yet."""
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], int, float] | None:
+        """State, steps and seconds so far, or None where there is no checkpoint yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         if not self.checkpoint_file.is_file():
             return None
         state, metadata = self.read_tensors(self.checkpoint_file)
-        return state, int(metadata["step"])
+        try:
+            return state, int(metadata["step"]), float(metadata["seconds"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.checkpoint_file} is damaged; delete it to start the run's tuning anew"
+            ) from error
 
     def write_tensors(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
         """Write safetensors atomically, on the CPU, with string metadata."""
@@ -177,16 +235,6 @@ class RunDirectory:
                 return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); train again") from error
-
-    def discard_results(self) -> None:
-        """Remove what an earlier run left, the result first, so that no mix can be mistaken."""
-        evals = sorted(self.path.glob("eval-*.json"))
-        for file in [self.metrics_file, self.prompts_file, self.checkpoint_file, *evals]:
-            file.unlink(missing_ok=True)
-        self.log_file.unlink(missing_ok=True)
-        if self.tensorboard.is_dir():
-            for file in self.tensorboard.iterdir():
-                file.unlink()
 
 
 class StepLog:
@@ -238,7 +286,15 @@ class StepLog:
             self._board.close()
 
 
-def environment(backbone: Backbone) -> dict[str, Any]:
+def _task_record(task: Task) -> dict[str, Any]:
+    return {
+        "dataset": task.name,
+        "template": task.template,
+        "class_names": list(task.class_names),
+    }
+
+
+def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
     """Versions, source commit, machine, device and backbone of this process."""
     versions = {}
     for package in _PACKAGES:
@@ -248,6 +304,7 @@ def environment(backbone: Backbone) -> dict[str, Any]:
             continue
     device = backbone.device
     return {
+        **({} if seed is None else {"seed": seed}),
         "python": sys.version.split()[0],
         "versions": versions,
         "commit": _commit(),

@@ -15,11 +15,12 @@ from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.settings import Settings
-from dapt.train import support_of, task_of
+from dapt.train import Diverged, support_of, task_of
 from dapt.train import train as run_training
 
-LEARNING_RATES = (0.02, 0.2, 2.0)
-BETAS = {"beta_visual": (1.0, 10.0, 100.0), "beta_text": (0.1, 1.0)}
+# Multiples of the values the search starts from.
+LEARNING_RATES = (1.0, 0.1, 10.0)
+BETAS = {"beta_visual": (1.0, 0.1, 10.0), "beta_text": (1.0, 10.0)}
 EPOCHS = 20
 
 
@@ -78,23 +79,28 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
         if key not in scored:
             short = candidate.model_copy(update={"epochs": min(EPOCHS, settings.epochs)})
             with tempfile.TemporaryDirectory() as folder:
-                run = run_training(
-                    short,
-                    Path(folder) / "run",
-                    backbone=backbone,
-                    task=replace(task, test=held.val),
-                    support=held,
-                )
-                scored[key] = read_json(run.metrics_file, "metrics")["test"]["accuracy"]
+                try:
+                    run = run_training(
+                        short,
+                        Path(folder) / "run",
+                        backbone=backbone,
+                        task=replace(task, test=held.val),
+                        support=held,
+                    )
+                except Diverged:
+                    scored[key] = 0.0
+                else:
+                    scored[key] = read_json(run.metrics_file, "metrics")["test"]["accuracy"]
             reporter.say(
                 f"lr {candidate.lr:g}, beta_visual {candidate.beta_visual:g}, beta_text "
                 f"{candidate.beta_text:g}: {scored[key]:.1%} of {len(held.val)} held-out images"
             )
         return scored[key]
 
-    best = max((settings.model_copy(update={"lr": lr}) for lr in LEARNING_RATES), key=score)
+    rates = [settings.model_copy(update={"lr": settings.lr * m}) for m in LEARNING_RATES]
+    best = max(rates, key=score)
     weights = [w for w in method.terms.values() if w in BETAS]
-    grids = [[(str(w), value) for value in BETAS[str(w)]] for w in weights]
+    grids = [[(str(w), getattr(best, str(w)) * m) for m in BETAS[str(w)]] for w in weights]
     options = [best.model_copy(update=dict(choice)) for choice in product(*grids)]
     best = max([best, *options], key=score)
     reporter.say(

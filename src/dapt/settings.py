@@ -32,7 +32,7 @@ class Settings(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen model")
     shots: int = Field(16, ge=1, description="support images a class")
-    seed: int = Field(1, ge=0, description="of support set, prompts, order and views")
+    seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
     text_vectors: int = Field(16, ge=1, description="M, vectors of the text prompt")
     visual_vectors: int = Field(16, ge=1, description="N, vectors of the visual prompt")
     text_init: str | None = Field(None, description="words the text prompt starts from")
@@ -150,7 +150,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set {text}: write it as name=value, such as --set lr=0.2")
+    key = key.strip().replace("-", "_")
+    field = Settings.model_fields.get(key)
+    if field is not None and field.annotation in (str, str | None):
+        return key, value  # text as it stands: "{} texture." is no YAML
     try:
-        return key.strip().replace("-", "_"), yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value cannot be read") from error

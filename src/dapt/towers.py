@@ -190,7 +190,7 @@ class ClassTokens:
     @classmethod
     def for_template(cls, backbone: Backbone, class_names: Sequence[str], template: str):
         """Tokens of each class name put into ``template`` in place of ``{}``."""
-        texts = [template.format(name.replace("_", " ")) for name in class_names]
+        texts = [template.replace("{}", name.replace("_", " ")) for name in class_names]
         rows = backbone.tokenize(texts)
         # What all classes begin with is shared too, short of the last token of the shortest.
         limit = min(map(len, rows)) - 1

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ from dapt.evaluate import (
     metrics,
     unprompted_features,
 )
-from dapt.files import read_json, write_json
 from dapt.losses import class_prototypes
 from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
@@ -49,9 +49,16 @@ from dapt.runs import RunDirectory, StepLog
 from dapt.settings import Settings, loss_weights
 from dapt.tuning import Tuner, learning_rate
 
+# Settings that decide what a run costs, not what it finds: they may change when it resumes.
+FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every"})
+
 
 class Interrupted(Exception):
     """The run was asked to stop; a checkpoint of where it stood is on disk."""
+
+
+class Diverged(UserError):
+    """The loss or the prompts are no longer finite."""
 
 
 def train(
@@ -80,10 +87,10 @@ def train(
         Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
     """
     reporter, run = reporter or Reporter(), RunDirectory(output)
+    check_output(run, settings, resume=resume, overwrite=overwrite)
     if run.finished and resume:
         return run
     # Everything that can be wrong with the input is found before anything is written.
-    _check_output(run, settings, resume=resume, overwrite=overwrite)
     task = task or task_of(settings)
     support = support or support_of(settings, task)
     backbone = backbone or load_backbone(
@@ -96,20 +103,19 @@ def train(
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = encode_support(backbone, task, support, settings, reporter)
     with run.locked():
-        _check_output(run, settings, resume=resume, overwrite=overwrite)
-        if not resume or not run.exists:
-            run.discard_results()
-            run.write_task(task.name, task.class_names, task.template)
-            support.save(run.support_file)
-            run.write_environment(backbone, seed=settings.seed)
-            run.write_settings(settings)
+        check_output(run, settings, resume=resume, overwrite=overwrite)
+        if run.exists and resume:
+            run.resume(task, support, backbone)
+        else:
+            run.begin(settings, task, support, backbone)
         started = time.perf_counter()
+        spent_before = 0.0
         if method.probe:
             classifier = _fit_probe(run, settings, task, support, encoded, backbone)
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
-                _tune(run, settings, classifier, method, encoded, reporter)
+                spent_before = _tune(run, settings, classifier, method, encoded, reporter)
             prompts = classifier.prompts.named_parameters()
             run.write_tensors(
                 run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
@@ -121,8 +127,12 @@ def train(
             raise UserError(
                 f"{error} (the tuned prompts are kept: dapt train --output {run.path} --resume)"
             ) from error
-        write_json(
-            run.metrics_file,
+        dispersion = _dispersion(classifier, task, settings, encoded)
+        run.add_to_environment(
+            tuning_seconds=round(spent_before + tuned - started, 2),
+            evaluation_seconds=round(time.perf_counter() - tuned, 2),
+        )
+        run.finish(
             {
                 "method": settings.method,
                 "dataset": task.name,
@@ -130,18 +140,21 @@ def train(
                 "seed": settings.seed,
                 "learned_parameters": classifier.learned_parameters,
                 "support_images": len(encoded.store),
-                "dispersion": _dispersion(classifier, task, settings, encoded),
+                "dispersion": dispersion,
                 "test": test,
-            },
-        )
-        run.add_to_environment(
-            tuning_seconds=round(tuned - started, 2),
-            evaluation_seconds=round(time.perf_counter() - tuned, 2),
+            }
         )
     return run
 
 
-def _check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory that holds another run, unless told to resume or to overwrite it.
+
+    Raises:
+        UserError: what is there, and which option says what to do with it.
+    """
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite discards it; give one of them")
     if not run.exists:
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"--output {run.path} is a file; give a directory")
@@ -157,20 +170,21 @@ def _check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwr
         raise UserError(f"{run.path} {state}; add {way}, or choose another --output")
     kept = run.read_settings()
     for name, value in settings.model_dump().items():
-        if (old := getattr(kept, name)) != value:
+        if name not in FREE_ON_RESUME and (old := getattr(kept, name)) != value:
             raise UserError(
                 f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}; "
                 "leave the setting out, or choose another --output"
             )
 
 
-def task_of(settings: Settings) -> Task:
-    """Open the task that settings name."""
+def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
+    """Open the task that settings name; to evaluate on only, it needs no training images."""
     return open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
+        evaluate=evaluate,
     )
 
 
@@ -180,6 +194,11 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
         support = load_support_set(Path(settings.support_set), task)
     else:
         support = draw_support_set(task, settings.shots, settings.seed)
+    if support.shots != settings.shots:
+        raise UserError(
+            f"support set {settings.support_set} was drawn with {support.shots} shots; give "
+            f"--shots {support.shots}, or draw another"
+        )
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
     return support
@@ -279,8 +298,12 @@ def _tune(
     method: Method,
     support: Support,
     reporter: Reporter,
-) -> None:
-    """Tune the classifier's prompts in place, from the last checkpoint if there is one."""
+) -> float:
+    """Tune the classifier's prompts in place, from the last checkpoint if there is one.
+
+    Returns:
+        Seconds that earlier sessions of the run had spent on it.
+    """
     store, labels = support.store, support.labels
     tuner = Tuner(
         classifier,
@@ -293,15 +316,19 @@ def _tune(
         dropout=settings.visual_dropout,
     )
     per_epoch = steps_per_epoch(len(store), settings.batch_size)
-    total, done = per_epoch * settings.epochs, 0
+    total, done, spent = per_epoch * settings.epochs, 0, 0.0
     if (checkpoint := run.read_checkpoint()) is not None:
-        tuner.load_state(checkpoint[0])
-        done = checkpoint[1]
+        state, done, spent = checkpoint
+        tuner.load_state(state)
+    started, lr = time.perf_counter(), 0.0
     log = StepLog(run, list(method.terms), done)
 
     def save() -> None:
+        state = tuner.state()
+        if not all(bool(t.isfinite().all()) for t in state.values()):
+            raise _diverged("prompts are no longer finite", done, lr)
         log.flush()
-        run.write_checkpoint(tuner.state(), done)
+        run.write_checkpoint(state, done, spent + time.perf_counter() - started)
 
     try:
         with (
@@ -320,22 +347,27 @@ def _tune(
                     losses = [result.total, result.cross_entropy, *result.terms.values()]
                     log.add([done, epoch, lr, *losses, result.accuracy])
                     done += 1
-                    if not _finite(result.total):
-                        raise UserError(
-                            f"the loss became {result.total} at step {done} with learning rate "
-                            f"{lr:g}; use a smaller one with --lr (the last good checkpoint is "
-                            f"in {run.path})"
-                        )
+                    if not isfinite(result.total):
+                        raise _diverged(f"loss became {result.total}", done, lr)
                     parts = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
-                    note = f"ce {result.cross_entropy:.3f} {parts} acc {result.accuracy:.0%}"
-                    advance(1, note)
+                    advance(1, f"ce {result.cross_entropy:.3f} {parts} acc {result.accuracy:.0%}")
                     if stop.is_set():
                         save()
                         raise Interrupted
                 if (epoch + 1) % settings.checkpoint_every == 0 or done == total:
                     save()
+            if stop.is_set():  # while the last checkpoint was written
+                raise Interrupted
     finally:
         log.close()
+    return spent
+
+
+def _diverged(what: str, step: int, lr: float) -> Diverged:
+    return Diverged(
+        f"the {what} at step {step} with learning rate {lr:g}; train again with a smaller --lr "
+        "and --overwrite"
+    )
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -359,10 +391,6 @@ def _mix(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7_919 + 12_345) % 2**63
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
     """An event set by SIGINT or SIGTERM, so that a run stops between two steps.
@@ -374,7 +402,7 @@ def _stop_signal() -> Iterator[threading.Event]:
         yield stop
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in numbers}
 
     def handle(number: int, _frame: Any) -> None:
         stop.set()
@@ -462,7 +490,7 @@ def load_classifier(
         device=device or settings.device,
         precision=settings.precision,
     )
-    _check_fingerprint(run, backbone)
+    run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     names = class_names or own_names
     if "weight" in tensors:
@@ -478,12 +506,3 @@ def load_classifier(
     return PromptedClassifier(
         backbone, names, prompts, settings.template or template or own_template
     )
-
-
-def _check_fingerprint(run: RunDirectory, backbone: Backbone) -> None:
-    recorded = read_json(run.environment_file, "environment of the run").get("backbone_sha256")
-    if recorded != backbone.fingerprint:
-        raise UserError(
-            f"the weights of backbone '{backbone.name}' are not those that {run.path} was tuned "
-            "on; its prompts only fit the original ones"
-        )

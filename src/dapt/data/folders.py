@@ -50,7 +50,7 @@ def read_folder(folder: Path, test_fraction: float, split_seed: int) -> Listing:
         train, test = split_by_class(images, classes, test_fraction, split_seed)
         listing = Listing(tuple(classes), train=train, test=test)
     check_class_names(listing.class_names, f"folder {folder}", distinct=False)
-    check_listing(listing, f"folder {folder}")
+    check_listing(listing, f"folder {folder}", tuned=test_fraction < 1)
     return listing
 
 
@@ -62,9 +62,13 @@ def split_by_class(
     A class's split depends on its name, its images and the seed alone, not on other classes. A
     class of two or more images has some in both; a single image goes to train.
 
+    A fraction of 1 takes everything for testing.
+
     Returns:
         Train and test pairs, each in the order of ``images``.
     """
+    if test_fraction >= 1:
+        return (), images
     by_class: dict[int, list[Pair]] = {}
     for pair in sorted(images):
         by_class.setdefault(pair[1], []).append(pair)

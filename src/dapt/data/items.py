@@ -99,12 +99,19 @@ def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True
         seen[read_as(name)] = name
 
 
-def check_listing(listing: Listing, where: str) -> None:
-    """Every class must have images to tune on, and there must be images to test on.
+def check_listing(listing: Listing, where: str, *, tuned: bool = True) -> None:
+    """There must be images to test on and, where it is ``tuned`` on, to tune on for every class.
 
     Raises:
         UserError: with ``where``, the file or folder the listing was read from.
     """
+    if not listing.test:
+        raise UserError(
+            f"{where} names no test images; every task needs some (classes of one image have none "
+            "to spare)"
+        )
+    if not tuned:
+        return
     if not listing.train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     taught = {label for _, label in listing.train}
@@ -115,8 +122,6 @@ def check_listing(listing: Listing, where: str) -> None:
                     f"{where}: class '{listing.class_names[label]}' of {part} image {path} has no "
                     "train images; add some, or take the class out"
                 )
-    if not listing.test:
-        raise UserError(f"{where} names no test images; every task needs some")
 
 
 def label_order(names: set[str]) -> list[str]:

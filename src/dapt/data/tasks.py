@@ -27,6 +27,7 @@ def open_task(
     class_names: Path | None = None,
     test_fraction: float = 0.5,
     split_seed: int = 0,
+    evaluate: bool = False,
 ) -> Task:
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
@@ -40,6 +41,8 @@ def open_task(
             (a folder's, say) to the new one, or a list of all in label order.
         test_fraction: share of each class that becomes test images, where nothing is split yet.
         split_seed: of that split.
+        evaluate: the task is only evaluated on: an unsplit source is all test images, and
+            nothing needs train images.
 
     Raises:
         UserError: unknown dataset or domain, or anything wrong with what is read.
@@ -48,6 +51,8 @@ def open_task(
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
+    if evaluate:
+        test_fraction = 1.0
     template = DEFAULT_TEMPLATE
     path = Path(dataset).expanduser()
     if dataset == BUNDLED:
