@@ -16,10 +16,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Trains the bundled backbone anew, about two hours on two cores; see pretrain/README.md.
+# Trains the bundled backbone anew, about 65 minutes on two cores; needs npm, see pretrain/README.md.
 pretrain: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[pretrain]'
-	$(BIN)/python pretrain/run.py
+	$(BIN)/python pretrain/run.py --out build/pretrain --install
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

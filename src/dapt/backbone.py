@@ -155,6 +155,8 @@ class Backbone(nn.Module):
 
     def normalize(self, views: Tensor) -> Tensor:
         """Map (B, 3, S, S) uint8 views to the towers' input, on their device, at their dtype."""
+        if self.device.type == "cuda" and views.device.type == "cpu":
+            views = views.pin_memory()  # or the copy would wait for the device
         x = views.to(self.device, non_blocking=True)
         return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
 

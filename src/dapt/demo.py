@@ -22,8 +22,8 @@ from dapt.settings import Settings, make_settings
 from dapt.train import load_classifier, store_of, task_of, train
 
 DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
-# A quarter of the published schedule: enough to show the order of methods within minutes.
-DEMO_EPOCHS = 50
+# A small part of the published schedule: enough to show what tuning does within minutes.
+DEMO_EPOCHS = 30
 
 
 def run_demo(

@@ -105,6 +105,8 @@ def check_listing(listing: Listing, where: str, *, tuned: bool = True) -> None:
     Raises:
         UserError: with ``where``, the file or folder the listing was read from.
     """
+    if tuned and not listing.train:
+        raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not listing.test:
         raise UserError(
             f"{where} names no test images; every task needs some (classes of one image have none "
@@ -112,8 +114,6 @@ def check_listing(listing: Listing, where: str, *, tuned: bool = True) -> None:
         )
     if not tuned:
         return
-    if not listing.train:
-        raise UserError(f"{where} names no images to tune on; check that it is complete")
     taught = {label for _, label in listing.train}
     for part in ("test", "val"):
         for path, label in getattr(listing, part):
