@@ -1,11 +1,14 @@
 """Backbones from every source, and the refusal of what is none."""
 
+import contextlib
 import json
 import shutil
 import zipfile
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +63,106 @@ def test_torchscript_archive(state, tmp_path, tiny_weights):
     first, second = load_backbone(str(file)), load_backbone(str(tiny_weights))
     assert first.fingerprint != second.fingerprint  # halved once
     assert first.preprocessing == second.preprocessing
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"PK\3\4"],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_that_are_no_weights(tmp_path, content, suffix):
+    file = tmp_path / f"clip{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"clip{suffix} could not be read as weights: .{{10,}}"):
+        read_state_dict(file)
+
+
+def test_state_dicts_of_anything_else(tmp_path):
+    file = tmp_path / "a.pt"
+    for value in ({1: torch.zeros(1)}, {}, [torch.zeros(1)], {"a": 3}):
+        torch.save(value, file)
+        with pytest.raises(UserError, match=r"a\.pt holds"):
+            read_state_dict(file)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_are_read_or_refused(tmp_path, data):
+    """A few bytes changed anywhere in each kind of file: a state dict or one sentence."""
+    kind = data.draw(st.sampled_from(["a.pt", "a.safetensors", "script.pt"]))
+    good = tmp_path / f"good-{kind}"
+    if not good.exists():
+        state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
+        if kind == "script.pt":
+            torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(good)
+        elif kind == "a.pt":
+            torch.save(state, good)
+        else:
+            save_file(state, good)
+    content = bytearray(good.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    bad = tmp_path / kind
+    bad.write_bytes(bytes(content)[: data.draw(st.sampled_from([len(content), 100, 2000]))])
+    with contextlib.suppress(UserError):
+        assert all(isinstance(v, torch.Tensor) for v in read_state_dict(bad).values())
+
+
+def hostile(file, body, entries=()):
+    """A TorchScript-like archive around a hand-written pickle."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("bad/data.pkl", b"\x80\x02" + body + b".")
+        archive.writestr("bad/constants.pkl", b"")
+        for name, content, how in entries:
+            archive.writestr(f"bad/data/{name}", content, compress_type=how)
+
+
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0aX\3\0\0\0cpuK\x04tQ"
+
+
+def tensor(size, stride):
+    """Opcodes that rebuild a tensor over four floats."""
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE
+        + b"K\0"
+        + size
+        + stride
+        + b"\x89N"
+        + b"tR"
+    )
+
+
+def record(value):
+    """Opcodes of a module with one attribute, w."""
+    return b"c__torch__\nM\n)\x81}X\1\0\0\0w" + value + b"sb"
+
+
+def test_hand_written_archives(tmp_path):
+    file, floats = tmp_path / "bad.pt", torch.arange(4.0).numpy().tobytes()
+    stored = [("a", floats, zipfile.ZIP_STORED)]
+    hostile(file, record(tensor(b"K\2K\2\x86", b"K\2K\1\x86")), stored)
+    assert read_state_dict(file)["w"].tolist() == [[0, 1], [2, 3]]
+    attacks = {
+        "stride 0 makes much of little": tensor(b"J\xff\xff\xff\x7f\x85", b"K\0\x85"),
+        "beyond its storage": tensor(b"K\4\x85", b"K\2\x85"),
+        "negative": tensor(b"J\xff\xff\xff\xff\x85", b"K\1\x85"),
+    }
+    for value in attacks.values():
+        hostile(file, record(value), stored)
+        with pytest.raises(UserError, match="could not be read as weights"):
+            read_state_dict(file)
+    good = record(tensor(b"K\4\x85", b"K\1\x85"))
+    for entries in ([], [("a", floats, zipfile.ZIP_DEFLATED)], [("a", b"\0", zipfile.ZIP_STORED)]):
+        hostile(file, good, entries)
+        with pytest.raises(UserError, match="could not be read as weights"):
+            read_state_dict(file)
+    # Changing what reads the archive: BUILD on one of our own names.
+    hostile(file, b"ctorch._utils\n_rebuild_tensor_v2\n}X\4\0\0\0makeK\1sb", stored)
+    with pytest.raises(UserError):
+        read_state_dict(file)
+    hostile(file, good, stored)
+    assert read_state_dict(file)["w"].tolist() == [0, 1, 2, 3]
 
 
 class _Bomb:
@@ -125,8 +228,24 @@ def test_unknown_backbones_are_named(arguments, sentence):
 def test_unknown_device_and_precision_are_named(tiny_weights):
     with pytest.raises(UserError, match="unknown precision 'fp8'"):
         load_backbone(str(tiny_weights), precision="fp8")
-    with pytest.raises(UserError, match="device 'gpu' is not available"):
-        load_backbone(str(tiny_weights), device="gpu")
+    for device in ("gpu", "meta"):
+        with pytest.raises(UserError, match=f"device '{device}' is not available"):
+            load_backbone(str(tiny_weights), device=device)
+
+
+def test_pretrained_goes_with_names_only(tiny_weights):
+    with pytest.raises(UserError, match="--pretrained openai goes with open_clip model names"):
+        load_backbone(str(tiny_weights), "openai")
+
+
+def test_unfit_weights_are_named(tmp_path, state):
+    file = tmp_path / "a.safetensors"
+    save_file({k: v for k, v in state.items() if k != "visual.positional_embedding"}, file)
+    with pytest.raises(UserError, match="lack 'visual.positional_embedding'"):
+        load_backbone(str(file))
+    save_file({**state, "ln_final.weight": torch.ones(32)}, file)
+    with pytest.raises(UserError, match="do not divide into heads 64 wide"):
+        load_backbone(str(file))
 
 
 def test_weights_without_clip_in_them(tmp_path):

@@ -31,7 +31,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from dapt.errors import UserError, nearest
-from dapt.weights import StateDict, digest, read_state_dict
+from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUNDLED = "bundled"
@@ -92,6 +92,10 @@ class Backbone(nn.Module):
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
+        if device.type == "cuda" and self.dtype == torch.float32:
+            # fp32 is the reference: PyTorch would run convolutions in TF32. Untested, for want of
+            # a GPU.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for module in model.modules():
             if isinstance(module, ResidualAttentionBlock):
                 _fold_quick_gelu(module)
@@ -178,8 +182,8 @@ class Backbone(nn.Module):
                 row.pop()
             if len(row) > self.context_length:
                 raise UserError(
-                    f"class name '{text}' is longer than the {self.context_length} tokens of the "
-                    f"text tower of '{self.name}'; shorten it"
+                    f"text '{text}' is longer than the {self.context_length} tokens of the "
+                    f"text tower of '{self.name}'; shorten the class name"
                 )
             rows.append(row)
         return rows
@@ -228,7 +232,7 @@ def load_backbone(
     if precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise UserError(f"unknown precision '{precision}'; use one of {known}")
-    place = _device(device)
+    place = choose_device(device)
     model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
@@ -241,6 +245,11 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
         UserError: unknown name or tag; unreadable or unfit weights.
     """
     path = Path(name).expanduser()
+    if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
+        raise UserError(
+            f"--pretrained {pretrained} goes with open_clip model names; backbone '{name}' brings "
+            "its own weights, so leave it out"
+        )
     if name == BUNDLED:
         return _from_directory(Path(str(files("dapt") / "assets/backbone")))
     if path.is_dir():
@@ -250,7 +259,12 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     return _from_open_clip(name, pretrained)
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``, if it is there.
+
+    Raises:
+        UserError: it is not.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             device = "cuda"
@@ -258,6 +272,8 @@ def _device(device: str) -> torch.device:
             device = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         place = torch.device(device)
+        if place.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("nothing is computed there")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -278,13 +294,15 @@ def _from_directory(path: Path) -> Loaded:
         model_config = dict(config["model_cfg"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
-    weights = (
-        sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.bin"))
+    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
+    found = [p for pattern in ("*.safetensors", "*.pt", "*.bin") for p in path.glob(pattern)]
+    weights = sorted(
+        found, key=lambda p: (not p.name.startswith("open_clip"), p.suffix != ".safetensors", p)
     )
     if not weights:
         raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
     # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
-    tokenizer = _quietly(open_clip.get_tokenizer, f"local-dir:{path}")
+    tokenizer = _tokenizer(f"local-dir:{path}")
     model = _build(model_config, read_state_dict(weights[0]), weights[0])
     return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}))
 
@@ -312,12 +330,22 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
     What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
     """
 
+    needed = ("visual.positional_embedding", "positional_embedding", "token_embedding.weight",
+              "ln_final.weight")  # fmt: skip
+    if missing := [k for k in needed if k not in state]:
+        raise UserError(f"the weights lack '{missing[0]}'; give the whole state dict of a CLIP")
+
     def layers(prefix: str) -> int:
         return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
 
     width, _, _, patch = state["visual.conv1.weight"].shape
     side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     text_width = state["ln_final.weight"].shape[0]
+    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
+        raise UserError(
+            f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH} "
+            "wide; give a directory with open_clip_config.json, which says their number"
+        )
     return {
         "embed_dim": state["text_projection"].shape[1],
         "quick_gelu": True,
@@ -344,7 +372,8 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
         model = CustomTextCLIP(**config)
         state = {k: v.float() for k, v in convert_to_custom_text_state_dict(state).items()}
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
+            AttributeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {source} do not fit their model: {reason}") from error
     return model
@@ -357,7 +386,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
             model = _quietly(open_clip.create_model, source, force_custom_text=True)
             tokenizer = _quietly(open_clip.get_tokenizer, source)
         except Exception as error:  # the hub's client raises a wide family
-            reason = str(error).strip().splitlines()[0][:160]
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(
                 f"'{name}' is no local file and could not be fetched from the hub ({reason}); "
                 "check the name and the connection"
@@ -400,6 +429,8 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
             ) from error
     elif Path(pretrained).is_file():
         config = open_clip.get_model_config(name)
+        if is_torchscript(Path(pretrained)):  # OpenAI's own, whatever the name's config says
+            config["quick_gelu"] = True
         model = _build(config, read_state_dict(Path(pretrained)), Path(pretrained))
     else:
         raise UserError(
@@ -414,10 +445,10 @@ def _tokenizer(name: str) -> Any:
     try:
         return _quietly(open_clip.get_tokenizer, name)
     except Exception as error:  # transformers missing, or its files out of reach
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"the tokenizer of '{name}' could not be loaded ({reason}); it needs "
-            "'pip install dapt[siglip]' and, once, a connection to the model hub"
+            "'pip install transformers sentencepiece' and, once, a connection to the model hub"
         ) from error
 
 
@@ -474,7 +505,7 @@ def _is_timm_vit(visual: nn.Module) -> bool:
 def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call open_clip without its log lines and activation warnings, which we settle ourselves."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

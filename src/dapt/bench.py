@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dapt.backbone import PRECISIONS, load_backbone, load_model
+from dapt.backbone import PRECISIONS, choose_device, load_backbone, load_model
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError
 from dapt.methods import METHODS
@@ -124,8 +124,7 @@ def _precision(variant: str) -> str:
 
 def matmul_rate(dtype: torch.dtype, device: str = "auto") -> float:
     """Floating-point operations a second of square matrix products, the best of some."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else
-                         device)  # fmt: skip
+    place = choose_device(device)
     a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=place).to(dtype)
     b = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=place).to(dtype)
     best = 0.0

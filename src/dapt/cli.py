@@ -349,8 +349,8 @@ def bench(
         "ViT-B-16"
     ),
     pretrained: Annotated[
-        str | None, typer.Option(help="Weights; their values do not change the time.")
-    ] = "random",
+        str | None, typer.Option(help="Weights of an open_clip model; by default random ones.")
+    ] = None,
     class_names: Annotated[
         Path | None, typer.Option(help="JSON list or text file of names; by default the bundled.")
     ] = None,
@@ -373,6 +373,8 @@ def bench(
         dapt bench -b bundled --variants plain,fp32 --rounds 10
     """
     with _readable_errors():
+        from open_clip import list_models
+
         from dapt.bench import read_class_names, run_bench
         from dapt.data import open_task
         from dapt.files import write_json
@@ -384,7 +386,8 @@ def bench(
         with RichReporter().stage("bench", (rounds + 1) * len(chosen)) as advance:
             report = run_bench(
                 backbone=backbone,
-                pretrained=None if backbone == "bundled" else pretrained,
+                # What the weights are does not change the time.
+                pretrained=pretrained or ("random" if backbone in list_models() else None),
                 class_names=names,
                 batch_size=batch_size,
                 eval_batch_size=eval_batch_size,
