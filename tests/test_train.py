@@ -189,28 +189,28 @@ def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
         train(make_settings(given), run.path, resume=True)
 
 
+# Begins a run anew and is gone, with no clean-up, when it comes to write the file named.
+KILLED_AT = """
+import json, os, sys
+from dapt import files
+from dapt.settings import make_settings
+from dapt.train import train
+
+settings, run, target = sys.argv[1:]
+write = files.write_atomic
+files.write_atomic = lambda path, text: os._exit(9) if str(path) == target else write(path, text)
+train(make_settings(json.loads(settings)), run, overwrite=True)
+"""
+
+
 @pytest.mark.parametrize("name", ["task_file", "support_file", "environment_file", "settings_file"])
-def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, monkeypatch, name):
+def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, name):
     """Stopped at any file, the directory holds either no run or the whole new one."""
     run = train(make_settings(given), tmp_path / "run")
-    target = getattr(run, name)
-    write = files.write_atomic
-
-    def die(path, content):
-        if path == target:
-            os._exit(9)
-        write(path, content)
-
-    new = make_settings({**given, "method": "coop", "lr": 0.7})
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(files, "write_atomic", die)
-        task = task_of(new)
-        support = support_of(new, task)
-        backbone = load_backbone(given["backbone"])
-        run.begin(new, task, support, backbone)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    new = {**given, "method": "coop", "lr": 0.7}
+    command = [sys.executable, "-c", KILLED_AT, json.dumps(new), str(run.path)]
+    assert subprocess.run([*command, str(getattr(run, name))], timeout=120).returncode == 9
+    new = make_settings(new)
     assert not run.exists
     assert not run.finished
     assert not run.prompts_file.exists()
