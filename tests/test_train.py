@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapt import files
-from dapt.backbone import load_backbone
 from dapt.data import draw_support_set
 from dapt.errors import UserError
 from dapt.methods import METHODS, Method
@@ -24,7 +22,6 @@ from dapt.train import (
     epoch_order,
     load_classifier,
     steps_per_epoch,
-    support_of,
     task_of,
     train,
 )

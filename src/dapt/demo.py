@@ -111,5 +111,5 @@ def _draw(
     for place in right.get_axes():
         place.set(xticks=[], yticks=[])
         place.spines[:].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

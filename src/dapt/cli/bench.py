@@ -1,0 +1,103 @@
+"""``dapt bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dapt.cli.common import DeviceOption, app, readable_errors, say
+from dapt.errors import UserError
+from dapt.progress import RichReporter, console
+
+
+@app.command()
+def bench(
+    backbone: Annotated[str, typer.Option("--backbone", "-b", help="As for 'dapt train'.")] = (
+        "ViT-B-16"
+    ),
+    pretrained: Annotated[
+        str | None, typer.Option(help="Weights of an open_clip model; by default random ones.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="JSON list or text file of names; by default the bundled.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 32,
+    eval_batch_size: Annotated[int, typer.Option(min=1, help="Images an evaluation batch.")] = 100,
+    variants: Annotated[str, typer.Option(help="Of plain, fp32, bf16, fp16.")] = "plain,fp32,bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns each variant takes.")] = 3,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Time training steps only.")] = False,
+    device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to it.")] = (
+        None
+    ),
+) -> None:
+    """Time a training step and an evaluation, the plain way and ours, in one run.
+
+    **Examples**
+
+        dapt bench --class-names sun397.json --batch-size 16 --json bench.json
+
+        dapt bench -b bundled --variants plain,fp32 --rounds 10
+    """
+    with readable_errors():
+        from open_clip import list_models
+
+        from dapt.bench import read_class_names, run_bench
+        from dapt.data import open_task
+        from dapt.files import write_json
+
+        if json_file and not json_file.parent.is_dir():
+            raise UserError(f"--json {json_file}: its folder does not exist; make it first")
+        names = read_class_names(class_names) if class_names else open_task("bundled").class_names
+        chosen = [v.strip() for v in variants.split(",") if v.strip()]
+        with RichReporter().stage("bench", (rounds + 1) * len(chosen)) as advance:
+            report = run_bench(
+                backbone=backbone,
+                # What the weights are does not change the time.
+                pretrained=pretrained or ("random" if backbone in list_models() else None),
+                class_names=names,
+                batch_size=batch_size,
+                eval_batch_size=eval_batch_size,
+                variants=chosen,
+                rounds=rounds,
+                evaluation=not no_eval,
+                device=device or "auto",
+                advance=advance,
+            )
+        if json_file:
+            write_json(json_file, report)
+        _show_bench(report)
+
+
+def _show_bench(report: dict[str, Any]) -> None:
+    """One row a variant, with ratios to the first."""
+    rows = report["variants"]
+    first = next(iter(rows.values()))
+    table = Table(
+        title=f"{report['backbone']}, {report['classes']:,} classes, batch {report['batch_size']}, "
+        f"{report['threads']} threads",
+        title_justify="left",
+    )
+    table.add_column("")
+    for column in ("forward s", "backward s", "step s", "×", "of matmul", "eval images/s", "×",
+                   "peak GB"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        speed = row.get("eval_images_per_second")
+        table.add_row(
+            name,
+            f"{row['forward']:.2f}",
+            f"{row['backward']:.2f}",
+            f"{row['step']:.2f}",
+            f"{first['step'] / row['step']:.1f}",
+            f"{row['share_of_matmul_rate']:.0%}",
+            f"{speed:.1f}" if speed else "",
+            f"{speed / first['eval_images_per_second']:.1f}" if speed else "",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
+    console.print(table)
+    rates = (f"{p} {r / 1e9:,.0f}" for p, r in report["matmul_flops_per_second"].items())
+    say(f"matrix products, Gflop/s: {', '.join(rates)}")
