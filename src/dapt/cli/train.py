@@ -12,6 +12,7 @@ from dapt.cli.common import (
     DomainOption,
     NamesOption,
     RootOption,
+    absolute_paths,
     app,
     metrics_table,
     readable_errors,
@@ -117,7 +118,7 @@ def train(
                 f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
             )
         reporter = RichReporter()
-        given = _absolute(given)
+        given = absolute_paths(given)
         if given.get("support_set"):
             given.setdefault("shots", _shots_of(Path(given["support_set"])))
         final = make_settings(given)
@@ -136,18 +137,6 @@ def _shots_of(support_set: Path) -> Any:
 
     value = read_json(support_set, "support set file")
     return value.get("shots") if isinstance(value, dict) else None
-
-
-def _absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """Paths among the settings made absolute, so that a run is found again from anywhere."""
-    from dapt.data import BENCHMARKS
-
-    given, names = dict(given), {"bundled", *BENCHMARKS}
-    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
-        value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
-            given[setting] = str(Path(value).expanduser().resolve())
-    return given
 
 
 def _show_run(run: Any) -> None:
