@@ -99,9 +99,9 @@ prompt: "{settings.template or template}".
 For images of the kind it was tuned on, one of the classes in each: it names one of them for any
 image at all, so what lies outside is misnamed, often with confidence. Unless the calibration
 error above is small, its probabilities are not to be taken at their word. It has what the backbone
-learned from its training data, biases included. A handful of images a class cannot show how it does on people,
-places or conditions that they do not contain: measure that before relying on it, and do not use it
-alone for decisions about people.
+learned from its training data, biases included. A handful of images a class cannot show how it does
+on people, places or conditions that they do not contain: measure that before relying on it, and do
+not use it alone for decisions about people.
 """
 
 
