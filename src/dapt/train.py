@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dapt.allocator import keep_freed_memory
 from dapt.backbone import Backbone, load_backbone
 from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
 from dapt.data import (
@@ -87,6 +88,7 @@ def train(
         Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
     """
     reporter, run = reporter or Reporter(), RunDirectory(output)
+    keep_freed_memory()
     check_output(run, settings, resume=resume, overwrite=overwrite)
     if run.finished and resume:
         return run
@@ -482,6 +484,7 @@ def load_classifier(
             or it is a probe, whose classes are fixed.
     """
     run.require()
+    keep_freed_memory()
     settings = run.read_settings()
     _, own_names, own_template = run.read_task()
     backbone = backbone or load_backbone(
