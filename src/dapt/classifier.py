@@ -50,6 +50,11 @@ class PromptedClassifier(nn.Module):
         self._fixed_text_features: Tensor | None = None
 
     @property
+    def prompts_images(self) -> bool:
+        """Whether image features are other than the backbone's own."""
+        return self.prompts.visual is not None
+
+    @property
     def learned_parameters(self) -> int:
         """How many numbers tuning may change."""
         return self.prompts.count
@@ -105,6 +110,7 @@ class LinearProbe(nn.Module):
         super().__init__()
         self.backbone, self.class_names = backbone, tuple(class_names)
         self.weight, self.bias = weight.float(), bias.float()
+        self.prompts_images = False
 
     @property
     def learned_parameters(self) -> int:

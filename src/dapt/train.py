@@ -12,20 +12,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dapt.allocator import keep_freed_memory
-from dapt.backbone import Backbone, load_backbone
+from dapt.backbone import Backbone
 from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
 from dapt.data import (
-    ImageStore,
-    Item,
     SupportSet,
     Task,
     draw_support_set,
@@ -34,20 +30,19 @@ from dapt.data import (
 )
 from dapt.errors import UserError
 from dapt.evaluate import (
-    classify,
     encode_store,
+    logits_of,
     mean_prototype_distance,
     mean_text_distance,
     metrics,
-    unprompted_features,
 )
-from dapt.losses import class_prototypes
 from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
 from dapt.progress import Reporter
 from dapt.prompts import Prompts, new_prompts
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import Settings, loss_weights
+from dapt.shared import Shared, Support, backbone_of
 from dapt.tuning import Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
@@ -69,7 +64,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-    backbone: Backbone | None = None,
+    shared: Shared | None = None,
     task: Task | None = None,
     support: SupportSet | None = None,
 ) -> RunDirectory:
@@ -81,7 +76,8 @@ def train(
         resume: continue a run that was stopped; a finished one is left as it is.
         overwrite: discard the run that is there.
         reporter: is told the progress.
-        backbone, task, support: already loaded as the settings say, to share them between runs.
+        shared: a loaded backbone, as the settings say, and what earlier runs read with it.
+        task, support: already opened or drawn as the settings say.
 
     Raises:
         UserError: bad input, or a directory that is in use or holds another run.
@@ -95,15 +91,11 @@ def train(
     # Everything that can be wrong with the input is found before anything is written.
     task = task or task_of(settings)
     support = support or support_of(settings, task)
-    backbone = backbone or load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=settings.device,
-        precision=settings.precision,
-    )
+    shared = shared or Shared(backbone_of(settings))
+    backbone = shared.backbone
     method = get_method(settings.method)
     classifier: Classifier = new_classifier(backbone, task, method, settings)
-    encoded = encode_support(backbone, task, support, settings, reporter)
+    encoded = shared.support(task, support, settings, reporter)
     with run.locked():
         check_output(run, settings, resume=resume, overwrite=overwrite)
         if run.exists and resume:
@@ -113,7 +105,7 @@ def train(
         started = time.perf_counter()
         spent_before = 0.0
         if method.probe:
-            classifier = _fit_probe(run, settings, task, support, encoded, backbone)
+            classifier = _fit_probe(run, settings, task, support, encoded, shared)
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
@@ -124,7 +116,7 @@ def train(
             )
         tuned = time.perf_counter()
         try:
-            test = evaluate_task(classifier, task, settings, reporter)
+            test = evaluate_task(classifier, task, settings, reporter, shared)
         except UserError as error:
             raise UserError(
                 f"{error} (the tuned prompts are kept: dapt train --output {run.path} --resume)"
@@ -226,71 +218,23 @@ def new_classifier(
     )
 
 
-def store_of(
-    backbone: Backbone, task: Task, items: tuple[Item, ...], settings: Settings
-) -> ImageStore:
-    """The images of ``items``, decoded as the backbone wants them."""
-    seen = backbone.preprocessing
-    return ImageStore(
-        [task.image_path(item) for item in items],
-        size=seen.size,
-        interpolation=seen.interpolation,
-        resize_mode=seen.resize_mode,
-        crop_min=settings.crop_min,
-        memory_budget=int(settings.memory_budget * 2**30),
-    )
-
-
-@dataclass(frozen=True)
-class Support:
-    """A support set as its backbone sees it without prompts; the same for every method."""
-
-    store: ImageStore
-    labels: Tensor  # (n,)
-    features: Tensor  # (n, D), normalised, on the CPU
-    prototypes: Tensor  # (C, D)
-
-
-def encode_support(
-    backbone: Backbone,
-    task: Task,
-    support: SupportSet,
-    settings: Settings,
-    reporter: Reporter,
-) -> Support:
-    """Read the support images once: un-prompted features, and class prototypes from them.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
-    store = store_of(backbone, task, support.train, settings)
-    labels = torch.tensor([item.label for item in support.train])
-    with reporter.stage("support set", len(store)) as advance:
-        features = unprompted_features(
-            backbone, store, batch_size=settings.eval_batch_size, advance=advance
-        )
-    prototypes = class_prototypes(features, labels, len(task.class_names))
-    return Support(store, labels, features, prototypes)
-
-
 def _fit_probe(
     run: RunDirectory,
     settings: Settings,
     task: Task,
     drawn: SupportSet,
     support: Support,
-    backbone: Backbone,
+    shared: Shared,
 ) -> LinearProbe:
     val = None
     if drawn.val:
-        store = store_of(backbone, task, drawn.val, settings)
         labels = torch.tensor([item.label for item in drawn.val])
-        val = unprompted_features(backbone, store, batch_size=settings.eval_batch_size), labels
+        val = shared.features(task, drawn.val, settings), labels
     classes = len(task.class_names)
     weight, bias = fit_probe(support.features, support.labels, val, classes, settings.seed)
     run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
-    place = backbone.device
-    return LinearProbe(backbone, task.class_names, weight.to(place), bias.to(place))
+    place = shared.backbone.device
+    return LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
 
 
 def _tune(
@@ -420,7 +364,11 @@ def _stop_signal() -> Iterator[threading.Event]:
 
 
 def evaluate_task(
-    classifier: Classifier, task: Task, settings: Settings, reporter: Reporter
+    classifier: Classifier,
+    task: Task,
+    settings: Settings,
+    reporter: Reporter,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """`metrics` of a classifier on a task's test images.
 
@@ -429,10 +377,19 @@ def evaluate_task(
     """
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
-    store = store_of(classifier.backbone, task, task.test, settings)
-    with reporter.stage("evaluating", len(store)) as advance:
-        logits = classify(classifier, store, batch_size=settings.eval_batch_size, advance=advance)
-    return metrics(logits, [item.label for item in task.test], task.class_names)
+    shared = shared or Shared(classifier.backbone)
+    with reporter.stage("evaluating", len(task.test)) as advance:
+        if classifier.prompts_images:
+            features = encode_store(
+                classifier.image_features,
+                shared.store(task, task.test, settings),
+                batch_size=settings.eval_batch_size,
+                advance=advance,
+            )
+        else:
+            features = shared.features(task, task.test, settings, advance)
+    labels = [item.label for item in task.test]
+    return metrics(logits_of(classifier, features), labels, task.class_names)
 
 
 def _dispersion(
@@ -487,12 +444,7 @@ def load_classifier(
     keep_freed_memory()
     settings = run.read_settings()
     _, own_names, own_template = run.read_task()
-    backbone = backbone or load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=device or settings.device,
-        precision=settings.precision,
-    )
+    backbone = backbone or backbone_of(settings, device=device)
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     names = class_names or own_names
