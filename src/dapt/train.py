@@ -27,6 +27,7 @@ from dapt.data import (
     draw_support_set,
     load_support_set,
     open_task,
+    subset_classes,
 )
 from dapt.errors import UserError
 from dapt.evaluate import (
@@ -98,6 +99,8 @@ def train(
     encoded = shared.support(task, support, settings, reporter)
     with run.locked():
         check_output(run, settings, resume=resume, overwrite=overwrite)
+        if run.finished and resume:  # by another process, meanwhile
+            return run
         if run.exists and resume:
             run.resume(task, support, backbone)
         else:
@@ -173,13 +176,14 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
 
 def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
     """Open the task that settings name; to evaluate on only, it needs no training images."""
-    return open_task(
+    task = open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
     )
+    return subset_classes(task, settings.classes)
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:

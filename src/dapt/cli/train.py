@@ -82,7 +82,12 @@ def train(
     """
     with readable_errors(output):
         from dapt.runs import RunDirectory
-        from dapt.settings import make_settings, parse_assignment, read_settings_file
+        from dapt.settings import (
+            absolute_paths,
+            make_settings,
+            parse_assignment,
+            read_settings_file,
+        )
         from dapt.train import check_output
         from dapt.train import train as run_training
 
@@ -117,7 +122,7 @@ def train(
                 f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
             )
         reporter = RichReporter()
-        given = _absolute(given)
+        given = absolute_paths(given)
         if given.get("support_set"):
             given.setdefault("shots", _shots_of(Path(given["support_set"])))
         final = make_settings(given)
@@ -136,18 +141,6 @@ def _shots_of(support_set: Path) -> Any:
 
     value = read_json(support_set, "support set file")
     return value.get("shots") if isinstance(value, dict) else None
-
-
-def _absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """Paths among the settings made absolute, so that a run is found again from anywhere."""
-    from dapt.data import BENCHMARKS
-
-    given, names = dict(given), {"bundled", *BENCHMARKS}
-    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
-        value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
-            given[setting] = str(Path(value).expanduser().resolve())
-    return given
 
 
 def _show_run(run: Any) -> None:
