@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,11 @@ def experiment(
     with readable_errors():
         from dapt.experiment import make_plan, read_suite, suite_file
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "torchrun divides one run among processes, an experiment divides runs: start it "
+                "by itself, with --workers or --ray"
+            )
         file = suite_file(suite)
         if yaml:
             typer.echo(file.read_text(encoding="utf-8"), nl=False)

@@ -16,7 +16,7 @@ from dapt.errors import UserError
 from dapt.experiment.crew import DIED, READY, Alone, Crew, Processes, RayCrew
 from dapt.experiment.plan import DONE, FAILED, Estimator, Plan, PlannedRun, heaviest
 from dapt.experiment.work import BUSY, Session, threads
-from dapt.progress import Reporter
+from dapt.progress import Advance, Reporter
 
 # A run whose worker dies this often is given up: it may be what kills them.
 _DEATHS = 3
@@ -77,11 +77,11 @@ def estimate(plan: Plan, pending: Sequence[PlannedRun], session: Session) -> Est
         UserError: the backbone of all runs cannot be loaded.
     """
     estimator, left = Estimator(session.task), set(pending)
+    datasets = dict.fromkeys(run.settings.dataset for run in pending)
     for run in plan.runs:
-        if run not in left and run.directory.finished:
+        if run.settings.dataset in datasets and run not in left and run.directory.finished:
             with _unless_missing():
                 estimator.observe(run)
-    datasets = dict.fromkeys(run.settings.dataset for run in pending)
     one_backbone = len({run.group[:4] for run in pending}) == 1
     for dataset in datasets:
         timed = heaviest(r for r in pending if r.settings.dataset == dataset)
@@ -137,7 +137,7 @@ def run_plan(
         ray: address of a Ray cluster, or ``local``.
         session, estimator: already made, to share what they hold.
         reporter: is told what became of each run.
-        run_reporter: is told the progress of runs, where this process does them.
+        run_reporter: is told the progress: of each run where this process does them, else of all.
 
     Raises:
         Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
@@ -166,9 +166,12 @@ def run_plan(
         crew = Alone(session, run_reporter or Reporter()) if count == 1 else Processes(each)
     if count > 1:
         session.clear()  # the workers load their own
-    with threads(each), _stoppable():
+    # Where this process does the runs, their own progress is shown.
+    watched = Reporter() if isinstance(crew, Alone) else run_reporter or Reporter()
+    with threads(each), _stoppable(), watched.stage("runs", len(pending)) as advance:
         try:
-            _Foreman(crew, pending, len(plan.runs), count, result, estimator, reporter).work()
+            foreman = _Foreman(crew, pending, len(plan.runs), count, result, estimator)
+            foreman.work(reporter, advance)
         finally:
             crew.dismiss()
     return result
@@ -185,9 +188,8 @@ class _Foreman:
         count: int,
         result: Result,
         estimator: Estimator,
-        reporter: Reporter,
     ) -> None:
-        self.crew, self.result, self.estimator, self.reporter = crew, result, estimator, reporter
+        self.crew, self.result, self.estimator = crew, result, estimator
         self.waiting, self.total, self.count = deque(pending), total, count
         self.held: list[PlannedRun] = []  # by other processes
         self.idle: list[int] = []
@@ -196,8 +198,9 @@ class _Foreman:
         self.deaths: Counter[PlannedRun] = Counter()
         self.unborn = 0  # workers that died without work since one was ready
 
-    def work(self) -> None:
-        """Until every run is done or failed."""
+    def work(self, reporter: Reporter, advance: Advance) -> None:
+        """Until every run is done or failed; ``advance`` is told one for each."""
+        self.reporter, self.advance = reporter, advance
         for _ in range(self.count):
             self.crew.hire()
         announced = False
@@ -255,6 +258,7 @@ class _Foreman:
             with _unless_missing():
                 expected = sum(map(self.estimator.seconds, rest)) / self.count
                 left = f" ({duration(expected)} left)"
+        self.advance(1)
         self.reporter.say(f"[{ended}/{self.total}] {run.title}: {note}, {seconds:.1f} s{left}")
 
     def _died(self, worker: int) -> None:
