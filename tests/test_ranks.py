@@ -58,9 +58,9 @@ def test_two_processes_find_what_one_does(options, tmp_path):
             rows.append([[float(x) for x in row.values()] for row in csv.DictReader(file)])
     torch.testing.assert_close(torch.tensor(rows[1]), torch.tensor(rows[0]), rtol=1e-4, atol=1e-5)
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert metrics["test"]["accuracy"] == json.loads(one.metrics_file.read_text())["test"][
-        "accuracy"
-    ]
+    assert (
+        metrics["test"]["accuracy"] == json.loads(one.metrics_file.read_text())["test"]["accuracy"]
+    )
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(options, tmp_path):
