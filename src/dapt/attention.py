@@ -6,6 +6,8 @@ C classes, P prefix tokens, S own tokens of a class, N own tokens of all classes
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,11 +106,17 @@ def attend_after_prefix(
         )
         own = q_own @ k_own.mT  # (count, H, S, S)
         if all_ask:
-            later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-            own = own.masked_fill(later, float("-inf"))
+            own = own.masked_fill(_later(size, q.device), float("-inf"))
         weights = torch.cat([scores, own], -1).softmax(-1)
         prefix_weights, own_weights = weights.split([length, size], -1)
         on_prefix.append(prefix_weights.transpose(1, 2).flatten(0, 1))  # (count*S, H, P)
         mixed.append((own_weights @ v_own).transpose(1, 2).flatten(0, 1))  # (count*S, H, d)
     from_prefix = (torch.cat(on_prefix).transpose(0, 1) @ prefix_v).transpose(0, 1)  # (N, H, d)
     return (from_prefix + torch.cat(mixed)).flatten(1)
+
+
+@lru_cache(maxsize=256)
+def _later(size: int, device: torch.device) -> Tensor:
+    """(S, S), true where a key comes after its query; every layer and step needs the same."""
+    with torch.inference_mode(False):
+        return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)

@@ -49,10 +49,17 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), ln.normalized_shape, ln.weight, ln.bias, ln.eps).to(x.dtype)
 
 
-def _qkv(block: ResidualAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of every token: three of (..., L, W)."""
+def _qkv(block: ResidualAttentionBlock, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every token: three of (..., L, W).
+
+    Args:
+        block: the layer.
+        parts: (..., L_i, W) of the tokens, joined here. What is frozen is given apart from what is
+            learned, so that the backward pass computes nothing for it.
+    """
     attn = block.attn
-    q, k, v = F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    packed = [F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias) for x in parts]
+    q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
     return q, k, v
 
 
@@ -104,20 +111,24 @@ def _insert(x: Tensor, prompt: Tensor | None, at: int) -> Tensor:
 
 
 def _encode_vit(visual: VisionTransformer, images: Tensor, prompt: Tensor | None) -> Tensor:
-    x = _insert(visual._embeds(images), prompt, 1)  # (B, T, W): class token, prompt, patches
+    x = visual._embeds(images)  # (B, T, W): class token, patches
     pools_class_token = visual.attn_pool is None and visual.pool_type == "tok"
     if not (pools_class_token and _plain_blocks(visual.transformer)):
-        x = visual.transformer(x)
+        x = visual.transformer(_insert(x, prompt, 1))
         if prompt is not None:
             x = torch.cat([x[:, :1], x[:, 1 + prompt.shape[1] :]], dim=1)
         pooled = visual._pool(x)[0]
         return pooled if visual.proj is None else pooled @ visual.proj
 
+    # Layers do not tell where a token stands: with the prompt last, the rest is one frozen piece.
+    parts = [x] if prompt is None else [x, prompt]
+    x = _insert(x, prompt, x.shape[1])
     *blocks, last = visual.transformer.resblocks
     heads = last.attn.num_heads
     for block in blocks:
-        q, k, v = (split_heads(t, heads) for t in _qkv(block, x))
+        q, k, v = (split_heads(t, heads) for t in _qkv(block, *parts))
         x = _finish(block, x, attend(q, k, v))
+        parts = [x]
     # Only the class token is read: the last layer needs its query, everybody's keys and values.
     normed = _norm(last.ln_1, x)
     weight, bias, width = last.attn.in_proj_weight, last.attn.in_proj_bias, x.shape[-1]
