@@ -27,6 +27,7 @@ from dapt.data import (
     draw_support_set,
     load_support_set,
     open_task,
+    subset_classes,
 )
 from dapt.errors import UserError
 from dapt.evaluate import (
@@ -40,6 +41,7 @@ from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
 from dapt.progress import Reporter
 from dapt.prompts import Prompts, new_prompts
+from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import Settings, loss_weights
 from dapt.shared import Shared, Support, backbone_of
@@ -82,22 +84,34 @@ def train(
     Raises:
         UserError: bad input, or a directory that is in use or holds another run.
         Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
+
+    Of several processes that ``torchrun`` started, all tune and the first keeps the directory:
+    in the others the run may not be finished when this returns.
     """
     reporter, run = reporter or Reporter(), RunDirectory(output)
     keep_freed_memory()
-    check_output(run, settings, resume=resume, overwrite=overwrite)
-    if run.finished and resume:
+    ranks = join_ranks()
+    if ranks.first:
+        check_output(run, settings, resume=resume, overwrite=overwrite)
+    if ranks.share(run.finished and resume):
         return run
     # Everything that can be wrong with the input is found before anything is written.
     task = task or task_of(settings)
     support = support or support_of(settings, task)
-    shared = shared or Shared(backbone_of(settings))
+    shared = shared or Shared(backbone_of(settings, device=ranks.device(settings.device)))
     backbone = shared.backbone
     method = get_method(settings.method)
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = shared.support(task, support, settings, reporter)
+    if not ranks.first:
+        if method.learns_prompts:
+            assert isinstance(classifier, PromptedClassifier)
+            _tune(run, settings, classifier, method, encoded, Reporter(), ranks)
+        return run
     with run.locked():
         check_output(run, settings, resume=resume, overwrite=overwrite)
+        if run.finished and resume and ranks.alone:  # by another process, meanwhile
+            return run
         if run.exists and resume:
             run.resume(task, support, backbone)
         else:
@@ -109,7 +123,7 @@ def train(
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
-                spent_before = _tune(run, settings, classifier, method, encoded, reporter)
+                spent_before = _tune(run, settings, classifier, method, encoded, reporter, ranks)
             prompts = classifier.prompts.named_parameters()
             run.write_tensors(
                 run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
@@ -173,13 +187,14 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
 
 def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
     """Open the task that settings name; to evaluate on only, it needs no training images."""
-    return open_task(
+    task = open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
     )
+    return subset_classes(task, settings.classes)
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:
@@ -244,8 +259,11 @@ def _tune(
     method: Method,
     support: Support,
     reporter: Reporter,
+    ranks: Ranks,
 ) -> float:
     """Tune the classifier's prompts in place, from the last checkpoint if there is one.
+
+    Each of the ranks takes its part of every batch; the first keeps log and checkpoint.
 
     Returns:
         Seconds that earlier sessions of the run had spent on it.
@@ -260,21 +278,24 @@ def _tune(
         weight_decay=settings.weight_decay,
         rbf_t=settings.rbf_t,
         dropout=settings.visual_dropout,
+        ranks=ranks,
     )
     per_epoch = steps_per_epoch(len(store), settings.batch_size)
     total, done, spent = per_epoch * settings.epochs, 0, 0.0
-    if (checkpoint := run.read_checkpoint()) is not None:
+    checkpoint = ranks.share(run.read_checkpoint() if ranks.first else None)
+    if checkpoint is not None:
         state, done, spent = checkpoint
         tuner.load_state(state)
     started, lr = time.perf_counter(), 0.0
-    log = StepLog(run, list(method.terms), done)
+    log = StepLog(run, list(method.terms), done) if ranks.first else None
 
     def save() -> None:
         state = tuner.state()
         if not all(bool(t.isfinite().all()) for t in state.values()):
             raise _diverged("prompts are no longer finite", done, lr)
-        log.flush()
-        run.write_checkpoint(state, done, spent + time.perf_counter() - started)
+        if log is not None:
+            log.flush()
+            run.write_checkpoint(state, done, spent + time.perf_counter() - started)
 
     try:
         with (
@@ -286,18 +307,23 @@ def _tune(
                 lr = learning_rate(epoch, settings.epochs, settings.lr)
                 first = done - epoch * per_epoch  # steps of this epoch already taken
                 order = epoch_order(len(store), settings.batch_size, settings.seed, epoch)[first:]
-                views = store.batches(order, train=(settings.seed, epoch))
-                for indices, batch in zip(order, views, strict=True):
+                size = min(settings.batch_size, len(store))
+                parts = [ranks.part(indices) for indices in order]
+                mine = [indices[part] for indices, part in zip(order, parts, strict=True)]
+                views = store.batches(mine, train=(settings.seed, epoch))
+                for indices, part, batch in zip(mine, parts, views, strict=True):
                     generator = torch.Generator().manual_seed(_mix(settings.seed, done))
-                    result = tuner.step(batch, labels[indices], lr, generator)
+                    among = None if ranks.alone else (size, part)
+                    result = tuner.step(batch, labels[indices], lr, generator, among)
                     losses = [result.total, result.cross_entropy, *result.terms.values()]
-                    log.add([done, epoch, lr, *losses, result.accuracy])
+                    if log is not None:
+                        log.add([done, epoch, lr, *losses, result.accuracy])
                     done += 1
                     if not isfinite(result.total):
                         raise _diverged(f"loss became {result.total}", done, lr)
-                    parts = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
-                    advance(1, f"ce {result.cross_entropy:.3f} {parts} acc {result.accuracy:.0%}")
-                    if stop.is_set():
+                    terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
+                    advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
+                    if ranks.any(stop.is_set()):
                         save()
                         raise Interrupted
                 if (epoch + 1) % settings.checkpoint_every == 0 or done == total:
@@ -305,7 +331,8 @@ def _tune(
             if stop.is_set():  # while the last checkpoint was written
                 raise Interrupted
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     return spent
 
 
