@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt import __version__
-from dapt.backbone import load_backbone
 from dapt.card import is_card, model_card
 from dapt.classifier import Classifier, LinearProbe
 from dapt.errors import UserError
@@ -33,8 +32,9 @@ from dapt.exchange import published_bytes
 from dapt.files import write_atomic
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
+from dapt.shared import Shared, backbone_of
 from dapt.towers import run_image_tower
-from dapt.train import load_classifier, store_of, task_of
+from dapt.train import load_classifier, task_of
 
 FORMATS = ("onnx", "torch", "coop")
 # Largest difference of a probability between a file and its classifier.
@@ -156,9 +156,9 @@ _INT8_WORDS = ", with its linear layers at 8 bits (the metrics below are those o
 def _export_graph(
     run: RunDirectory, exported: Exported, form: str, int8: bool, advance: Callable[[int], Any]
 ) -> tuple[bytes, Exported]:
-    settings = run.read_settings()
     # Whatever it was tuned at: a file that runs anywhere is fp32.
-    backbone = load_backbone(settings.backbone, settings.pretrained, device="cpu")
+    settings = run.read_settings().model_copy(update={"precision": "fp32"})
+    backbone = backbone_of(settings, device="cpu")
     classifier = load_classifier(run, backbone=backbone)
     views, images = _views_to_compare(run, classifier)
     views = backbone.normalize(views)
@@ -199,7 +199,7 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
     try:
         task = task_of(settings)
         items = task.test[:: max(1, len(task.test) // _COMPARED)][:_COMPARED]
-        store = store_of(classifier.backbone, task, items, settings)
+        store = Shared(classifier.backbone).store(task, items, settings)
         views = store.test_views(range(len(items)))
     except UserError:  # the images are elsewhere
         return noise, f"{len(noise)} images of noise (the dataset's are not here)"
