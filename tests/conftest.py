@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from open_clip.model import CLIP
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # Time limits a single example would break on a busy machine say nothing about the code.
 settings.register_profile("dapt", deadline=None)
@@ -54,6 +54,25 @@ def tiny_weights(tmp_path_factory):
     file = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
     return file
+
+
+@pytest.fixture(scope="session", params=["small", "full"])
+def recorded(request, tmp_path_factory):
+    """The recorded run: its folder and its weights file.
+
+    Once cut small (in the repository), and once whole, where it is at hand.
+    """
+    if request.param == "full":
+        folder = request.getfixturevalue("shared") / "reference"
+        return folder, folder / "clip.safetensors"
+    folder = REPOSITORY / "tests" / "fixtures" / "recorded"
+    state = load_file(folder / "clip.safetensors")
+    # Put the token embedding's rows back into its table.
+    table = torch.zeros(49408, state["ln_final.weight"].shape[0])
+    table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
+    weights = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
+    save_file({**state, "token_embedding.weight": table}, weights)
+    return folder, weights
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """The recorded run of the method is reproduced, number by number."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dapt.backbone import load_backbone
 from dapt.classifier import PromptedClassifier, image_features
@@ -14,22 +13,12 @@ from dapt.methods import METHODS
 from dapt.prompts import Prompts
 from dapt.tuning import Tuner, learning_rate
 
-SMALL = Path(__file__).parent / "fixtures" / "recorded"
 
-
-@pytest.fixture(scope="module", params=["small", "full"])
-def recorded(request, tmp_path_factory):
-    """The record cut small (in the repository), and the whole one where it is at hand."""
-    folder = SMALL if request.param == "small" else request.getfixturevalue("shared") / "reference"
+@pytest.fixture
+def prepared(recorded):
+    folder, weights_file = recorded
     record = load_file(folder / "record.safetensors")
     settings = json.loads((folder / "record.json").read_text())
-    weights_file = folder / "clip.safetensors"
-    if request.param == "small":  # put the token embedding's rows back into its table
-        state = load_file(weights_file)
-        table = torch.zeros(49408, state["ln_final.weight"].shape[0])
-        table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
-        weights_file = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
-        save_file({**state, "token_embedding.weight": table}, weights_file)
     backbone = load_backbone(str(weights_file))
     prompts = Prompts(record["txt_ctx"], record["vis_ctx"][0])
     classifier = PromptedClassifier(backbone, settings["class_names"], prompts, "")
@@ -51,8 +40,8 @@ def recorded(request, tmp_path_factory):
     return record, settings, classifier, tuner
 
 
-def test_tokens_are_those_of_the_record(recorded):
-    record, settings, classifier, _ = recorded
+def test_tokens_are_those_of_the_record(prepared):
+    record, settings, classifier, _ = prepared
     tokens = classifier.text_encoder.tokens
     for row, own in zip(record["tokenized_prompts"].tolist(), tokens.own, strict=True):
         start = len(tokens.shared) + settings["n_text"]
@@ -61,8 +50,8 @@ def test_tokens_are_those_of_the_record(recorded):
         assert not any(row[start + len(own) :])
 
 
-def test_recorded_run_is_reproduced(recorded):
-    record, settings, classifier, tuner = recorded
+def test_recorded_run_is_reproduced(prepared):
+    record, settings, classifier, tuner = prepared
     with torch.no_grad():
         text, image = classifier.text_features(), classifier.image_features(record["images"][0])
         logits = classifier.logits(image, text)

@@ -15,6 +15,9 @@ from dapt.methods import PUBLISHED, get_method, published_epochs
 # README's section on settings for the figures).
 OWN_DATA = {"lr": 8.0, "beta_visual": 10.0, "beta_text": 0.1, "crop_min": 0.5}
 
+# Dataset of a run whose prompts came without one.
+IMPORTED = "imported"
+
 
 class Settings(BaseModel):
     """Everything that decides a run's result. Field descriptions are the user's reference."""

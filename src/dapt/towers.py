@@ -94,13 +94,18 @@ def encode_image(backbone: Backbone, images: Tensor, prompt: Tensor | None = Non
     Raises:
         UserError: the tower takes no visual prompt.
     """
-    visual = backbone.visual
+    if prompt is not None:
+        backbone.require_visual_prompts()
+    return run_image_tower(backbone.visual, images, prompt)
+
+
+def run_image_tower(visual: nn.Module, images: Tensor, prompt: Tensor | None) -> Tensor:
+    """`encode_image` for an image tower by itself, known to take the prompt; can be traced."""
     if prompt is None:
         if isinstance(visual, VisionTransformer):
             return _encode_vit(visual, images, None).float()
         return visual(images).float()
-    backbone.require_visual_prompts()
-    prompt = prompt.to(images.dtype).expand(len(images), -1, -1)  # (B, V, W)
+    prompt = prompt.to(images.dtype).expand(images.shape[0], -1, -1)  # (B, V, W)
     if isinstance(visual, VisionTransformer):
         return _encode_vit(visual, images, prompt).float()
     return _encode_timm(visual, images, prompt).float()

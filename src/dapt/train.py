@@ -43,7 +43,7 @@ from dapt.progress import Reporter
 from dapt.prompts import Prompts, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
-from dapt.settings import Settings, loss_weights
+from dapt.settings import IMPORTED, Settings, loss_weights
 from dapt.shared import Shared, Support, backbone_of
 from dapt.tuning import Tuner, learning_rate
 
@@ -186,7 +186,16 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
 
 
 def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
-    """Open the task that settings name; to evaluate on only, it needs no training images."""
+    """Open the task that settings name; to evaluate on only, it needs no training images.
+
+    Raises:
+        UserError: as `open_task`, or the run's prompts were imported without a dataset.
+    """
+    if settings.dataset == IMPORTED:
+        raise UserError(
+            "these prompts were imported without a dataset; 'dapt eval RUN --dataset ...' "
+            "evaluates them on one"
+        )
     task = open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,

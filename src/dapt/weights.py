@@ -3,16 +3,18 @@
 Three containers hold CLIP weights in the wild: safetensors, PyTorch's zip files and OpenAI's
 TorchScript archives. The last is a zip whose ``data.pkl`` names classes that only exist inside
 the archive, so ``weights_only`` loading refuses it and ``torch.jit.load`` would compile the
-code that comes along. Here the pickle is walked by an unpickler that knows tensors and plain
-containers and nothing else.
+code that comes along. Checkpoints of training code are a fourth: pickles full of foreign objects.
+Both are read by `dapt.unpickle`, which knows tensors and plain containers and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
 import zipfile
+from collections.abc import Container
+from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError
+from dapt.unpickle import (
+    ArchiveUnpickler,
+    AsksToRun,
+    CheckpointUnpickler,
+    Described,
+    ReadBytes,
+    Record,
+    read_legacy,
+    read_zip,
+    unpickle,
+)
 
 StateDict = dict[str, Tensor]
 
 # Tensors of OpenAI's archives that describe the model and are no weights.
 _DESCRIPTIONS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training code saved: its state dict, and after which epoch if it says so."""
+
+    state: StateDict
+    epoch: int | None
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -103,123 +124,73 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
-}
+def read_checkpoint(path: Path, ignore: Container[str] = ()) -> Checkpoint:
+    """Read the state dict of a checkpoint that other people's training code saved.
 
+    Such files hold optimisers and schedulers too, so ``weights_only`` loading refuses them. Zip
+    files and those of PyTorch before 1.6 are read, and safetensors for completeness.
 
-# A pickle of names and shapes; the tensors' bytes are other entries of the archive.
-_MAX_PICKLE = 2**26
+    Args:
+        path: the file; ``{"state_dict": ..., "epoch": ...}`` or a state dict alone.
+        ignore: tensors not to read.
 
-
-class _Record:
-    """Stands in for an object of the archive's own classes: its attributes, no behaviour."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.fields = state if isinstance(state, dict) else {}
-
-
-class _Storage:
-    """A tensor's bytes, not read yet: dtype, entry of the archive, number of elements."""
-
-    __slots__ = ("dtype", "key", "numel")
-
-    def __init__(self, dtype: torch.dtype, key: str, numel: int) -> None:
-        self.dtype, self.key, self.numel = dtype, key, numel
-
-
-class _Rebuilt:
-    """A tensor as the pickle describes it; built only once the pickle is read."""
-
-    __slots__ = ("offset", "size", "storage", "stride")
-
-    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
-        numbers = [offset, *size, *stride]
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise pickle.UnpicklingError("it describes a tensor that cannot be")
-        self.storage, self.offset = storage, offset
-        self.size, self.stride = tuple(size), tuple(stride)
-
-    def build(self, archive: zipfile.ZipFile, prefix: str) -> Tensor:
-        """Read the bytes and give them their shape; never more than the file holds."""
-        storage, size = self.storage, self.size
-        entry = archive.getinfo(f"{prefix}/data/{storage.key}")
-        wanted = storage.numel * storage.dtype.itemsize
-        last = self.offset + sum((n - 1) * s for n, s in zip(size, self.stride, strict=True))
-        inside = prod(size) == 0 or last < storage.numel
-        stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size >= wanted
-        if not stored or not inside or prod(size) > storage.numel:
-            raise pickle.UnpicklingError(f"its storage {storage.key} does not hold its tensor")
-        if prod(size) == 0:
-            return torch.empty(size, dtype=storage.dtype)
-        raw = bytearray(archive.read(entry))
-        flat = torch.frombuffer(raw, dtype=storage.dtype, count=storage.numel)
-        return flat.as_strided(size, self.stride, self.offset).clone()
-
-
-class _Maker:
-    """What a name in the pickle stands for: callable, and nothing else can be done to it."""
-
-    __slots__ = ("make",)
-    make: Any
-
-    def __init__(self, make: Any) -> None:
-        object.__setattr__(self, "make", make)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.make(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError("it tries to change what reads it")
-
-
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Builds descriptions of tensors, plain containers and records; refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return type("Record", (_Record,), {})  # a fresh class: nothing done to it lasts
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Maker(_Rebuilt)
-        if (module, name) == ("collections", "OrderedDict"):
-            return _Maker(dict)
-        if module == "torch.jit._pickle":  # typed lists and tags; their content is kept as is
-            return _Maker(lambda value, *_: value)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _device, numel = pid
-        fits = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
-        if not fits or type(numel) is not int or numel < 0:
-            raise pickle.UnpicklingError("it holds an unknown kind of storage")
-        return _Storage(dtype, key, numel)
+    Raises:
+        UserError: it is missing or damaged, holds no state dict, or asks for something to be run.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; check the path")
+    size = path.stat().st_size
+    try:
+        with ExitStack() as stack:
+            read: ReadBytes | None = None
+            if path.suffix == ".safetensors":
+                value: Any = load_file(path)
+            elif zipfile.is_zipfile(path):
+                pickled, read = read_zip(stack.enter_context(zipfile.ZipFile(path)))
+                value = unpickle(pickled, CheckpointUnpickler)
+            else:
+                value, read = read_legacy(path)
+            state = value.get("state_dict", value) if isinstance(value, dict) else None
+            if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+                raise UserError(f"checkpoint {path} holds no state dict; give one that does")
+            wanted = {k.removeprefix("module."): v for k, v in state.items()}
+            wanted = {k: v for k, v in wanted.items() if k not in ignore}
+            described = [v for v in wanted.values() if isinstance(v, Described)]
+            if sum(prod(v.size) * v.storage.dtype.itemsize for v in described) > size:
+                raise pickle.UnpicklingError("it describes more than it holds")
+            for name, tensor in wanted.items():
+                if isinstance(tensor, Described) and read is not None:
+                    wanted[name] = tensor.build(read)
+    except (UserError, MemoryError, PermissionError):
+        raise
+    except AsksToRun as error:
+        raise UserError(
+            f"checkpoint {path} asks for {error} to be run, which no prompts need; nothing in it "
+            "was executed, and it should not be trusted"
+        ) from error
+    except Exception as error:  # damaged files fail in whatever way
+        raise UserError(
+            f"{path} could not be read as a checkpoint: {_reason(path, error)}"
+        ) from error
+    if odd := [k for k, v in wanted.items() if not isinstance(v, Tensor)]:
+        raise UserError(f"the state dict in {path} holds '{odd[0]}', which is no tensor")
+    epoch = value.get("epoch")
+    return Checkpoint(wanted, epoch if type(epoch) is int and epoch > 0 else None)
 
 
 def _read_torchscript(path: Path) -> StateDict:
     state: StateDict = {}
     with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-        if not names or archive.getinfo(names[0]).file_size > _MAX_PICKLE:
-            raise pickle.UnpicklingError("it has no data.pkl of a sensible size")
-        prefix = names[0].rsplit("/", 1)[0]
-        root = _ArchiveUnpickler(io.BytesIO(archive.read(names[0]))).load()
-        waiting, seen = [("", root)], set[int]()
+        pickled, read = read_zip(archive)
+        waiting, seen = [("", unpickle(pickled, ArchiveUnpickler))], set[int]()
         while waiting:
             place, record = waiting.pop()
             if id(record) in seen:  # shared, or a ring: once is enough
                 continue
             seen.add(id(record))
             for name, value in getattr(record, "fields", {}).items():
-                if isinstance(value, _Rebuilt):
-                    state[f"{place}{name}"] = value.build(archive, prefix)
-                elif isinstance(value, _Record):
+                if isinstance(value, Described):
+                    state[f"{place}{name}"] = value.build(read)
+                elif isinstance(value, Record):
                     waiting.append((f"{place}{name}.", value))
     return state

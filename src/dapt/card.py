@@ -1,0 +1,142 @@
+"""The model card of a run: what it is, what it was made from, how well it does, what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dapt import __version__
+from dapt.files import read_json
+from dapt.methods import get_method
+from dapt.runs import RunDirectory
+from dapt.settings import IMPORTED, Settings
+
+# By this a card is known for one of ours, which may be replaced.
+_START = "---\nlibrary_name: dapt\n"
+# Settings that are told elsewhere in the card, or only say where things lie on one machine.
+_NOT_TOLD = frozenset(
+    {"dataset", "root", "domain", "class_names", "support_set", "method", "backbone", "pretrained",
+     "device", "eval_batch_size", "text_memory", "memory_budget", "checkpoint_every"}
+)  # fmt: skip
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that `model_card` wrote."""
+    with path.open("rb") as file:
+        return file.read(len(_START)) == _START.encode()
+
+
+def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
+    """A run's model card as Markdown, with the head that the Hugging Face hub reads.
+
+    Args:
+        run: a run whose prompts are there, with or without metrics.
+        what: the form that the card goes with; the metrics stay the run's.
+    """
+    settings = run.read_settings()
+    dataset, names, template = run.read_task()
+    environment = read_json(run.environment_file, "environment of the run")
+    support = read_json(run.support_file, "support set of the run")
+    method = get_method(settings.method)
+    data = "not recorded" if dataset == IMPORTED else dataset
+    if "imported_from" in environment:
+        made = (
+            f"The prompts were read from the checkpoint `{environment['imported_from']}` "
+            f"(SHA-256 `{environment['imported_sha256']}`), tuned by other code; the settings are "
+            "those given at import, and the images they were tuned on are not known."
+        )
+    else:
+        made = (
+            f"Tuned on {len(support['train'])} images, at most {settings.shots} a class, seed "
+            f"{settings.seed}."
+        )
+    told = {k: v for k, v in settings.model_dump().items() if k not in _NOT_TOLD and v is not None}
+    listed = "\n".join(f"| {name} | {value} |" for name, value in told.items())
+    return f"""{_START}license: other
+license_name: see-below
+tags:
+- clip
+- prompt-tuning
+- image-classification
+---
+
+# {method.title} on {data}: {len(names)} classes
+
+This is {what}; written by dapt {__version__}. A frozen CLIP-like model
+with {_learned(settings)} classifies images
+into the classes listed below.
+
+## Backbone
+
+`{environment["backbone"]}`, SHA-256 of its weights `{environment["backbone_sha256"]}`. Prompts fit
+these weights and no others.
+
+## Data
+
+Dataset: {data}. {made}
+
+Classes, in label order: {", ".join(names)}. Template for class names without a learned text
+prompt: "{settings.template or template}".
+
+## Settings
+
+| setting | value |
+|---|---|
+{listed}
+
+## Metrics
+
+{_metrics(run)}
+
+## Licence
+
+- Backbone: {_backbone_licence(settings)}
+- Prompts and this file: whoever tuned them decides; the licence of the images may bind them.
+- Images of {data}: {_data_licence(dataset)}
+
+## Intended use and limits
+
+For images of the kind it was tuned on, one of the classes in each: it names one of them for any
+image at all, so what lies outside is misnamed, often with confidence. Unless the calibration
+error above is small, its probabilities are not to be taken at their word. It has what the backbone
+learned from its training data, biases included. A handful of images a class cannot show how it does
+on people, places or conditions that they do not contain: measure that before relying on it, and do
+not use it alone for decisions about people.
+"""
+
+
+def _learned(settings: Settings) -> str:
+    method = get_method(settings.method)
+    if method.probe:
+        return "a linear classifier fitted on its image features"
+    parts = []
+    if method.text:
+        parts.append(f"{settings.text_vectors} learned text prompt vectors")
+    if method.visual:
+        parts.append(f"{settings.visual_vectors} learned visual prompt vectors")
+    return " and ".join(parts) or "class names in a template, nothing learned,"
+
+
+def _metrics(run: RunDirectory) -> str:
+    if not run.metrics_file.is_file():
+        return "Not evaluated."
+    test: dict[str, Any] = read_json(run.metrics_file, "metrics")["test"]
+    names = {"accuracy": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1",
+             "ece": "expected calibration error"}  # fmt: skip
+    rows = [f"| {label} | {100 * test[k]:.1f} % |" for k, label in names.items() if k in test]
+    return "\n".join([f"On {test['images']:,} test images:", "", "| | |", "|---|---|", *rows])
+
+
+def _backbone_licence(settings: Settings) -> str:
+    if settings.backbone == "bundled":
+        return "MIT (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
+    openai = "/" not in settings.backbone and settings.pretrained in (None, "openai")
+    if openai and not Path(settings.backbone).suffix:
+        return "MIT (OpenAI's CLIP)."
+    return "not known to dapt; see where the weights come from."
+
+
+def _data_licence(dataset: str) -> str:
+    if dataset.partition(":")[0] == "bundled":
+        return "MIT; the style streamline-emojis CC BY 4.0 (see dapt's LICENSES.md)."
+    return "not known to dapt; see where they come from."

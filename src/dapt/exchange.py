@@ -1,0 +1,283 @@
+"""Prompts from and to the checkpoints of the field's published code.
+
+That code (CoOp's and what grew from it) saves a prompt learner as a pickle of
+``{"state_dict", "epoch", "optimizer", "scheduler"}``, in which the text prompt is called ``ctx``,
+or ``txt_ctx`` beside a visual prompt ``vis_ctx``. Embeddings of the class names lie there too
+(``token_prefix``, ``token_suffix``); they follow from the names and are not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapt.backbone import Backbone, load_backbone
+from dapt.classifier import PromptedClassifier
+from dapt.data import SupportSet, Task
+from dapt.data.items import check_class_names
+from dapt.data.tasks import DEFAULT_TEMPLATE
+from dapt.errors import UserError
+from dapt.files import read_json
+from dapt.methods import get_method
+from dapt.progress import Reporter
+from dapt.prompts import Prompts
+from dapt.runs import RunDirectory
+from dapt.settings import IMPORTED, Settings, make_settings
+from dapt.train import check_output, evaluate_task, task_of
+from dapt.weights import read_checkpoint
+
+# The published method whose checkpoints hold these prompts; losses leave no trace in a file.
+_METHODS = {(True, True): "dapt", (True, False): "coop", (False, True): "vpt"}
+_TEXT, _TEXT_OF_TWO, _VISUAL = "ctx", "txt_ctx", "vis_ctx"
+_IGNORED = frozenset({"token_prefix", "token_suffix"})
+_NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
+
+
+@dataclass(frozen=True)
+class PublishedPrompts:
+    """Prompts of a published checkpoint.
+
+    Attributes:
+        text: (M, text width) or None; ``visual``: (N, vision width) or None.
+        epoch: after which they were saved, if the file says so.
+        file: where they were read from.
+    """
+
+    text: Tensor | None
+    visual: Tensor | None
+    epoch: int | None
+    file: Path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that ``path`` means.
+
+    Of a directory (or the ``prompt_learner`` in it) ``model-best.pth.tar`` is taken if it is
+    there, else the ``model.pth.tar-N`` with the highest N.
+
+    Raises:
+        UserError: the directory holds neither.
+    """
+    if not path.is_dir():
+        return path
+    folder = path / "prompt_learner" if (path / "prompt_learner").is_dir() else path
+    best = folder / "model-best.pth.tar"
+    if best.is_file():
+        return best
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
+    if not numbered:
+        raise UserError(
+            f"{folder} holds no model-best.pth.tar and no model.pth.tar-N; give the checkpoint file"
+        )
+    return max(numbered)[1]
+
+
+def read_published(path: Path) -> PublishedPrompts:
+    """Read the prompts of a published checkpoint, running nothing that is inside it.
+
+    Args:
+        path: the file, or a directory as `find_checkpoint` takes it.
+
+    Raises:
+        UserError: the file cannot be read, asks for something to be run, or holds prompts of
+            another kind.
+    """
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file, _IGNORED)
+    found = {name.removeprefix("prompt_learner."): t for name, t in checkpoint.state.items()}
+    found = {name: t for name, t in found.items() if name not in _IGNORED}
+    if any(name.startswith("meta_net.") for name in found):
+        raise UserError(
+            f"{file} holds CoCoOp's meta-network, whose context changes with the image; only a "
+            "context that all images share can be imported"
+        )
+    if odd := sorted(found.keys() - {_TEXT, _TEXT_OF_TWO, _VISUAL}):
+        raise UserError(
+            f"{file} holds '{odd[0]}', which is neither a text prompt ({_TEXT}, {_TEXT_OF_TWO}) "
+            f"nor a visual one ({_VISUAL}) at the input; prompts of other kinds cannot be imported"
+        )
+    if _TEXT in found and _TEXT_OF_TWO in found:
+        raise UserError(f"{file} holds both {_TEXT} and {_TEXT_OF_TWO}; keep the one that counts")
+    if not found:
+        raise UserError(f"{file} holds no prompts ({_TEXT}, {_TEXT_OF_TWO} or {_VISUAL})")
+    text, visual = found.get(_TEXT, found.get(_TEXT_OF_TWO)), found.get(_VISUAL)
+    if text is not None and text.ndim == 3:
+        raise UserError(
+            f"the text prompt in {file} is class-specific, {tuple(text.shape)}; only one that all "
+            "classes share, (vectors, width), can be imported"
+        )
+    if visual is not None and visual.ndim == 3 and len(visual) == 1:
+        visual = visual[0]
+    for name, prompt in (("text", text), ("visual", visual)):
+        if prompt is None:
+            continue
+        if prompt.ndim != 2 or not prompt.numel() or not prompt.is_floating_point():
+            raise UserError(
+                f"the {name} prompt in {file} has shape {tuple(prompt.shape)} of {prompt.dtype}; "
+                "(vectors, width) of numbers is needed"
+            )
+        if not bool(prompt.isfinite().all()):
+            raise UserError(f"the {name} prompt in {file} holds numbers that are not finite")
+    return PublishedPrompts(text, visual, checkpoint.epoch, file)
+
+
+def import_checkpoint(
+    checkpoint: Path,
+    output: Path | str,
+    given: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    backbone: Backbone | None = None,
+) -> RunDirectory:
+    """Make a run directory of a published checkpoint.
+
+    With a dataset the prompts are evaluated and the run is finished. Without one there is nothing
+    to write metrics from, so it has no metrics.json; it predicts, exports, and is evaluated with
+    another dataset. The images it was tuned on are not known: its support set is empty.
+
+    Args:
+        checkpoint: as `read_published` takes it.
+        output: the run directory.
+        given: settings as for `make_settings`; ``class_names`` or ``dataset`` must be among them.
+            The method follows from which prompts there are, the epochs from the file.
+        overwrite: discard the run that is there.
+        reporter: is told the progress of the evaluation.
+        backbone: already loaded as the settings say, to share it.
+
+    Raises:
+        UserError: bad input, or prompts that do not fit the backbone.
+    """
+    reporter, run = reporter or Reporter(), RunDirectory(output)
+    published = read_published(checkpoint)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "class_names" not in given and "dataset" not in given:
+        raise UserError(
+            f"a checkpoint does not say what its classes are called; give {checkpoint} "
+            "--class-names, a JSON list in label order, or --dataset"
+        )
+    learns = published.text is not None, published.visual is not None
+    decided: dict[str, Any] = {"method": _METHODS[learns], "dataset": IMPORTED}
+    if published.epoch is not None:
+        decided["epochs"] = published.epoch
+    for name, prompt in (("text", published.text), ("visual", published.visual)):
+        if prompt is not None:
+            given[f"{name}_vectors"] = len(prompt)
+    settings = make_settings({**decided, **given})
+    method = get_method(settings.method)
+    if (method.text, method.visual) != learns:
+        has = " and a ".join(
+            n for n, there in zip(("text", "visual"), learns, strict=True) if there
+        )
+        raise UserError(
+            f"method '{settings.method}' does not learn what {published.file} holds (a {has} "
+            "prompt); leave --method out, or give one that does"
+        )
+    _check_free(run, settings, overwrite)
+    task = _named_task(settings.class_names) if settings.dataset == IMPORTED else task_of(settings)
+    backbone = backbone or load_backbone(
+        settings.backbone,
+        settings.pretrained,
+        device=settings.device,
+        precision=settings.precision,
+    )
+    _check_width(published, backbone)
+    prompts = Prompts(published.text, published.visual).to(backbone.device).requires_grad_(False)
+    template = settings.template or task.template
+    classifier = PromptedClassifier(backbone, task.class_names, prompts, template)
+    started, test = time.perf_counter(), None
+    if settings.dataset != IMPORTED:
+        test = evaluate_task(classifier, task, settings, reporter)
+    spent = time.perf_counter() - started
+    with run.locked():
+        _check_free(run, settings, overwrite)
+        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
+        run.begin(settings, task, support, backbone)
+        run.add_to_environment(
+            imported_from=published.file.name,
+            imported_sha256=hashlib.sha256(published.file.read_bytes()).hexdigest(),
+            tuning_seconds=0.0,
+            evaluation_seconds=round(spent, 2),
+        )
+        named = prompts.named_parameters()
+        run.write_tensors(run.prompts_file, {f"{n}_prompt": p for n, p in named})
+        if test is not None:
+            run.finish(
+                {
+                    "method": settings.method,
+                    "dataset": task.name,
+                    "shots": settings.shots,
+                    "seed": settings.seed,
+                    "learned_parameters": prompts.count,
+                    "support_images": 0,
+                    "dispersion": {},
+                    "imported": True,
+                    "test": test,
+                }
+            )
+    return run
+
+
+def _check_free(run: RunDirectory, settings: Settings, overwrite: bool) -> None:
+    if run.exists and not overwrite:
+        raise UserError(f"{run.path} holds a run; add --overwrite, or choose another --output")
+    check_output(run, settings, resume=False, overwrite=overwrite)
+
+
+def published_bytes(run: RunDirectory) -> bytes:
+    """A run's prompts as the published code saves them: ``{"state_dict": ..., "epoch": N}``.
+
+    Raises:
+        UserError: no finished run is here, or it learned no prompts.
+    """
+    run.require()
+    settings = run.read_settings()
+    tensors, _ = run.read_tensors(run.prompts_file)
+    text, visual = tensors.get("text_prompt"), tensors.get("visual_prompt")
+    state = {}
+    if text is not None:
+        state[_TEXT if visual is None else _TEXT_OF_TWO] = text
+    if visual is not None:
+        state[_VISUAL] = visual.unsqueeze(0)  # (1, N, W)
+    if not state:
+        raise UserError(
+            f"the run in {run.path} ({settings.method}) has no learned prompts to write as a "
+            "checkpoint; use --format onnx or torch"
+        )
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "epoch": settings.epochs}, file)
+    return file.getvalue()
+
+
+def _named_task(file: str | None) -> Task:
+    """A task of class names alone."""
+    value = read_json(Path(str(file)).expanduser(), "class name file")
+    names = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(
+            f"class name file {file} must hold a JSON list of class names in label order"
+        )
+    # Published label lists do have two classes of one name.
+    check_class_names(names, f"class name file {file}", distinct=False)
+    return Task(IMPORTED, Path(), tuple(names), (), (), (), DEFAULT_TEMPLATE)
+
+
+def _check_width(published: PublishedPrompts, backbone: Backbone) -> None:
+    """Raise `UserError` unless the prompts have the widths of the backbone's towers."""
+    for name, prompt, width in (
+        ("text", published.text, lambda: backbone.text_width),
+        ("visual", published.visual, lambda: backbone.vision_width),
+    ):
+        if prompt is not None and prompt.shape[1] != width():
+            raise UserError(
+                f"the {name} prompt in {published.file} is {prompt.shape[1]} wide, but the {name} "
+                f"tower of '{backbone.name}' is {width()}; give the --backbone it was tuned on"
+            )

@@ -1,0 +1,338 @@
+"""A tuned classifier as one file that needs no dapt: ONNX, or a PyTorch program.
+
+Images in, probabilities out. Visual prompt and class features are constants of the graph, so the
+text tower stays behind. Every file is compared with the classifier it was made from before it is
+put in place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dapt import __version__
+from dapt.card import is_card, model_card
+from dapt.classifier import Classifier, LinearProbe
+from dapt.errors import UserError
+from dapt.exchange import published_bytes
+from dapt.files import write_atomic
+from dapt.progress import Reporter
+from dapt.runs import RunDirectory
+from dapt.shared import Shared, backbone_of
+from dapt.towers import run_image_tower
+from dapt.train import load_classifier, task_of
+
+FORMATS = ("onnx", "torch", "coop")
+# Largest difference of a probability between a file and its classifier.
+TOLERANCE = 1e-3
+# Images a file is compared on; they are not chosen by anything.
+_COMPARED = 16
+# A protobuf message, which an ONNX file is, cannot be larger.
+_MAX_ONNX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export.
+
+    Attributes:
+        file: the file; ``card``: the model card beside it.
+        difference: largest difference of a probability, None where nothing is computed (coop).
+        agreement: share of images whose most probable class is the same.
+        images: what it was compared on, in words.
+    """
+
+    file: Path
+    card: Path
+    difference: float | None = None
+    agreement: float | None = None
+    images: str = ""
+
+
+class ImageClassifier(nn.Module):
+    """A classifier with everything but the image constant.
+
+    Args:
+        classifier: whose image tower it shares; at fp32, on the CPU.
+    """
+
+    prompt: Tensor | None
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.visual = classifier.backbone.visual
+        with torch.inference_mode(False), torch.no_grad():
+            weight = classifier.text_features().detach()  # (C, D)
+            if isinstance(classifier, LinearProbe):
+                prompt, bias = None, classifier.bias
+            else:
+                prompt, bias = classifier.prompts.visual, torch.zeros(len(weight))
+                weight = classifier.backbone.logit_scale * weight
+        self.register_buffer("prompt", None if prompt is None else prompt.detach().clone())
+        self.register_buffer("weight", weight.T.contiguous())  # (D, C)
+        self.register_buffer("bias", bias.detach().clone())
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C) probabilities of (B, 3, S, S) normalised images."""
+        features = F.normalize(run_image_tower(self.visual, images, self.prompt), dim=-1)
+        return (features @ self.weight + self.bias).softmax(-1)
+
+
+def export(
+    run: RunDirectory,
+    file: Path,
+    form: str,
+    *,
+    int8: bool = False,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Write a finished run's classifier to ``file``, and its model card beside it.
+
+    Args:
+        run: its directory.
+        file: what to write; ``<stem>.md`` beside it becomes the card.
+        form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, the prompts
+            as the published code saves them.
+        int8: with ``onnx``, weights of the linear layers at 8 bits.
+        reporter: is told the progress.
+
+    Raises:
+        UserError: bad input, a missing extra, or a file whose probabilities differ by more than
+            `TOLERANCE` from the classifier's (with ``int8``: before rounding); none is left then.
+    """
+    reporter = reporter or Reporter()
+    if form not in FORMATS:
+        raise UserError(f"unknown format '{form}'; use one of {', '.join(FORMATS)}")
+    if int8 and form != "onnx":
+        raise UserError(f"--int8 goes with --format onnx, not with {form}")
+    card = file.with_suffix(".md")
+    if file.is_dir() or card == file:
+        raise UserError(f"--output {file} must name a file, such as classifier.onnx")
+    if card.exists() and not is_card(card):
+        raise UserError(
+            f"{card}, where the model card goes, is something else; choose another --output"
+        )
+    run.require()
+    if form == "onnx":
+        _require_onnx()
+    exported = Exported(file, card)
+    if form == "coop":
+        content = published_bytes(run)
+    else:
+        with reporter.stage(f"exporting {file.name}", 3) as advance:
+            content, exported = _export_graph(run, exported, form, int8, advance)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, content)
+    words = _FORM_WORDS[form] + (_INT8_WORDS if int8 else "")
+    write_atomic(card, model_card(run, f"`{file.name}`, {words}"))
+    return exported
+
+
+_FORM_WORDS = {
+    "onnx": "an ONNX graph: normalised images in, probabilities out",
+    "torch": "a program for torch.export.load: normalised images in, probabilities out",
+    "coop": "the prompts alone, as CoOp's code and its descendants save them",
+}
+_INT8_WORDS = ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)"
+
+
+def _export_graph(
+    run: RunDirectory, exported: Exported, form: str, int8: bool, advance: Callable[[int], Any]
+) -> tuple[bytes, Exported]:
+    # Whatever it was tuned at: a file that runs anywhere is fp32.
+    settings = run.read_settings().model_copy(update={"precision": "fp32"})
+    backbone = backbone_of(settings, device="cpu")
+    classifier = load_classifier(run, backbone=backbone)
+    views, images = _views_to_compare(run, classifier)
+    views = backbone.normalize(views)
+    with torch.inference_mode():
+        expected = classifier(views).softmax(-1)
+    advance(1)
+    facts = _facts(run, classifier, int8)
+    program = _program(ImageClassifier(classifier), views)
+    if form == "onnx":
+        content, compute = _onnx(program, views, facts, int8, expected)
+    else:
+        content, compute = _torch_file(program, facts)
+    advance(1)
+    with torch.inference_mode():
+        # Batches of one and of many: the batch dimension must not have become a constant.
+        found = torch.cat([compute(views[:1]), compute(views[1:])])
+    difference = float((found - expected).abs().max())
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    _check(exported.file, difference, float("inf") if int8 else TOLERANCE)
+    advance(1)
+    return content, Exported(exported.file, exported.card, difference, agreement, images)
+
+
+def _check(file: Path, difference: float, limit: float) -> None:
+    if not isfinite(difference) or difference > limit:
+        raise UserError(
+            f"{file} is not written: its probabilities differ from the classifier's by up to "
+            f"{difference:.2g}; try --format torch, or other versions of torch and onnxruntime"
+        )
+
+
+def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor, str]:
+    """(B, 3, S, S) uint8 views: test images spread over the run's dataset, or noise."""
+    settings = run.read_settings()
+    size = classifier.backbone.preprocessing.size
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (4, 3, size, size), generator=generator, dtype=torch.uint8)
+    try:
+        task = task_of(settings)
+        items = task.test[:: max(1, len(task.test) // _COMPARED)][:_COMPARED]
+        store = Shared(classifier.backbone).store(task, items, settings)
+        views = store.test_views(range(len(items)))
+    except UserError:  # the images are elsewhere
+        return noise, f"{len(noise)} images of noise (the dataset's are not here)"
+    return torch.cat([views, noise]), f"{len(views)} test images and {len(noise)} of noise"
+
+
+def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:
+    """What the file says of itself, each a JSON text; no date, so the same run gives its bytes."""
+    settings = run.read_settings()
+    dataset, names, _ = run.read_task()
+    values = {
+        "labels": list(names),
+        "preprocessing": asdict(classifier.backbone.preprocessing),
+        "provenance": {
+            "dapt": __version__,
+            "run": run.path.resolve().name,
+            "method": settings.method,
+            "dataset": dataset,
+            "backbone": classifier.backbone.name,
+            "backbone_sha256": classifier.backbone.fingerprint,
+            "int8": int8,
+        },
+    }
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+
+
+def _program(model: ImageClassifier, views: Tensor) -> torch.export.ExportedProgram:
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    with _quietly():
+        return torch.export.export(model, (views[:2],), dynamic_shapes=batch)
+
+
+def _torch_file(
+    program: torch.export.ExportedProgram, facts: dict[str, str]
+) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    file = io.BytesIO()
+    # The trace's example images are somebody's; the file keeps none.
+    program.example_inputs = None
+    with _quietly():
+        torch.export.save(program, file, extra_files={f"{k}.json": v for k, v in facts.items()})
+        loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    return file.getvalue(), loaded
+
+
+def _require_onnx() -> None:
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"ONNX needs {error.name}: pip install 'dapt[onnx]'") from error
+
+
+def _onnx(
+    program: torch.export.ExportedProgram,
+    views: Tensor,
+    facts: dict[str, str],
+    int8: bool,
+    expected: Tensor,
+) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """An ONNX file's bytes, and what computes with them in onnxruntime."""
+    import onnx
+
+    size = sum(t.nbytes for t in program.state_dict.values())
+    if size > _MAX_ONNX - 2**24:
+        raise UserError(
+            f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file; use --format torch"
+        )
+    with _quietly():
+        made = torch.onnx.export(
+            program,
+            (views[:2],),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["probabilities"],
+        )
+    assert made is not None
+    graph = made.model_proto
+    _strip(graph)
+    if int8:
+        content = graph.SerializeToString(deterministic=True)
+        found = _runner(content)(views)
+        _check(Path("the graph at fp32"), float((found - expected).abs().max()), TOLERANCE)
+        graph = _quantised(graph)
+    onnx.helper.set_model_props(graph, facts)
+    content = graph.SerializeToString(deterministic=True)
+    return content, _runner(content)
+
+
+def _strip(graph: Any) -> None:
+    """Drop what tells of the exporting machine and no computation needs."""
+    body = graph.graph
+    for part in (graph, body, *body.node, *body.input, *body.output, *body.initializer):
+        del part.metadata_props[:]
+    del body.value_info[:]
+    for value in (*body.input, *body.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _quantised(graph: Any) -> Any:
+    """The graph with the constant matrices of its products at 8 bits (dynamic quantisation)."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        file = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            graph,
+            file,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        return onnx.load(file)
+
+
+def _runner(content: bytes) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda views: torch.from_numpy(session.run(None, {"images": views.numpy()})[0])
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' log lines and warnings, of which nothing follows for a user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

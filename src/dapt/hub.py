@@ -1,0 +1,66 @@
+"""A run directory on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dapt.card import model_card
+from dapt.errors import UserError
+from dapt.progress import Reporter
+from dapt.runs import RunDirectory
+
+
+def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
+    """What of a run goes to the hub, by its name there: its records and results, and its card.
+
+    The checkpoint, which only resuming reads, and TensorBoard's files stay here.
+
+    Raises:
+        UserError: no finished run is here.
+    """
+    run.require()
+    kept = {
+        run.settings_file, run.environment_file, run.task_file, run.support_file, run.log_file,
+        run.prompts_file, run.metrics_file, *run.path.glob("eval-*.json"),
+    }  # fmt: skip
+    files: dict[str, bytes | Path] = {"README.md": model_card(run).encode()}
+    return files | {file.name: file for file in sorted(kept) if file.is_file()}
+
+
+def push(
+    run: RunDirectory, repo_id: str, *, private: bool = False, reporter: Reporter | None = None
+) -> str:
+    """Upload a run to the model repository ``repo_id``, made if need be, in one commit.
+
+    Args:
+        run: a finished run.
+        repo_id: such as ``name/flowers``.
+        private: who may see the repository, where it is made now.
+        reporter: is told the progress.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: no finished run is here, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = files_to_push(run)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi(library_name="dapt")
+    try:
+        with (reporter or Reporter()).stage(f"pushing to {repo_id}", 2) as advance:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            advance(1)
+            commit = api.create_commit(
+                repo_id, operations, commit_message="Run directory of dapt and its model card"
+            )
+            advance(1)
+    except Exception as error:  # the hub's client raises a wide family
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{run.path} could not be pushed to '{repo_id}' ({reason}); check the name and the "
+            "connection, and log in with 'hf auth login'"
+        ) from error
+    return str(commit.commit_url)
