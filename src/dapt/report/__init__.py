@@ -1,13 +1,13 @@
 """``dapt report``: tables and figures of any set of runs, on one page that needs nothing else.
 
-    collect.py     run directories -> runs, with mistrust
-    study.py       which runs repeat one another, which vary a setting; numbers by seed
-    statistics.py  means and intervals
-    tables.py      a table, and its Markdown, CSV and LaTeX
-    figures.py     a figure for the page, and its SVG and PNG
-    features.py    what only the backbone and the images can tell
-    sections.py    the parts of the page
-    page.py        the page itself; page/ has its template, style and script
+collect.py     run directories -> runs, with mistrust
+study.py       which runs repeat one another, which vary a setting; numbers by seed
+statistics.py  means and intervals
+tables.py      a table, and its Markdown, CSV and LaTeX
+figures.py     a figure for the page, and its SVG and PNG
+features.py    what only the backbone and the images can tell
+sections.py    the parts of the page
+page.py        the page itself; page/ has its template, style and script
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def _write_files(folder: Path, parts: Sequence[Section]) -> None:
         # What is deleted is only ever a file that a report wrote.
         before = {n for n in known if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
     elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is there and not from a report; move it, or choose another --out")
+        raise UserError(
+            f"{folder} is there and not from a report; move it, or choose another --out"
+        )
     folder.mkdir(exist_ok=True)
     titles: dict[str, str] = {}
 

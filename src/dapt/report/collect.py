@@ -7,7 +7,6 @@ read is named in a warning and left out; no file is ever executed or unpickled.
 from __future__ import annotations
 
 import csv
-import math
 import os
 import re
 import unicodedata
@@ -150,9 +149,7 @@ def _read_run(folder: Path, number: int, warnings: list[str]) -> Run:
     metrics = _mapping(files.metrics_file, "metrics")
     for name, known in (("method", method), ("shots", shots), ("seed", seed)):
         if metrics.get(name, known) not in (known, settings[name]):
-            raise Damaged(
-                f"metrics.json says {name} {clean(metrics[name])}, settings.json {known}"
-            )
+            raise Damaged(f"metrics.json says {name} {clean(metrics[name])}, settings.json {known}")
     parameters = metrics.get("learned_parameters")
     return replace(
         run,
@@ -259,9 +256,9 @@ def read_confusion(run: Run) -> Confusion:
     try:
         test = _mapping(RunDirectory(run.path).metrics_file, "metrics")["test"]
         rows = test["confusion"]
-        names = [clean(entry["class"]) for entry in test["per_class"]]
+        names = [clean(entry["class"].replace("_", " ")) for entry in test["per_class"]]
         counts = np.array(rows)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged("metrics.json holds no confusion matrix") from error
     size = len(names)
     if counts.shape != (size, size) or counts.dtype.kind != "i" or (counts < 0).any() or not size:
@@ -302,9 +299,10 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
 
 def seconds(run: Run, name: str) -> float | None:
     """``tuning_seconds`` or ``evaluation_seconds`` of a run, where it says."""
-    value = run.environment.get(name)
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok and value >= 0 else None  # type: ignore[arg-type,operator]
+    try:
+        return _number(run.environment.get(name), name, least=0)
+    except Damaged:
+        return None
 
 
 # ------------------------------------------------------------------------- single values
@@ -335,9 +333,9 @@ def _count(value: object, where: str, least: int = 0) -> int:
     return value
 
 
-def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
-        raise Damaged(f"{where} is {clean(value, 40)!r}, no finite number")
+def _number(value: object, where: str, least: float = -1e300) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < 1e300:
+        raise Damaged(f"{where} is {clean(value, 40)!r}, no finite number in its range")
     return float(value)
 
 

@@ -7,6 +7,7 @@ lowest seed. Whatever cannot be had (backbone, dataset, image) becomes a note; t
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,6 @@ class HardClass:
 class MapPair:
     """Features before and after tuning, embedded by one fit, and so comparable."""
 
-    what: str
     before: Drawing
     after: Drawing
     legend: list[Entry]
@@ -102,7 +102,7 @@ def look_inside(
             try:
                 for note in _look(inside, study, backbones, examples=examples):
                     notes[note] = None
-            except UserError as error:
+            except Exception as error:  # a damaged run must not cost the whole report
                 notes[f"{run.dataset}, {method_title(run.method)}: {clean(error, 400)}"] = None
             found.append(inside)
             advance(1)
@@ -143,7 +143,9 @@ def _look(
     _, _, template = directory.read_task()
     with torch.inference_mode():
         text = classifier.text_features().cpu()
-    prefix = f"{run.dataset}-{run.method}"
+    prefix = re.sub(r"[^a-z0-9]+", "-", f"{run.dataset}-{run.method}-{run.number}".lower())
+    title = method_title(run.method)
+    who = f"{title} on {run.dataset}, run {run.number}"
     method = METHODS[settings.method]
 
     try:
@@ -153,9 +155,7 @@ def _look(
         step = -(-len(task.test) // MOST_IMAGES)
         items = task.test[::step]
         store = store_of(backbone, task, items, settings)
-        image = encode_store(
-            classifier.image_features, store, batch_size=settings.eval_batch_size
-        )
+        image = encode_store(classifier.image_features, store, batch_size=settings.eval_batch_size)
     except (UserError, OSError) as error:
         yield f"{run.dataset}: no images to look at ({clean(error, 400)})"
         items, labels = (), np.zeros(0, int)
@@ -173,9 +173,14 @@ def _look(
         with torch.inference_mode():
             before = plain.text_features().cpu().numpy()
         inside.maps += _maps(
-            f"map-text-{prefix}", "text", before, text.numpy(),
-            [colour_of.get(c) for c in range(len(names))], legend,
-        )  # fmt: skip
+            f"map-text-{prefix}",
+            f"Text features, {who}",
+            f"{title}, text",
+            before,
+            text.numpy(),
+            [colour_of.get(c) for c in range(len(names))],
+            legend,
+        )
     if not len(items):
         return
     inside.images = len(items)
@@ -187,31 +192,41 @@ def _look(
     correct = named == labels
     if step == 1 and run.scores and abs(correct.mean() - run.scores.accuracy) > 0.5 / len(labels):
         yield (
-            f"{run.dataset}, {method_title(run.method)}: run {run.number} recorded an accuracy of "
+            f"{run.dataset}, {title}: run {run.number} recorded an accuracy of "
             f"{run.scores.accuracy:.1%} and now has {correct.mean():.1%}; its test images, or the "
             "versions it ran with, are not those of then"
         )
     inside.reliability = reliability(
         f"reliability-{prefix}",
-        f"Reliability of {method_title(run.method)} on {run.dataset}, run {run.number}",
-        method_colour(run.method, study.methods), confidence, correct, ECE_BINS,
-    )  # fmt: skip
+        f"Reliability of {who}",
+        method_colour(run.method, study.methods),
+        confidence,
+        correct,
+        ECE_BINS,
+        title,
+    )
     if method.visual:
         chosen = np.flatnonzero(np.isin(labels, coloured))
         chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
         small = store_of(backbone, task, tuple(items[i] for i in chosen), settings)
         before = unprompted_features(backbone, small, batch_size=settings.eval_batch_size).numpy()
         inside.maps += _maps(
-            f"map-image-{prefix}", "image", before, image.numpy()[chosen],
-            [colour_of[int(labels[i])] for i in chosen], legend,
-        )  # fmt: skip
+            f"map-image-{prefix}",
+            f"Image features, {who}",
+            f"{title}, images",
+            before,
+            image.numpy()[chosen],
+            [colour_of[int(labels[i])] for i in chosen],
+            legend,
+        )
     if examples:
         inside.hardest = _hardest(task, items, names, labels, named, confidence)
 
 
 def _maps(
     name: str,
-    what: str,
+    title: str,
+    caption: str,
     before: np.ndarray,
     after: np.ndarray,
     colours: list[str | None],
@@ -231,12 +246,17 @@ def _maps(
     parts = {"before": embedded[:count], "after": embedded[count:]}
     drawings = {
         time: feature_map(
-            f"{name}-{time}", f"{what.capitalize()} features {time} tuning", points, limits,
-            colours, legend,
+            f"{name}-{time}",
+            f"{title}, {time} tuning",
+            points,
+            limits,
+            colours,
+            legend,
+            f"{caption}, {time}",
         )
         for time, points in parts.items()
-    }  # fmt: skip
-    return [MapPair(what, drawings["before"], drawings["after"], legend)]
+    }
+    return [MapPair(drawings["before"], drawings["after"], legend)]
 
 
 def _hardest(
@@ -251,13 +271,18 @@ def _hardest(
     totals = np.bincount(labels, minlength=len(names))
     right = np.bincount(labels[named == labels], minlength=len(names))
     accuracy = right / np.maximum(totals, 1)
-    order = sorted(np.flatnonzero((totals > 0) & (right < totals)), key=lambda c: (accuracy[c], c))
+    missed = np.flatnonzero((totals > 0) & (right < totals)).tolist()
+    order = sorted(missed, key=lambda c: (accuracy[c], c))
     hardest = []
     for label in order[:EXAMPLE_CLASSES]:
         wrong = np.flatnonzero((labels == label) & (named != label))
         worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
         examples = tuple(
-            Example(_thumbnail(task.image_path(items[i])), _name(names[named[i]]), confidence[i])
+            Example(
+                _thumbnail(task.image_path(items[i])),
+                _name(names[int(named[i])]),
+                float(confidence[i]),
+            )
             for i in worst
         )
         hardest.append(HardClass(_name(names[label]), float(accuracy[label]), examples))

@@ -55,7 +55,7 @@ MARKERS = {"zero-shot": "_", "linear-probe": "s", "coop": "^", "vpt": "D", "vlpt
            "dapt-text": "P", "dapt-visual": "X", "dapt": "o"}  # fmt: skip
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's font
     "svg.hashsalt": "dapt",  # the same drawing is the same file
     "text.parse_math": False,  # a class name is no formula
@@ -99,6 +99,7 @@ class Drawing:
     Attributes:
         name: of its files.
         title: one line; what a screen reader says of it.
+        caption: the title where its surroundings say the rest already.
         page: SVG element for the page.
         svg, png: the files.
         width: of the page's copy in CSS pixels at its natural size.
@@ -106,6 +107,7 @@ class Drawing:
 
     name: str
     title: str
+    caption: str
     page: str
     svg: bytes
     png: bytes
@@ -127,11 +129,12 @@ def draw(
     size: tuple[float, float] = (4.6, 3.0),
     margins: tuple[float, float, float, float] = (0.55, 0.12, 0.12, 0.5),
     legend: Sequence[Entry] = (),
+    caption: str = "",
 ) -> Drawing:
     """Let ``paint`` draw on axes of ``size`` inches, and render them three times.
 
     Args:
-        name, title: of the drawing.
+        name, title, caption: of the drawing.
         paint: is given the axes.
         size: width and height without the legend.
         margins: left, right, top, bottom in inches.
@@ -172,7 +175,9 @@ def draw(
         )
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     page = _for_page(svg.getvalue(), name, title, cut=72 * extra)
-    return Drawing(name, title, page, svg.getvalue(), png.getvalue(), round(96 * width))
+    return Drawing(
+        name, title, caption or title, page, svg.getvalue(), png.getvalue(), round(96 * width)
+    )
 
 
 def _for_page(svg: bytes, name: str, title: str, cut: float) -> str:
@@ -213,8 +218,8 @@ def _for_page(svg: bytes, name: str, title: str, cut: float) -> str:
         del root.attrib[key]
     root.set("role", "img")
     root.set("aria-label", title)
-    for style in root.iter(f"{{{_NAMESPACE}}}style"):
-        style.text = ""  # it would hold for the whole page, which says the same itself
+    for rules in root.iter(f"{{{_NAMESPACE}}}style"):
+        rules.text = ""  # it would hold for the whole page, which says the same itself
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -231,7 +236,7 @@ class Series:
     level: bool = False  # the same for any number of shots
 
 
-def accuracy_over_shots(name: str, title: str, series: Sequence[Series]) -> Drawing:
+def accuracy_over_shots(name: str, title: str, series: Sequence[Series], caption: str) -> Drawing:
     """Lines with bands of the 95 % interval; a level method is a dashed line across."""
     shots = sorted({k for s in series for k in s.points})
     place = {k: i for i, k in enumerate(shots)}
@@ -247,9 +252,12 @@ def accuracy_over_shots(name: str, title: str, series: Sequence[Series]) -> Draw
             ks = sorted(s.points)
             x = [place[k] for k in ks]
             y = np.array([s.points[k].mean for k in ks])
-            half = np.array([s.points[k].half or 0.0 for k in ks])
+            # Two seeds' interval is twelve standard errors wide: only a table can hold it.
+            half = np.array(
+                [(s.points[k].half if s.points[k].count > 2 else None) or 0.0 for k in ks]
+            )
             if half.any():
-                axes.fill_between(x, y - half, y + half, color=colour, alpha=0.1, linewidth=0)
+                axes.fill_between(x, y - half, y + half, color=colour, alpha=0.08, linewidth=0)
             axes.plot(x, y, color=colour, marker=MARKERS.get(s.colour, "o"))
         # Wide bands of few seeds must not flatten the lines.
         low, high = min(means), max(means)
@@ -259,10 +267,12 @@ def accuracy_over_shots(name: str, title: str, series: Sequence[Series]) -> Draw
         axes.set_xlim(-0.3, len(shots) - 0.7)
         axes.grid(visible=False, axis="x")
 
-    return draw(name, title, paint, legend=[Entry(s.colour, s.label) for s in series])
+    return draw(
+        name, title, paint, legend=[Entry(s.colour, s.label) for s in series], caption=caption
+    )
 
 
-def accuracy_by_method(name: str, title: str, series: Sequence[Series]) -> Drawing:
+def accuracy_by_method(name: str, title: str, series: Sequence[Series], caption: str) -> Drawing:
     """A dot with its interval for each method, where there is one number of shots only."""
     rows = list(series)[::-1]
 
@@ -286,6 +296,7 @@ def accuracy_by_method(name: str, title: str, series: Sequence[Series]) -> Drawi
     return draw(
         name, title, paint,
         size=(4.6, 0.8 + 0.32 * len(rows)), margins=(_label_room(rows), 0.15, 0.1, 0.5),
+        caption=caption,
     )  # fmt: skip
 
 
@@ -299,7 +310,9 @@ class Change:
     after: float
 
 
-def before_and_after(name: str, title: str, what: str, changes: Sequence[Change]) -> Drawing:
+def before_and_after(
+    name: str, title: str, what: str, changes: Sequence[Change], caption: str
+) -> Drawing:
     """For each method a hollow dot (before), a filled one (after), and the way between."""
     rows = list(changes)[::-1]
 
@@ -322,6 +335,7 @@ def before_and_after(name: str, title: str, what: str, changes: Sequence[Change]
     return draw(
         name, title, paint,
         size=(4.6, 0.8 + 0.32 * len(rows)), margins=(_label_room(rows), 0.15, 0.1, 0.5),
+        caption=caption,
     )  # fmt: skip
 
 
@@ -338,7 +352,9 @@ class Curve:
     values: np.ndarray  # (seeds, epochs)
 
 
-def training_curves(name: str, title: str, what: str, curves: Sequence[Curve]) -> Drawing:
+def training_curves(
+    name: str, title: str, what: str, curves: Sequence[Curve], caption: str
+) -> Drawing:
     """Mean over seeds by epoch, in a band from the lowest seed to the highest."""
 
     def paint(axes: Any) -> None:
@@ -359,12 +375,12 @@ def training_curves(name: str, title: str, what: str, curves: Sequence[Curve]) -
 
     return draw(
         name, title, paint, size=(4.0, 2.7), margins=(0.72, 0.12, 0.12, 0.5),
-        legend=[Entry(c.colour, c.label) for c in curves],
+        legend=[Entry(c.colour, c.label) for c in curves], caption=caption,
     )  # fmt: skip
 
 
 def confusion_matrix(
-    name: str, title: str, names: Sequence[str], shares: np.ndarray
+    name: str, title: str, names: Sequence[str], shares: np.ndarray, caption: str
 ) -> Drawing:
     """Share of each true class (row) that is named as each class (column), (C, C)."""
     size = len(names)
@@ -390,20 +406,27 @@ def confusion_matrix(
         axes.spines[:].set_visible(False)
 
     side = max(2.0, 0.17 * size)
-    labels = 0.45 + 0.07 * max(len(n) for n in [*(n[:22] for n in names), "class"])
+    labels = 0.4 + 0.056 * max(len(n) for n in [*(n[:22] for n in names), "class"])
     return draw(
         name, title, paint,
         size=(side + labels + 0.15, side + labels + 0.15), margins=(labels, 0.15, 0.15, labels),
+        caption=caption,
     )  # fmt: skip
 
 
 def reliability(
-    name: str, title: str, colour: str, confidence: np.ndarray, correct: np.ndarray, bins: int
+    name: str,
+    title: str,
+    colour: str,
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    bins: int,
+    caption: str,
 ) -> Drawing:
     """Accuracy by confidence in equal bins, beside the diagonal of perfect calibration.
 
     Args:
-        name, title, colour: of the drawing.
+        name, title, colour, caption: of the drawing.
         confidence: (n,) probability of the class that was named.
         correct: (n,) whether it was the right one.
         bins: as many as the calibration error is computed with.
@@ -422,10 +445,12 @@ def reliability(
             axes.bar(at, height, width=0.9 / bins, color=PALETTE[colour][0], alpha=float(alpha))
         axes.plot([0, 1], [0, 1], color=PALETTE["muted"][0], linewidth=1, linestyle=(0, (4, 3)))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-        axes.set_xticks([0, 0.5, 1])
-        axes.set_yticks([0, 0.5, 1])
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.set_yticks([0.5, 1], ["0.5", "1"])
 
-    return draw(name, title, paint, size=(2.6, 2.5), margins=(0.5, 0.15, 0.12, 0.48))
+    return draw(
+        name, title, paint, size=(3.2, 3.0), margins=(0.52, 0.12, 0.12, 0.5), caption=caption
+    )
 
 
 def feature_map(
@@ -435,11 +460,12 @@ def feature_map(
     limits: np.ndarray,
     colours: Sequence[str | None],
     legend: Sequence[Entry],
+    caption: str,
 ) -> Drawing:
     """Embedded features as dots; those without a colour stay in the background.
 
     Args:
-        name, title, legend: of the drawing.
+        name, title, legend, caption: of the drawing.
         points: (n, 2).
         limits: (2, 2) lowest and highest point, shared by the maps that belong together.
         colours: n names in `PALETTE`, or None.
@@ -461,7 +487,13 @@ def feature_map(
         axes.spines[:].set_visible(True)
 
     return draw(
-        name, title, paint, size=(3.2, 3.0), margins=(0.05, 0.05, 0.05, 0.05), legend=legend
+        name,
+        title,
+        paint,
+        size=(3.2, 3.0),
+        margins=(0.05, 0.05, 0.05, 0.05),
+        legend=legend,
+        caption=caption,
     )
 
 

@@ -73,7 +73,7 @@ class Block:
     legend: list[Entry] = field(default_factory=list)
     examples: list[HardClass] = field(default_factory=list)
     beside: bool = False
-    size: str = ""  # of the figures: "", "small" or "natural"
+    size: str = ""  # of the figures: "", "small", "pairs" or "natural"
     runs: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
@@ -151,17 +151,20 @@ class Sections:
 
     def legend(self, methods: Sequence[str]) -> list[Entry]:
         """Entries of methods, in order."""
-        return [
-            Entry(self.colour(m), method_title(m)) for m in self.study.methods if m in methods
-        ]
+        return [Entry(self.colour(m), method_title(m)) for m in self.study.methods if m in methods]
 
     def by_method(
-        self, name: str, title: str, columns: list[Column], cells: Callable[[str], list[Cell]],
+        self,
+        name: str,
+        title: str,
+        columns: list[Column],
+        cells: Callable[[str], list[Cell]],
         note: str = "",
-    ) -> Table:  # fmt: skip
+        caption: str = "",
+    ) -> Table:
         """A table with a row for each method."""
         rows = [Row(method_title(m), cells(m), m) for m in self.study.methods]
-        return Table(name, title, "method", columns, rows, note)
+        return Table(name, title, "method", columns, rows, note, caption)
 
     def runs_of(self, *samples: Samples) -> tuple[int, ...]:
         """Runs that any of the samples came from."""
@@ -173,11 +176,18 @@ class Sections:
         """All methods at the number of shots that most of them have."""
         study, tables = self.study, []
         lead = ""
-        if study.datasets and any(study.group(d, m, k) for d in study.datasets
-                                  for m in study.methods for k in study.shots):  # fmt: skip
-            names = study.datasets
-            shots = study.best_represented_shots(names)
+        if study.datasets and any(
+            study.group(d, m, k) for d in study.datasets for m in study.methods for k in study.shots
+        ):
+            shots = study.best_represented_shots(study.datasets)
+            present = {
+                d: sum(bool(study.group(d, m, shots)) for m in study.methods)
+                for d in study.datasets
+            }
+            names = [d for d in study.datasets if present[d] == max(present.values())]
             where = names[0] if len(names) == 1 else f"the mean over {len(names)} datasets"
+            if len(names) < len(study.datasets):
+                where += " (elsewhere some of the methods have no run at these shots)"
             lead = (
                 f"Every method at {_shots(shots)}, on {where}. The difference is to "
                 f"{method_title(study.baseline)}, paired by dataset and seed."
@@ -223,25 +233,33 @@ class Sections:
             ]
             title = f"All methods at {_shots(shots)}"
             tables.append(self.by_method(self.file("overview"), title, columns, cells))
-            if len(names) > 1:
+            if len(study.datasets) > 1:
+                every = study.datasets
+                columns = [Column(d, better="high") for d in every]
+                if names == every:
+                    columns.append(Column("average", better="high"))
                 tables.append(
                     self.by_method(
                         self.file("overview-by-dataset"),
                         f"Accuracy by dataset at {_shots(shots)}",
-                        [*(Column(d, better="high") for d in names),
-                         Column("average", better="high")],
+                        columns,
                         lambda m: [
-                            *(number("percent", study.samples(d, m, shots, "accuracy"))
-                              for d in names),
-                            number("percent", study.average(names, m, shots, "accuracy")),
-                        ],
-                        _AVERAGE,
+                            *(
+                                number("percent", study.samples(d, m, shots, "accuracy"))
+                                for d in every
+                            ),
+                            number("percent", study.average(every, m, shots, "accuracy")),
+                        ][: len(columns)],
+                        _AVERAGE if names == every else "",
                     )
-                )  # fmt: skip
+                )
         return Section(
-            "overview", "At a glance", lead, [Block(tables=tables)],
+            "overview",
+            "At a glance",
+            lead,
+            [Block(tables=tables)],
             "no finished run on the classes of a whole dataset",
-        )  # fmt: skip
+        )
 
     def accuracy(self) -> Section:
         """Accuracy over shots and paired differences, on average and by dataset."""
@@ -260,10 +278,18 @@ class Sections:
                 for m in study.methods
                 for k in study.shots
             }
-            block = Block(label, tables=self._accuracy_tables(group, label, short), beside=True)
+            # Zero-shot would stand in for shots that no other method has.
+            compared = {k for (m, k), found in samples.items() if found and m != ZERO_SHOT}
+            samples = {
+                (m, k): found for (m, k), found in samples.items() if k in compared or not compared
+            }
+            tables = self._accuracy_tables(group, samples, label, short)
+            block = Block(label, tables=tables, beside=True)
             if whole or group[0] in self.drawn:
                 block.drawings = self._accuracy_figure(samples, label, short)
                 block.runs = self.runs_of(*samples.values())
+                if sum(bool(s) for s in samples.values()) > len(study.methods):
+                    block.legend = self.legend([m for (m, _), s in samples.items() if s])
             blocks.append(block)
         lead = (
             "Mean over seeds ± half of the 95 % interval (Student's t). Bands show the same "
@@ -275,37 +301,50 @@ class Sections:
                 " Zero-shot CLIP learns nothing, so one run of it stands for any shots and seed."
             )
         return Section(
-            "accuracy", "Accuracy over shots", lead, blocks,
+            "accuracy",
+            "Accuracy over shots",
+            lead,
+            blocks,
             "no finished run on the classes of a whole dataset",
-        )  # fmt: skip
+        )
 
-    def _accuracy_tables(self, group: Sequence[str], label: str, short: str) -> list[Table]:
+    def _accuracy_tables(
+        self,
+        group: Sequence[str],
+        samples: dict[tuple[str, int], Samples],
+        label: str,
+        short: str,
+    ) -> list[Table]:
         study = self.study
-        ranked = [Column(_shots(k), better="high") for k in study.shots]
+        shots = sorted({k for _, k in samples})
         accuracy = self.by_method(
-            self.file("accuracy", short), f"Accuracy, {label}", ranked,
-            lambda m: [number("percent", study.average(group, m, k, "accuracy"))
-                       for k in study.shots],
+            self.file("accuracy", short),
+            f"Accuracy, {label}",
+            [Column(_shots(k), better="high") for k in shots],
+            lambda m: [number("percent", samples[m, k]) for k in shots],
             _AVERAGE if len(group) > 1 else "",
-        )  # fmt: skip
-        others = [m for m in study.methods if m != study.baseline]
+            "Accuracy",
+        )
+        baseline = method_title(study.baseline)
         rows = [
             Row(
                 method_title(m),
                 [
                     number("points", study.differences(group, m, k, "accuracy", study.baseline))
-                    for k in study.shots
+                    for k in shots
                 ],
                 m,
             )
-            for m in others
+            for m in study.methods
+            if m != study.baseline
         ]
         difference = Table(
             self.file("difference", short),
-            f"Difference to {method_title(study.baseline)}, {label}",
+            f"Difference to {baseline}, {label}",
             "method",
-            [Column(_shots(k), "points") for k in study.shots],
+            [Column(_shots(k), "points") for k in shots],
             rows,
+            caption=f"Difference to {baseline}",
         )
         return [accuracy, difference]
 
@@ -316,22 +355,20 @@ class Sections:
         series = []
         for method in study.methods:
             points: dict[int, Estimate] = {}
-            for shots in study.shots:
+            for shots in sorted({k for m, k in samples if m == method}):
                 cell = number("percent", samples[method, shots])
                 if cell.value is not None:
                     points[shots] = Estimate(cell.value, cell.half, cell.count)
             if points:
                 series.append(
-                    Series(
-                        self.colour(method), method_title(method), points, method == ZERO_SHOT
-                    )
+                    Series(self.colour(method), method_title(method), points, method == ZERO_SHOT)
                 )
         if not series:
             return []
         kinds = {k for s in series for k in s.points}
         figure = accuracy_over_shots if len(kinds) > 1 else accuracy_by_method
         what = "Accuracy over shots" if len(kinds) > 1 else f"Accuracy at {_shots(kinds.pop())}"
-        return [figure(self.file("figure-accuracy", short), f"{what}, {label}", series)]
+        return [figure(self.file("figure-accuracy", short), f"{what}, {label}", series, what)]
 
     # -------------------------------------------------------------------------- transfer
 
@@ -339,22 +376,25 @@ class Sections:
         """Prompts tuned on a source domain, evaluated on others."""
         tables = self._targets("domains", same_family=True)
         return Section(
-            "domains", "Domain generalisation",
+            "domains",
+            "Domain generalisation",
             "Tuned on the source alone, evaluated on each target without further tuning; the "
             "average is over targets.",
-            [Block(tables=tables)], "no evaluation on another domain ('dapt eval RUN --domain …')",
-        )  # fmt: skip
+            [Block(tables=tables)],
+            "no evaluation on another domain ('dapt eval RUN --domain …')",
+        )
 
     def cross_dataset(self) -> Section:
         """Prompts tuned on one dataset, evaluated on others with other classes."""
         tables = self._targets("cross-dataset", same_family=False)
         return Section(
-            "cross-dataset", "Cross-dataset transfer",
+            "cross-dataset",
+            "Cross-dataset transfer",
             "Tuned on the source dataset, evaluated on others with their own classes; the average "
             "is over targets.",
             [Block(tables=tables)],
             "no evaluation on another dataset ('dapt eval RUN --dataset …')",
-        )  # fmt: skip
+        )
 
     def _targets(self, name: str, *, same_family: bool) -> list[Table]:
         """For each source and number of shots, methods by targets."""
@@ -385,13 +425,14 @@ class Sections:
                 per_target = [_evaluated(runs, t, "all") for t in targets]
                 if not any(per_target):
                     continue
-                source = {s: Sample(r.scores.accuracy, (r.number,))
-                          for s, r in runs.items() if r.scores}  # fmt: skip
+                source = {
+                    s: Sample(r.scores.accuracy, (r.number,)) for s, r in runs.items() if r.scores
+                }
                 cells = [number("percent", part) for part in (source, *per_target)]
                 if len(targets) > 1:
                     cells.append(number("percent", mean(per_target)))
                 rows.append(Row(method_title(method), cells, method))
-            heads = [f"source: {dataset}", *targets]
+            heads = [f"source: {dataset}", *(_within(t, dataset) for t in targets)]
             if len(targets) > 1:
                 heads.append("average of targets")
             tables.append(
@@ -415,11 +456,13 @@ class Sections:
         found = defaultdict(dict)
         for dataset, method, shots, runs in study.groups("base"):
             new = _evaluated(runs, dataset, "new")
-            base = {s: Sample(r.scores.accuracy, (r.number,))
-                    for s, r in runs.items() if r.scores and s in new}  # fmt: skip
+            base = {
+                s: Sample(r.scores.accuracy, (r.number,))
+                for s, r in runs.items()
+                if r.scores and s in new
+            }
             both = {
-                s: Sample(harmonic_mean(base[s].value, new[s].value), base[s].runs)
-                for s in base
+                s: Sample(harmonic_mean(base[s].value, new[s].value), base[s].runs) for s in base
             }
             if both:
                 found[shots, dataset][method] = (base, new, both)
@@ -427,8 +470,11 @@ class Sections:
         for shots, dataset in sorted(found):
             by_shots[shots].append(dataset)
         tables = []
-        columns = [Column("base", better="high"), Column("new", better="high"),
-                   Column("harmonic mean", better="high")]  # fmt: skip
+        columns = [
+            Column("base", better="high"),
+            Column("new", better="high"),
+            Column("harmonic mean", better="high"),
+        ]
         for shots, datasets in by_shots.items():
             groups = [[d] for d in datasets]
             if len(datasets) > 1:
@@ -448,16 +494,19 @@ class Sections:
                 tables.append(
                     self.by_method(
                         self.file("base-to-new", label, f"{shots}-shots"),
-                        f"Base to new, {label}, {_shots(shots)}", columns, cells,
+                        f"Base to new, {label}, {_shots(shots)}",
+                        columns,
+                        cells,
                     )
-                )  # fmt: skip
+                )
         return Section(
-            "base-to-new", "Base to new classes",
+            "base-to-new",
+            "Base to new classes",
             "Tuned on the first half of the classes, evaluated on both halves. The harmonic mean "
             "is taken run by run, then averaged.",
             [Block(tables=tables)],
             "no run with classes=base that was evaluated on the new classes",
-        )  # fmt: skip
+        )
 
     # ------------------------------------------------------------------------- ablations
 
@@ -486,9 +535,12 @@ class Sections:
             "difference is to these, paired by dataset and seed."
         )
         return Section(
-            "ablations", "Ablations", lead, [Block(tables=tables)],
+            "ablations",
+            "Ablations",
+            lead,
+            [Block(tables=tables)],
             "no runs that differ in a setting other than dataset, method, shots and seed",
-        )  # fmt: skip
+        )
 
     def _ablation(
         self,
@@ -527,10 +579,13 @@ class Sections:
             rows.append(
                 (
                     [_order(v) for v in values],
-                    Row(f"{label} (main)" if is_main else label, [*cells, *numbers],
-                        method if is_main else None),
+                    Row(
+                        f"{label} (main)" if is_main else label,
+                        [*cells, *numbers],
+                        method if is_main else None,
+                    ),
                 )
-            )  # fmt: skip
+            )
         heads = [*datasets, *(["average"] if len(datasets) > 1 else [])]
         title = f"{method_title(method)}, {_shots(shots)}: {', '.join(names)}"
         return Table(
@@ -566,21 +621,25 @@ class Sections:
                     methods.append(method)
                 for term in dict.fromkeys(name for log in logs for name in log):
                     values = _stack([log[term] for log in logs if term in log])
-                    by_term[term].append(
-                        Curve(self.colour(method), method_title(method), values)
-                    )
+                    by_term[term].append(Curve(self.colour(method), method_title(method), values))
             drawings = [
                 training_curves(
                     self.file("curve", term, dataset),
                     f"{_term(term)} by epoch, {dataset}, {_shots(shots)}",
-                    _term(term), curves,
+                    _term(term),
+                    curves,
+                    _term(term).capitalize(),
                 )
                 for term, curves in list(by_term.items())[:8]
-            ]  # fmt: skip
+            ]
             blocks.append(
-                Block(f"{dataset}, {_shots(shots)}", drawings=drawings,
-                      legend=self.legend(methods), runs=tuple(sorted(numbers)))
-            )  # fmt: skip
+                Block(
+                    f"{dataset}, {_shots(shots)}",
+                    drawings=drawings,
+                    legend=self.legend(methods),
+                    runs=tuple(sorted(numbers)),
+                )
+            )
         lead = (
             "Mean of each loss term over an epoch's steps, before it is weighted, and over seeds; "
             "bands reach from the lowest seed to the highest."
@@ -613,36 +672,38 @@ class Sections:
                         before_and_after(
                             self.file("dispersion", kind, dataset),
                             f"{kind.capitalize()}-dispersion before and after, {dataset}",
-                            f"{kind}-dispersion (hollow: before)", changes,
-                        )
-                    )  # fmt: skip
-                block.runs = tuple(r.number for runs in groups.values() for r in runs.values())
-            blocks.append(block)
-            for inside in self.inside:
-                if inside.run.dataset != dataset:
-                    continue
-                for pair in inside.maps:
-                    blocks.append(
-                        Block(
-                            f"{pair.what.capitalize()} features of "
-                            f"{method_title(inside.run.method)}, before and after",
-                            "Left before, right after tuning; one t-SNE fit of both, so that "
-                            "places are comparable.",
-                            [pair.before, pair.after],
-                            legend=pair.legend,
-                            size="small",
-                            runs=(inside.run.number,),
+                            f"{kind}-dispersion",
+                            changes,
+                            f"{kind.capitalize()}-dispersion, before (hollow) and after tuning",
                         )
                     )
+                block.runs = tuple(r.number for runs in groups.values() for r in runs.values())
+            blocks.append(block)
+            pairs = [(i, pair) for i in self.inside if i.run.dataset == dataset for pair in i.maps]
+            blocks.append(
+                Block(
+                    f"Feature maps, {dataset}",
+                    "Before and after tuning by one t-SNE fit for each pair, so that places are "
+                    "comparable within it. Classes with the most test images have colours; the "
+                    "run of a method is the one with the most shots and the lowest seed.",
+                    [drawing for _, pair in pairs for drawing in (pair.before, pair.after)],
+                    legend=pairs[0][1].legend if pairs else [],
+                    size="pairs",
+                    runs=tuple(sorted({i.run.number for i, _ in pairs})),
+                )
+            )
         lead = (
             "Inter-dispersion is the mean distance between two classes' text features (larger is "
             "further apart), intra-dispersion the mean distance of support images to their class "
             "prototype (smaller is tighter)."
         )
         return Section(
-            "dispersion", "Dispersion and feature maps", lead, blocks,
+            "dispersion",
+            "Dispersion and feature maps",
+            lead,
+            blocks,
             "no run that learned a prompt",
-        )  # fmt: skip
+        )
 
     def _dispersion_table(
         self, dataset: str, shots: int, groups: dict[str, dict[int, Run]]
@@ -655,6 +716,7 @@ class Sections:
             f"Dispersion, {dataset}, {_shots(shots)}",
             [Column(head, "number", better.get(head)) for head in heads],
             lambda m: [number("number", _dispersions(groups[m], head)) for head in heads],
+            caption="Dispersion",
         )
 
     # -------------------------------------------------------------------------- mistakes
@@ -663,14 +725,16 @@ class Sections:
         """For each drawn dataset the run whose mistakes are shown.
 
         It is of the method with the highest mean accuracy at the number of shots that most
-        methods have; of its runs the representative one.
+        methods have, of those that learn a prompt if there are any; its representative run.
         """
         found = {}
         for dataset in self.drawn:
             shots = self.study.best_represented_shots([dataset])
+            tuned = [m for m in self.study.methods if m not in (ZERO_SHOT, "linear-probe")]
+            tuned = [m for m in tuned if self.study.group(dataset, m, shots)]
             means = {
                 m: cell.value
-                for m in self.study.methods
+                for m in tuned or self.study.methods
                 if (cell := number("percent", self.study.samples(dataset, m, shots, "accuracy")))
                 and cell.value is not None
             }
@@ -700,27 +764,38 @@ class Sections:
                 else ""
             )
             block = Block(
-                what, note,
-                [confusion_matrix(
-                    self.file("confusion", dataset), f"Confusion matrix, {what}",
-                    [confusion.class_names[i] for i in kept], shares[np.ix_(kept, kept)],
-                )],
+                what,
+                note,
+                [
+                    confusion_matrix(
+                        self.file("confusion", dataset),
+                        f"Confusion matrix, {what}",
+                        [confusion.class_names[i] for i in kept],
+                        shares[np.ix_(kept, kept)],
+                        "Confusion matrix",
+                    )
+                ],
                 self._mistake_tables(dataset, run, confusion),
-                beside=True, size="natural", runs=(run.number,),
-            )  # fmt: skip
+                beside=size <= 36,
+                size="natural",
+                runs=(run.number,),
+            )
             for inside in self.inside:
                 if inside.run == run:
                     block.examples = inside.hardest
             blocks.append(block)
         lead = (
-            "One run a dataset: of the method with the highest accuracy the run with the most shots, "
-            "and of these the lowest seed. Rows "
-            "are true classes, columns what they were named; the diagonal is what is right."
+            "One run a dataset: of the prompt method with the highest accuracy, the one with most "
+            "shots and the lowest seed. Rows are true classes, columns what they were named; the "
+            "diagonal is what is right."
         )
         return Section(
-            "mistakes", "Confusions and hardest classes", lead, blocks,
+            "mistakes",
+            "Confusions and hardest classes",
+            lead,
+            blocks,
             "no finished run on the classes of a whole dataset",
-        )  # fmt: skip
+        )
 
     def _mistake_tables(self, dataset: str, run: Run, confusion: Confusion) -> list[Table]:
         counts, names = confusion.counts, confusion.class_names
@@ -745,21 +820,39 @@ class Sections:
                 )
             )
         columns = [
-            Column("accuracy"), Column("images", "count"), Column("mostly taken for", "text")
-        ]  # fmt: skip
-        hardest = Table(self.file("hardest", dataset), f"Hardest classes, {dataset}", "class",
-                        columns, rows)  # fmt: skip
+            Column("accuracy"),
+            Column("images", "count"),
+            Column("mostly taken for", "text"),
+        ]
+        hardest = Table(
+            self.file("hardest", dataset),
+            f"Hardest classes, {dataset}",
+            "class",
+            columns,
+            rows,
+            caption="Hardest classes",
+        )
         flat = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]
         pairs = [divmod(int(i), len(names)) for i in flat]
         confused = Table(
-            self.file("confused", dataset), f"Most frequent confusions, {dataset}", "true class",
+            self.file("confused", dataset),
+            f"Most frequent confusions, {dataset}",
+            "true class",
             [Column("named", "text"), Column("images", "count"), Column("of class", "percent")],
             [
-                Row(names[a], [words(names[b]), single("count", int(wrong[a, b]), source),
-                               single("percent", float(wrong[a, b] / totals[a]), source)])
-                for a, b in pairs if wrong[a, b]
+                Row(
+                    names[a],
+                    [
+                        words(names[b]),
+                        single("count", int(wrong[a, b]), source),
+                        single("percent", float(wrong[a, b] / totals[a]), source),
+                    ],
+                )
+                for a, b in pairs
+                if wrong[a, b]
             ],
-        )  # fmt: skip
+            caption="Most frequent confusions",
+        )
         return [hardest, confused]
 
     def calibration(self) -> Section:
@@ -767,12 +860,14 @@ class Sections:
         study, blocks = self.study, []
         for dataset in study.datasets:
             table = self.by_method(
-                self.file("ece", dataset), f"ECE, {dataset}",
+                self.file("ece", dataset),
+                f"ECE, {dataset}",
                 [Column(_shots(k), better="low") for k in study.shots],
                 lambda m, d=dataset: [  # type: ignore[misc]
                     number("percent", study.samples(d, m, k, "ece")) for k in study.shots
                 ],
-            )  # fmt: skip
+                caption="ECE",
+            )
             blocks.append(Block(dataset, tables=[table]))
             looked = [i for i in self.inside if i.run.dataset == dataset and i.reliability]
             drawings = [i.reliability for i in looked if i.reliability]
@@ -782,7 +877,6 @@ class Sections:
                     "Accuracy by confidence; below the dashed line it is too sure of itself. The "
                     "more solid a bar, the more images it stands for.",
                     drawings,
-                    legend=self.legend([i.run.method for i in looked]),
                     size="small",
                     runs=tuple(i.run.number for i in looked),
                 )
@@ -810,6 +904,12 @@ def _family(dataset: str) -> str:
     """What the domains of one dataset have in common."""
     name = dataset.partition(":")[0]
     return "imagenet" if name.startswith("imagenet") else name
+
+
+def _within(target: str, source: str) -> str:
+    """A target's name, without the dataset's where it is the source's."""
+    dataset, _, domain = target.partition(":")
+    return domain if domain and dataset == source.partition(":")[0] else target
 
 
 def _accuracies(runs: dict[int, Run]) -> Samples:

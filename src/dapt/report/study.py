@@ -81,8 +81,8 @@ class Study:
                 f"--baseline {baseline}: no finished run is of this method"
                 f"{nearest(baseline, self.methods)}; use one of {', '.join(self.methods)}"
             )
-        first = next(iter(self.methods), ZERO_SHOT)
-        self.baseline = baseline or (ZERO_SHOT if ZERO_SHOT in self.methods else first)
+        usual = ZERO_SHOT if ZERO_SHOT in self.methods else next(iter(self.methods), ZERO_SHOT)
+        self.baseline = baseline or usual
 
     def variant(self, run: Run) -> Variant:
         """Values of the varied settings of a finished run."""
@@ -184,8 +184,12 @@ class Study:
         self, datasets: Sequence[str], method: str, shots: int, key: str, baseline: str
     ) -> Samples:
         """``method`` minus ``baseline``, seed by seed, each averaged over ``datasets``."""
-        ours = self.average(datasets, method, shots, key)
-        theirs = self.average(datasets, baseline, shots, key, list(ours))
+        if method == ZERO_SHOT:  # the one that stands in for any seed takes the other's
+            theirs = self.average(datasets, baseline, shots, key)
+            ours = self.average(datasets, method, shots, key, list(theirs))
+        else:
+            ours = self.average(datasets, method, shots, key)
+            theirs = self.average(datasets, baseline, shots, key, list(ours))
         return minus(ours, theirs)
 
 
@@ -244,9 +248,7 @@ def _varied(runs: Sequence[Run]) -> tuple[str, ...]:
     """Settings that differ between runs of one dataset, method, number of shots and seed."""
     groups: dict[tuple[object, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        groups[run.dataset, run.classes, run.method, run.shots, run.seed].append(
-            full_settings(run)
-        )
+        groups[run.dataset, run.classes, run.method, run.shots, run.seed].append(full_settings(run))
     varied: set[str] = set()
     for settings in groups.values():
         for name in {n for s in settings for n in s} - _IDENTITY - _NO_RESULT:

@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def sign(self) -> str:
-        """"gain" or "loss" for a difference whose interval excludes zero."""
+        """ "gain" or "loss" for a difference whose interval excludes zero."""
         if self.kind != "points" or self.value is None or self.half is None:
             return ""
         return "" if abs(self.value) <= self.half else "gain" if self.value > 0 else "loss"
@@ -101,6 +101,7 @@ class Table:
         title: one line.
         corner: what the row labels are.
         note: how to read it.
+        caption: the title where its surroundings say the rest already.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Table:
     columns: list[Column]
     rows: list[Row]
     note: str = ""
+    caption: str = ""
 
     def __post_init__(self) -> None:
         filled = [
@@ -145,6 +147,16 @@ class Table:
     def has_interval(self, index: int) -> bool:
         """Whether any number of a column has one."""
         return any(row.cells[index].half is not None for row in self.rows)
+
+    def interval_width(self, index: int) -> int:
+        """Characters of a column's longest interval, which the others are aligned with."""
+        return max(len(row.cells[index].interval) for row in self.rows)
+
+    @property
+    def unit(self) -> str:
+        """The unit that all columns have in common, if they do."""
+        units = {column.unit for column in self.columns}
+        return units.pop() if len(units) == 1 else ""
 
     def heads(self) -> list[str]:
         """Column titles with units."""
@@ -237,11 +249,26 @@ def _markdown(text: str) -> str:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
-    "%": r"\%", "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
-    "±": r"$\pm$", "–": "--", "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$", "·": r"$\cdot$",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "…": r"\ldots{}",
+    "→": r"$\rightarrow$",
+    "−": "$-$",
+    "·": r"$\cdot$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
 
 
 def _latex(text: str) -> str:
