@@ -205,12 +205,13 @@ def test_no_room_on_disk_is_one_sentence(options, tmp_path, limit, begun):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "demo", "bench", "methods", "settings", "data"]
+    "command",
+    ["train", "eval", "predict", "experiment", "demo", "bench", "methods", "settings", "data"],
 )
 def test_every_command_has_help(command):
     result = dapt(command, "--help")
     assert result.exit_code == 0
-    if command in ("train", "eval", "predict", "bench"):
+    if command in ("train", "eval", "predict", "experiment", "bench"):
         assert "Examples" in result.output
 
 

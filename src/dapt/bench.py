@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dapt.allocator import keep_freed_memory
 from dapt.backbone import PRECISIONS, choose_device, load_backbone, load_model
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError
@@ -202,6 +203,8 @@ class _Variant:
         )
         self.labels = torch.randint(0, len(names), (job["batch_size"],))
         self.plain = job["variant"] == PLAIN
+        if not self.plain:
+            keep_freed_memory()
         classifier: Any
         if self.plain:
             model, _, _ = load_model(name, pretrained)

@@ -50,6 +50,11 @@ class PromptedClassifier(nn.Module):
         self._fixed_text_features: Tensor | None = None
 
     @property
+    def prompts_images(self) -> bool:
+        """Whether image features are other than the backbone's own."""
+        return self.prompts.visual is not None
+
+    @property
     def learned_parameters(self) -> int:
         """How many numbers tuning may change."""
         return self.prompts.count
@@ -65,7 +70,12 @@ class PromptedClassifier(nn.Module):
         return self._fixed_text_features
 
     def image_features(
-        self, views: Tensor, *, dropout: float = 0.0, generator: torch.Generator | None = None
+        self,
+        views: Tensor,
+        *,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        among: tuple[int, slice] | None = None,
     ) -> Tensor:
         """(B, D) normalised image features in fp32.
 
@@ -74,10 +84,12 @@ class PromptedClassifier(nn.Module):
             dropout: probability of zeroing an element of the visual prompt, drawn from
                 ``generator`` anew for each image.
             generator: a CPU generator, so that the draw is the same on every device.
+            among: size of the batch that the views are a part of, and which part.
         """
         prompt: Tensor | None = self.prompts.visual
         if prompt is not None and dropout > 0:
-            keep = torch.rand(len(views), *prompt.shape, generator=generator) >= dropout
+            size, part = among or (len(views), slice(None))
+            keep = torch.rand(size, *prompt.shape, generator=generator)[part] >= dropout
             prompt = prompt * keep.to(prompt.device) / (1 - dropout)  # (B, N, W)
         return image_features(self.backbone, views, prompt)
 
@@ -105,6 +117,7 @@ class LinearProbe(nn.Module):
         super().__init__()
         self.backbone, self.class_names = backbone, tuple(class_names)
         self.weight, self.bias = weight.float(), bias.float()
+        self.prompts_images = False
 
     @property
     def learned_parameters(self) -> int:

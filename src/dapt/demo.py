@@ -19,7 +19,8 @@ from dapt.methods import METHODS
 from dapt.progress import Reporter, console
 from dapt.runs import RunDirectory
 from dapt.settings import Settings, make_settings
-from dapt.train import load_classifier, store_of, task_of, train
+from dapt.shared import Shared
+from dapt.train import load_classifier, task_of, train
 
 DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
 # A small part of the published schedule: enough to show what tuning does within minutes.
@@ -34,13 +35,13 @@ def run_demo(
     Runs that are already there, at the same settings, are kept; an unfinished one is continued.
     """
     base = make_settings({"dataset": "bundled", "epochs": epochs or DEMO_EPOCHS, "seed": seed})
-    task, backbone = task_of(base), load_backbone()
+    task, shared = task_of(base), Shared(load_backbone())
     runs = []
     for method in DEMO_METHODS:
         settings, run = base.model_copy(update={"method": method}), RunDirectory(output / method)
         if run.exists and run.read_settings() != settings:
             raise UserError(f"{run.path} holds a run with other settings; choose another --output")
-        train(settings, run.path, resume=True, backbone=backbone, task=task, reporter=reporter)
+        train(settings, run.path, resume=True, shared=shared, task=task, reporter=reporter)
         runs.append(run)
 
     results = [read_json(run.metrics_file, "metrics") for run in runs]
@@ -62,9 +63,9 @@ def run_demo(
         )
     console.print(table)
 
-    classifiers = [load_classifier(runs[i], backbone=backbone) for i in (0, -1)]
+    classifiers = [load_classifier(runs[i], backbone=shared.backbone) for i in (0, -1)]
     picture = output / "demo.png"
-    _draw(picture, base, task, results, classifiers)
+    _draw(picture, base, task, results, classifiers, shared)
     console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
     return runs
 
@@ -75,6 +76,7 @@ def _draw(
     task: Task,
     results: Sequence[dict[str, Any]],
     classifiers: Sequence[Classifier],
+    shared: Shared,
 ) -> None:
     """Bars of accuracy, and test images that the last classifier names and the first does not."""
     import matplotlib
@@ -82,7 +84,7 @@ def _draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    store = store_of(classifiers[0].backbone, task, task.test, settings)
+    store = shared.store(task, task.test, settings)
     first, last = (classify(c, store).argmax(-1).tolist() for c in classifiers)
     mended = [
         (item, before)

@@ -63,13 +63,21 @@ def classify(
     advance: Advance = nothing,
 ) -> Tensor:
     """(n, C) logits of every image in ``store``; class features are computed once."""
+    features = encode_store(
+        classifier.image_features, store, batch_size=batch_size, advance=advance
+    )
+    return logits_of(classifier, features)
+
+
+def logits_of(classifier: Classifier, image_features: Tensor) -> Tensor:
+    """(n, C) logits, on the CPU, of image features (n, D) that the classifier, or its like, made.
+
+    One product over all images, whoever made the features: the same bits either way.
+    """
     with torch.inference_mode():
         text = classifier.text_features()
-
-    def encode(views: Tensor) -> Tensor:
-        return classifier.logits(classifier.image_features(views), text)
-
-    return encode_store(encode, store, batch_size=batch_size, advance=advance)
+        logits = classifier.logits(image_features.to(text.device), text).cpu()
+    return logits.clone()
 
 
 def metrics(logits: Tensor, labels: Sequence[int], class_names: Sequence[str]) -> dict[str, Any]:

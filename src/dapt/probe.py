@@ -71,4 +71,6 @@ def fit_probe(
 def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        # One shot a class is what is meant, not a mistaken regression.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         return LogisticRegression(C=strength, max_iter=1000).fit(x, y)

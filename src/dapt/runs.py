@@ -9,7 +9,8 @@
     checkpoint.safetensors prompts and momentum, to resume from
     prompts.safetensors    the result: text_prompt, visual_prompt (or a probe's weight, bias)
     metrics.json           how well it does; there once the run is finished
-    eval-<name>.json       the same prompts on another dataset or domain
+    eval-<name>.json       the same prompts on another dataset, domain or set of classes
+    failure.json           why an experiment gave the run up; gone once it is finished
 
 All of it is JSON, CSV or safetensors, readable without this package.
 """
@@ -43,6 +44,10 @@ from dapt.settings import Settings, make_settings
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 
 
+class InUse(UserError):
+    """Another process holds the run directory."""
+
+
 class RunDirectory:
     """Files of one run under ``path``."""
 
@@ -56,6 +61,7 @@ class RunDirectory:
         self.checkpoint_file = self.path / "checkpoint.safetensors"
         self.prompts_file = self.path / "prompts.safetensors"
         self.metrics_file = self.path / "metrics.json"
+        self.failure_file = self.path / "failure.json"
         self.tensorboard = self.path / "tensorboard"
 
     @property
@@ -73,7 +79,8 @@ class RunDirectory:
         """Hold the directory for this process; the lock dies with the process.
 
         Raises:
-            UserError: another process holds it, or the directory cannot be made.
+            InUse: another process holds it.
+            UserError: the directory cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +93,7 @@ class RunDirectory:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(
+            raise InUse(
                 f"run directory {self.path} is in use by another process; wait for it or choose "
                 "another with --output"
             ) from error
@@ -162,9 +169,23 @@ class RunDirectory:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Record the metrics, which marks the run finished; everything else is there already."""
         write_json(self.metrics_file, metrics)
+        self.failure_file.unlink(missing_ok=True)
+
+    def fail(self, error: str, details: str | None = None) -> None:
+        """Record why the run was given up: a sentence, and a traceback where it was a surprise."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.failure_file, {"error": error, "traceback": details})
+
+    def read_failure(self) -> str | None:
+        """Why the run was given up, or None where it was not."""
+        if not self.failure_file.is_file():
+            return None
+        value = read_json(self.failure_file, "failure record")
+        return str(value.get("error")) if isinstance(value, dict) else "unknown"
 
     def _results(self) -> list[Path]:
         files = [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file]
+        files.append(self.failure_file)
         board = list(self.tensorboard.iterdir()) if self.tensorboard.is_dir() else []
         return [*files, *sorted(self.path.glob("eval-*.json")), *board]
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from dapt.backbone import load_backbone
 from dapt.data import Item, SupportSet
 from dapt.errors import UserError
 from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.settings import Settings
+from dapt.shared import Shared, backbone_of
 from dapt.train import Diverged, support_of, task_of
 from dapt.train import train as run_training
 
@@ -66,12 +66,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
         return settings
     task = task_of(settings)
     held = hold_out(support_of(settings, task), settings.seed)
-    backbone = load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=settings.device,
-        precision=settings.precision,
-    )
+    shared = Shared(backbone_of(settings))
     scored: dict[tuple, float] = {}
 
     def score(candidate: Settings) -> float:
@@ -83,7 +78,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
                     run = run_training(
                         short,
                         Path(folder) / "run",
-                        backbone=backbone,
+                        shared=shared,
                         task=replace(task, test=held.val),
                         support=held,
                     )

@@ -25,6 +25,9 @@ class Settings(BaseModel):
     root: str | None = Field(None, description="folder that holds the benchmarks")
     domain: str | None = Field(None, description="style of the bundled task")
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
+    classes: Literal["all", "base", "new"] = Field(
+        "all", description="base: the first half by label, new: the rest"
+    )
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
@@ -107,6 +110,18 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     shots = given.get("shots", 16)
     shots = int(shots) if str(shots).isdecimal() else 16
     return {**values, "epochs": published_epochs(dataset, shots)}
+
+
+def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Paths among the settings made absolute, so that a run is found again from anywhere."""
+    from dapt.data import BENCHMARKS
+
+    given, names = dict(given), {"bundled", *BENCHMARKS}
+    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
+        value = given.get(setting)
+        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
+            given[setting] = str(Path(value).expanduser().resolve())
+    return given
 
 
 def loss_weights(settings: Settings) -> dict[str, float]:

@@ -28,6 +28,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dapt.attention import Groups, attend, attend_after_prefix, split_heads
 from dapt.backbone import Backbone
 from dapt.errors import UserError
 
@@ -48,15 +49,17 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), ln.normalized_shape, ln.weight, ln.bias, ln.eps).to(x.dtype)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """Split the last dimension: (..., L, W) -> (..., H, L, W/H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+def _qkv(block: ResidualAttentionBlock, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every token: three of (..., L, W).
 
-
-def _qkv(block: ResidualAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of every token: three of (..., L, W)."""
+    Args:
+        block: the layer.
+        parts: (..., L_i, W) of the tokens, joined here. What is frozen is given apart from what is
+            learned, so that the backward pass computes nothing for it.
+    """
     attn = block.attn
-    q, k, v = F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    packed = [F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias) for x in parts]
+    q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
     return q, k, v
 
 
@@ -64,11 +67,6 @@ def _finish(block: ResidualAttentionBlock, x: Tensor, mixed: Tensor) -> Tensor:
     """Output projection, residuals and MLP: ``x`` and attention's ``mixed`` are (..., L, W)."""
     x = x + block.ls_1(F.linear(mixed, block.attn.out_proj.weight, block.attn.out_proj.bias))
     return x + block.ls_2(block.mlp(_norm(block.ln_2, x)))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Fused attention over split heads, heads merged again: (..., H, L, W/H) -> (..., L, W)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2).flatten(-2)
 
 
 def _plain_blocks(transformer: nn.Module) -> bool:
@@ -113,26 +111,30 @@ def _insert(x: Tensor, prompt: Tensor | None, at: int) -> Tensor:
 
 
 def _encode_vit(visual: VisionTransformer, images: Tensor, prompt: Tensor | None) -> Tensor:
-    x = _insert(visual._embeds(images), prompt, 1)  # (B, T, W): class token, prompt, patches
+    x = visual._embeds(images)  # (B, T, W): class token, patches
     pools_class_token = visual.attn_pool is None and visual.pool_type == "tok"
     if not (pools_class_token and _plain_blocks(visual.transformer)):
-        x = visual.transformer(x)
+        x = visual.transformer(_insert(x, prompt, 1))
         if prompt is not None:
             x = torch.cat([x[:, :1], x[:, 1 + prompt.shape[1] :]], dim=1)
         pooled = visual._pool(x)[0]
         return pooled if visual.proj is None else pooled @ visual.proj
 
+    # Layers do not tell where a token stands: with the prompt last, the rest is one frozen piece.
+    parts = [x] if prompt is None else [x, prompt]
+    x = _insert(x, prompt, x.shape[1])
     *blocks, last = visual.transformer.resblocks
     heads = last.attn.num_heads
     for block in blocks:
-        q, k, v = (_heads(t, heads) for t in _qkv(block, x))
-        x = _finish(block, x, _attend(q, k, v))
+        q, k, v = (split_heads(t, heads) for t in _qkv(block, *parts))
+        x = _finish(block, x, attend(q, k, v))
+        parts = [x]
     # Only the class token is read: the last layer needs its query, everybody's keys and values.
     normed = _norm(last.ln_1, x)
     weight, bias, width = last.attn.in_proj_weight, last.attn.in_proj_bias, x.shape[-1]
     q = F.linear(normed[:, :1], weight[:width], bias[:width])  # (B, 1, W)
     k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)  # (B, T, W) each
-    mixed = _attend(_heads(q, heads), _heads(k, heads), _heads(v, heads))
+    mixed = attend(*(split_heads(t, heads) for t in (q, k, v)))
     x = _finish(last, x[:, :1], mixed)[:, 0]  # (B, W)
     x = _norm(visual.ln_post, x)
     return x if visual.proj is None else x @ visual.proj
@@ -205,7 +207,7 @@ class Chunk:
 
     classes: slice
     tokens: slice  # of their packed own tokens
-    groups: tuple[tuple[int, int], ...]  # (number of classes, own tokens of each), by length
+    groups: Groups
 
 
 class TextEncoder(nn.Module):
@@ -284,15 +286,14 @@ class TextEncoder(nn.Module):
         if context is not None:
             x = torch.cat([x, context.to(dtype)])
         x = x + text.positional_embedding[: len(x)].to(dtype)  # (P, W)
-        causal = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
         found: list[Tensor] = []
         *blocks, last = text.transformer.resblocks
         for block in blocks:
-            q, k, v = (_heads(t, block.attn.num_heads) for t in _qkv(block, x))
+            q, k, v = (split_heads(t, block.attn.num_heads) for t in _qkv(block, x))
             found += [k, v]
-            x = _finish(block, x, _attend(q, k, v, causal))
+            x = _finish(block, x, attend(q, k, v, causal=True))
         # Nothing reads what the last layer would make of the prefix itself.
-        _, k, v = (_heads(t, last.attn.num_heads) for t in _qkv(last, x))
+        _, k, v = (split_heads(t, last.attn.num_heads) for t in _qkv(last, x))
         return [*found, k, v]
 
     def _own(self, chunk: Chunk, *prefix: Tensor) -> Tensor:
@@ -303,29 +304,15 @@ class TextEncoder(nn.Module):
         x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
         *blocks, last = text.transformer.resblocks
         for i, block in enumerate(blocks):
-            q, k, v = _qkv(block, x)
-            mixed, first = [], 0
-            for count, size in chunk.groups:
-                own = slice(first, first + count * size)
-                # Row i sees the whole prefix and the class's own tokens up to itself.
-                mask = torch.ones(size, length + size, dtype=torch.bool, device=x.device)
-                query = _heads(q[own].unflatten(0, (count, size)), block.attn.num_heads)
-                keys = _after(prefix[2 * i], k[own], count)
-                values = _after(prefix[2 * i + 1], v[own], count)
-                mixed.append(_attend(query, keys, values, mask.tril(length)).flatten(0, 1))
-                first = own.stop
-            x = _finish(block, x, torch.cat(mixed))
+            mixed = attend_after_prefix(
+                *_qkv(block, x), prefix[2 * i], prefix[2 * i + 1], chunk.groups
+            )
+            x = _finish(block, x, mixed)
         # Last layer: queries of the end tokens alone.
         q, k, v = _qkv(last, x)
         ends = self.ends[chunk.classes] - chunk.tokens.start
-        q, mixed, first, end = q[ends], [], 0, 0
-        for count, size in chunk.groups:
-            own = slice(first, first + count * size)
-            query = _heads(q[end : end + count].unsqueeze(1), last.attn.num_heads)
-            keys, values = (_after(p, t[own], count) for p, t in ((prefix[-2], k), (prefix[-1], v)))
-            mixed.append(_attend(query, keys, values).squeeze(1))
-            first, end = own.stop, end + count
-        x = _finish(last, x[ends], torch.cat(mixed))  # (c, W)
+        mixed = attend_after_prefix(q[ends], k, v, prefix[-2], prefix[-1], chunk.groups)
+        x = _finish(last, x[ends], mixed)  # (c, W)
         return _project(text, _norm(text.ln_final, x))
 
     def _whole(self, context: Tensor | None) -> Tensor:
@@ -364,12 +351,6 @@ class TextEncoder(nn.Module):
             return _project(text, text.ln_final(x[:, -1]))
         x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
         return _project(text, x)
-
-
-def _after(prefix: Tensor, own: Tensor, count: int) -> Tensor:
-    """Prefix (H, P, W/H) before each class's own (count*S, W): (count, H, P+S, W/H)."""
-    split = _heads(own.unflatten(0, (count, -1)), len(prefix))
-    return torch.cat([prefix.expand(count, -1, -1, -1), split], dim=2)
 
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:

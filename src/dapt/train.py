@@ -12,41 +12,39 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dapt.backbone import Backbone, load_backbone
+from dapt.allocator import keep_freed_memory
+from dapt.backbone import Backbone
 from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
 from dapt.data import (
-    ImageStore,
-    Item,
     SupportSet,
     Task,
     draw_support_set,
     load_support_set,
     open_task,
+    subset_classes,
 )
 from dapt.errors import UserError
 from dapt.evaluate import (
-    classify,
     encode_store,
+    logits_of,
     mean_prototype_distance,
     mean_text_distance,
     metrics,
-    unprompted_features,
 )
-from dapt.losses import class_prototypes
 from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
 from dapt.progress import Reporter
 from dapt.prompts import Prompts, new_prompts
+from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import Settings, loss_weights
+from dapt.shared import Shared, Support, backbone_of
 from dapt.tuning import Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
@@ -68,7 +66,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
-    backbone: Backbone | None = None,
+    shared: Shared | None = None,
     task: Task | None = None,
     support: SupportSet | None = None,
 ) -> RunDirectory:
@@ -80,30 +78,40 @@ def train(
         resume: continue a run that was stopped; a finished one is left as it is.
         overwrite: discard the run that is there.
         reporter: is told the progress.
-        backbone, task, support: already loaded as the settings say, to share them between runs.
+        shared: a loaded backbone, as the settings say, and what earlier runs read with it.
+        task, support: already opened or drawn as the settings say.
 
     Raises:
         UserError: bad input, or a directory that is in use or holds another run.
         Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
+
+    Of several processes that ``torchrun`` started, all tune and the first keeps the directory:
+    in the others the run may not be finished when this returns.
     """
     reporter, run = reporter or Reporter(), RunDirectory(output)
-    check_output(run, settings, resume=resume, overwrite=overwrite)
-    if run.finished and resume:
+    keep_freed_memory()
+    ranks = join_ranks()
+    if ranks.first:
+        check_output(run, settings, resume=resume, overwrite=overwrite)
+    if ranks.share(run.finished and resume):
         return run
     # Everything that can be wrong with the input is found before anything is written.
     task = task or task_of(settings)
     support = support or support_of(settings, task)
-    backbone = backbone or load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=settings.device,
-        precision=settings.precision,
-    )
+    shared = shared or Shared(backbone_of(settings, device=ranks.device(settings.device)))
+    backbone = shared.backbone
     method = get_method(settings.method)
     classifier: Classifier = new_classifier(backbone, task, method, settings)
-    encoded = encode_support(backbone, task, support, settings, reporter)
+    encoded = shared.support(task, support, settings, reporter)
+    if not ranks.first:
+        if method.learns_prompts:
+            assert isinstance(classifier, PromptedClassifier)
+            _tune(run, settings, classifier, method, encoded, Reporter(), ranks)
+        return run
     with run.locked():
         check_output(run, settings, resume=resume, overwrite=overwrite)
+        if run.finished and resume and ranks.alone:  # by another process, meanwhile
+            return run
         if run.exists and resume:
             run.resume(task, support, backbone)
         else:
@@ -111,18 +119,18 @@ def train(
         started = time.perf_counter()
         spent_before = 0.0
         if method.probe:
-            classifier = _fit_probe(run, settings, task, support, encoded, backbone)
+            classifier = _fit_probe(run, settings, task, support, encoded, shared)
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
-                spent_before = _tune(run, settings, classifier, method, encoded, reporter)
+                spent_before = _tune(run, settings, classifier, method, encoded, reporter, ranks)
             prompts = classifier.prompts.named_parameters()
             run.write_tensors(
                 run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
             )
         tuned = time.perf_counter()
         try:
-            test = evaluate_task(classifier, task, settings, reporter)
+            test = evaluate_task(classifier, task, settings, reporter, shared)
         except UserError as error:
             raise UserError(
                 f"{error} (the tuned prompts are kept: dapt train --output {run.path} --resume)"
@@ -179,13 +187,14 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
 
 def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
     """Open the task that settings name; to evaluate on only, it needs no training images."""
-    return open_task(
+    task = open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
     )
+    return subset_classes(task, settings.classes)
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:
@@ -224,71 +233,23 @@ def new_classifier(
     )
 
 
-def store_of(
-    backbone: Backbone, task: Task, items: tuple[Item, ...], settings: Settings
-) -> ImageStore:
-    """The images of ``items``, decoded as the backbone wants them."""
-    seen = backbone.preprocessing
-    return ImageStore(
-        [task.image_path(item) for item in items],
-        size=seen.size,
-        interpolation=seen.interpolation,
-        resize_mode=seen.resize_mode,
-        crop_min=settings.crop_min,
-        memory_budget=int(settings.memory_budget * 2**30),
-    )
-
-
-@dataclass(frozen=True)
-class Support:
-    """A support set as its backbone sees it without prompts; the same for every method."""
-
-    store: ImageStore
-    labels: Tensor  # (n,)
-    features: Tensor  # (n, D), normalised, on the CPU
-    prototypes: Tensor  # (C, D)
-
-
-def encode_support(
-    backbone: Backbone,
-    task: Task,
-    support: SupportSet,
-    settings: Settings,
-    reporter: Reporter,
-) -> Support:
-    """Read the support images once: un-prompted features, and class prototypes from them.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
-    store = store_of(backbone, task, support.train, settings)
-    labels = torch.tensor([item.label for item in support.train])
-    with reporter.stage("support set", len(store)) as advance:
-        features = unprompted_features(
-            backbone, store, batch_size=settings.eval_batch_size, advance=advance
-        )
-    prototypes = class_prototypes(features, labels, len(task.class_names))
-    return Support(store, labels, features, prototypes)
-
-
 def _fit_probe(
     run: RunDirectory,
     settings: Settings,
     task: Task,
     drawn: SupportSet,
     support: Support,
-    backbone: Backbone,
+    shared: Shared,
 ) -> LinearProbe:
     val = None
     if drawn.val:
-        store = store_of(backbone, task, drawn.val, settings)
         labels = torch.tensor([item.label for item in drawn.val])
-        val = unprompted_features(backbone, store, batch_size=settings.eval_batch_size), labels
+        val = shared.features(task, drawn.val, settings), labels
     classes = len(task.class_names)
     weight, bias = fit_probe(support.features, support.labels, val, classes, settings.seed)
     run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
-    place = backbone.device
-    return LinearProbe(backbone, task.class_names, weight.to(place), bias.to(place))
+    place = shared.backbone.device
+    return LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
 
 
 def _tune(
@@ -298,8 +259,11 @@ def _tune(
     method: Method,
     support: Support,
     reporter: Reporter,
+    ranks: Ranks,
 ) -> float:
     """Tune the classifier's prompts in place, from the last checkpoint if there is one.
+
+    Each of the ranks takes its part of every batch; the first keeps log and checkpoint.
 
     Returns:
         Seconds that earlier sessions of the run had spent on it.
@@ -314,21 +278,24 @@ def _tune(
         weight_decay=settings.weight_decay,
         rbf_t=settings.rbf_t,
         dropout=settings.visual_dropout,
+        ranks=ranks,
     )
     per_epoch = steps_per_epoch(len(store), settings.batch_size)
     total, done, spent = per_epoch * settings.epochs, 0, 0.0
-    if (checkpoint := run.read_checkpoint()) is not None:
+    checkpoint = ranks.share(run.read_checkpoint() if ranks.first else None)
+    if checkpoint is not None:
         state, done, spent = checkpoint
         tuner.load_state(state)
     started, lr = time.perf_counter(), 0.0
-    log = StepLog(run, list(method.terms), done)
+    log = StepLog(run, list(method.terms), done) if ranks.first else None
 
     def save() -> None:
         state = tuner.state()
         if not all(bool(t.isfinite().all()) for t in state.values()):
             raise _diverged("prompts are no longer finite", done, lr)
-        log.flush()
-        run.write_checkpoint(state, done, spent + time.perf_counter() - started)
+        if log is not None:
+            log.flush()
+            run.write_checkpoint(state, done, spent + time.perf_counter() - started)
 
     try:
         with (
@@ -340,18 +307,23 @@ def _tune(
                 lr = learning_rate(epoch, settings.epochs, settings.lr)
                 first = done - epoch * per_epoch  # steps of this epoch already taken
                 order = epoch_order(len(store), settings.batch_size, settings.seed, epoch)[first:]
-                views = store.batches(order, train=(settings.seed, epoch))
-                for indices, batch in zip(order, views, strict=True):
+                size = min(settings.batch_size, len(store))
+                parts = [ranks.part(indices) for indices in order]
+                mine = [indices[part] for indices, part in zip(order, parts, strict=True)]
+                views = store.batches(mine, train=(settings.seed, epoch))
+                for indices, part, batch in zip(mine, parts, views, strict=True):
                     generator = torch.Generator().manual_seed(_mix(settings.seed, done))
-                    result = tuner.step(batch, labels[indices], lr, generator)
+                    among = None if ranks.alone else (size, part)
+                    result = tuner.step(batch, labels[indices], lr, generator, among)
                     losses = [result.total, result.cross_entropy, *result.terms.values()]
-                    log.add([done, epoch, lr, *losses, result.accuracy])
+                    if log is not None:
+                        log.add([done, epoch, lr, *losses, result.accuracy])
                     done += 1
                     if not isfinite(result.total):
                         raise _diverged(f"loss became {result.total}", done, lr)
-                    parts = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
-                    advance(1, f"ce {result.cross_entropy:.3f} {parts} acc {result.accuracy:.0%}")
-                    if stop.is_set():
+                    terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
+                    advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
+                    if ranks.any(stop.is_set()):
                         save()
                         raise Interrupted
                 if (epoch + 1) % settings.checkpoint_every == 0 or done == total:
@@ -359,7 +331,8 @@ def _tune(
             if stop.is_set():  # while the last checkpoint was written
                 raise Interrupted
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     return spent
 
 
@@ -418,7 +391,11 @@ def _stop_signal() -> Iterator[threading.Event]:
 
 
 def evaluate_task(
-    classifier: Classifier, task: Task, settings: Settings, reporter: Reporter
+    classifier: Classifier,
+    task: Task,
+    settings: Settings,
+    reporter: Reporter,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """`metrics` of a classifier on a task's test images.
 
@@ -427,10 +404,19 @@ def evaluate_task(
     """
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
-    store = store_of(classifier.backbone, task, task.test, settings)
-    with reporter.stage("evaluating", len(store)) as advance:
-        logits = classify(classifier, store, batch_size=settings.eval_batch_size, advance=advance)
-    return metrics(logits, [item.label for item in task.test], task.class_names)
+    shared = shared or Shared(classifier.backbone)
+    with reporter.stage("evaluating", len(task.test)) as advance:
+        if classifier.prompts_images:
+            features = encode_store(
+                classifier.image_features,
+                shared.store(task, task.test, settings),
+                batch_size=settings.eval_batch_size,
+                advance=advance,
+            )
+        else:
+            features = shared.features(task, task.test, settings, advance)
+    labels = [item.label for item in task.test]
+    return metrics(logits_of(classifier, features), labels, task.class_names)
 
 
 def _dispersion(
@@ -482,14 +468,10 @@ def load_classifier(
             or it is a probe, whose classes are fixed.
     """
     run.require()
+    keep_freed_memory()
     settings = run.read_settings()
     _, own_names, own_template = run.read_task()
-    backbone = backbone or load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=device or settings.device,
-        precision=settings.precision,
-    )
+    backbone = backbone or backbone_of(settings, device=device)
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     names = class_names or own_names

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dapt.classifier import PromptedClassifier
 from dapt.methods import LOSS_TERMS, Batch, Method
+from dapt.ranks import Ranks
 
 WARMUP_LR = 1e-5
 
@@ -47,6 +48,7 @@ class Tuner:
         momentum, weight_decay: of SGD.
         rbf_t: sharpness of inter-dispersion.
         dropout: on the visual prompt.
+        ranks: the processes that share each batch.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Tuner:
         weight_decay: float = 5e-4,
         rbf_t: float = 2.0,
         dropout: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.classifier, self.method, self.weights = classifier, method, weights
         self.prototypes, self.rbf_t, self.dropout = prototypes, rbf_t, dropout
         self.named = dict(classifier.prompts.named_parameters())
@@ -69,11 +73,17 @@ class Tuner:
         )
 
     def losses(
-        self, views: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        views: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        among: tuple[int, slice] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Total loss, its parts by name, and the logits (B, C) of one batch."""
+        """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         labels = labels.to(self.prototypes.device)
-        image = self.classifier.image_features(views, dropout=self.dropout, generator=generator)
+        image = self.classifier.image_features(
+            views, dropout=self.dropout, generator=generator, among=among
+        )
         text = self.classifier.text_features()
         logits = self.classifier.logits(image, text)
         batch = Batch(image, text, labels, self.prototypes, self.rbf_t)
@@ -90,17 +100,26 @@ class Tuner:
         labels: Tensor,
         lr: float,
         generator: torch.Generator | None = None,
+        among: tuple[int, slice] | None = None,
     ) -> StepResult:
-        """Take one step at learning rate ``lr`` on views (B, 3, S, S) with labels (B,)."""
+        """Take one step at learning rate ``lr`` on views (B, 3, S, S) with labels (B,).
+
+        Where processes share the batch, ``among`` is its size and this one's part. Each loss is a
+        mean over images, or the same in all: weighed by the share of images, their gradients sum
+        to that of the whole batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total, parts, logits = self.losses(views, labels, generator)
-        total.backward()
+        total, parts, logits = self.losses(views, labels, generator, among)
+        share = len(labels) / among[0] if among else 1.0
+        (total * share if among else total).backward()
+        self.ranks.sum_gradients(self.named.values())
         self.optimizer.step()
         accuracy = (logits.argmax(-1) == labels.to(logits.device)).float().mean()
         # One transfer for all numbers, not one each.
-        values = torch.stack([total, accuracy, *parts.values()]).detach().tolist()
+        found = torch.stack([total, accuracy, *parts.values()]).detach()
+        values = (self.ranks.sum(found * share) if among else found).tolist()
         named = dict(zip(parts, values[2:], strict=True))
         return StepResult(values[0], named.pop("cross_entropy"), named, values[1])
 

@@ -307,7 +307,7 @@ def test_memory_budget(photos, monkeypatch):
     for _ in range(3):
         store.test_views(range(12))
     assert len(opened) == 12 + 2 * 8
-    assert store._kept_bytes <= store.memory_budget
+    assert store.kept_bytes <= store.memory_budget
     opened.clear()
     store = ImageStore(photos, size=8)
     for _ in range(3):

@@ -1,5 +1,6 @@
 """Opening tasks of every kind, and the sentence that each kind of bad input earns."""
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dapt.data import BENCHMARKS, bundled_domains, open_image, open_task, read_split
+from dapt.data import (
+    BENCHMARKS,
+    bundled_domains,
+    open_image,
+    open_task,
+    read_split,
+    subset_classes,
+)
 from dapt.data import tasks as tasks_module
 from dapt.errors import UserError
 
@@ -429,3 +437,20 @@ def test_bundled_task():
         assert task.test
         for item in task.train + task.val + task.test:
             assert open_image(task.image_path(item)).mode == "RGB"
+
+
+def test_base_and_new_classes():
+    task = open_task("bundled")
+    base, new = (subset_classes(task, which) for which in ("base", "new"))
+    assert base.class_names + new.class_names == task.class_names
+    assert (len(base.class_names), len(new.class_names)) == (17, 17)
+    for half in (base, new):
+        for item in (*half.train, *half.val, *half.test):
+            assert half.class_names[item.label] == item.class_name
+    assert [i.path for i in task.test] == sorted(
+        (i.path for i in (*base.test, *new.test)), key=[i.path for i in task.test].index
+    )
+    three = dataclasses.replace(task, class_names=task.class_names[:3])
+    assert subset_classes(three, "base").class_names == task.class_names[:2]
+    with pytest.raises(UserError, match="has one class"):
+        subset_classes(dataclasses.replace(task, class_names=("a",)), "new")

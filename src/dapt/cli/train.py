@@ -79,10 +79,18 @@ def train(
         dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai
 
         dapt train -o runs/photos --resume
+
+        torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
     """
     with readable_errors(output):
+        from dapt.ranks import join_ranks
         from dapt.runs import RunDirectory
-        from dapt.settings import make_settings, parse_assignment, read_settings_file
+        from dapt.settings import (
+            absolute_paths,
+            make_settings,
+            parse_assignment,
+            read_settings_file,
+        )
         from dapt.train import check_output
         from dapt.train import train as run_training
 
@@ -117,17 +125,22 @@ def train(
                 f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
             )
         reporter = RichReporter()
-        given = _absolute(given)
+        given = absolute_paths(given)
         if given.get("support_set"):
             given.setdefault("shots", _shots_of(Path(given["support_set"])))
         final = make_settings(given)
-        check_output(run, final, resume=resume, overwrite=overwrite)
+        ranks = join_ranks()
+        if ranks.first:
+            check_output(run, final, resume=resume, overwrite=overwrite)
+        if tune_settings and not ranks.alone:
+            raise UserError("--tune-settings is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
             from dapt.search import search_settings
 
             final = search_settings(final, reporter)
         run_training(final, output, resume=resume, overwrite=overwrite, reporter=reporter)
-        _show_run(run)
+        if ranks.first:
+            _show_run(run)
 
 
 def _shots_of(support_set: Path) -> Any:
@@ -136,18 +149,6 @@ def _shots_of(support_set: Path) -> Any:
 
     value = read_json(support_set, "support set file")
     return value.get("shots") if isinstance(value, dict) else None
-
-
-def _absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """Paths among the settings made absolute, so that a run is found again from anywhere."""
-    from dapt.data import BENCHMARKS
-
-    given, names = dict(given), {"bundled", *BENCHMARKS}
-    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
-        value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
-            given[setting] = str(Path(value).expanduser().resolve())
-    return given
 
 
 def _show_run(run: Any) -> None:

@@ -28,6 +28,9 @@ def evaluate(
     root: RootOption = None,
     domain: DomainOption = None,
     class_names: NamesOption = None,
+    classes: Annotated[
+        str | None, typer.Option(help="base (first half by label), new (the rest) or all.")
+    ] = None,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
@@ -42,33 +45,27 @@ def evaluate(
         dapt eval runs/caltech --dataset oxford_pets --root /data
     """
     with readable_errors():
-        from dapt.files import write_json
         from dapt.runs import RunDirectory
-        from dapt.train import evaluate_task, load_classifier, task_of
+        from dapt.settings import absolute_paths
+        from dapt.transfer import Target, evaluate_run
 
-        directory = RunDirectory(run)
-        directory.require()
-        settings = directory.read_settings()
-        changes = {
+        target = {
             "dataset": dataset,
             "root": root and str(root),
             "domain": domain,
             "class_names": class_names and str(class_names),
+            "classes": classes,
         }
-        if dataset is not None:  # where the other one's classes come from is its own affair
-            changes = {**dict.fromkeys(("domain", "class_names")), **changes}
-            settings = settings.model_copy(update={"domain": None, "class_names": None})
-        settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        task = task_of(settings, evaluate=True) if dataset else task_of(settings)
-        classifier = load_classifier(directory, task.class_names, task.template, device=device)
-        result = evaluate_task(classifier, task, settings, RichReporter())
-        if dataset or domain:
-            name = "-".join(filter(None, [Path(dataset or settings.dataset).stem, domain]))
-            write_json(directory.path / f"eval-{name}.json", {"dataset": task.name, "test": result})
+        name, result = evaluate_run(
+            RunDirectory(run),
+            Target(**absolute_paths(target)),
+            device=device,
+            reporter=RichReporter(),
+        )
         if as_json:
             typer.echo(json.dumps(result, ensure_ascii=False))
         else:
-            console.print(metrics_table(f"{task.name}, prompts of {run}", result))
+            console.print(metrics_table(f"{name}, prompts of {run}", result))
 
 
 @app.command()

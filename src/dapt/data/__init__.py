@@ -2,7 +2,7 @@
 
 from dapt.data.benchmarks import BENCHMARKS, Benchmark, read_split
 from dapt.data.images import ImageStore, centre_view, decode_image, is_image_file, open_image
-from dapt.data.items import Item, Task
+from dapt.data.items import Item, Task, subset_classes
 from dapt.data.support import SupportSet, draw_support_set, load_support_set
 from dapt.data.tasks import bundled_domains, open_task
 
@@ -22,4 +22,5 @@ __all__ = [
     "open_image",
     "open_task",
     "read_split",
+    "subset_classes",
 ]

@@ -274,6 +274,9 @@ class ImageStore:
         memory_budget: bytes that kept images may take in all. First come, first kept.
         threads: decoding threads; by default one a core, at most eight.
 
+    Attributes:
+        kept_bytes: what kept images take by now.
+
     Raises:
         UserError: ``interpolation`` or ``resize_mode`` is unknown.
     """
@@ -299,7 +302,7 @@ class ImageStore:
         self.memory_budget = memory_budget
         self.threads = threads or min(8, _cores())
         self._kept: dict[int, Image.Image] = {}
-        self._kept_bytes = 0
+        self.kept_bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -316,9 +319,9 @@ class ImageStore:
         image = open_image(self.paths[index])
         taken = 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
         with self._lock:
-            if index not in self._kept and self._kept_bytes + taken <= self.memory_budget:
+            if index not in self._kept and self.kept_bytes + taken <= self.memory_budget:
                 self._kept[index] = image
-                self._kept_bytes += taken
+                self.kept_bytes += taken
         return image
 
     def test_views(self, indices: Sequence[int]) -> Tensor:

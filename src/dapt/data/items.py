@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dapt.errors import UserError
@@ -47,6 +47,36 @@ class Task:
     def image_path(self, item: Item) -> Path:
         """Where the item's image file is."""
         return self.root / item.path
+
+
+def subset_classes(task: Task, which: str) -> Task:
+    """A task's first half of classes by label (``base``, the larger), the other (``new``), or all.
+
+    Labels are counted anew from 0.
+
+    Raises:
+        UserError: ``which`` is none of these, or there is one class only.
+    """
+    if which == "all":
+        return task
+    if which not in ("base", "new"):
+        raise UserError(f"classes '{which}' must be all, base or new")
+    count = len(task.class_names)
+    if count < 2:
+        raise UserError(f"dataset '{task.name}' has one class; base and new classes need two")
+    half = (count + 1) // 2
+    low, high = (0, half) if which == "base" else (half, count)
+
+    def kept(items: Sequence[Item]) -> tuple[Item, ...]:
+        return tuple(replace(i, label=i.label - low) for i in items if low <= i.label < high)
+
+    return replace(
+        task,
+        class_names=task.class_names[low:high],
+        train=kept(task.train),
+        val=kept(task.val),
+        test=kept(task.test),
+    )
 
 
 @dataclass(frozen=True)

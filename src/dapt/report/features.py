@@ -115,12 +115,12 @@ def _look(
     """Fill ``inside``; yields notes on what is missing."""
     import torch
 
-    from dapt.backbone import load_backbone
     from dapt.classifier import PromptedClassifier
-    from dapt.evaluate import ECE_BINS, encode_store, unprompted_features
+    from dapt.evaluate import ECE_BINS, encode_store
     from dapt.prompts import Prompts
     from dapt.runs import RunDirectory
-    from dapt.train import load_classifier, store_of, task_of
+    from dapt.shared import Shared, backbone_of
+    from dapt.train import load_classifier, task_of
 
     run = inside.run
     directory = RunDirectory(run.path)
@@ -128,16 +128,12 @@ def _look(
     which = (settings.backbone, settings.pretrained, settings.device, settings.precision)
     if which not in backbones:
         try:
-            backbones[which] = load_backbone(
-                settings.backbone,
-                settings.pretrained,
-                device=settings.device,
-                precision=settings.precision,
-            )
+            backbones[which] = Shared(backbone_of(settings))
         except UserError as error:
             backbones[which] = error
-    if isinstance(backbone := backbones[which], UserError):
-        raise backbone
+    if isinstance(shared := backbones[which], UserError):
+        raise shared
+    backbone = shared.backbone
     classifier = load_classifier(directory, backbone=backbone)
     names = classifier.class_names
     _, _, template = directory.read_task()
@@ -154,8 +150,12 @@ def _look(
             raise UserError("its classes are no longer those that the run was tuned on")
         step = -(-len(task.test) // MOST_IMAGES)
         items = task.test[::step]
-        store = store_of(backbone, task, items, settings)
-        image = encode_store(classifier.image_features, store, batch_size=settings.eval_batch_size)
+        if classifier.prompts_images:
+            store = shared.store(task, items, settings)
+            size = settings.eval_batch_size
+            image = encode_store(classifier.image_features, store, batch_size=size)
+        else:
+            image = shared.features(task, items, settings)
     except (UserError, OSError) as error:
         yield f"{run.dataset}: no images to look at ({clean(error, 400)})"
         items, labels = (), np.zeros(0, int)
@@ -208,8 +208,7 @@ def _look(
     if method.visual:
         chosen = np.flatnonzero(np.isin(labels, coloured))
         chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
-        small = store_of(backbone, task, tuple(items[i] for i in chosen), settings)
-        before = unprompted_features(backbone, small, batch_size=settings.eval_batch_size).numpy()
+        before = shared.features(task, tuple(items[i] for i in chosen), settings).numpy()
         inside.maps += _maps(
             f"map-image-{prefix}",
             f"Image features, {who}",

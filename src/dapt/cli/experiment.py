@@ -1,0 +1,272 @@
+"""``dapt experiment``: grids of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dapt.cli.common import DeviceOption, RootOption, app, readable_errors, say, say_error
+from dapt.errors import UserError
+from dapt.progress import Reporter, RichReporter, console, errors
+
+if TYPE_CHECKING:
+    from dapt.experiment import Plan, PlannedRun, Result, Suite
+
+
+@app.command()
+def experiment(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            help="few-shot, domain-generalization, base-to-new, cross-dataset, ablation, or a "
+            "YAML file of your own."
+        ),
+    ],
+    root: RootOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where runs go.")] = Path(
+        "results"
+    ),
+    datasets: Annotated[str | None, typer.Option(help="Instead of the suite's: a,b.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, and variants of the suite: a,b.")
+    ] = None,
+    shots: Annotated[str | None, typer.Option(help="Instead of the suite's: 1,16.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Instead of the suite's: 1,2,3.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="As for 'dapt train'.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="As for 'dapt train'.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    device: DeviceOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="A setting of all runs as name=value."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")
+    ] = False,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print the suite's file, to copy.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that do runs at the same time.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each run; by default cores / workers.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster to run on, or 'local'.")
+    ] = None,
+) -> None:
+    """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere.
+
+    What is done is skipped and what was stopped goes on, so the same command continues a grid,
+    and several may share a folder. Without --root the suites run on the bundled task.
+
+    **Examples**
+
+        dapt experiment few-shot --quick
+
+        dapt experiment few-shot --root /data --datasets dtd,eurosat --dry-run
+
+        dapt experiment base-to-new --root /data --workers 4
+
+        dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml
+    """
+    from dapt.train import Interrupted
+
+    with readable_errors():
+        from dapt.experiment import make_plan, read_suite, suite_file
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "torchrun divides one run among processes, an experiment divides runs: start it "
+                "by itself, with --workers or --ray"
+            )
+        file = suite_file(suite)
+        if yaml:
+            typer.echo(file.read_text(encoding="utf-8"), nl=False)
+            return
+        given = {
+            "root": root and str(root),
+            "backbone": backbone,
+            "pretrained": pretrained,
+            "precision": precision,
+            "device": device,
+        }
+        chosen = _chosen(
+            read_suite(file),
+            {name: value for name, value in given.items() if value is not None},
+            lists={"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds},
+            assignments=settings or [],
+            quick=quick,
+        )
+        plan = make_plan(chosen, output)
+        try:
+            result = _run(plan, workers, threads, ray, retry=retry, dry_run=dry_run)
+        except (Interrupted, KeyboardInterrupt):
+            done = sum(run.state() == "done" for run in plan.runs)
+            say_error(
+                f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on"
+            )
+            raise typer.Exit(130) from None
+        if result is not None:
+            _show_result(plan, result)
+
+
+def _chosen(
+    suite: Suite,
+    given: dict[str, Any],
+    *,
+    lists: dict[str, str | None],
+    assignments: list[str],
+    quick: bool,
+) -> Suite:
+    """The suite as the command line changes it."""
+    from dapt.settings import parse_assignment
+
+    axes: dict[str, Any] = {
+        f"{name}": _list(f"--{name}", text, number=name in ("shots", "seeds"))
+        for name, text in lists.items()
+        if text is not None
+    }
+    columns = axes.pop("methods", None)
+    changes = {**given, **dict(parse_assignment(text) for text in assignments)}
+    if "backbone" in changes:  # its weights are not those of the suite's
+        changes = {"pretrained": None, **changes}
+    part = {**axes, "settings": changes}
+    asked = suite.changed(part, "command line")
+    if asked.bundled and (
+        axes.get("datasets") == ["bundled"] or ("datasets" not in axes and asked.needs_root())
+    ):
+        if "datasets" not in axes:
+            say("no --root: on the bundled task in place of the benchmarks")
+        suite = suite.changed(suite.bundled, "bundled")
+    if quick:
+        suite = suite.changed(suite.quick, "quick")
+        # In a folder of its own, as its runs are others.
+        suite = suite.model_copy(update={"name": f"{suite.name}-quick"})
+    suite = suite.changed(part, "command line")
+    return suite if columns is None else suite.select(columns, "--methods")
+
+
+def _list(option: str, text: str, *, number: bool) -> list[Any]:
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    if not values:
+        raise UserError(f"{option} is empty; list at least one")
+    if not number:
+        return values
+    if not all(value.isascii() and value.isdigit() for value in values):
+        raise UserError(f"{option} {text}: give numbers with commas between them, such as 1,2,4")
+    return [int(value) for value in values]
+
+
+def _run(
+    plan: Plan,
+    workers: int | None,
+    threads: int | None,
+    ray: str | None,
+    *,
+    retry: bool,
+    dry_run: bool,
+) -> Result | None:
+    """Print the plan and, unless told otherwise, do it."""
+    from dapt.experiment.grid import estimate, open_tasks, run_plan, threads_of
+    from dapt.experiment.plan import DONE, FAILED
+    from dapt.experiment.work import Session
+    from dapt.experiment.work import threads as computing_with
+
+    states = {run: run.state() for run in plan.runs}
+    failed = [run for run, state in states.items() if state == FAILED]
+    if retry and not dry_run:
+        for run in failed:
+            run.directory.failure_file.unlink(missing_ok=True)
+            states[run] = run.state()
+    pending = [r for r, s in states.items() if s != DONE and (retry or s != FAILED)]
+    reporter, session = RichReporter(), Session()
+    each = threads or threads_of(workers)
+    seconds: dict[PlannedRun, float] = {}
+    estimator = None
+    if pending:
+        open_tasks(pending, session, reporter)
+        with computing_with(each):
+            estimator = estimate(plan, pending, session)
+        seconds = {run: _seconds(estimator, run) for run in pending}
+    _show_plan(plan, states, seconds, workers or 1, retry=retry)
+    if dry_run:
+        return None
+    return run_plan(
+        plan,
+        workers=workers,
+        threads_each=threads,
+        ray=ray,
+        session=session,
+        estimator=estimator,
+        reporter=reporter,
+        run_reporter=RichReporter() if errors.is_terminal else Reporter(),
+    )
+
+
+def _seconds(estimator: Any, run: PlannedRun) -> float:
+    try:
+        return estimator.seconds(run)
+    except UserError:  # its dataset is missing, which was told
+        return 0.0
+
+
+def _show_plan(
+    plan: Plan,
+    states: dict[PlannedRun, str],
+    seconds: dict[PlannedRun, float],
+    workers: int,
+    *,
+    retry: bool,
+) -> None:
+    from dapt.experiment.grid import duration
+    from dapt.experiment.plan import BEGUN, DONE, FAILED, NEW
+
+    table = Table(
+        title=f"{plan.name}: {len(plan.runs)} runs in {plan.folder}", title_justify="left"
+    )
+    table.add_column("dataset")
+    shown = (DONE, BEGUN, FAILED, NEW)
+    for column in ("runs", *shown, "time"):
+        table.add_column(column, justify="right")
+    for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
+        runs = [run for run in plan.runs if run.settings.dataset == dataset]
+        expected = sum(seconds.get(run, 0.0) for run in runs)
+        table.add_row(
+            Path(dataset).name,
+            f"{len(runs)}",
+            *(f"{sum(states[run] == state for run in runs)}" for state in shown),
+            duration(expected) if expected else "",
+        )
+    console.print(table)
+    if plan.same:
+        say(f"{plan.same} more have the same settings as one of these, and are not done twice")
+    known = sum(state == FAILED for state in states.values())
+    if known:
+        say(f"{known} failed before; " + ("tried again" if retry else "--retry tries them again"))
+    if seconds:
+        total = sum(seconds.values()) / workers
+        say(f"{len(seconds)} runs to do, {duration(total)} with {workers} worker(s)")
+
+
+def _show_result(plan: Plan, result: Result) -> None:
+    """How many runs are done and, with exit code 1, why the others are not."""
+    say(f"{result.done} of {len(plan.runs)} runs are done; all is in {plan.folder}")
+    if not result.failed:
+        return
+    reasons: dict[str, list[str]] = {}
+    for title, sentence in result.failed.items():
+        # A run's own path in the sentence would make each one's reason another.
+        reasons.setdefault(sentence, []).append(title)
+    for sentence, titles in reasons.items():
+        more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
+        say_error(f"failed: {titles[0]}{more}: {sentence}")
+    say_error("details are in the failure.json of each; --retry tries them again")
+    raise typer.Exit(1)

@@ -1,0 +1,124 @@
+"""A finished run's prompts on other images: another dataset, domain, or set of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dapt.data import Task
+from dapt.errors import UserError
+from dapt.files import read_json, write_json
+from dapt.progress import Reporter
+from dapt.runs import RunDirectory
+from dapt.settings import Settings
+from dapt.shared import Shared
+from dapt.train import evaluate_task, load_classifier, task_of
+
+# Of another dataset, unless it is told otherwise.
+_OWN = {"domain": None, "class_names": None, "classes": "all"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where else to evaluate; what is None is as in the run.
+
+    Another dataset's root is the run's; its domain and class names are its own, its classes all.
+    """
+
+    dataset: str | None = None
+    root: str | None = None
+    domain: str | None = None
+    class_names: str | None = None
+    classes: str | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether anything but the run's own test images is meant."""
+        return any(part is not None for part in (self.dataset, self.domain, self.classes))
+
+    def settings(self, settings: Settings) -> Settings:
+        """The run's settings, changed to open the target's task."""
+        own = _OWN if self.dataset is not None else {}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return settings.model_copy(update={**own, **given})
+
+    def place(self, settings: Settings) -> dict[str, Any]:
+        """What says which images and classes are meant, for a run with these settings."""
+        return {name: getattr(self.settings(settings), name) for name in asdict(self)}
+
+
+def recorded(run: RunDirectory, target: Target) -> Path | None:
+    """The file that holds the run's evaluation on ``target``, if there is one."""
+    place = target.place(run.read_settings())
+    for file in sorted(run.path.glob("eval-*.json")):
+        try:
+            value = read_json(file, "evaluation")
+        except UserError:
+            continue  # no evaluation that counts
+        if isinstance(value, dict) and value.get("settings") == place and "test" in value:
+            return file
+    return None
+
+
+def evaluate_run(
+    run: RunDirectory,
+    target: Target,
+    *,
+    device: str | None = None,
+    shared: Shared | None = None,
+    open_task: Callable[..., Task] = task_of,
+    reporter: Reporter | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Evaluate a finished run's prompts on a target, and leave ``eval-<name>.json`` in the run.
+
+    On the run's own test images nothing is written.
+
+    Args:
+        run: its directory.
+        target: where to evaluate.
+        device: to run on, if not the one it was tuned on.
+        shared: the run's backbone, already loaded, and what was read with it.
+        open_task: as `task_of`; one that remembers shares tasks.
+        reporter: is told the progress.
+
+    Returns:
+        The target task's name, and `metrics`.
+
+    Raises:
+        UserError: there is no finished run, or the target cannot be opened or read.
+    """
+    run.require()
+    own = run.read_settings()
+    settings = target.settings(own)
+    task = open_task(settings, evaluate=target.dataset is not None)
+    classifier = load_classifier(
+        run,
+        task.class_names,
+        task.template,
+        backbone=shared.backbone if shared else None,
+        device=device,
+    )
+    result = evaluate_task(classifier, task, settings, reporter or Reporter(), shared)
+    if target.elsewhere:
+        file = recorded(run, target) or _free_file(run, target, own)
+        record = {
+            "dataset": task.name,
+            "domain": settings.domain,
+            "classes": settings.classes,
+            "settings": target.place(own),
+            "test": result,
+        }
+        write_json(file, record)
+    return task.name, result
+
+
+def _free_file(run: RunDirectory, target: Target, settings: Settings) -> Path:
+    """``eval-<dataset>[-<domain>][-<classes>].json``, numbered where that name is taken."""
+    dataset = Path(target.dataset or settings.dataset).stem
+    name = "-".join(part for part in (dataset, target.domain, target.classes) if part)
+    file, number = run.path / f"eval-{name}.json", 2
+    while file.exists():
+        file, number = run.path / f"eval-{name}-{number}.json", number + 1
+    return file

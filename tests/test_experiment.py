@@ -1,0 +1,496 @@
+"""Grids of runs: what is done once, what survives a kill, that who does a run does not matter."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dapt.cli import app
+from dapt.errors import UserError
+from dapt.experiment import make_plan, read_suite, run_plan, suite_file, suite_names
+from dapt.experiment.plan import DONE
+from dapt.progress import Reporter
+from dapt.settings import Settings
+
+SETTINGS = {
+    "device": "cpu", "batch_size": 5, "epochs": 3, "text_vectors": 4, "visual_vectors": 2,
+    "lr": 0.02, "checkpoint_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid(photo_folder, tiny_weights, tmp_path_factory):
+    """Write a suite of 2 methods x 2 shots, changed as told, and return its file."""
+    folder = tmp_path_factory.mktemp("suites")
+
+    def write(stem="mine", settings=None, **changes):
+        values = {
+            "datasets": [str(photo_folder)],
+            "methods": ["coop", "dapt"],
+            "shots": [1, 2],
+            "seeds": [1],
+            "settings": {**SETTINGS, "backbone": str(tiny_weights), **(settings or {})},
+            **changes,
+        }
+        file = folder / f"{stem}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    return write
+
+
+def plan_of(file, output):
+    return make_plan(read_suite(file), output)
+
+
+def results(folder):
+    """What must be the same to the bit between two grids: file -> bytes."""
+    names = ("prompts.safetensors", "metrics.json", "log.csv", "eval-*.json")
+    files = [file for name in names for file in folder.rglob(name)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(grid, tmp_path_factory):
+    """Results of the plain grid, done in this process."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    result = run_plan(plan_of(grid(), output), threads_each=1)
+    assert (result.done, result.failed) == (4, {})
+    return output / "mine"
+
+
+def dapt(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def command(*arguments):
+    return [sys.executable, "-c", "from dapt.cli import main; main()", *map(str, arguments)]
+
+
+# ------------------------------------------------------------------------------- the plan
+
+
+def test_runs_lie_by_dataset_column_shots_and_seed(undisturbed, photo_folder):
+    data = photo_folder.name
+    runs = {str(file.parent.relative_to(undisturbed)) for file in undisturbed.rglob("metrics.json")}
+    assert runs == {f"{data}/{m}/{k}shots-seed1" for m in ("coop", "dapt") for k in (1, 2)}
+    metrics = json.loads((undisturbed / data / "coop" / "2shots-seed1/metrics.json").read_text())
+    assert (metrics["method"], metrics["shots"], metrics["support_images"]) == ("coop", 2, 6)
+
+
+def test_variants_and_sweeps_are_columns(grid, tmp_path):
+    file = grid(
+        variants={"no-inter": {"beta_text": 0}},
+        sweeps={"beta_visual": [0.5, 10], "shots": [4]},
+        seeds=[1, 2],
+    )
+    plan = plan_of(file, tmp_path)
+    columns = {run.path.parent.name for run in plan.runs}
+    # beta_visual=10 is what 'dapt' has anyway.
+    assert columns == {"coop", "dapt", "no-inter", "beta_visual=0.5", "shots=4"}
+    assert plan.same == 4
+    assert len({run.settings.model_dump_json() for run in plan.runs}) == len(plan.runs)
+    four = [run.path.name for run in plan.runs if run.path.parent.name == "shots=4"]
+    assert four == ["4shots-seed1", "4shots-seed2"]
+
+
+def test_zero_shot_is_run_once(grid, tmp_path):
+    plan = plan_of(grid(methods=["zero-shot", "dapt"], seeds=[1, 2]), tmp_path)
+    assert [r.settings.method for r in plan.runs].count("zero-shot") == 1
+    assert [r.settings.method for r in plan.runs].count("dapt") == 4
+
+
+@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("part", ["", "bundled", "quick"])
+def test_suites_that_ship_are_sound(name, part, tmp_path):
+    suite = read_suite(suite_file(name))
+    if part:
+        suite = suite.changed(getattr(suite, part), part)
+    plan = make_plan(suite, tmp_path)
+    assert plan.runs
+    assert suite.about
+
+
+def test_published_settings_are_the_default(tmp_path):
+    suite = read_suite(suite_file("few-shot"))
+    plan = make_plan(suite, tmp_path)
+    by_place = {run.title: run.settings for run in plan.runs}
+    eurosat = by_place["eurosat/dapt/16shots-seed3"]
+    assert (eurosat.lr, eurosat.beta_visual, eurosat.beta_text) == (20, 100, 10)
+    assert (eurosat.epochs, eurosat.backbone, eurosat.pretrained) == (200, "ViT-B-16", "openai")
+    assert len(plan.runs) == 11 * (5 * 3 * 5 + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shotss": [1]}, "unknown key 'shotss' (did you mean 'shots'?)"),
+        ({"quick": {"seed": [1]}}, "quick: unknown key 'seed' (did you mean 'seeds'?)"),
+        ({"methods": ["dpat"]}, "unknown method 'dpat' (did you mean 'dapt'?)"),
+        ({"settings": {"epoch": 3}}, "unknown setting 'epoch' (did you mean 'epochs'?)"),
+        ({"settings": {"seed": 3}}, "'seed' is no fixed setting here; list it under seeds"),
+        ({"variants": {"a/b": {"lr": 1}}}, "variant 'a/b' must be named by letters"),
+        ({"variants": {"coop": {"lr": 1}}}, "variant 'coop' has the name of a method"),
+        ({"sweeps": {"betatext": [1]}}, "(did you mean 'beta_text'?)"),
+        ({"evaluations": [{"domian": "x"}]}, "'domian' in evaluations.0 (did you mean 'domain'?)"),
+        ({"shots": [0]}, "shots.0: 0: input should be greater than or equal to 1"),
+        ({"shots": 4}, "shots: 4: input should be a valid list"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"datasets": []}, "datasets is empty"),
+        ({"methods": []}, "no methods and no variants"),
+        ({"name": "../up"}, "name '../up' must be letters"),
+    ],
+)
+def test_what_is_wrong_in_a_suite_is_one_sentence(grid, changes, sentence):
+    with pytest.raises(UserError) as error:
+        read_suite(grid("wrong", **changes))
+    assert sentence in str(error.value)
+
+
+def test_other_wrong_input_is_one_sentence(grid, tmp_path, undisturbed):
+    def fails(sentence, *arguments):
+        result = dapt("experiment", *arguments, "-o", tmp_path)
+        assert result.exit_code == 2, result.output
+        assert sentence in " ".join(result.stderr.split()), result.stderr
+
+    fails("unknown suite 'few-shots' (did you mean 'few-shot'?)", "few-shots")
+    fails("does not exist", "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    fails("is not readable YAML", bad)
+    bad.write_text("- a")
+    fails("must map keys", bad)
+    fails("setting lr=-1.0", grid(), "--set", "lr=-1.0")
+    fails("'dapy' is no method and no variant", grid(), "--methods", "dapy")
+    fails("--shots x: give numbers", grid(), "--shots", "x")
+    fails("benchmark 'dtd' needs --root", "few-shot", "--datasets", "dtd")
+    fails("does not exist", "few-shot", "--root", tmp_path / "none")
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.yaml"}
+    shutil.copytree(undisturbed, tmp_path / "mine")
+    fails("with lr=0.5: it was started with lr=0.02", grid(), "--set", "lr=0.5")
+
+
+# -------------------------------------------------------------------------------- doing it
+
+
+def test_what_is_done_is_skipped(grid, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "mine")
+    plan = plan_of(grid(), tmp_path)
+    lost = plan.runs[1]
+    shutil.rmtree(lost.path)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("metrics.json")}
+    assert run_plan(plan, threads_each=1).done == 4
+    after = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("metrics.json")}
+    assert set(after) - set(before) == {lost.path / "metrics.json"}
+    assert {f: after[f] for f in before} == before
+    assert results(tmp_path / "mine") == results(undisturbed)
+
+
+def test_a_failure_is_recorded_and_others_go_on(grid, tmp_path, undisturbed):
+    """A rate that diverges fails; it is not tried again unless asked for."""
+    file = grid("failing", variants={"wild": {"lr": 1.0e30}})
+    result = dapt("experiment", file, "-o", tmp_path, "--threads", 1)
+    assert result.exit_code == 1, result.output
+    assert "4 of 6 runs are done" in result.output
+    assert "wild/1shots-seed1" in result.stderr
+    (first, *_) = sorted(tmp_path.rglob("failure.json"))
+    record = json.loads(first.read_text())
+    assert "smaller --lr" in record["error"]
+    assert record["traceback"] is None
+    stamp = first.stat().st_mtime_ns
+    again = dapt("experiment", file, "-o", tmp_path, "--threads", 1)
+    assert again.exit_code == 1
+    assert "2 failed before; --retry tries them again" in again.output
+    assert first.stat().st_mtime_ns == stamp
+    retried = dapt("experiment", file, "-o", tmp_path, "--threads", 1, "--retry")
+    assert retried.exit_code == 1
+    assert first.stat().st_mtime_ns > stamp
+    done = {k: v for k, v in results(tmp_path / "failing").items() if "wild" not in k}
+    assert done == results(undisturbed)
+
+
+def test_a_bug_in_one_run_keeps_its_traceback(grid, tmp_path, monkeypatch):
+    from dapt.experiment import work
+
+    train = work.train
+
+    def broken(settings, *arguments, **options):
+        if settings.method == "coop":
+            raise ZeroDivisionError("by a bug")
+        return train(settings, *arguments, **options)
+
+    monkeypatch.setattr(work, "train", broken)
+    plan = plan_of(grid(shots=[1]), tmp_path)
+    result = run_plan(plan, threads_each=1)
+    assert result.done == 1
+    assert list(result.failed.values()) == ["ZeroDivisionError: by a bug"]
+    (file,) = tmp_path.rglob("failure.json")
+    assert "in broken" in json.loads(file.read_text())["traceback"]
+    monkeypatch.undo()
+    # What is mended, by a retry or by 'dapt train --resume', is no failure any more.
+    assert dapt("experiment", grid(shots=[1]), "-o", tmp_path, "--retry").exit_code == 0
+    assert not file.exists()
+
+
+def test_a_missing_dataset_stops_only_its_runs(grid, tmp_path, photo_folder):
+    file = grid(datasets=[str(photo_folder), str(tmp_path / "none.csv")], shots=[1])
+    result = dapt("experiment", file, "-o", tmp_path / "out", "--threads", 1)
+    assert result.exit_code == 1, result.output
+    assert "warning: dataset" in result.output
+    assert "2 of 4 runs are done" in result.output
+    assert "none/coop/1shots-seed1 and 1 more" in " ".join(result.stderr.split())
+
+
+def test_evaluations_follow_a_run(grid, tmp_path, photo_folder):
+    other = tmp_path / "other.csv"
+    rows = [f"{photo_folder}/test/blue/{i}.png" for i in range(3)]
+    shutil.copytree(photo_folder / "test", tmp_path / "test")
+    other.write_text("path,label\n" + "".join(f"test/blue/{i}.png,sky\n" for i in range(len(rows))))
+    evaluations = [{"dataset": str(other)}, {"dataset": str(photo_folder)}]
+    file = grid("elsewhere", shots=[1], evaluations=evaluations)
+    plan = plan_of(file, tmp_path)
+    assert [len(run.targets) for run in plan.runs] == [1, 1]  # not on its own images again
+    assert run_plan(plan, threads_each=1).done == 2
+    record = json.loads((plan.runs[0].path / "eval-other.json").read_text())
+    assert record["dataset"] == "other"
+    assert record["test"]["images"] == 3
+    assert record["settings"]["dataset"] == str(other)
+    # A run without its evaluation is not done.
+    (plan.runs[0].path / "eval-other.json").unlink()
+    assert plan.runs[0].state() != DONE
+    assert run_plan(plan, threads_each=1).done == 2
+    assert json.loads((plan.runs[0].path / "eval-other.json").read_text()) == record
+
+
+def test_base_and_new_classes(grid, tmp_path):
+    file = grid("b2n", shots=[1], settings={"classes": "base"}, evaluations=[{"classes": "new"}])
+    plan = plan_of(file, tmp_path)
+    assert run_plan(plan, threads_each=1).done == 2
+    metrics = json.loads((plan.runs[0].path / "metrics.json").read_text())
+    assert [row["class"] for row in metrics["test"]["per_class"]] == ["blue", "green thing"]
+    (file,) = plan.runs[0].path.glob("eval-*-new.json")
+    record = json.loads(file.read_text())
+    assert record["classes"] == "new"
+    assert record["dataset"] == metrics["dataset"]
+    assert [row["class"] for row in record["test"]["per_class"]] == ["red_thing"]
+    probe = grid(
+        "probe", methods=["linear-probe"], settings={"classes": "base"},
+        evaluations=[{"classes": "new"}],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="'linear-probe' knows only the classes"):
+        plan_of(probe, tmp_path)
+
+
+def test_two_evaluations_of_one_name_are_kept_apart(undisturbed, tmp_path, photo_folder):
+    run = tmp_path / "run"
+    shutil.copytree(next(undisturbed.rglob("coop/1shots-seed1")), run)
+    images = sorted((photo_folder / "test" / "blue").glob("*.png"))
+    for folder, count in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        for image in images[:count]:
+            shutil.copy(image, tmp_path / folder)
+        rows = "".join(f"{image.name},blue\n" for image in images[:count])
+        (tmp_path / folder / "other.csv").write_text("path,label\n" + rows)
+    for folder in "aba":
+        assert dapt("eval", run, "--dataset", tmp_path / folder / "other.csv").exit_code == 0
+    found = {f.name: json.loads(f.read_text())["test"]["images"] for f in run.glob("eval-*")}
+    assert found == {"eval-other.json": 1, "eval-other-2.json": 2}
+
+
+def test_a_dry_run_writes_nothing(grid, tmp_path):
+    result = dapt("experiment", grid(), "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "4 runs to do, about" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_counts_what_is_done(grid, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "mine")
+    lost = plan_of(grid(), tmp_path).runs[0].path
+    shutil.rmtree(lost)
+    result = dapt("experiment", grid(), "-o", tmp_path, "--dry-run")
+    assert "1 runs to do" in result.output
+    assert not lost.exists()
+
+
+def test_a_run_held_by_another_process_is_revisited(grid, tmp_path, undisturbed):
+    plan = plan_of(grid(), tmp_path)
+    held = plan.runs[0].directory
+    hold = (
+        "import sys, time\nfrom dapt.runs import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).locked():\n"
+        "    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(held.path)], stdout=subprocess.PIPE)
+    told = []
+
+    class Told(Reporter):
+        def say(self, line):
+            told.append(line)
+            if "other processes hold" in line:
+                holder.kill()
+
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert run_plan(plan, threads_each=1, reporter=Told()).done == 4
+    finally:
+        holder.kill()
+        holder.wait()
+    assert [line.split()[0] for line in told] == ["[1/4]", "[2/4]", "[3/4]", "waiting", "[4/4]"]
+    assert results(tmp_path / "mine") == results(undisturbed)
+
+
+# ------------------------------------------------------------------- kills, and who does it
+
+
+def wait_for(process, condition):
+    deadline = time.time() + 100
+    while process.poll() is None and not condition() and time.time() < deadline:
+        time.sleep(0.005)
+
+
+def test_a_killed_grid_goes_on_to_the_same_bits(grid, tmp_path, undisturbed):
+    """Killed when one, two and three runs are begun, each a random moment later."""
+    moments = random.Random(3)
+    arguments = command("experiment", grid(), "-o", tmp_path, "--threads", 1)
+    for begun in (1, 2, 3):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(process, lambda n=begun: len(list(tmp_path.rglob("settings.json"))) >= n)
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        process.wait(60)
+    assert run_plan(plan_of(grid(), tmp_path), threads_each=1).done == 4
+    assert results(tmp_path / "mine") == results(undisturbed)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_all_to_be_resumed(grid, tmp_path, workers):
+    file = grid("long", settings={"epochs": 4000, "checkpoint_every": 4000})
+    arguments = command("experiment", file, "-o", tmp_path, "--threads", 1, "--workers", workers)
+    process = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+    def tuning():
+        logs = list(tmp_path.rglob("log.csv"))
+        return len(logs) >= workers and all(log.stat().st_size > 1000 for log in logs)
+
+    wait_for(process, tuning)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.decode().strip().endswith("stopped with 0 of 4 runs done; the same command goes on")
+    assert b"Traceback" not in said
+    begun = [run.directory for run in plan_of(file, tmp_path).runs if run.directory.exists]
+    assert len(begun) == workers
+    assert not list(tmp_path.rglob("failure.json"))
+    assert all(run.read_checkpoint()[1] > 0 for run in begun)
+
+
+def test_two_workers_find_the_same_bits(grid, tmp_path, undisturbed):
+    result = run_plan(plan_of(grid(), tmp_path), workers=2, threads_each=1)
+    assert (result.done, result.failed) == (4, {})
+    assert results(tmp_path / "mine") == results(undisturbed)
+    environment = json.loads(next(tmp_path.rglob("environment.json")).read_text())
+    assert environment["threads"] == 1
+
+
+def test_a_killed_worker_is_told_of_and_its_run_goes_on(grid, tmp_path):
+    file = grid("long", settings={"epochs": 60}, methods=["dapt"])
+    plan = plan_of(file, tmp_path)
+    told = []
+
+    class Told(Reporter):
+        def say(self, line):
+            told.append(line)
+
+    killer = (
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "log = Path(sys.argv[1]) / 'checkpoint.safetensors'\n"
+        "while not log.exists(): time.sleep(0.01)\n"
+        "for task in Path(f'/proc/{sys.argv[2]}/task').iterdir():\n"
+        "    for child in (task / 'children').read_text().split():\n"
+        "        command = Path(f'/proc/{child}/cmdline').read_bytes()\n"
+        "        if b'spawn_' + b'main' in command: os.kill(int(child), signal.SIGKILL)\n"
+    )
+    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        pytest.skip("children of a process are listed on Linux only")
+    watch = [sys.executable, "-c", killer, str(plan.runs[0].path), str(os.getpid())]
+    watcher = subprocess.Popen(watch)
+    result = run_plan(plan, workers=2, threads_each=1, reporter=Told())
+    assert watcher.wait(60) == 0
+    assert result.done == 2
+    assert any("its worker died; the run goes on in another" in line for line in told)
+
+
+def test_fewer_methods_of_a_suite(grid, tmp_path):
+    file = grid(sweeps={"beta_text": [0.5]})
+    result = dapt(
+        "experiment", file, "-o", tmp_path, "--methods", "beta_text=0.5,vpt", "--shots", "1",
+        "--threads", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    runs = {file.parent.parent.name for file in tmp_path.rglob("metrics.json")}
+    assert runs == {"beta_text=0.5", "vpt"}
+
+
+def test_yaml_of_a_suite_is_a_suite(tmp_path):
+    file = tmp_path / "copy.yaml"
+    file.write_text(dapt("experiment", "ablation", "--yaml").stdout)
+    assert read_suite(file).columns() == read_suite(suite_file("ablation")).columns()
+
+
+def test_settings_of_a_suite_are_settings():
+    for name in suite_names():
+        assert set(read_suite(suite_file(name)).settings) <= set(Settings.model_fields)
+
+
+# -------------------------------------------------------------------------------------- Ray
+
+
+@pytest.mark.timeout(600)  # a cluster is slow to start on a busy machine
+def test_a_lost_node_costs_no_run(grid, tmp_path):
+    """Lost while both nodes tune: what it was at goes on elsewhere, to the same bits."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    file = grid("ray", settings={"epochs": 300, "checkpoint_every": 50})
+    told = []
+
+    class Told(Reporter):
+        def say(self, line):
+            told.append(line)
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+
+        def lose_it():
+            deadline = time.time() + 100
+            while len(list(tmp_path.rglob("log.csv"))) < 2 and time.time() < deadline:
+                time.sleep(0.02)
+            cluster.remove_node(second, allow_graceful=False)
+
+        loss = threading.Thread(target=lose_it)
+        loss.start()
+        plan = plan_of(file, tmp_path / "a")
+        result = run_plan(plan, ray="auto", threads_each=1, reporter=Told())
+        loss.join()
+        assert (result.done, result.failed) == (4, {})
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert any("its worker died; the run goes on in another" in line for line in told), told
+    run_plan(plan_of(file, tmp_path / "b"), threads_each=1)
+    assert results(tmp_path / "a") == results(tmp_path / "b")

@@ -1,0 +1,67 @@
+"""What runs share saves work and changes no bit."""
+
+import pytest
+
+from dapt.data import ImageStore
+from dapt.settings import make_settings
+from dapt.shared import Shared, backbone_of
+from dapt.train import train
+
+
+@pytest.fixture
+def given(photo_folder, tiny_weights):
+    return {
+        "dataset": str(photo_folder),
+        "backbone": str(tiny_weights),
+        "device": "cpu",
+        "shots": 4,
+        "epochs": 2,
+        "lr": 0.02,
+        "eval_batch_size": 5,
+    }
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "linear-probe", "coop", "vpt", "dapt"])
+def test_shared_runs_end_in_the_same_bits(given, tmp_path, method):
+    settings = make_settings({**given, "method": method})
+    shared = Shared(backbone_of(settings))
+    train(make_settings({**given, "method": "dapt"}), tmp_path / "before", shared=shared)
+    runs = [
+        train(settings, tmp_path / "alone"),
+        train(settings, tmp_path / "together", shared=shared),
+    ]
+    for name in ("prompts.safetensors", "metrics.json"):
+        alone, together = ((run.path / name).read_bytes() for run in runs)
+        assert alone == together
+
+
+def test_images_are_encoded_once_without_prompts(given, tmp_path, monkeypatch):
+    batches, read = ImageStore.batches, []
+
+    def count(store, lists, *, train=None, **more):
+        lists = list(lists)
+        if train is None:
+            read.append(sum(map(len, lists)))
+        return batches(store, lists, train=train, **more)
+
+    monkeypatch.setattr(ImageStore, "batches", count)
+    settings = make_settings({**given, "method": "zero-shot"})
+    shared = Shared(backbone_of(settings))
+    for i, method in enumerate(["zero-shot", "linear-probe", "coop"]):
+        train(make_settings({**given, "method": method}), tmp_path / str(i), shared=shared)
+    assert read == [12, 12]  # support and test images: once each, whoever asks
+
+
+def test_the_oldest_images_go_when_memory_is_short(given):
+    from dapt.progress import Reporter
+    from dapt.train import support_of, task_of
+
+    settings = make_settings({**given, "memory_budget": 1e-6})
+    task, shared = task_of(settings), Shared(backbone_of(settings))
+    support = support_of(settings, task)
+    first = shared.store(task, support.train, settings)
+    first.kept_bytes = 10**6
+    shared.support(task, support, settings, Reporter())
+    assert shared.store(task, support.train, settings) is first  # the one in use stays
+    shared.store(task, task.test, settings)
+    assert shared.store(task, support.train, settings) is not first
