@@ -1,0 +1,123 @@
+"""``dapt report``: tables and figures of any set of runs, on one page that needs nothing else.
+
+collect.py     run directories -> runs, with mistrust
+study.py       which runs repeat one another, which vary a setting; numbers by seed
+statistics.py  means and intervals
+tables.py      a table, and its Markdown, CSV and LaTeX
+figures.py     a figure for the page, and its SVG and PNG
+features.py    what only the backbone and the images can tell
+sections.py    the parts of the page
+page.py        the page itself; page/ has its template, style and script
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapt.errors import UserError
+from dapt.files import read_json, write_atomic, write_json
+from dapt.progress import Reporter
+from dapt.report.collect import collect
+from dapt.report.features import Inside, look_inside
+from dapt.report.figures import Drawing
+from dapt.report.page import render
+from dapt.report.sections import Section, Sections
+from dapt.report.study import Study
+from dapt.report.tables import Table
+
+__all__ = ["Report", "write_report"]
+
+_CONTENTS = "contents.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the page, the folder beside it, and what to tell of the runs."""
+
+    page: Path
+    folder: Path
+    runs: int
+    unfinished: int
+    warnings: tuple[str, ...]
+
+
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    baseline: str | None = None,
+    features: bool = False,
+    reporter: Reporter | None = None,
+) -> Report:
+    """Write one HTML page of all runs under ``paths``, and its tables and figures beside it.
+
+    Args:
+        paths: run directories, or folders that hold some at any depth.
+        out: the page; the files go to a folder of its name with ``-files``.
+        baseline: method that differences are to; zero-shot or the first present, if None.
+        features: also load the backbones, for what metrics do not tell.
+        reporter: is told the progress.
+
+    Raises:
+        UserError: no run is found, the baseline has none, or ``out`` cannot be written.
+    """
+    reporter = reporter or Reporter()
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: give a file that ends in .html")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist, or it is one; give a file")
+    runs, warnings = collect(paths)
+    study = Study(runs, baseline)
+    sections = Sections(study)
+    inside: list[Inside] = []
+    notes: list[str] = []
+    if features:
+        inside, notes = look_inside(study, sections.drawn, sections.featured(), reporter)
+        sections.inside = inside
+    parts = sections.all(reporter)
+    warnings += study.warnings + sections.warnings
+    folder = out.with_name(f"{out.stem}-files")
+    _write_files(folder, parts)
+    write_atomic(
+        out,
+        render(study, parts, warnings, notes, features=features, folder=folder.name),
+    )
+    unfinished = sum(not run.finished for run in runs)
+    return Report(out, folder, len(runs), unfinished, tuple(warnings))
+
+
+def _write_files(folder: Path, parts: Sequence[Section]) -> None:
+    """Tables and figures as files; those of an earlier report that are no more are deleted."""
+    before: set[str] = set()
+    if (folder / _CONTENTS).is_file():
+        known = read_json(folder / _CONTENTS, "contents of an earlier report")
+        # What is deleted is only ever a file that a report wrote.
+        before = {n for n in known if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is there and not from a report; move it, or choose another --out"
+        )
+    folder.mkdir(exist_ok=True)
+    titles: dict[str, str] = {}
+
+    def write(item: Table | Drawing, files: dict[str, bytes | str]) -> None:
+        for suffix, content in files.items():
+            name = f"{item.name}.{suffix}"
+            data = content.encode() if isinstance(content, str) else content
+            (folder / name).write_bytes(data)
+            titles[name] = item.title
+
+    for block in (block for part in parts for block in part.blocks):
+        for drawing in block.drawings:
+            write(drawing, {"svg": drawing.svg, "png": drawing.png})
+        for table in block.tables:
+            write(
+                table,
+                {"md": table.to_markdown(), "csv": table.to_csv(), "tex": table.to_latex()},
+            )
+    for name in before - set(titles):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / _CONTENTS, titles)

@@ -1,0 +1,467 @@
+"""``dapt report`` on run directories whose numbers are known, and on damaged and hostile ones."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dapt.cli import app
+from dapt.errors import UserError
+from dapt.report import write_report
+from dapt.report.statistics import estimate
+
+runner = CliRunner()
+CLASSES = ("cat", "dog", "bird")
+
+
+def scores_of(accuracy, names=CLASSES, **more):
+    """An evaluation's figures; every class is taken for the next one where it is not right."""
+    wrong = round(10 * (1 - accuracy))
+    size = len(names)
+    confusion = [
+        [10 - wrong if j == i else wrong if j == (i + 1) % size else 0 for j in range(size)]
+        for i in range(size)
+    ]
+    per_class = [{"class": n, "images": 10, "accuracy": accuracy} for n in names]
+    return {"images": 10 * size, "accuracy": accuracy, "macro_f1": accuracy - 0.01,
+            "ece": 0.1, "per_class": per_class, "confusion": confusion, **more}  # fmt: skip
+
+
+def make_run(
+    folder,
+    accuracy,
+    *,
+    method="dapt",
+    dataset="pets",
+    shots=16,
+    seed=1,
+    evals=None,
+    names=CLASSES,
+    finished=True,
+    **settings,
+):
+    """Write a run directory as ``dapt train`` does, without its tensors."""
+    folder.mkdir(parents=True)
+    given = {"dataset": dataset, "method": method, "shots": shots, "seed": seed, "epochs": 5,
+             "lr": 8.0, "beta_visual": 10.0, "beta_text": 0.1, "crop_min": 0.5}  # fmt: skip
+    given |= settings
+    learns = method not in ("zero-shot", "linear-probe")
+    move = {"before": 1.0, "after": 0.9}
+    metrics = {
+        "method": method, "dataset": dataset, "shots": shots, "seed": seed,
+        "learned_parameters": 5120 if learns else 0, "support_images": shots * len(names),
+        "dispersion": {"inter": move, "intra": move} if learns else {},
+        "test": scores_of(accuracy, names),
+    }  # fmt: skip
+    task = {"dataset": dataset, "template": "a {}.", "class_names": list(names)}
+    environment = {"python": "3.11.0", "commit": f"abc{seed}", "tuning_seconds": 2.5,
+                   "versions": {"torch": "2.9"}}  # fmt: skip
+    files = {"settings": given, "task": task, "environment": environment}
+    if finished:
+        files["metrics"] = metrics
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    for name, value in (evals or {}).items():
+        (folder / f"eval-{name}.json").write_text(json.dumps(value))
+    if learns:
+        log = "step,epoch,lr,loss,cross_entropy,intra,accuracy\n"
+        log += "".join(f"{i},{i // 2},0.1,2,{2 - i / 10},0.5,0.5\n" for i in range(6))
+        (folder / "log.csv").write_text(log)
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, links, ids, text and tables of a page."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.ids, self.links, self.tags, self.attributes = [], [], [], []
+        self.text, self.tables = "", {}
+        self._table = self._row = self._skip = None
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.tags.append(tag)
+        self.attributes += named.items()
+        if "id" in named:
+            self.ids.append(named["id"])
+            if named["id"].startswith("table-"):
+                self._table = self.tables.setdefault(named["id"][6:], [])
+        if tag == "a":
+            self.links.append(named["href"])
+        if tag == "tr" and self._table is not None:
+            self._table.append([])
+        if tag in ("td", "th") and self._table:
+            self._table[-1].append("")
+        if tag == "span" and named.get("class", "").startswith("pm"):
+            self.handle_data(" ")
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self._table = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._table and self._table[-1]:
+            self._table[-1][-1] += data
+
+    def cell(self, table, row, column):
+        head, *rows = ([" ".join(c.split()) for c in r] for r in self.tables[table])
+        place = next(i for i, h in enumerate(head) if h.startswith(column))
+        return next(r[place] for r in rows if r[0] == row)
+
+
+def report(runs, tmp_path, **options):
+    written = write_report([runs], tmp_path / "report.html", **options)
+    return written, Page(written.page)
+
+
+def check_links(page, folder):
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
+        else:
+            assert (folder / link).is_file(), link
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Two methods over shots and seeds, and zero-shot once."""
+    runs = tmp_path / "runs"
+    make_run(runs / "a", 0.6, method="zero-shot")
+    for seed, (dapt, coop) in enumerate([(0.70, 0.65), (0.72, 0.66), (0.74, 0.70)], 1):
+        make_run(runs / f"d{seed}", dapt, seed=seed)
+        make_run(runs / f"c{seed}", coop, method="coop", seed=seed)
+        make_run(runs / f"d4-{seed}", dapt - 0.1, shots=4, seed=seed)
+    return runs
+
+
+def test_estimate():
+    found = estimate([0.70, 0.72, 0.74])
+    assert found.mean == pytest.approx(0.72)
+    assert found.half == pytest.approx(4.302653 * 0.02 / 3**0.5)  # t of two degrees of freedom
+    assert estimate([0.5]).half is None
+
+
+def test_means_intervals_and_paired_differences(grid, tmp_path):
+    written, page = report(grid, tmp_path)
+    assert (written.runs, written.unfinished, written.warnings) == (10, 0, ())
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+    assert page.cell("accuracy-pets", "DAPT", "4 shots") == "62.0 ±5.0"
+    assert page.cell("accuracy-pets", "CoOp", "16 shots") == "67.0 ±6.6"
+    assert page.cell("accuracy-pets", "CoOp", "4 shots") == "–"
+    # One run of zero-shot stands for every seed and number of shots.
+    assert page.cell("accuracy-pets", "Zero-shot CLIP", "4 shots") == "60.0"
+    assert page.cell("difference-pets", "DAPT", "16 shots") == "+12.0 ±5.0"
+    check_links(page, tmp_path)
+
+
+def test_baseline_is_paired_by_seed(grid, tmp_path):
+    _, page = report(grid, tmp_path, baseline="coop")
+    # 5, 6 and 4 points: far narrower than the intervals of the two means.
+    assert page.cell("difference-pets", "DAPT", "16 shots") == "+5.0 ±2.5"
+    assert page.cell("difference-pets", "Zero-shot CLIP", "16 shots") == "−7.0 ±6.6"
+    shutil.rmtree(grid / "c3")
+    _, page = report(grid, tmp_path, baseline="coop")
+    assert page.cell("difference-pets", "DAPT", "16 shots") == "+5.5 ±6.4"
+    with pytest.raises(UserError, match="did you mean 'coop'"):
+        report(grid, tmp_path, baseline="cop")
+
+
+def test_average_is_over_seeds_that_every_dataset_has(grid, tmp_path):
+    for seed in (1, 2):
+        make_run(grid / f"f{seed}", 0.5, dataset="flowers", seed=seed)
+    _, page = report(grid, tmp_path)
+    assert page.cell("accuracy-average", "DAPT", "16 shots") == "60.5 ±6.4"  # of 60 and 61
+    assert "CoOp" not in [row[0].strip() for row in page.tables["accuracy-average"]]
+    check_links(page, tmp_path)
+
+
+def test_one_run_only(tmp_path):
+    make_run(tmp_path / "runs", 0.7)
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("overview", "DAPT", "accuracy") == "70.0"
+    assert written.warnings == ()
+    assert 'href="#run-1"' in page.source
+    check_links(page, tmp_path)
+
+
+def test_unfinished_runs_are_listed_and_not_counted(grid, tmp_path):
+    make_run(grid / "z", 0.1, seed=4, finished=False)
+    written, page = report(grid, tmp_path)
+    assert written.unfinished == 1
+    assert "unfinished" in page.text
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+
+
+def test_files_say_what_the_page_says(grid, tmp_path):
+    written, page = report(grid, tmp_path)
+    tables = [p for p in written.folder.iterdir() if p.suffix == ".csv"]
+    assert {p.stem for p in tables} == set(page.tables)
+    compared = 0
+    for file in tables:
+        head, *rows = list(csv.reader(file.open(encoding="utf-8")))
+        shown = page.tables[file.stem][1:]
+        assert len(rows) == len(shown)
+        for row, cells in zip(rows, shown, strict=True):
+            # Intervals and counts have columns of their own in the CSV.
+            values = [v for v, h in zip(row, head, strict=True) if not h.endswith((" ±", " n"))]
+            for value, cell in zip(values, cells, strict=True):
+                number = cell.split()[0] if cell.split() else ""
+                number = number.replace("−", "-").replace(",", "").lstrip("+")
+                if re.fullmatch(r"-?[\d.]+", number):
+                    digits = len(number.partition(".")[2])
+                    assert float(number) == pytest.approx(float(value), abs=0.51 * 10**-digits)
+                    compared += 1
+    assert compared > 40
+    markdown = (written.folder / "accuracy-pets.md").read_text(encoding="utf-8")
+    assert "| DAPT | **62.0 ± 5.0** | **72.0 ± 5.0** |" in markdown
+    latex = (written.folder / "accuracy-pets.tex").read_text(encoding="utf-8")
+    assert r"DAPT & \textbf{62.0} $\pm$ 5.0 & \textbf{72.0} $\pm$ 5.0 \\" in latex
+    for svg in written.folder.glob("*.svg"):
+        assert svg.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_domains_and_cross_dataset(tmp_path):
+    for seed, gain in ((1, 0.0), (2, 0.02)):
+        evals = {
+            # Without the fields that name domain and classes, and with them.
+            "sketch": {"dataset": "pets:sketch", "test": scores_of(0.5 + gain)},
+            "clay": {"dataset": "pets", "domain": "clay", "classes": "all",
+                     "test": scores_of(0.3 + gain)},
+            "cars": {"dataset": "cars", "test": scores_of(0.2 + gain)},
+        }  # fmt: skip
+        make_run(tmp_path / f"runs/{seed}", 0.7, seed=seed, evals=evals)
+    _, page = report(tmp_path / "runs", tmp_path)
+    cell = page.cell
+    assert cell("domains-pets-16-shots", "DAPT", "source: pets") == "70.0 ±0.0"
+    assert cell("domains-pets-16-shots", "DAPT", "sketch") == "51.0 ±12.7"
+    assert cell("domains-pets-16-shots", "DAPT", "average") == "41.0 ±12.7"
+    assert cell("cross-dataset-pets-16-shots", "DAPT", "cars") == "21.0 ±12.7"
+
+
+def test_base_to_new(tmp_path):
+    for seed, new in ((1, 0.4), (2, 0.6)):
+        evals = {"new": {"dataset": "pets", "classes": "new", "test": scores_of(new)}}
+        make_run(tmp_path / f"runs/{seed}", 0.8, seed=seed, evals=evals, classes="base")
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "base") == "80.0 ±0.0"
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "new") == "50.0 ±127.1"
+    # Of 53.3 and 68.6.
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "harmonic").startswith("61.0")
+    assert "accuracy-pets" not in page.tables  # base classes alone are another, easier task
+    check_links(page, tmp_path)
+
+
+def test_ablations_name_what_differs_and_stay_out_of_the_comparison(grid, tmp_path):
+    for seed in (1, 2):
+        make_run(grid / f"m{seed}", 0.5, seed=seed, text_vectors=4, checkpoint_every=7)
+    written, page = report(grid, tmp_path)
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+    table = "ablation-dapt-text-vectors-16-shots"
+    assert page.cell(table, "text_vectors = 4", "pets") == "50.0 ±0.0"
+    assert page.cell(table, "text_vectors = 16 (main)", "pets") == "72.0 ±5.0"
+    assert page.cell(table, "text_vectors = 4", "difference") == "−21.0 ±12.7"
+    assert written.warnings == ()
+
+
+def test_settings_searched_for_each_seed_are_no_ablation(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"runs/{seed}", 0.7, seed=seed, lr=float(seed))
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "70.0 ±0.0"
+    assert not any(name.startswith("ablation") for name in page.tables)
+
+
+def test_a_repeated_run_counts_once(grid, tmp_path):
+    shutil.copytree(grid / "d3", grid / "e3")
+    written, page = report(grid, tmp_path)
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+    assert len(written.warnings) == 1
+    assert str(grid / "e3") in written.warnings[0]
+
+
+def edit(file, **changes):
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps({**value, **changes}))
+
+
+DAMAGE = {
+    "half a file": lambda run: (run / "metrics.json").write_text('{"test": {"accu'),
+    "nothing": lambda run: (run / "metrics.json").write_text(""),
+    "bytes": lambda run: (run / "settings.json").write_bytes(b"\xff\xfe\x00"),
+    "deep": lambda run: (run / "metrics.json").write_text("[" * 100_000),
+    "a list": lambda run: (run / "settings.json").write_text("[1, 2]"),
+    "no settings": lambda run: (run / "settings.json").unlink(),
+    "nan": lambda run: edit(run / "metrics.json", test=scores_of(0.5, ece=float("nan"))),
+    "above one": lambda run: edit(run / "metrics.json", test=scores_of(0.5, ece=7)),
+    "a word": lambda run: edit(run / "metrics.json", test={**scores_of(0.5), "accuracy": "0.9"}),
+    "true": lambda run: edit(run / "settings.json", shots=True),
+    "huge": lambda run: edit(run / "settings.json", seed=10**400),
+    "no name": lambda run: edit(run / "settings.json", method={"$gt": ""}),
+    "names": lambda run: edit(run / "task.json", class_names=[1, None]),
+    "other run": lambda run: edit(run / "metrics.json", method="coop"),
+    "dispersion": lambda run: edit(run / "metrics.json", dispersion={"inter": [1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_run_is_named_and_the_rest_goes_on(damage, grid, tmp_path):
+    bad = make_run(grid / "bad-run", 0.1, seed=9)
+    damage(bad)
+    result = runner.invoke(app, ["report", str(grid), "--out", str(tmp_path / "report.html")])
+    assert result.exit_code == 0, result.output
+    assert str(bad) in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    page = Page(tmp_path / "report.html")
+    assert str(bad) in page.text
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kept"),
+    [
+        ("environment.json", "[", "shown without it"),
+        ("eval-x.json", '{"dataset": 1}', "this evaluation is left out"),
+        ("log.csv", "step,epoch,cross_entropy\n0,0,nan\n", "its curves are left out"),
+        ("log.csv", "step,epoch,cross_entropy\n0,0\n", "its curves are left out"),
+        ("metrics.json", None, "its mistakes are left out"),
+    ],
+)
+def test_a_damaged_part_costs_only_that_part(file, content, kept, tmp_path):
+    run = make_run(tmp_path / "runs", 0.7)
+    if content is None:
+        edit(run / file, test=scores_of(0.7, confusion=[[1, 2], [3]]))
+    else:
+        (run / file).write_text(content)
+    written, page = report(run, tmp_path)
+    assert [kept in w and str(run) in w for w in written.warnings] == [True]
+    assert page.cell("overview", "DAPT", "accuracy") == "70.0"
+
+
+HOSTILE = "</script><script>alert(1)</script>"
+QUOTED = '"><img src=x onerror=alert(1)> $x^ {{7*7}} | `=` \x1b[31m\u202etxt'
+
+
+def test_names_are_text_wherever_they_stand(tmp_path):
+    names = (HOSTILE, QUOTED, "=HYPERLINK('x')")
+    evals = {"x": {"dataset": HOSTILE, "test": scores_of(0.4, names)}}
+    for seed in (1, 2):
+        make_run(tmp_path / f"runs/{seed}", 0.4, seed=seed, dataset=QUOTED, names=names,
+                 evals=evals, template=HOSTILE)  # fmt: skip
+    make_run(tmp_path / "runs/m", 0.5, method=HOSTILE, dataset=QUOTED, names=names)
+    make_run(tmp_path / "runs/<i>", 0.5, dataset=QUOTED, names=names, seed=3, text_init=QUOTED)
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "i" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "49" not in re.findall(r"\$x\^ (\S+)", page.text)
+    assert HOSTILE in page.text
+    assert "\x1b" not in page.source
+    assert "\u202e" not in page.source
+    check_links(page, tmp_path)
+    for file in written.folder.iterdir():
+        assert re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex|json)", file.name)
+        if file.suffix == ".csv":
+            for row in csv.reader(file.open(encoding="utf-8")):
+                assert not any(cell[:1] in ("=", "+", "@") for cell in row)
+        if file.suffix == ".md":
+            assert "<img" not in file.read_text(encoding="utf-8")
+
+
+def test_page_needs_nothing_else(grid, tmp_path):
+    _, page = report(grid, tmp_path)
+    loads = [v for k, v in page.attributes if k in ("src", "xlink:href", "data", "poster") and v]
+    assert all(v.startswith(("#", "data:image/")) for v in loads)
+    assert "link" not in page.tags
+    assert not re.search(r"url\((?!#)|@import", page.source)
+
+
+def test_same_runs_give_the_same_bytes(grid, tmp_path):
+    def contents():
+        written, _ = report(grid, tmp_path)
+        files = [written.page, *sorted(written.folder.iterdir())]
+        return {file.name: file.read_bytes() for file in files}
+
+    assert contents() == contents()
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(grid, tmp_path):
+    make_run(grid / "f", 0.5, dataset="flowers")
+    written, _ = report(grid, tmp_path)
+    assert (written.folder / "accuracy-flowers.csv").exists()
+    (written.folder / "mine.txt").write_text("kept")
+    shutil.rmtree(grid / "f")
+    report(grid, tmp_path)
+    assert not (written.folder / "accuracy-flowers.csv").exists()
+    assert (written.folder / "mine.txt").exists()
+    (tmp_path / "other-files").mkdir()
+    (tmp_path / "other-files" / "thesis.tex").write_text("kept")
+    with pytest.raises(UserError, match="not from a report"):
+        write_report([grid], tmp_path / "other.html")
+
+
+def test_what_cannot_be_reported_is_said_in_one_sentence(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "settings.json").write_text('{"editor": 1}')  # of another program
+    for arguments, sentence in (
+        ([empty], "no run directory is in"),
+        ([tmp_path / "none"], "is no folder"),
+        ([empty, "--out", tmp_path / "x.pdf"], "ends in .html"),
+        ([empty, "--out", tmp_path / "no" / "x.html"], "its folder does not exist"),
+    ):
+        result = runner.invoke(app, ["report", *map(str, arguments)])
+        assert result.exit_code == 2
+        assert sentence in " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def tuned(photo_folder, tiny_weights, tmp_path_factory):
+    """A real run, whose backbone and images are there; and a copy of its images."""
+    root = tmp_path_factory.mktemp("tuned")
+    photos = root / "photos"
+    shutil.copytree(photo_folder, photos)
+    options = [photos, "--backbone", tiny_weights, "--device", "cpu", "--shots", 2, "--epochs", 1,
+               "--lr", 0.1, "--set", "text_vectors=2", "--set", "visual_vectors=2"]  # fmt: skip
+    result = runner.invoke(app, ["train", *map(str, options), "-o", str(root / "run")])
+    assert result.exit_code == 0, result.output
+    return root / "run", photos
+
+
+def test_features(tuned, tmp_path):
+    run, photos = tuned
+    written, page = report(run, tmp_path, features=True)
+    assert written.warnings == ()
+    names = {Path(link).stem for link in page.links}
+    for kind in ("map-text", "map-image"):
+        for time in ("before", "after"):
+            assert f"{kind}-photos-dapt-1-{time}" in names
+    assert "reliability-photos-dapt-1" in names
+    accuracy = json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
+    assert accuracy < 1
+    images = [v for k, v in page.attributes if k == "src"]
+    assert images
+    assert all(v.startswith("data:image/webp;base64,") for v in images)
+    check_links(page, tmp_path)
+
+    # Without the images: what needs them is left out and named, the text features are there.
+    photos.rename(photos.with_name("gone"))
+    _, page = report(run, tmp_path, features=True)
+    assert "no images to look at" in page.text
+    assert "map-text-photos-dapt-1-after" in {Path(link).stem for link in page.links}
+    assert "img" not in page.tags
+    edit(run / "environment.json", backbone_sha256="other")
+    _, page = report(run, tmp_path, features=True)
+    assert "its prompts only fit the original ones" in page.text
+    _, page = report(run, tmp_path)
+    assert "add --features" in " ".join(page.text.split())
