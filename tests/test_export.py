@@ -1,0 +1,310 @@
+"""Exported classifiers: the same probabilities, in a file that needs neither dapt nor torch."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import REPOSITORY
+from dapt.cli import app
+from dapt.evaluate import classify
+from dapt.exchange import read_published
+from dapt.settings import make_settings
+from dapt.shared import Shared
+from dapt.train import load_classifier, task_of, train
+
+runner = CliRunner()
+
+
+def dapt(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def fails(sentence, *arguments):
+    result = dapt(*arguments)
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.stderr.split())
+    assert sentence in said, said
+
+
+METHODS = ["dapt", "coop", "linear-probe"]
+# For what does not depend on the method.
+once = pytest.mark.parametrize("run", ["dapt"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory, tiny_weights, photo_folder):
+    given = {
+        "dataset": str(photo_folder),
+        "backbone": str(tiny_weights),
+        "method": request.param,
+        "shots": 2,
+        "epochs": 2,
+        "batch_size": 4,
+        "text_vectors": 2,
+        "visual_vectors": 3,
+    }
+    return train(make_settings(given), tmp_path_factory.mktemp("runs") / request.param)
+
+
+@pytest.fixture(scope="module")
+def views(run):
+    """Test images of the run, normalised: (12, 3, 32, 32), and what torch says of them."""
+    classifier, settings = load_classifier(run), run.read_settings()
+    task = task_of(settings)
+    store = Shared(classifier.backbone).store(task, task.test, settings)
+    expected = classify(classifier, store).softmax(-1)
+    return classifier.backbone.normalize(store.test_views(range(len(store)))), expected
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """An ONNX file, of which the card lies beside, and what the command said."""
+    file = tmp_path_factory.mktemp("exports") / "photos.onnx"
+    result = dapt("export", run.path, "-o", file)
+    assert result.exit_code == 0, result.output
+    return file, " ".join(result.stdout.split())
+
+
+def session(file):
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+def test_onnx_gives_the_same_probabilities_for_any_batch(exported, views):
+    images, expected = views
+    graph = session(exported[0])
+    for size in (1, 3, 12):
+        found = np.concatenate(
+            [graph.run(None, {"images": part.numpy()})[0] for part in images.split(size)]
+        )
+        assert found.shape == expected.shape
+        assert np.abs(found - expected.numpy()).max() < 1e-4
+    assert expected.argmax(-1).unique().numel() > 1, "one class for all would prove little"
+
+
+def test_export_says_how_far_it_is_off(exported):
+    assert "largest difference of a probability" in exported[1]
+    assert "same class for 100%, on 12 test images and 4 of noise" in exported[1]
+
+
+def test_metadata_is_all_that_is_needed_to_use_the_file(run, exported):
+    facts = session(exported[0]).get_modelmeta().custom_metadata_map
+    facts = {name: json.loads(text) for name, text in facts.items()}
+    _, names, _ = run.read_task()
+    environment = json.loads(run.environment_file.read_text())
+    assert facts["labels"] == list(names)
+    assert facts["preprocessing"]["size"] == 32
+    assert facts["provenance"]["method"] == run.read_settings().method
+    assert facts["provenance"]["backbone_sha256"] == environment["backbone_sha256"]
+    assert facts["provenance"]["int8"] is False
+
+
+@once
+def test_a_file_tells_nothing_of_the_machine_and_is_the_same_each_time(run, exported, tmp_path):
+    again = tmp_path / "photos.onnx"
+    assert dapt("export", run.path, "-o", again).exit_code == 0
+    content = again.read_bytes()
+    assert content == exported[0].read_bytes()
+    assert str(REPOSITORY).encode() not in content
+    assert str(run.path.parent).encode() not in content
+
+
+def test_int8(run, exported, views, tmp_path):
+    images, expected = views
+    file = tmp_path / "small.onnx"
+    result = dapt("export", run.path, "-o", file, "--int8")
+    assert result.exit_code == 0, result.output
+    assert file.stat().st_size < 0.6 * exported[0].stat().st_size
+    kinds = {t.data_type for t in onnx.load(file).graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds
+    found = session(file).run(None, {"images": images.numpy()})[0]
+    assert np.abs(found - expected.numpy()).max() < 0.1
+    facts = session(file).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["provenance"])["int8"] is True
+    assert "8 bits" in file.with_suffix(".md").read_text()
+
+
+def test_torch_program(run, views, tmp_path):
+    images, expected = views
+    file = tmp_path / "photos.pt2"
+    result = dapt("export", run.path, "-o", file, "--format", "torch")
+    assert result.exit_code == 0, result.output
+    facts = {"labels.json": "", "provenance.json": ""}
+    program = torch.export.load(file, extra_files=facts).module()
+    with torch.inference_mode():
+        found = torch.cat([program(part) for part in images.split(5)])
+    assert float((found - expected).abs().max()) < 1e-4
+    assert json.loads(facts["labels.json"]) == list(run.read_task()[1])
+
+
+def test_coop_round_trip(run, tmp_path):
+    file = tmp_path / "prompt_learner" / "model.pth.tar-2"
+    if run.read_settings().method == "linear-probe":
+        fails("has no learned prompts", "export", run.path, "-o", file, "--format", "coop")
+        return
+    assert dapt("export", run.path, "-o", file, "--format", "coop").exit_code == 0
+    tensors, _ = run.read_tensors(run.prompts_file)
+    back = read_published(file)
+    assert torch.equal(back.text, tensors["text_prompt"])
+    if "visual_prompt" in tensors:
+        assert torch.equal(back.visual, tensors["visual_prompt"])
+    else:
+        assert back.visual is None
+
+
+def test_card_says_what_the_model_is(run, exported):
+    card = exported[0].with_suffix(".md").read_text()
+    metrics = json.loads(run.metrics_file.read_text())
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert "license" in front
+    assert "photos.onnx" in body
+    for name in run.read_task()[1]:
+        assert name in body
+    assert f"{100 * metrics['test']['accuracy']:.1f}" in body
+
+
+@once
+def test_a_file_that_is_no_card_is_kept(run, tmp_path):
+    (tmp_path / "photos.md").write_text("my notes")
+    fails("is something else", "export", run.path, "-o", tmp_path / "photos.onnx")
+    assert (tmp_path / "photos.md").read_text() == "my notes"
+    assert not (tmp_path / "photos.onnx").exists()
+
+
+@once
+def test_what_cannot_be_exported(run, tmp_path):
+    fails("unknown format 'tflite'", "export", run.path, "-o", tmp_path / "a", "-f", "tflite")
+    fails("--int8 goes with", "export", run.path, "-o", tmp_path / "a", "-f", "torch", "--int8")
+    fails("must name a file", "export", run.path, "-o", tmp_path)
+    fails("is no run directory", "export", tmp_path, "-o", tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_needs_neither_torch_nor_dapt(run, exported, photo_folder, tmp_path):
+    """It runs where importing either fails, and says what 'dapt predict' says."""
+    for name in ("torch", "dapt", "torchvision", "open_clip"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
+    pictures = sorted((photo_folder / "test").rglob("*.png"))
+    made = subprocess.run(
+        [sys.executable, REPOSITORY / "examples" / "onnx_predict.py", exported[0], *pictures],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 0, made.stderr
+    lines = dict(line.rsplit(": ", 1) for line in made.stdout.splitlines())
+    result = dapt("predict", run.path, *pictures, "--json")
+    for line in result.stdout.splitlines():
+        found = json.loads(line)
+        best = found["classes"][0]
+        name, _, percent = lines[found["path"]].rpartition(" ")
+        assert name == best["class"]
+        assert abs(float(percent[:-1]) - 100 * best["probability"]) < 0.06
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub as one commit asks for; keeps what it was told."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, body, self.headers.get("Authorization")))
+        host = f"http://127.0.0.1:{self.server.server_port}"
+        if self.server.refuses:
+            self._answer(403, {"error": "you may not write here"})
+        elif self.path.endswith("/api/repos/create"):
+            self._answer(200, {"url": f"{host}/me/photos", "name": "me/photos"})
+        elif "/preupload/" in self.path:
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": f["path"], **how} for f in json.loads(body)["files"]]
+            self._answer(200, {"files": files})
+        elif "/commit/" in self.path:
+            url = f"{host}/me/photos/commit/0123"
+            self._answer(200, {"commitUrl": url, "commitOid": "0123", "success": True})
+        else:
+            self._answer(200, {})
+
+    def do_GET(self):
+        self.server.seen.append((self.path, b"", self.headers.get("Authorization")))
+        self._answer(200, {"id": "me/photos", "sha": "0123", "siblings": []})
+
+    def _answer(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.seen, server.refuses = [], False
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(run, hub, tmp_path):
+    """The command in a process of its own: the client reads its endpoint when imported."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_TOKEN": "hf_only_a_test",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "dapt.cli", "push", str(run.path), "me/photos", "--private"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+
+
+@once
+def test_push_makes_one_commit_of_run_and_card(run, hub, tmp_path):
+    """Against a stub of the hub's interface, not the hub."""
+    made = push(run, hub, tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert f"http://127.0.0.1:{hub.server_port}/me/photos/commit/0123" in made.stdout
+    created = next(body for path, body, _ in hub.seen if path.endswith("/repos/create"))
+    assert b"private" in created  # newer clients: "visibility": "private"
+    commits = [body for path, body, _ in hub.seen if "/commit/" in path]
+    assert len(commits) == 1
+    entries = [json.loads(line) for line in commits[0].splitlines()]
+    files = {e["value"]["path"] for e in entries if e["key"] == "file"}
+    assert {"README.md", "settings.json", "prompts.safetensors", "metrics.json"} <= files
+    assert "checkpoint.safetensors" not in files
+    assert all(token == "Bearer hf_only_a_test" for _, _, token in hub.seen)
+
+
+@once
+def test_push_refused_is_one_sentence(run, hub, tmp_path):
+    hub.refuses = True
+    made = push(run, hub, tmp_path)
+    assert made.returncode == 2
+    assert "Traceback" not in made.stderr
+    assert "could not be pushed to 'me/photos'" in " ".join(made.stderr.split())
+
+
+@once
+def test_push_dry_run_lists_the_files(run):
+    listed = dapt("push", run.path, "me/photos", "--dry-run")
+    assert listed.exit_code == 0
+    assert "prompts.safetensors" in listed.stdout
+    assert "checkpoint" not in listed.stdout
