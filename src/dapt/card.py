@@ -9,7 +9,7 @@ from dapt import __version__
 from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.runs import RunDirectory
-from dapt.settings import IMPORTED, Settings
+from dapt.settings import FITTED, IMPORTED, Settings
 
 # By this a card is known for one of ours, which may be replaced.
 _START = "---\nlibrary_name: dapt\n"
@@ -38,7 +38,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     environment = read_json(run.environment_file, "environment of the run")
     support = read_json(run.support_file, "support set of the run")
     method = get_method(settings.method)
-    data = "not recorded" if dataset == IMPORTED else dataset
+    data = {IMPORTED: "not recorded", FITTED: "images given in Python"}.get(dataset, dataset)
     if "imported_from" in environment:
         made = (
             f"The prompts were read from the checkpoint `{environment['imported_from']}` "

@@ -124,7 +124,7 @@ class RunDirectory:
 
         The settings go first and come last: while they are missing, no run is here.
         """
-        for file in [self.settings_file, *self._results(), *self._records()]:
+        for file in [self.settings_file, *self.results(), *self._records()]:
             file.unlink(missing_ok=True)
         try:
             write_json(self.task_file, _task_record(task))
@@ -183,7 +183,8 @@ class RunDirectory:
         value = read_json(self.failure_file, "failure record")
         return str(value.get("error")) if isinstance(value, dict) else "unknown"
 
-    def _results(self) -> list[Path]:
+    def results(self) -> list[Path]:
+        """Files of what came of the run, there or not; another run replaces them all."""
         files = [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file]
         files.append(self.failure_file)
         board = list(self.tensorboard.iterdir()) if self.tensorboard.is_dir() else []

@@ -15,8 +15,12 @@ from dapt.methods import PUBLISHED, get_method, published_epochs
 # README's section on settings for the figures).
 OWN_DATA = {"lr": 8.0, "beta_visual": 10.0, "beta_text": 0.1, "crop_min": 0.5}
 
-# Dataset of a run whose prompts came without one.
-IMPORTED = "imported"
+# Datasets of runs that have none to be opened again, and where their prompts come from.
+IMPORTED, FITTED = "imported", "fitted"
+WITHOUT_DATASET = {
+    IMPORTED: "imported without a dataset",
+    FITTED: "tuned on images given in Python",
+}
 
 
 class Settings(BaseModel):

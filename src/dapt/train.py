@@ -43,7 +43,7 @@ from dapt.progress import Reporter
 from dapt.prompts import Prompts, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
-from dapt.settings import IMPORTED, Settings, loss_weights
+from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights
 from dapt.shared import Shared, Support, backbone_of
 from dapt.tuning import Tuner, learning_rate
 
@@ -129,6 +129,9 @@ def train(
                 run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
             )
         tuned = time.perf_counter()
+        if settings.dataset == FITTED:  # who gave the images keeps those to test on
+            run.add_to_environment(tuning_seconds=round(spent_before + tuned - started, 2))
+            return run
         try:
             test = evaluate_task(classifier, task, settings, reporter, shared)
         except UserError as error:
@@ -189,12 +192,12 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
     """Open the task that settings name; to evaluate on only, it needs no training images.
 
     Raises:
-        UserError: as `open_task`, or the run's prompts were imported without a dataset.
+        UserError: as `open_task`, or the run's prompts came without a dataset.
     """
-    if settings.dataset == IMPORTED:
+    if settings.dataset in WITHOUT_DATASET:
         raise UserError(
-            "these prompts were imported without a dataset; 'dapt eval RUN --dataset ...' "
-            "evaluates them on one"
+            f"these prompts were {WITHOUT_DATASET[settings.dataset]}; 'dapt eval RUN --dataset "
+            "...' evaluates them on one"
         )
     task = open_task(
         settings.dataset,

@@ -1,7 +1,14 @@
 """Tasks (bundled, benchmarks, folders, tables), support sets, and images."""
 
 from dapt.data.benchmarks import BENCHMARKS, Benchmark, read_split
-from dapt.data.images import ImageStore, centre_view, decode_image, is_image_file, open_image
+from dapt.data.images import (
+    ImageStore,
+    centre_view,
+    decode_image,
+    is_image_file,
+    open_image,
+    upright_rgb,
+)
 from dapt.data.items import Item, Task, subset_classes
 from dapt.data.support import SupportSet, draw_support_set, load_support_set
 from dapt.data.tasks import bundled_domains, open_task
@@ -23,4 +30,5 @@ __all__ = [
     "open_task",
     "read_split",
     "subset_classes",
+    "upright_rgb",
 ]

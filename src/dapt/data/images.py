@@ -10,11 +10,11 @@ import os
 import random
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
             image.load()
             if min(image.size) < 1:
                 raise ValueError("it has no pixels")
-            return _upright(_as_rgb(image), _orientation(image))
+            return upright_rgb(image)
     except UnidentifiedImageError as error:
         file.seek(0)
         reason = "not an image in a known format" if file.read(1) else "the file is empty"
@@ -121,6 +121,11 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     except Exception as error:  # decoders fail on damaged files in whatever way
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A copy of an opened image as upright 8-bit RGB, as `open_image` says."""
+    return _upright(_as_rgb(image), _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -266,13 +271,14 @@ class ImageStore:
     What is kept never changes a view; it only saves decoding. Nothing is read at construction.
 
     Args:
-        paths: image files; an image's index is its place here.
+        paths: image files, or whatever ``read`` reads; an image's index is its place here.
         size: side of a view, px.
         interpolation: ``bicubic`` or another of `INTERPOLATIONS`.
         resize_mode: ``shortest`` or ``squash``, of test views; see `centre_view`.
         crop_min: least share of an image's area that a train view shows; the protocol's is 0.08.
         memory_budget: bytes that kept images may take in all. First come, first kept.
         threads: decoding threads; by default one a core, at most eight.
+        read: one of ``paths`` -> upright RGB, called in those threads.
 
     Attributes:
         kept_bytes: what kept images take by now.
@@ -283,7 +289,7 @@ class ImageStore:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Any],
         *,
         size: int,
         interpolation: str = "bicubic",
@@ -291,6 +297,7 @@ class ImageStore:
         crop_min: float = CROP_MIN,
         memory_budget: int = 2 * 2**30,
         threads: int | None = None,
+        read: Callable[[Any], Image.Image] = open_image,
     ) -> None:
         _resample(interpolation)
         _resize_mode(resize_mode)
@@ -301,6 +308,7 @@ class ImageStore:
         self.crop_min = crop_min
         self.memory_budget = memory_budget
         self.threads = threads or min(8, _cores())
+        self._read = read
         self._kept: dict[int, Image.Image] = {}
         self.kept_bytes = 0
         self._lock = threading.Lock()
@@ -316,7 +324,7 @@ class ImageStore:
         """
         if (kept := self._kept.get(index)) is not None:
             return kept
-        image = open_image(self.paths[index])
+        image = self._read(self.paths[index])
         taken = 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
         with self._lock:
             if index not in self._kept and self.kept_bytes + taken <= self.memory_budget:

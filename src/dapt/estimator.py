@@ -1,0 +1,363 @@
+"""Prompt tuning as a scikit-learn classifier: fit on images and labels, predict, score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+
+from dapt.backbone import Backbone
+from dapt.classifier import Classifier
+from dapt.data import ImageStore, Item, Task, draw_support_set
+from dapt.data.items import check_class_names
+from dapt.data.tasks import DEFAULT_TEMPLATE
+from dapt.errors import UserError
+from dapt.evaluate import classify
+from dapt.files import read_json, write_atomic
+from dapt.pictures import InputError, as_sequence, labels_of, read_picture
+from dapt.progress import Reporter, RichReporter
+from dapt.runs import RunDirectory
+from dapt.settings import FITTED, Settings, absolute_paths, make_settings
+from dapt.shared import Shared, backbone_of
+from dapt.train import Interrupted, check_output, load_classifier, train
+
+
+class PromptClassifier(ClassifierMixin, BaseEstimator):
+    """A few labelled images in, a classifier out.
+
+    Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or floating point
+    in 0 .. 1), or a torch or Hugging Face dataset. Labels are class names, or anything else with
+    ``class_names``; they may be left out for datasets that have them.
+
+    Args:
+        backbone: 'bundled', an open_clip name, a hub id, or a file.
+        method: a row of the method table, such as dapt, coop, vpt, linear-probe, zero-shot.
+        shots: at most this many images a class are tuned on, drawn by ``seed``; None takes all.
+        pretrained: open_clip tag, weights file, or 'random'.
+        class_names: what prompts call the classes, where labels are not their names: a mapping
+            from label to name, or a list in the order of ``classes_``.
+        epochs, lr, beta_visual, beta_text: None takes the default for own data; see
+            ``dapt settings``.
+        text_vectors, visual_vectors, batch_size: of prompts and steps.
+        seed: of support set, prompts, order and views.
+        precision: fp32, bf16 or fp16, of the frozen model.
+        device: auto, cpu, cuda, cuda:N or mps.
+        settings: any others that ``dapt settings`` lists.
+        verbose: show a progress bar.
+
+    Attributes:
+        classes_: labels, in the order of the columns of `predict_proba`.
+        class_names_: what prompts call them.
+        files_: the run's files, by name: what `save` writes.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "bundled",
+        *,
+        method: str = "dapt",
+        shots: int | None = 16,
+        pretrained: str | None = None,
+        class_names: Mapping[Any, str] | Sequence[str] | None = None,
+        epochs: int | None = None,
+        lr: float | None = None,
+        beta_visual: float | None = None,
+        beta_text: float | None = None,
+        text_vectors: int = 16,
+        visual_vectors: int = 16,
+        batch_size: int = 32,
+        seed: int = 1,
+        precision: str = "fp32",
+        device: str = "auto",
+        settings: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.method = method
+        self.shots = shots
+        self.pretrained = pretrained
+        self.class_names = class_names
+        self.epochs = epochs
+        self.lr = lr
+        self.beta_visual = beta_visual
+        self.beta_text = beta_text
+        self.text_vectors = text_vectors
+        self.visual_vectors = visual_vectors
+        self.batch_size = batch_size
+        self.seed = seed
+        self.precision = precision
+        self.device = device
+        self.settings = settings
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        """Images, not rows of features; labels are needed."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        return tags
+
+    def fit(self, X: Any, y: Any = None) -> PromptClassifier:
+        """Tune prompts on images and labels.
+
+        Args:
+            X: n images.
+            y: n labels; without them, those of the dataset ``X``.
+
+        Raises:
+            UserError: an image, label or parameter that cannot be used (a ValueError too, where
+                ``X`` or ``y`` is to blame).
+        """
+        images = as_sequence(X)
+        classes, codes = _classes(labels_of(X) if y is None else y, len(images))
+        names = _names(self.class_names, classes)
+        shots = int(np.bincount(codes).max()) if self.shots is None else self.shots
+        settings = self._settings(shots)
+        reporter = RichReporter() if self.verbose else Reporter()
+        with tempfile.TemporaryDirectory(prefix="dapt-fit-") as place:
+            # Only images that are drawn are looked at, and those that are no files are written.
+            items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
+            task = Task(FITTED, Path(place), names, items, (), (), DEFAULT_TEMPLATE)
+            support = draw_support_set(task, shots, settings.seed)
+            drawn = tuple(_on_disk(images, item, Path(place)) for item in support.train)
+            support = type(support)(FITTED, shots, settings.seed, drawn, ())
+            try:
+                run = train(
+                    settings,
+                    Path(place) / "run",
+                    reporter=reporter,
+                    shared=Shared(_backbone(settings)),
+                    task=task,
+                    support=support,
+                )
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            run.add_to_environment(labels=_as_json(classes))
+            self._adopt(run, classes)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """(n,) labels of n images."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(-1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """(n, C) probabilities of n images, columns in the order of ``classes_``.
+
+        Raises:
+            UserError: an image cannot be read.
+            sklearn.exceptions.NotFittedError: before `fit` or `load`.
+        """
+        check_is_fitted(self, "files_")
+        images, classifier = as_sequence(X), self._loaded()
+        seen = classifier.backbone.preprocessing
+        store = ImageStore(
+            range(len(images)),
+            size=seen.size,
+            interpolation=seen.interpolation,
+            resize_mode=seen.resize_mode,
+            memory_budget=0,
+            read=lambda index: read_picture(images[index]),
+        )
+        return classify(classifier, store).double().softmax(-1).numpy()
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
+        return float(super().score(X, labels_of(X) if y is None else y, sample_weight))
+
+    def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
+        """Tell apart further classes by the tuned context, without tuning again.
+
+        Args:
+            names: class names, or a mapping from labels to them where labels are no names.
+
+        Raises:
+            UserError: a name that is there already or is none, or a linear probe, which knows
+                only the classes it was fitted on.
+        """
+        check_is_fitted(self, "files_")
+        given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+        classes = np.asarray([*self.classes_.tolist(), *given])
+        if len(set(classes.tolist())) != len(self.classes_) + len(given) or any(
+            isinstance(label, str) != (self.classes_.dtype.kind in "UO") for label in given
+        ):
+            raise InputError(
+                "labels of added classes must be new, and of the same kind as those there; give a "
+                "mapping from label to class name where labels are no names"
+            )
+        everything = (*self.class_names_, *(str(name) for name in given.values()))
+        check_class_names(everything, "added classes")
+        with tempfile.TemporaryDirectory(prefix="dapt-add-") as place:
+            run = _written(self.files_, Path(place) / "run")
+            backbone = self._loaded().backbone
+            load_classifier(run, everything, backbone=backbone)  # refuses what does not fit
+            task = read_json(run.task_file, "task of the run")
+            added = task.get("added_classes", []) + list(everything[len(self.class_names_) :])
+            record = {**task, "class_names": list(everything), "added_classes": added}
+            write_atomic(run.task_file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            run.add_to_environment(labels=_as_json(classes))
+            self._adopt(run, classes)
+        return self
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
+        """Write a run directory, which ``dapt predict`` and the other commands read.
+
+        Raises:
+            UserError: a run is there already, and ``overwrite`` is not set.
+        """
+        check_is_fitted(self, "files_")
+        run = RunDirectory(path)
+        settings = make_settings(json.loads(self.files_["settings.json"]))
+        check_output(run, settings, resume=False, overwrite=overwrite)
+        with run.locked():
+            for file in run.results():
+                file.unlink(missing_ok=True)
+            _written(self.files_, run.path)
+        return run.path
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: str = "auto") -> PromptClassifier:
+        """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
+
+        Raises:
+            UserError: there is no finished run, or its backbone is not what it was tuned on.
+        """
+        run = RunDirectory(path)
+        run.require()
+        settings = run.read_settings()
+        values = settings.model_dump(exclude_defaults=True)
+        found = cls(
+            **{name: getattr(settings, name) for name in _OWN if name != "device"},
+            device=device,
+            settings={name: values[name] for name in _FREE & values.keys()} or None,
+        )
+        labels = read_json(run.environment_file, "environment of the run").get("labels")
+        _, names, _ = run.read_task()
+        found._adopt(run, np.asarray(names if labels is None else labels))
+        return found
+
+    def _settings(self, shots: int) -> Settings:
+        own = {name: getattr(self, name) for name in _OWN}
+        others = dict(self.settings or {})
+        if clash := sorted(others.keys() - _FREE):
+            raise UserError(
+                f"setting '{clash[0]}' is no entry of PromptClassifier's settings; give it as a "
+                "parameter, if it is one"
+            )
+        given = {**own, **others, "shots": shots, "dataset": FITTED}
+        return make_settings(absolute_paths(given))
+
+    def _adopt(self, run: RunDirectory, classes: np.ndarray) -> None:
+        """Become what a run directory holds."""
+        self._classifier = load_classifier(run, backbone=_backbone(self._placed(run)))
+        self.files_ = {
+            file.name: file.read_bytes()
+            for file in (run.settings_file, run.environment_file, run.task_file, run.support_file,
+                         run.log_file, run.prompts_file, run.metrics_file)
+            if file.is_file()
+        }  # fmt: skip
+        self.classes_, self.class_names_ = classes, run.read_task()[1]
+
+    def _placed(self, run: RunDirectory) -> Settings:
+        return run.read_settings().model_copy(update={"device": self.device})
+
+    def _loaded(self) -> Classifier:
+        """The classifier, built anew from the run's files after unpickling."""
+        if getattr(self, "_classifier", None) is None:
+            with tempfile.TemporaryDirectory(prefix="dapt-load-") as place:
+                run = _written(self.files_, Path(place) / "run")
+                self._classifier = load_classifier(run, backbone=_backbone(self._placed(run)))
+        return self._classifier
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Parameters and the run's files; the backbone is loaded again, not pickled."""
+        state = dict(super().__getstate__())
+        state.pop("_classifier", None)
+        return state
+
+
+# Settings that are parameters; of the others, those that the way images are given leaves open.
+_OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
+_FREE = frozenset(Settings.model_fields) - _OWN - {
+    "dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget"
+}  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _load_backbone(settings: str) -> Backbone:
+    return backbone_of(make_settings(json.loads(settings)))
+
+
+def _backbone(settings: Settings) -> Backbone:
+    """The backbone, kept between fits: a grid search loads it once."""
+    names = ("backbone", "pretrained", "device", "precision")
+    chosen = {name: getattr(settings, name) for name in names}
+    return _load_backbone(json.dumps({**chosen, "dataset": FITTED}, sort_keys=True))
+
+
+def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct labels in sorted order, and the place of each image's among them."""
+    labels = column_or_1d(np.asarray(y), warn=True)
+    check_classification_targets(labels)
+    if len(labels) != count:
+        raise InputError(f"{count} images, but {len(labels)} labels; give one for each")
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(f"y has one class, {classes[0]!r}; give images of two or more classes")
+    return classes, codes
+
+
+def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
+    """What prompts call the classes."""
+    labels = classes.tolist()
+    if isinstance(given, Mapping):
+        if missing := [label for label in labels if label not in given]:
+            raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
+        names = [given[label] for label in labels]
+    elif given is not None:
+        if len(given) != len(labels):
+            raise InputError(
+                f"class_names lists {len(given)} names, but y has {len(labels)} classes; list one "
+                "for each, in sorted order of labels"
+            )
+        names = list(given)
+    else:
+        names = labels
+    check_class_names([str(n) for n in names], "labels" if given is None else "class_names")
+    return tuple(str(name) for name in names)
+
+
+def _on_disk(images: Sequence[Any], item: Item, place: Path) -> Item:
+    """The item with the absolute path of its image, written as PNG where it has none yet."""
+    value = images[int(item.path)]
+    if isinstance(value, tuple) and len(value) == 2:
+        value = value[0]
+    if isinstance(value, (str, Path)):
+        return Item(str(Path(value).absolute()), item.label, item.class_name)
+    picture = read_picture(value)
+    name = f"{item.path}-{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
+    picture.save(place / name, compress_level=1)
+    return Item(name, item.label, item.class_name)
+
+
+def _written(files: dict[str, bytes], folder: Path) -> RunDirectory:
+    """The files in a folder; the settings last: while they are missing, no run is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=lambda name: name == "settings.json"):
+        write_atomic(folder / name, files[name])
+    return RunDirectory(folder)
+
+
+def _as_json(classes: np.ndarray) -> list[Any] | None:
+    """Labels for a JSON record, None where class names or nothing JSON can hold."""
+    values = classes.tolist()
+    return values if all(isinstance(v, (str, int, float)) for v in values) else None

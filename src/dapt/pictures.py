@@ -1,0 +1,147 @@
+"""Images as Python programs hold them: paths, PIL images, arrays, tensors, rows of datasets."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dapt.data import decode_image, open_image, upright_rgb
+from dapt.errors import UserError
+
+# Names that a dataset's columns of images and labels have, the usual ones first.
+IMAGE_COLUMNS = ("image", "img", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+
+
+class InputError(UserError, ValueError):
+    """Bad input to the estimator; a ValueError too, as scikit-learn wants it."""
+
+
+def read_picture(value: Any) -> Image.Image:
+    """Any of what stands for an image, as upright 8-bit RGB.
+
+    Args:
+        value: a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
+            (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a
+            Hugging Face dataset; or a pair of any of these and a label.
+
+    Raises:
+        UserError: it is none of these, or cannot be read.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return open_image(os.fspath(value))
+    if isinstance(value, bytes):
+        return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
+    if isinstance(value, Image.Image):
+        try:
+            return upright_rgb(value)
+        except (ValueError, OSError) as error:
+            raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
+    if isinstance(value, Mapping):
+        return read_picture(_of_row(value))
+    if isinstance(value, tuple) and len(value) == 2:
+        return read_picture(value[0])
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        return _of_array(value)
+    raise InputError(
+        f"{type(value).__name__} is no image; give paths, PIL images, arrays of (H, W, 3), tensors "
+        "of (3, H, W), or a dataset"
+    )
+
+
+def _of_row(row: Mapping[str, Any]) -> Any:
+    for name in IMAGE_COLUMNS:
+        if name in row:
+            return row[name]
+    # An image that a dataset has not decoded.
+    if found := row.get("bytes") or row.get("path"):
+        return found
+    raise InputError(
+        f"a row with the columns {', '.join(map(str, row))} has no image; name the column 'image'"
+    )
+
+
+def _of_array(array: np.ndarray) -> Image.Image:
+    where = f"an array of shape {array.shape} and type {array.dtype}"
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+        raise InputError(f"{where} is no image; give (H, W), (H, W, 3) or (3, H, W)")
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise InputError(f"{where} must be within 0 .. 1 (or uint8)")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise InputError(f"{where} must be uint8, or floating point within 0 .. 1")
+    array = np.ascontiguousarray(array)
+    return upright_rgb(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array))
+
+
+def as_sequence(images: Any) -> Sequence[Any]:
+    """``images`` if they can be counted and picked from, as a list where they cannot.
+
+    Raises:
+        UserError: it is one image, no collection of images, or empty.
+    """
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
+        raise InputError(f"give a list of images, not one {type(images).__name__}")
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim in (0, 2):
+        raise InputError(
+            f"an array of shape {tuple(images.shape)} holds no images; reshape your data to "
+            "(n, H, W, 3)"
+        )
+    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        try:
+            images = list(images)
+        except TypeError as error:
+            raise InputError(f"{type(images).__name__} is no collection of images") from error
+    if hasattr(images, "iloc"):  # a pandas column: its own index need not count from 0
+        images = list(images)
+    if len(images) == 0:
+        raise InputError("found array with 0 sample(s) (no images) while a minimum of 1 is needed")
+    return images
+
+
+def labels_of(images: Any) -> list[Any]:
+    """Labels that come with a Hugging Face or torch dataset, as class names where it has them.
+
+    Raises:
+        UserError: ``images`` holds no labels.
+    """
+    columns = getattr(images, "column_names", None)
+    if columns is not None:
+        name = next((n for n in LABEL_COLUMNS if n in columns), None)
+        if name is not None:
+            return _named(list(images[name]), getattr(images.features[name], "names", None))
+    elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and len(images):
+        if getattr(images, "targets", None) is not None:
+            return _named([int(t) for t in images.targets], getattr(images, "classes", None))
+        if isinstance(images[0], tuple) and len(images[0]) == 2:
+            labels = [_plain(images[i][1]) for i in range(len(images))]
+            return _named(labels, getattr(images, "classes", None))
+    raise InputError(
+        "requires y to be passed, but the target y is None: give labels, or a dataset that has "
+        f"them (a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label)"
+    )
+
+
+def _named(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
+    if names is None or not all(isinstance(label, int) for label in labels):
+        return labels
+    if labels and not 0 <= min(labels) <= max(labels) < len(names):
+        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
+    return [str(names[label]) for label in labels]
+
+
+def _plain(label: Any) -> Any:
+    return label.item() if isinstance(label, torch.Tensor) else label
