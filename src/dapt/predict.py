@@ -1,15 +1,22 @@
-"""A tuned classifier on new images."""
+"""A tuned classifier on new images, however many there are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import glob
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import Image
 
 from dapt.classifier import Classifier
-from dapt.data import ImageStore, is_image_file
+from dapt.data import ImageStore, is_image_file, open_image
 from dapt.errors import UserError
-from dapt.evaluate import classify
 from dapt.progress import Advance, nothing
 
 
@@ -19,6 +26,14 @@ class Prediction:
 
     path: Path
     classes: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, and why, in a sentence."""
+
+    path: Path
+    reason: str
 
 
 def predict(
@@ -41,43 +56,135 @@ def predict(
     Raises:
         UserError: an image cannot be read.
     """
-    if not paths:
-        return []
-    files = [Path(path) for path in paths]
-    seen = classifier.backbone.preprocessing
+    found = []
+    for one in predict_each(classifier, paths, top=top, batch_size=batch_size):
+        if isinstance(one, Unreadable):
+            raise UserError(one.reason)
+        found.append(one)
+        advance(1)
+    return found
+
+
+def predict_each(
+    classifier: Classifier,
+    paths: Iterable[Path | str],
+    *,
+    top: int = 1,
+    batch_size: int = 100,
+) -> Iterator[Prediction | Unreadable]:
+    """Classify image files one after the other, in order; memory does not grow with their number.
+
+    Files are named, read and decoded a few batches ahead of the model, in other threads.
+
+    Args:
+        classifier, top, batch_size: as in `predict`.
+        paths: image files; may be an iterator that has no end.
+    """
+    seen, names = classifier.backbone.preprocessing, classifier.class_names
+    ahead: dict[int, Path] = {}  # images that are named but not yet classified
+    reasons: dict[int, str] = {}
+
+    def read(index: int) -> Image.Image:
+        try:
+            return open_image(ahead[index])
+        except UserError as error:
+            reasons[index] = str(error)
+            return Image.new("RGB", (1, 1))  # keeps its place in the batch
+
+    def batches() -> Iterator[list[int]]:
+        rest, start = iter(paths), 0
+        while batch := [Path(path) for path in islice(rest, batch_size)]:
+            ahead.update(enumerate(batch, start))
+            yield list(range(start, start + len(batch)))
+            start += len(batch)
+
     store = ImageStore(
-        files,
+        range(sys.maxsize),
         size=seen.size,
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
         memory_budget=0,
+        read=read,
     )
-    logits = classify(classifier, store, batch_size=batch_size, advance=advance)
-    probabilities, classes = logits.softmax(-1).topk(min(top, len(classifier.class_names)))
-    names = classifier.class_names
-    return [
-        Prediction(path, tuple((names[c], p) for c, p in zip(cs, ps, strict=True)))
-        for path, cs, ps in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
-    ]
+    done, text = 0, None
+    for views in store.batches(batches()):
+        with torch.inference_mode():
+            text = classifier.text_features() if text is None else text
+            logits = classifier.logits(classifier.image_features(views), text).cpu()
+            probabilities, classes = logits.softmax(-1).topk(min(top, len(names)))
+        for cs, ps in zip(classes.tolist(), probabilities.tolist(), strict=True):
+            path, reason = ahead.pop(done), reasons.pop(done, None)
+            done += 1
+            if reason is not None:
+                yield Unreadable(path, reason)
+            else:
+                ranked = tuple((names[c], p) for c, p in zip(cs, ps, strict=True))
+                yield Prediction(path, ranked)
 
 
-def find_images(arguments: Iterable[Path]) -> list[Path]:
-    """Image files among ``arguments``, folders searched through, in sorted order.
+def find_images(arguments: Iterable[Path | str]) -> list[Path]:
+    """Image files that arguments mean: files, folders (searched through), and patterns.
+
+    A pattern is one of `glob`, with ``**`` for any folders; a file of that very name goes first.
+    Each argument's images are in sorted order; hidden ones in folders are left out.
 
     Raises:
-        UserError: a path does not exist, or a folder holds no image.
+        UserError: a path does not exist, a folder holds no image, or nothing matches a pattern.
     """
     found: list[Path] = []
-    for path in arguments:
+    for argument in arguments:
+        path = Path(argument).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if is_image_file(p))
-            if not inside:
-                raise UserError(f"folder {path} holds no images; give one that does")
-            found += inside
+            found += _inside(path)
         elif path.exists():
             found.append(path)
+        elif glob.has_magic(str(path)):
+            matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            images = [match for match in matches if is_image_file(match)]
+            if not images:
+                raise UserError(f"no image matches {path}; check the pattern")
+            found += images
         else:
             raise UserError(f"image {path} does not exist; check the path")
     if not found:
         raise UserError("no images given; name image files or folders")
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in files if is_image_file(path := Path(place) / name)]
+    if not found:
+        raise UserError(f"folder {folder} holds no images; give one that does")
+    return sorted(found)
+
+
+def named_in(file: BinaryIO, end: bytes = b"\n") -> Iterator[Path]:
+    """Paths that a list names, one after the other, as they arrive; empty names are left out.
+
+    Args:
+        file: the list.
+        end: what ends a name: a line feed, or a NUL byte as of ``find -print0``.
+    """
+    rest = b""
+    while chunk := _available(file):
+        *names, rest = (rest + chunk).split(end)
+        yield from map(_path, filter(None, (_stripped(name, end) for name in names)))
+    if rest := _stripped(rest, end):
+        yield _path(rest)
+
+
+def _available(file: BinaryIO) -> bytes:
+    """What is there already, at least a byte, unless the file ends."""
+    read = getattr(file, "read1", file.read)
+    return read(65536)
+
+
+def _stripped(name: bytes, end: bytes) -> bytes:
+    return name.removesuffix(b"\r") if end == b"\n" else name
+
+
+def _path(name: bytes) -> Path:
+    return Path(os.fsdecode(name))

@@ -30,8 +30,8 @@ class Reporter:
     """What training and evaluation tell while they run; silent by itself."""
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Announce work of ``total`` units; yields ``advance(count, note="")``."""
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Announce work of ``total`` units, None if unknown; yields ``advance(count, note="")``."""
         yield lambda count, note="": None
 
     def say(self, line: str) -> None:
@@ -42,7 +42,7 @@ class RichReporter(Reporter):
     """A bar with time left on a terminal; a line a stage where output is a file."""
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
         """Show a bar for ``total`` units of work; it goes when the work is done."""
         if not errors.is_terminal:
             yield _Lines(title, total)
@@ -69,14 +69,17 @@ class RichReporter(Reporter):
 class _Lines:
     """A line a tenth of the work, and not too often: for a log file in place of a terminal."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int | None) -> None:
         self.title, self.total, self.done = title, total, 0
-        self.next, self.spoke = total / 10, time.monotonic()
+        self.step = (total or 0) / 10
+        self.next, self.spoke = self.step, time.monotonic()
 
     def __call__(self, count: int, note: str = "") -> None:
         self.done += count
         now = time.monotonic()
-        if self.done >= self.total or (self.done >= self.next and now - self.spoke > 5):
-            self.next, self.spoke = self.done + self.total / 10, now
-            line = f"{self.title}: {self.done} of {self.total} {note}".rstrip()
+        finished = self.total is not None and self.done >= self.total
+        if finished or (self.done >= self.next and now - self.spoke > 5):
+            self.next, self.spoke = self.done + self.step, now
+            among = "" if self.total is None else f" of {self.total}"
+            line = f"{self.title}: {self.done}{among} {note}".rstrip()
             errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -301,7 +301,8 @@ class ImageStore:
     ) -> None:
         _resample(interpolation)
         _resize_mode(resize_mode)
-        self.paths = tuple(paths)
+        # A range may be longer than memory: of images that come one after the other.
+        self.paths = paths if isinstance(paths, range) else tuple(paths)
         self.size = size
         self.interpolation = interpolation
         self.resize_mode = resize_mode
