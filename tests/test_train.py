@@ -170,7 +170,7 @@ def test_resume_wants_the_same_data(given, tmp_path, photo_folder):
     names.write_text('{"blue": "sky"}')
     task = run.path / "task.json"
     task.write_text(task.read_text().replace("blue", "sky"))
-    with pytest.raises(UserError, match="the classes or template of 'photos' differ"):
+    with pytest.raises(UserError, match="the classes, template or source of 'photos' differ"):
         train(make_settings(given), run.path, resume=True)
 
 

@@ -144,7 +144,7 @@ class RunDirectory:
         """
         self.require_backbone(backbone)
         for file, now, what in (
-            (self.task_file, _task_record(task), "classes or template"),
+            (self.task_file, _task_record(task), "classes, template or source"),
             (self.support_file, support.to_json(), "support set"),
         ):
             if read_json(file, what) != now:
@@ -309,10 +309,12 @@ class StepLog:
 
 
 def _task_record(task: Task) -> dict[str, Any]:
+    source = {} if task.source_sha256 is None else {"source_sha256": task.source_sha256}
     return {
         "dataset": task.name,
         "template": task.template,
         "class_names": list(task.class_names),
+        **source,
     }
 
 

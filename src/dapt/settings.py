@@ -28,7 +28,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    dataset: str = Field(description="'bundled', a benchmark, a folder, or a .csv/.jsonl file")
+    dataset: str = Field(
+        description="'bundled', a benchmark, a folder, a .csv/.jsonl file, a packed dataset"
+    )
     root: str | None = Field(None, description="folder that holds the benchmarks")
     domain: str | None = Field(None, description="style of the bundled task")
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")

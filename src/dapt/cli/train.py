@@ -27,7 +27,9 @@ DEMO_FOLDER = Path("demo")
 def train(
     dataset: Annotated[
         str | None,
-        typer.Argument(help="'bundled', a benchmark's name, a folder, or a .csv/.jsonl file."),
+        typer.Argument(
+            help="'bundled', a benchmark's name, a folder, a .csv/.jsonl file, or packed images."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory to write.")

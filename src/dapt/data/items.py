@@ -33,7 +33,8 @@ class Task:
     """Classes, and the images to tune on (train, val) and to evaluate on (test).
 
     ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
-    text prompts that are not learned. A target domain has test images only.
+    text prompts that are not learned. A target domain has test images only. ``source_sha256`` is
+    the hash of the files that images were unpacked from, where they were.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     val: tuple[Item, ...]
     test: tuple[Item, ...]
     template: str = "a photo of a {}."
+    source_sha256: str | None = None
 
     def image_path(self, item: Item) -> Path:
         """Where the item's image file is."""

@@ -1,4 +1,4 @@
-"""One door to every task: the bundled one, a benchmark, a folder, or a table of images."""
+"""One door to every task: the bundled one, a benchmark, or images in whatever form they come."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from dapt.data.benchmarks import BENCHMARKS
 from dapt.data.folders import read_folder
 from dapt.data.items import PARTS, Item, Listing, Pair, Task, check_class_names, check_path
+from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.data.tables import SUFFIXES, read_table
 from dapt.errors import UserError, nearest
 from dapt.files import read_json
@@ -33,8 +34,9 @@ def open_task(
 
     Args:
         dataset: ``bundled``; a benchmark's name; a folder with ``train/<class>/`` and
-            ``test/<class>/`` or with ``<class>/`` alone; or a ``.csv`` or ``.jsonl`` file with
-            ``path`` and ``label`` (and ``split``).
+            ``test/<class>/`` or with ``<class>/`` alone; a ``.csv`` or ``.jsonl`` file with
+            ``path`` and ``label`` (and ``split``); or a Hugging Face dataset or WebDataset
+            shards, as `read_packed` takes them.
         root: folder that holds the benchmarks; not read for anything else.
         domain: style of the bundled task; the source domain if not given.
         class_names: JSON file with other names for the classes: an object from the listed name
@@ -53,7 +55,7 @@ def open_task(
         raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
     if evaluate:
         test_fraction = 1.0
-    template = DEFAULT_TEMPLATE
+    template, source = DEFAULT_TEMPLATE, None
     path = Path(dataset).expanduser()
     if dataset == BUNDLED:
         name, listing, template = _read_bundled(domain)
@@ -67,6 +69,9 @@ def open_task(
         root = root.expanduser()
         name, listing, template = dataset, benchmark.open(root), benchmark.template
         images = benchmark.image_root(root)
+    elif is_hugging_face(path) or is_webdataset(path):
+        name = path.resolve().stem
+        images, listing, source = read_packed(path, test_fraction, split_seed)
     elif path.is_dir():
         name, images = path.resolve().name, path
         listing = read_folder(path, test_fraction, split_seed)
@@ -84,7 +89,7 @@ def open_task(
         tuple(Item(path, label, names[label]) for path, label in getattr(listing, part))
         for part in PARTS
     )
-    return Task(name, images, names, train, val, test, template)
+    return Task(name, images, names, train, val, test, template, source)
 
 
 def bundled_domains() -> tuple[str, ...]:
@@ -94,7 +99,7 @@ def bundled_domains() -> tuple[str, ...]:
 
 def _unknown(dataset: str, path: Path) -> str:
     if path.is_file():
-        return f"dataset {path} must be a .csv or .jsonl file, or a folder"
+        return f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder"
     if path.suffix.lower() in SUFFIXES or len(path.parts) > 1:
         return f"dataset {path} does not exist; check the path"
     known = (BUNDLED, *BENCHMARKS)
