@@ -12,11 +12,8 @@ import torch
 from PIL import Image
 
 from dapt.data import decode_image, open_image, upright_rgb
+from dapt.data.packed import IMAGE_COLUMNS, LABEL_COLUMNS
 from dapt.errors import UserError
-
-# Names that a dataset's columns of images and labels have, the usual ones first.
-IMAGE_COLUMNS = ("image", "img", "picture")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
 class InputError(UserError, ValueError):

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.markup import escape
 from rich.table import Column, Table
 
 from dapt.progress import console
@@ -113,7 +114,7 @@ class Aligned(Lines):
             cells += [name, f"{probability:.1%}"]
         if self.is_unknown(prediction):
             cells[1] = f"unknown ({cells[1]})"
-        self.table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        self.table.add_row(*map(escape, cells))
 
     def close(self) -> None:
         """Print the table."""

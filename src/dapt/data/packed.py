@@ -32,8 +32,9 @@ from dapt.files import read_json, write_json
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_IMAGE_COLUMNS = ("image", "img", "picture")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+# Names that columns of images and labels have, the usual ones first.
+IMAGE_COLUMNS = ("image", "img", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 # In the folder of shards whose .cls are numbers: a class name a line, in label order.
 _NAMES_FILE = "classnames.txt"
@@ -199,8 +200,8 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
                 "take it out"
             )
         where = f"dataset {path}{f', {part}' if part else ''}"
-        image = _column(rows, _IMAGE_COLUMNS, where, "images")
-        label = _column(rows, _LABEL_COLUMNS, where, "labels")
+        image = _column(rows, IMAGE_COLUMNS, where, "images")
+        label = _column(rows, LABEL_COLUMNS, where, "labels")
         names = getattr(rows.features[label], "names", None)
         rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         for number, row in enumerate(rows):
@@ -298,7 +299,7 @@ def _label(sample: dict[str, Any], where: str) -> Any:
             return int(text) if text.isascii() and text.isdigit() else text
         if "json" in sample:
             value = json.loads(sample["json"])
-            return next(value[name] for name in _LABEL_COLUMNS if name in value)
+            return next(value[name] for name in LABEL_COLUMNS if name in value)
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
         raise UserError(
             f"{where}: its label cannot be read; .cls must be text, .json an object with 'label'"
