@@ -470,6 +470,21 @@ def test_truncated_files_are_refused(good_files, tmp_path, form):
             read_checkpoint(file)
 
 
+def test_a_zip_of_many_disks_is_refused(good_files, tmp_path):
+    content = bytearray(good_files["zip"])
+    locator = content.rindex(b"PK\x06\x07") if b"PK\x06\x07" in content else None
+    end = content.rindex(b"PK\x05\x06")
+    if locator is None:
+        record = b"PK\x06\x07" + bytes(12) + (2).to_bytes(4, "little")
+        content[end:end] = record
+    else:
+        content[locator + 16 : locator + 20] = (2).to_bytes(4, "little")
+    file = tmp_path / "model.pth.tar-1"
+    file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="could not be read as a checkpoint"):
+        read_checkpoint(file)
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(good_files, tmp_path, data):

@@ -108,7 +108,7 @@ def _reason(path: Path, error: Exception) -> str:
         start = file.read(32)
     if start.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer; fetch the file itself with 'git lfs pull'"
-    if path.suffix != ".safetensors" and not zipfile.is_zipfile(path) and start[:1] != b"\x80":
+    if path.suffix != ".safetensors" and not _is_zip(path) and start[:1] != b"\x80":
         return "it is no PyTorch file; give safetensors or a saved state dict"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
         return "it holds more than tensors; save only the model's state dict"
@@ -118,10 +118,20 @@ def _reason(path: Path, error: Exception) -> str:
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a TorchScript archive, the form of OpenAI's own weights."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:  # whoever reads it says so
+        return False
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it is one, but so damaged that not even that can be told
+        return True
 
 
 def read_checkpoint(path: Path, ignore: Container[str] = ()) -> Checkpoint:
@@ -145,7 +155,7 @@ def read_checkpoint(path: Path, ignore: Container[str] = ()) -> Checkpoint:
             read: ReadBytes | None = None
             if path.suffix == ".safetensors":
                 value: Any = load_file(path)
-            elif zipfile.is_zipfile(path):
+            elif _is_zip(path):
                 pickled, read = read_zip(stack.enter_context(zipfile.ZipFile(path)))
                 value = unpickle(pickled, CheckpointUnpickler)
             else:

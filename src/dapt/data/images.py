@@ -278,7 +278,7 @@ class ImageStore:
         crop_min: least share of an image's area that a train view shows; the protocol's is 0.08.
         memory_budget: bytes that kept images may take in all. First come, first kept.
         threads: decoding threads; by default one a core, at most eight.
-        read: one of ``paths`` -> upright RGB, called in those threads.
+        read: one of ``paths`` -> upright RGB, called in those threads; `open_image` if not given.
 
     Attributes:
         kept_bytes: what kept images take by now.
@@ -297,12 +297,12 @@ class ImageStore:
         crop_min: float = CROP_MIN,
         memory_budget: int = 2 * 2**30,
         threads: int | None = None,
-        read: Callable[[Any], Image.Image] = open_image,
+        read: Callable[[Any], Image.Image] | None = None,
     ) -> None:
         _resample(interpolation)
         _resize_mode(resize_mode)
         # A range may be longer than memory: of images that come one after the other.
-        self.paths = paths if isinstance(paths, range) else tuple(paths)
+        self.paths: Sequence[Any] = paths if isinstance(paths, range) else tuple(paths)
         self.size = size
         self.interpolation = interpolation
         self.resize_mode = resize_mode
@@ -325,7 +325,7 @@ class ImageStore:
         """
         if (kept := self._kept.get(index)) is not None:
             return kept
-        image = self._read(self.paths[index])
+        image = (self._read or open_image)(self.paths[index])
         taken = 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
         with self._lock:
             if index not in self._kept and self.kept_bytes + taken <= self.memory_budget:
