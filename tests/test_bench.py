@@ -13,22 +13,38 @@ from dapt.errors import UserError
 def test_bench(tiny_weights, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nhot air balloon\n\n")
+    one = tmp_path / "one.json"
+    one.write_text('["cat"]')
     file = tmp_path / "bench.json"
-    arguments = ["bench", "-b", tiny_weights, "--class-names", names, "--batch-size", 2]
-    arguments += ["--eval-batch-size", 4, "--rounds", 2, "--json", file, "--device", "cpu"]
+    arguments = ["bench", "-b", tiny_weights, "--class-names", names, "--class-names", one]
+    arguments += [
+        "--batch-size",
+        2,
+        "--eval-batch-size",
+        4,
+        "--rounds",
+        2,
+        "--json",
+        file,
+        "--device",
+        "cpu",
+    ]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text())
-    assert (report["classes"], report["rounds"]) == (3, 2)
-    rows = report["variants"]
-    assert list(rows) == ["plain", "fp32", "bf16"]
-    for row in rows.values():
+    assert report["rounds"] == 2
+    variants = ["plain", "fp32", "bf16"]
+    assert [(c["classes"], c["variant"]) for c in report["cases"]] == [
+        (count, variant) for count in (3, 1) for variant in variants
+    ]
+    for row in report["cases"]:
         assert row["step"] == pytest.approx(row["forward"] + row["backward"], rel=0.5)
         assert len(row["steps"]) == 2
         assert row["peak_bytes"] > 1e8
         assert row["eval_images_per_second"] > 0
         assert row["share_of_matmul_rate"] > 0
     # 77 tokens a class against about five: far fewer operations, the same in both precisions.
+    rows = dict(zip(variants, report["cases"], strict=False))
     assert rows["fp32"]["flops"] < 0.7 * rows["plain"]["flops"]
     assert rows["fp32"]["flops"] == rows["bf16"]["flops"]
 
@@ -38,7 +54,7 @@ def test_what_bench_refuses(tiny_weights, tmp_path):
         run_bench(
             backbone=str(tiny_weights),
             pretrained=None,
-            class_names=["a"],
+            class_names=[["a"]],
             batch_size=1,
             eval_batch_size=1,
             variants=["fp8"],

@@ -1,9 +1,9 @@
 """`dapt bench`: a training step and an evaluation, the plain way and ours, in one run.
 
-Every variant lives in a process of its own, so that its peak memory is its own, and the variants
-take turns at one step each, so that a shared machine's drift meets all of them alike. Beside them
-stands the machine's measured rate of matrix products, and the share of it that a step reaches,
-from counted floating-point operations.
+Every case, a variant on a list of class names, lives in a process of its own, so that its peak
+memory is its own, and the cases take turns at one step each, so that a shared machine's drift
+meets all of them alike. Beside them stands the machine's rate of matrix products, measured in the
+same turns, and the share of it that a step reaches, from counted floating-point operations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_bench(
     *,
     backbone: str,
     pretrained: str | None,
-    class_names: Sequence[str],
+    class_names: Sequence[Sequence[str]],
     batch_size: int,
     eval_batch_size: int,
     variants: Sequence[str],
@@ -48,21 +48,22 @@ def run_bench(
     device: str = "auto",
     advance: Callable[..., None] = lambda count, note="": None,
 ) -> dict[str, Any]:
-    """Time each variant's training step and evaluation, in turns.
+    """Time the training step and evaluation of each variant on each list of names, in turns.
 
     Args:
         backbone, pretrained: as `load_backbone`; ``pretrained="random"`` needs no download.
-        class_names: C names.
+        class_names: lists of names.
         batch_size: images a training step; ``eval_batch_size``: images a batch in evaluation.
         variants: of "plain", "fp32", "bf16", "fp16".
-        rounds: turns each variant takes, after one that is not counted.
+        rounds: turns each case takes, after one that is not counted.
         evaluation: whether to time evaluation too.
         device: of all variants.
         advance: is told of each finished turn.
 
     Returns:
-        Plain values: the settings, and for each variant medians over the rounds in seconds,
-        images a second, peak memory in bytes, counted operations and their rate.
+        Plain values: the settings, and as ``cases`` for each variant on each list the medians
+        over the rounds in seconds, images a second, peak memory in bytes, counted operations,
+        their rate, and what share it is of the matrix products' in the same turns.
 
     Raises:
         UserError: an unknown variant, or a worker that failed; its last words are passed on.
@@ -72,51 +73,52 @@ def run_bench(
     job = {
         "backbone": backbone,
         "pretrained": pretrained,
-        "class_names": list(class_names),
         "batch_size": batch_size,
         "eval_batch_size": eval_batch_size,
         "device": device,
     }
     tasks = ["train", "eval"] if evaluation else ["train"]
-    workers = {v: _Worker({**job, "variant": v}) for v in variants}
-    precisions = sorted({_precision(v) for v in variants})
-    rates: dict[str, list[float]] = {p: [] for p in precisions}
-    times: dict[str, list[dict[str, float]]] = {v: [] for v in variants}
+    workers = [
+        _Worker({**job, "variant": variant, "class_names": list(names)})
+        for names in class_names
+        for variant in variants
+    ]
+    turns: list[list[dict[str, float]]] = [[] for _ in workers]
     try:
         for turn in range(rounds + 1):
-            for precision in precisions:
-                rates[precision].append(matmul_rate(PRECISIONS[precision], device))
-            for variant, worker in workers.items():
-                result: dict[str, float] = {}
+            for worker, results in zip(workers, turns, strict=True):
+                rate = matmul_rate(PRECISIONS[_precision(worker.variant)], device)
+                result = {"matmul_flops_per_second": rate}
                 for task in tasks:
                     result |= worker.ask(task)
                 if turn:  # the first warms up
-                    times[variant].append(result)
-                advance(1, f"{variant} {result['step']:.2f} s a step")
-        ends = {variant: worker.ask("finish") for variant, worker in workers.items()}
+                    results.append(result)
+                advance(1, f"{worker.variant} {result['step']:.2f} s a step")
+        ends = [worker.ask("finish") for worker in workers]
     finally:
-        for worker in workers.values():
+        for worker in workers:
             worker.stop()
-    report: dict[str, Any] = {
-        **{k: v for k, v in job.items() if k != "class_names"},
-        "classes": len(class_names),
+    return {
+        **job,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "matmul_flops_per_second": {p: statistics.median(r) for p, r in rates.items()},
-        "variants": {},
+        "cases": [
+            {"variant": worker.variant, "classes": worker.classes, **_summary(results, end)}
+            for worker, results, end in zip(workers, turns, ends, strict=True)
+        ],
     }
-    for variant in variants:
-        rows = times[variant]
-        row: dict[str, Any] = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-        row["steps"] = [r["step"] for r in rows]
-        row |= ends[variant]
-        # The rate of the turns themselves: what the machine gave in the same minutes.
-        rate = report["matmul_flops_per_second"][_precision(variant)]
-        row["flops_per_second"] = row["flops"] / row["step"]
-        row["share_of_matmul_rate"] = row["flops_per_second"] / rate
-        report["variants"][variant] = row
-    return report
+
+
+def _summary(turns: list[dict[str, float]], end: dict[str, float]) -> dict[str, Any]:
+    """Medians over a case's turns; its rate is set against that of the same turn."""
+    row: dict[str, Any] = {k: statistics.median(t[k] for t in turns) for k in turns[0]}
+    row |= {"steps": [t["step"] for t in turns], **end}
+    row["flops_per_second"] = row["flops"] / row["step"]
+    row["share_of_matmul_rate"] = statistics.median(
+        row["flops"] / t["step"] / t["matmul_flops_per_second"] for t in turns
+    )
+    return row
 
 
 def _precision(variant: str) -> str:
@@ -148,7 +150,7 @@ class _Worker:
 
     def __init__(self, job: dict[str, Any]) -> None:
         command = [sys.executable, "-m", "dapt.bench"]
-        self.variant = job["variant"]
+        self.variant, self.classes = job["variant"], len(job["class_names"])
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dapt.cli.common import DeviceOption, app, readable_errors, say
+from dapt.cli.common import DeviceOption, app, readable_errors
 from dapt.errors import UserError
 from dapt.progress import RichReporter, console
 
@@ -22,12 +22,13 @@ def bench(
         str | None, typer.Option(help="Weights of an open_clip model; by default random ones.")
     ] = None,
     class_names: Annotated[
-        Path | None, typer.Option(help="JSON list or text file of names; by default the bundled.")
+        list[Path] | None,
+        typer.Option(help="JSON list or text file of names; may be repeated. Default: bundled."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 32,
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Images an evaluation batch.")] = 100,
     variants: Annotated[str, typer.Option(help="Of plain, fp32, bf16, fp16.")] = "plain,fp32,bf16",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns each variant takes.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns each case takes.")] = 3,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Time training steps only.")] = False,
     device: DeviceOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to it.")] = (
@@ -40,6 +41,8 @@ def bench(
 
         dapt bench --class-names sun397.json --batch-size 16 --json bench.json
 
+        dapt bench --class-names caltech101.json --class-names imagenet.json --variants bf16
+
         dapt bench -b bundled --variants plain,fp32 --rounds 10
     """
     with readable_errors():
@@ -51,9 +54,10 @@ def bench(
 
         if json_file and not json_file.parent.is_dir():
             raise UserError(f"--json {json_file}: its folder does not exist; make it first")
-        names = read_class_names(class_names) if class_names else open_task("bundled").class_names
+        names = [read_class_names(file) for file in class_names or ()]
+        names = names or [list(open_task("bundled").class_names)]
         chosen = [v.strip() for v in variants.split(",") if v.strip()]
-        with RichReporter().stage("bench", (rounds + 1) * len(chosen)) as advance:
+        with RichReporter().stage("bench", (rounds + 1) * len(chosen) * len(names)) as advance:
             report = run_bench(
                 backbone=backbone,
                 # What the weights are does not change the time.
@@ -73,31 +77,31 @@ def bench(
 
 
 def _show_bench(report: dict[str, Any]) -> None:
-    """One row a variant, with ratios to the first."""
-    rows = report["variants"]
-    first = next(iter(rows.values()))
+    """One row a case, with ratios to the first variant on the same names."""
     table = Table(
-        title=f"{report['backbone']}, {report['classes']:,} classes, batch {report['batch_size']}, "
-        f"{report['threads']} threads",
+        title=f"{report['backbone']}, batch {report['batch_size']}, {report['threads']} threads",
         title_justify="left",
     )
+    table.add_column("classes", justify="right")
     table.add_column("")
-    for column in ("forward s", "backward s", "step s", "×", "of matmul", "eval images/s", "×",
-                   "peak GB"):  # fmt: skip
+    for column in ("forward s", "backward s", "step s", "×", "Gflop/s", "of matmul",
+                   "eval images/s", "×", "peak GB"):  # fmt: skip
         table.add_column(column, justify="right")
-    for name, row in rows.items():
+    firsts: dict[int, dict[str, Any]] = {}
+    for row in report["cases"]:
+        first = firsts.setdefault(row["classes"], row)
         speed = row.get("eval_images_per_second")
         table.add_row(
-            name,
+            f"{row['classes']:,}",
+            row["variant"],
             f"{row['forward']:.2f}",
             f"{row['backward']:.2f}",
             f"{row['step']:.2f}",
             f"{first['step'] / row['step']:.1f}",
+            f"{row['flops_per_second'] / 1e9:,.0f}",
             f"{row['share_of_matmul_rate']:.0%}",
             f"{speed:.1f}" if speed else "",
             f"{speed / first['eval_images_per_second']:.1f}" if speed else "",
             f"{row['peak_bytes'] / 1e9:.1f}",
         )
     console.print(table)
-    rates = (f"{p} {r / 1e9:,.0f}" for p, r in report["matmul_flops_per_second"].items())
-    say(f"matrix products, Gflop/s: {', '.join(rates)}")
