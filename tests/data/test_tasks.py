@@ -324,8 +324,6 @@ def test_missing_benchmarks(tmp_path):
     (tmp_path / "dtd").mkdir()
     file = tmp_path / "dtd" / "split_zhou_DescribableTextures.json"
     refused(f"split file {file} does not exist", "dtd", root=tmp_path)
-    (tmp_path / "imagenet").mkdir()
-    refused("cannot be read yet", "imagenet", root=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from dapt.cli.common import DomainOption, NamesOption, RootOption, app, readable_errors
+from dapt.cli.common import DomainOption, NamesOption, RootOption, app, readable_errors, say
+from dapt.progress import Advance, RichReporter, console
+
+if TYPE_CHECKING:
+    from dapt.data.check import Check
+
+PARTS = ("train", "val", "test")
+
+# Problems of a kind that are told one by one.
+_SHOWN = 10
 
 data = typer.Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
 app.add_typer(data, name="data")
@@ -48,3 +59,130 @@ def support_set(
         for part in ("train", "val"):
             for item in getattr(drawn, part):
                 typer.echo(f"{part}\t{item.label}\t{item.class_name}\t{item.path}")
+
+
+@data.command(name="list")
+def list_datasets(
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """List the datasets that are known by name: sizes, licences, and where to get them.
+
+    **Examples**
+
+        dapt data list
+
+        dapt data list --json
+    """
+    with readable_errors():
+        from dapt.data import BENCHMARKS
+        from dapt.data.benchmarks import LAYOUT
+
+        if as_json:
+            keys = ("name", "folder", "images", "index", "classes", "counts", "gigabytes",
+                    "licence", "url", "template")  # fmt: skip
+            rows = [{key: getattr(row, key) for key in keys} for row in BENCHMARKS.values()]
+            typer.echo(json.dumps(rows, ensure_ascii=False))
+            return
+        table = Table("dataset")
+        for column in ("classes", "train", "val", "test", "GB"):
+            table.add_column(column, justify="right")
+        for row in BENCHMARKS.values():
+            counts = (f"{row.counts[p]:,}" if p in row.counts else "–" for p in PARTS)
+            size = f"{row.gigabytes:.1f}" if row.gigabytes < 10 else f"{row.gigabytes:.0f}"
+            table.add_row(row.name, f"{row.classes:,}", *counts, size)
+        console.print(table)
+        say("folder below --root, licence, and where to get it:")
+        for row in BENCHMARKS.values():
+            say(f"  {row.folder:21} {row.licence:23} {row.url}")
+        say(f"split files and layout: {LAYOUT}")
+        say("without a download: bundled, or any folder of images")
+
+
+@data.command()
+def check(
+    dataset: Annotated[
+        str | None, typer.Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
+    ] = None,
+    root: RootOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look for the files alone, not into them.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image in full, not just its ends.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is wrong.")] = False,
+) -> None:
+    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong.
+
+    **Examples**
+
+        dapt data check --root /data --quick
+
+        dapt data check imagenet --root /data
+
+        dapt data check my_photos --decode
+    """
+    with readable_errors():
+        from dapt.data import BENCHMARKS
+        from dapt.data.check import check_dataset
+        from dapt.errors import UserError
+
+        if quick and decode:
+            raise UserError("--quick and --decode exclude each other; give one")
+        if dataset is None and root is None:
+            raise UserError("give a DATASET to check, or --root for all benchmarks below it")
+        if root is not None and not root.expanduser().is_dir():
+            raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
+        root = root.expanduser() if root else None
+        chosen = [dataset] if dataset else []
+        if root and not dataset:
+            chosen = [n for n, row in BENCHMARKS.items() if (root / row.folder).is_dir()]
+            if not chosen:
+                raise UserError(
+                    f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
+                )
+        checks, reporter = [], RichReporter()
+        for name in chosen:
+            with ExitStack() as stack:
+
+                def begin(total: int, name: str = name, stack: ExitStack = stack) -> Advance:
+                    return stack.enter_context(reporter.stage(f"check {name}", total))
+
+                level = "listed" if quick else "decoded" if decode else "whole"
+                checks.append(check_dataset(name, root=root, level=level, begin=begin))
+        if as_json:
+            typer.echo(json.dumps([c.to_json() for c in checks], ensure_ascii=False))
+        else:
+            _show_checks(checks)
+            absent = [n for n in BENCHMARKS if n not in chosen] if dataset is None else []
+            if absent:
+                say(f"not below --root: {', '.join(absent)}")
+    if any(c.problems for c in checks):
+        raise typer.Exit(1)
+
+
+def _show_checks(checks: list[Check]) -> None:
+    """A row a dataset, and below it what is wrong: the first few of each kind."""
+    table = Table("dataset")
+    for column in ("classes", *PARTS):
+        table.add_column(column, justify="right")
+    table.add_column("problems", justify="right")
+    for found in checks:
+        cells = [_share(found.classes[0], found.classes[1])]
+        for part in PARTS:
+            row = found.parts.get(part)
+            cells.append(_share(row[1], row[0] if row[2] is None else row[2]) if row else "–")
+        table.add_row(found.dataset, *cells, f"{len(found.problems):,}")
+    console.print(table)
+    for found in checks:
+        kinds = list(dict.fromkeys(problem.kind for problem in found.problems))
+        for kind in kinds:
+            alike = [p for p in found.problems if p.kind == kind]
+            for problem in alike[:_SHOWN]:
+                say(f"{found.dataset}: {problem.text}")
+            if len(alike) > _SHOWN:
+                say(f"{found.dataset}: … {len(alike) - _SHOWN:,} more like this; --json lists all")
+
+
+def _share(found: int, wanted: int | None) -> str:
+    return f"{found:,}" if wanted in (None, found) else f"{found:,} of {wanted:,}"

@@ -1,6 +1,6 @@
 """Tasks (bundled, benchmarks, folders, tables), support sets, and images."""
 
-from dapt.data.benchmarks import BENCHMARKS, Benchmark, read_split
+from dapt.data.benchmarks import BENCHMARKS, Benchmark
 from dapt.data.images import (
     ImageStore,
     centre_view,
@@ -10,6 +10,7 @@ from dapt.data.images import (
     upright_rgb,
 )
 from dapt.data.items import Item, Task, subset_classes
+from dapt.data.splits import read_split
 from dapt.data.support import SupportSet, draw_support_set, load_support_set
 from dapt.data.tasks import bundled_domains, open_task
 

@@ -1,96 +1,55 @@
-"""The published benchmarks: one table of where each lies and how it is read.
+"""The published benchmarks: one table of where each lies, how it is read, and what it is.
 
-All lie under one root, in the layout of the CoOp code base (Zhou et al., 2022). A row that is
-read from something else than a split file brings its own reader.
+All lie under one root, in the layout of the CoOp code base (Zhou et al., 2022), whose list of
+downloads and split files is at `LAYOUT`. Counts are those of the published splits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from dapt.data.items import PARTS, Listing, Pair, check_class_names, check_listing, check_path
+from dapt.data.items import Listing
+from dapt.data.splits import read_class_folders, read_split, read_variants
 from dapt.errors import UserError
-from dapt.files import read_json
 
-
-def read_split(file: Path) -> Listing:
-    """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``.
-
-    Raises:
-        UserError: the file is missing, is no JSON, or is not of that form; labels are not
-            0 .. C-1; a label has two class names; a path leaves the images' folder.
-    """
-    if not file.is_file():
-        raise UserError(
-            f"split file {file} does not exist; put the published one there, or check --root"
-        )
-    data = read_json(file, "split file")
-    if not isinstance(data, dict) or not all(isinstance(data.get(p), list) for p in PARTS):
-        raise UserError(
-            f"split file {file} must be a JSON object with the lists train, val and test; "
-            "download it anew"
-        )
-    names: dict[int, str] = {}
-    parts: dict[str, tuple[Pair, ...]] = {}
-    for part in PARTS:
-        pairs = []
-        for number, entry in enumerate(data[part]):
-            where = f"split file {file}, {part} entry {number}"
-            path, label, name = _split_entry(entry, where)
-            if names.setdefault(label, name) != name:
-                raise UserError(
-                    f"{where}: label {label} is '{name}' here and '{names[label]}' before; a "
-                    "label has one class name"
-                )
-            pairs.append((check_path(path, where), label))
-        parts[part] = tuple(pairs)
-    classes = range(len(names))
-    if missing := [label for label in classes if label not in names]:
-        raise UserError(
-            f"split file {file}: labels must be 0 .. {len(names) - 1} for its {len(names)} "
-            f"classes, but {missing[0]} is missing; number them anew"
-        )
-    listing = Listing(tuple(names[label] for label in classes), **parts)
-    check_class_names(listing.class_names, f"split file {file}")
-    check_listing(listing, f"split file {file}")
-    return listing
-
-
-def _split_entry(entry: Any, where: str) -> tuple[str, int, str]:
-    if (
-        isinstance(entry, list)
-        and [type(x) for x in entry] == [str, int, str]  # True is an int to isinstance
-    ):
-        return entry[0], entry[1], entry[2]
-    raise UserError(f"{where} must be [relative path, label, class name]; download the file anew")
-
-
-def _not_yet(index: Path) -> Listing:
-    raise UserError(f"the benchmark listed by {index} cannot be read yet; use another dataset")
+LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+CLASS_NAMES = "classnames.txt"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lies below the root, and how it is read.
+    """Where a benchmark lies below the root, how it is read, and what is known of it.
 
     Attributes:
         name: what the user calls it.
         folder: its folder below the root.
         images: the images' folder in that one; paths are relative to it.
         index: the file in ``folder`` that lists its images or classes.
+        classes: how many.
+        counts: images to train, validate and test on; those that it has.
+        gigabytes: of its download, about.
+        licence: as its authors state it.
+        url: where they give it.
         template: the field's hand-written prompt for it, used where the text is not learned.
-        read: reads the index.
+        read: reads the index, given its path and that of the images' folder.
+        least: images that every class has at least, of the parts where this is known.
     """
 
     name: str
     folder: str
     images: str
     index: str
+    classes: int
+    counts: dict[str, int]
+    gigabytes: float
+    licence: str
+    url: str
     template: str = "a photo of a {}."
-    read: Callable[[Path], Listing] = read_split
+    read: Callable[[Path, Path], Listing] = read_split
+    least: dict[str, int] = field(default_factory=dict)
 
     def image_root(self, root: Path) -> Path:
         """The images' folder, which item paths are relative to."""
@@ -111,40 +70,98 @@ class Benchmark:
                 f"benchmark '{self.name}': its folder {root / self.folder} does not exist; check "
                 "--root"
             )
-        return self.read(root / self.folder / self.index)
+        index = root / self.folder / self.index
+        if self.index == CLASS_NAMES and not index.exists():
+            index = root / "imagenet" / CLASS_NAMES  # the same for ImageNet and its four shifts
+        return self.read(index, self.image_root(root))
 
 
-def _split(name: str, folder: str, images: str, index: str, template: str) -> Benchmark:
-    return Benchmark(name, folder, images, f"split_zhou_{index}.json", template)
+def _counts(train: int, val: int, test: int) -> dict[str, int]:
+    return {"train": train, "val": val, "test": test}
 
+
+_RESEARCH = "non-commercial research"
+_UNSTATED = "none stated"
+_VGG = "https://www.robots.ox.ac.uk/~vgg/data"
+_TARGET = partial(read_class_folders, parts={"test": "."})
 
 _ROWS = (
-    _split("caltech101", "caltech-101", "101_ObjectCategories", "Caltech101", "a photo of a {}."),
-    _split("dtd", "dtd", "images", "DescribableTextures", "{} texture."),
-    _split("eurosat", "eurosat", "2750", "EuroSAT", "a centered satellite photo of {}."),
-    _split("food101", "food-101", "images", "Food101", "a photo of {}, a type of food."),
-    _split(
-        "oxford_flowers", "oxford_flowers", "jpg", "OxfordFlowers",
+    Benchmark(
+        "caltech101", "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json",
+        100, _counts(4128, 1649, 2465), 0.1, "CC BY 4.0",
+        "https://data.caltech.edu/records/mzrjq-6wc02",
+    ),
+    Benchmark(
+        "dtd", "dtd", "images", "split_zhou_DescribableTextures.json",
+        47, _counts(2820, 1128, 1692), 0.6, "research", f"{_VGG}/dtd/", "{} texture.",
+    ),
+    Benchmark(
+        "eurosat", "eurosat", "2750", "split_zhou_EuroSAT.json",
+        10, _counts(13500, 5400, 8100), 0.1, "MIT", "https://github.com/phelber/EuroSAT",
+        "a centered satellite photo of {}.",
+    ),
+    Benchmark(
+        "food101", "food-101", "images", "split_zhou_Food101.json",
+        101, _counts(50500, 20200, 30300), 5.0, _RESEARCH,
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        "a photo of {}, a type of food.",
+    ),
+    Benchmark(
+        "oxford_flowers", "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
+        102, _counts(4093, 1633, 2463), 0.3, _UNSTATED, f"{_VGG}/flowers/102/",
         "a photo of a {}, a type of flower.",
     ),
-    _split(
-        "oxford_pets", "oxford_pets", "images", "OxfordPets", "a photo of a {}, a type of pet."
+    Benchmark(
+        "oxford_pets", "oxford_pets", "images", "split_zhou_OxfordPets.json",
+        37, _counts(2944, 736, 3669), 0.8, "CC BY-SA 4.0", f"{_VGG}/pets/",
+        "a photo of a {}, a type of pet.",
     ),
-    _split("stanford_cars", "stanford_cars", ".", "StanfordCars", "a photo of a {}."),
-    _split("sun397", "sun397", "SUN397", "SUN397", "a photo of a {}."),
-    _split("ucf101", "ucf101", "UCF-101-midframes", "UCF101", "a photo of a person doing {}."),
+    Benchmark(
+        "stanford_cars", "stanford_cars", ".", "split_zhou_StanfordCars.json",
+        196, _counts(6509, 1635, 8041), 1.9, _RESEARCH,
+        "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
+    ),
+    Benchmark(
+        "sun397", "sun397", "SUN397", "split_zhou_SUN397.json",
+        397, _counts(15880, 3970, 19850), 37.0, _RESEARCH,
+        "https://vision.princeton.edu/projects/2010/SUN/",
+    ),
+    Benchmark(
+        "ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
+        101, _counts(7639, 1898, 3783), 0.2, _UNSTATED,
+        "https://www.crcv.ucf.edu/data/UCF101.php", "a photo of a person doing {}.",
+    ),
     Benchmark(
         "fgvc_aircraft", "fgvc_aircraft", "images", "variants.txt",
-        "a photo of a {}, a type of aircraft.", _not_yet,
+        100, _counts(3334, 3333, 3333), 2.6, _RESEARCH, f"{_VGG}/fgvc-aircraft/",
+        "a photo of a {}, a type of aircraft.", read_variants,
     ),
-    Benchmark("imagenet", "imagenet", "images", "classnames.txt", read=_not_yet),
     Benchmark(
-        "imagenetv2", "imagenetv2", "imagenetv2-matched-frequency-format-val", "classnames.txt",
-        read=_not_yet,
+        "imagenet", "imagenet", "images", CLASS_NAMES,
+        1000, {"train": 1281167, "test": 50000}, 145.0, _RESEARCH, "https://image-net.org",
+        read=partial(read_class_folders, parts={"train": "train", "test": "val"}),
+        least={"train": 732, "test": 50},
     ),
-    Benchmark("imagenet_sketch", "imagenet-sketch", "images", "classnames.txt", read=_not_yet),
-    Benchmark("imagenet_a", "imagenet-adversarial", "imagenet-a", "classnames.txt", read=_not_yet),
-    Benchmark("imagenet_r", "imagenet-rendition", "imagenet-r", "classnames.txt", read=_not_yet),
+    Benchmark(
+        "imagenetv2", "imagenetv2", "imagenetv2-matched-frequency-format-val", CLASS_NAMES,
+        1000, {"test": 10000}, 1.2, "MIT", "https://github.com/modestyachts/ImageNetV2",
+        read=partial(_TARGET, numbered=True), least={"test": 10},
+    ),
+    Benchmark(
+        "imagenet_sketch", "imagenet-sketch", "images", CLASS_NAMES,
+        1000, {"test": 50889}, 7.0, "MIT", "https://github.com/HaohanWang/ImageNet-Sketch",
+        read=_TARGET,
+    ),
+    Benchmark(
+        "imagenet_a", "imagenet-adversarial", "imagenet-a", CLASS_NAMES,
+        200, {"test": 7500}, 0.7, "MIT", "https://github.com/hendrycks/natural-adv-examples",
+        read=_TARGET,
+    ),
+    Benchmark(
+        "imagenet_r", "imagenet-rendition", "imagenet-r", CLASS_NAMES,
+        200, {"test": 30000}, 2.0, "MIT", "https://github.com/hendrycks/imagenet-r",
+        read=_TARGET,
+    ),
 )  # fmt: skip
 
 BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _ROWS}
