@@ -49,6 +49,22 @@ def test_bench(tiny_weights, tmp_path):
     assert rows["fp32"]["flops"] == rows["bf16"]["flops"]
 
 
+def test_one_task_alone(tiny_weights, tmp_path):
+    file = tmp_path / "bench.json"
+    start = ["bench", "-b", str(tiny_weights), "--variants", "fp32", "--rounds", "1"]
+    size = ["--batch-size", "2", "--eval-batch-size", "2", "--device", "cpu", "--json", str(file)]
+    for option, there, absent in (
+        ("--no-train", "eval_images_per_second", "step"),
+        ("--no-eval", "step", "eval_images_per_second"),
+    ):
+        result = CliRunner().invoke(app, [*start, *size, option])
+        assert result.exit_code == 0, result.output
+        row = json.loads(file.read_text())["cases"][0]
+        assert there in row
+        assert absent not in row
+    assert CliRunner().invoke(app, [*start, "--no-train", "--no-eval"]).exit_code == 2
+
+
 def test_what_bench_refuses(tiny_weights, tmp_path):
     with pytest.raises(UserError, match="unknown variant 'fp8'"):
         run_bench(
@@ -59,7 +75,6 @@ def test_what_bench_refuses(tiny_weights, tmp_path):
             eval_batch_size=1,
             variants=["fp8"],
             rounds=1,
-            evaluation=False,
         )
     (tmp_path / "names.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must hold a list of names"):

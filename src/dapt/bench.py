@@ -44,7 +44,7 @@ def run_bench(
     eval_batch_size: int,
     variants: Sequence[str],
     rounds: int,
-    evaluation: bool,
+    tasks: Sequence[str] = ("train", "eval"),
     device: str = "auto",
     advance: Callable[..., None] = lambda count, note="": None,
 ) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run_bench(
         batch_size: images a training step; ``eval_batch_size``: images a batch in evaluation.
         variants: of "plain", "fp32", "bf16", "fp16".
         rounds: turns each case takes, after one that is not counted.
-        evaluation: whether to time evaluation too.
+        tasks: which of "train" and "eval" to time.
         device: of all variants.
         advance: is told of each finished turn.
 
@@ -77,7 +77,6 @@ def run_bench(
         "eval_batch_size": eval_batch_size,
         "device": device,
     }
-    tasks = ["train", "eval"] if evaluation else ["train"]
     workers = [
         _Worker({**job, "variant": variant, "class_names": list(names)})
         for names in class_names
@@ -93,8 +92,10 @@ def run_bench(
                     result |= worker.ask(task)
                 if turn:  # the first warms up
                     results.append(result)
-                advance(1, f"{worker.variant} {result['step']:.2f} s a step")
+                advance(1, worker.variant)
         ends = [worker.ask("finish") for worker in workers]
+        if "train" in tasks:
+            ends = [end | worker.ask("count") for end, worker in zip(ends, workers, strict=True)]
     finally:
         for worker in workers:
             worker.stop()
@@ -113,7 +114,10 @@ def run_bench(
 def _summary(turns: list[dict[str, float]], end: dict[str, float]) -> dict[str, Any]:
     """Medians over a case's turns; its rate is set against that of the same turn."""
     row: dict[str, Any] = {k: statistics.median(t[k] for t in turns) for k in turns[0]}
-    row |= {"steps": [t["step"] for t in turns], **end}
+    row |= end
+    if "step" not in row:
+        return row
+    row["steps"] = [t["step"] for t in turns]
     row["flops_per_second"] = row["flops"] / row["step"]
     row["share_of_matmul_rate"] = statistics.median(
         row["flops"] / t["step"] / t["matmul_flops_per_second"] for t in turns
@@ -244,14 +248,14 @@ class _Variant:
         return {"eval_images_per_second": count / seconds, "eval_class_features": once}
 
     def finish(self) -> dict[str, float]:
-        """Peak memory, and operations of a step: counted last, as counting needs memory itself."""
+        """Peak memory, asked for before anything is counted, as counting needs memory itself."""
         if self.backbone.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.backbone.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"peak_bytes": peak, "flops": self.flops()}
+        return {"peak_bytes": peak}
 
-    def flops(self) -> float:
+    def count(self) -> dict[str, float]:
         """Floating-point operations of one training step, forward and backward."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
@@ -259,7 +263,7 @@ class _Variant:
         # The counter knows attention by its matrix products, not by its fused kernel.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.train()
-        return float(counter.get_total_flops())
+        return {"flops": float(counter.get_total_flops())}
 
 
 class _Timed(Tuner):

@@ -29,6 +29,7 @@ def bench(
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Images an evaluation batch.")] = 100,
     variants: Annotated[str, typer.Option(help="Of plain, fp32, bf16, fp16.")] = "plain,fp32,bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Turns each case takes.")] = 3,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Time evaluation only.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Time training steps only.")] = False,
     device: DeviceOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to it.")] = (
@@ -54,6 +55,9 @@ def bench(
 
         if json_file and not json_file.parent.is_dir():
             raise UserError(f"--json {json_file}: its folder does not exist; make it first")
+        tasks = [t for t, off in (("train", no_train), ("eval", no_eval)) if not off]
+        if not tasks:
+            raise UserError("--no-train and --no-eval leave nothing to time; give one of them")
         names = [read_class_names(file) for file in class_names or ()]
         names = names or [list(open_task("bundled").class_names)]
         chosen = [v.strip() for v in variants.split(",") if v.strip()]
@@ -67,7 +71,7 @@ def bench(
                 eval_batch_size=eval_batch_size,
                 variants=chosen,
                 rounds=rounds,
-                evaluation=not no_eval,
+                tasks=tasks,
                 device=device or "auto",
                 advance=advance,
             )
@@ -90,18 +94,20 @@ def _show_bench(report: dict[str, Any]) -> None:
     firsts: dict[int, dict[str, Any]] = {}
     for row in report["cases"]:
         first = firsts.setdefault(row["classes"], row)
+        cells = [""] * 6
+        if "step" in row:
+            cells = [
+                *(f"{row[part]:.2f}" for part in ("forward", "backward", "step")),
+                f"{first['step'] / row['step']:.1f}",
+                f"{row['flops_per_second'] / 1e9:,.0f}",
+                f"{row['share_of_matmul_rate']:.0%}",
+            ]
         speed = row.get("eval_images_per_second")
+        if speed:
+            cells += [f"{speed:.1f}", f"{speed / first['eval_images_per_second']:.1f}"]
+        else:
+            cells += ["", ""]
         table.add_row(
-            f"{row['classes']:,}",
-            row["variant"],
-            f"{row['forward']:.2f}",
-            f"{row['backward']:.2f}",
-            f"{row['step']:.2f}",
-            f"{first['step'] / row['step']:.1f}",
-            f"{row['flops_per_second'] / 1e9:,.0f}",
-            f"{row['share_of_matmul_rate']:.0%}",
-            f"{speed:.1f}" if speed else "",
-            f"{speed / first['eval_images_per_second']:.1f}" if speed else "",
-            f"{row['peak_bytes'] / 1e9:.1f}",
+            f"{row['classes']:,}", row["variant"], *cells, f"{row['peak_bytes'] / 1e9:.1f}"
         )
     console.print(table)
