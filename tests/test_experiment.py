@@ -110,6 +110,22 @@ def test_zero_shot_is_run_once(grid, tmp_path):
     assert [r.settings.method for r in plan.runs].count("dapt") == 4
 
 
+def test_a_run_of_another_suite_serves_too(grid, undisturbed, tmp_path):
+    """Same tuning, other evaluations: taken over to the bit, and said."""
+    shutil.copytree(undisturbed, tmp_path / "mine")
+    plan = plan_of(grid("other", evaluations=[{"classes": "new"}], seeds=[1, 2]), tmp_path)
+    result = run_plan(plan, threads_each=1)
+    assert (result.done, result.failed) == (8, {})
+    for run in plan.runs:
+        twin = tmp_path / "mine" / run.path.relative_to(tmp_path / "other")
+        record = json.loads(run.directory.environment_file.read_text())
+        assert record.get("copied_from") == (str(twin) if run.settings.seed == 1 else None)
+        assert list(run.path.glob("eval-*.json"))
+        if run.settings.seed == 1:
+            for name in ("prompts.safetensors", "metrics.json", "log.csv", "support_set.json"):
+                assert (run.path / name).read_bytes() == (twin / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", suite_names())
 @pytest.mark.parametrize("part", ["", "bundled", "quick"])
 def test_suites_that_ship_are_sound(name, part, tmp_path):

@@ -166,6 +166,26 @@ class RunDirectory:
                 "tuned on; its prompts only fit the original ones"
             )
 
+    def copy_from(self, other: RunDirectory) -> None:
+        """Take over a finished run of the same settings, without its evaluations elsewhere.
+
+        Like `begin`, what makes it a run comes last, and what makes it a finished one after that.
+
+        Raises:
+            UserError: this directory is in use.
+        """
+        with self.locked():
+            for file in self.results():
+                file.unlink(missing_ok=True)
+            for name in ("task_file", "support_file", "prompts_file", "log_file"):
+                source: Path = getattr(other, name)
+                if source.is_file():
+                    write_atomic(getattr(self, name), source.read_bytes())
+            known = read_json(other.environment_file, "environment of the run")
+            write_json(self.environment_file, {**known, "copied_from": str(other.path)})
+            for name in ("settings_file", "metrics_file"):
+                write_atomic(getattr(self, name), getattr(other, name).read_bytes())
+
     def finish(self, metrics: dict[str, Any]) -> None:
         """Record the metrics, which marks the run finished; everything else is there already."""
         write_json(self.metrics_file, metrics)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dapt.cli.common import DeviceOption, app, readable_errors
+from dapt.cli.common import DeviceOption, app, readable_errors, say
 from dapt.errors import UserError
 from dapt.progress import RichReporter, console
 
@@ -86,20 +86,17 @@ def _show_bench(report: dict[str, Any]) -> None:
         title=f"{report['backbone']}, batch {report['batch_size']}, {report['threads']} threads",
         title_justify="left",
     )
-    table.add_column("classes", justify="right")
-    table.add_column("")
-    for column in ("forward s", "backward s", "step s", "×", "Gflop/s", "of matmul",
-                   "eval images/s", "×", "peak GB"):  # fmt: skip
-        table.add_column(column, justify="right")
+    for column in ("classes", "", "forw. s", "backw. s", "step s", "×", "share", "eval/s", "×",
+                   "peak GB"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
     firsts: dict[int, dict[str, Any]] = {}
     for row in report["cases"]:
         first = firsts.setdefault(row["classes"], row)
-        cells = [""] * 6
+        cells = [""] * 5
         if "step" in row:
             cells = [
                 *(f"{row[part]:.2f}" for part in ("forward", "backward", "step")),
                 f"{first['step'] / row['step']:.1f}",
-                f"{row['flops_per_second'] / 1e9:,.0f}",
                 f"{row['share_of_matmul_rate']:.0%}",
             ]
         speed = row.get("eval_images_per_second")
@@ -111,3 +108,10 @@ def _show_bench(report: dict[str, Any]) -> None:
             f"{row['classes']:,}", row["variant"], *cells, f"{row['peak_bytes'] / 1e9:.1f}"
         )
     console.print(table)
+    rates = {
+        row["variant"]: f"{row['matmul_flops_per_second'] / 1e9:,.0f}" for row in report["cases"]
+    }
+    say(
+        "eval/s: images a second in evaluation; share: of the rate of matrix products in the same "
+        f"turns, Gflop/s: {', '.join(f'{v} {rate}' for v, rate in rates.items())}"
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -47,6 +49,21 @@ class PlannedRun:
         """Runs that are equal in this share a backbone and a task."""
         s = self.settings
         return (s.backbone, s.pretrained, s.device, s.precision, *task_key(s))
+
+    def twin(self) -> RunDirectory | None:
+        """A finished run of the same settings that another suite left in the same results.
+
+        Suites that tune on the same source differ in what they evaluate on alone.
+        """
+        dataset, _, leaf = self.path.parts[-3:]
+        for path in sorted(self.path.parents[3].glob(f"*/{escape(dataset)}/*/{escape(leaf)}")):
+            other = RunDirectory(path)
+            if path == self.path or not (other.exists and other.finished):
+                continue
+            with suppress(UserError):  # written by another version
+                if other.read_settings() == self.settings:
+                    return other
+        return None
 
     def state(self) -> str:
         """`DONE` with all its evaluations, given up (`FAILED`), `BEGUN` or `NEW`."""

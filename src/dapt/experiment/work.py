@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from dapt.data import Task
 from dapt.errors import UserError
-from dapt.experiment.plan import DONE, FAILED, PlannedRun, task_key
+from dapt.experiment.plan import DONE, FAILED, NEW, PlannedRun, task_key
 from dapt.files import read_json
 from dapt.progress import Reporter
 from dapt.runs import InUse
@@ -85,14 +85,18 @@ def execute(run: PlannedRun, session: Session, reporter: Reporter) -> Outcome:
             return Outcome(FAILED, directory.read_failure() or "")
         if state != DONE:
             task, shared = session.task(run.settings), session.shared(run.settings)
-            train(
-                run.settings,
-                run.path,
-                resume=True,
-                shared=shared,
-                task=task,
-                reporter=reporter,
-            )
+            twin = run.twin() if state == NEW else None
+            if twin is not None:
+                directory.copy_from(twin)
+            else:
+                train(
+                    run.settings,
+                    run.path,
+                    resume=True,
+                    shared=shared,
+                    task=task,
+                    reporter=reporter,
+                )
             with directory.locked():
                 for target in run.targets:
                     if recorded(directory, target) is None:
