@@ -221,9 +221,12 @@ class Estimator:
     def seconds(self, run: PlannedRun) -> float:
         """Expected duration of a run, with its evaluations (each as long as its own)."""
         key = (run.settings.dataset, run.settings.method)
+        evaluation = _nearest_mean(self._evaluations, key)
+        if run.twin() is not None:
+            return len(run.targets) * evaluation
         steps = self.steps(run.settings)
         step = _nearest_mean(self._steps, key) if steps else 0.0
-        return steps * step + (1 + len(run.targets)) * _nearest_mean(self._evaluations, key)
+        return steps * step + (1 + len(run.targets)) * evaluation
 
     def steps(self, settings: Settings) -> int:
         """Tuning steps of a run."""
