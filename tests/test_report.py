@@ -285,8 +285,26 @@ def test_a_repeated_run_counts_once(grid, tmp_path):
     shutil.copytree(grid / "d3", grid / "e3")
     written, page = report(grid, tmp_path)
     assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+    assert not written.warnings
+    edit(grid / "e3" / "metrics.json", test=scores_of(0.5))
+    written, page = report(grid, tmp_path)
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
     assert len(written.warnings) == 1
     assert str(grid / "e3") in written.warnings[0]
+
+
+def test_evaluations_of_a_run_that_suites_share(tmp_path):
+    """Each suite's copy was evaluated elsewhere: all count, with the copy's own number."""
+    for suite, target, accuracy in (("a", "dtd", 0.4), ("b", "eurosat", 0.3)):
+        test = {"dataset": target, "classes": "all", "test": scores_of(accuracy)}
+        for seed in (1, 2):
+            make_run(tmp_path / f"runs/{suite}/{seed}", 0.7, seed=seed, evals={target: test})
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert not written.warnings
+    name = next(n for n in page.tables if n.startswith("cross"))
+    header, row = ([cell.strip() for cell in line] for line in page.tables[name])
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["dtd"], cells["eurosat"]) == ("40.0 ±0.0", "30.0 ±0.0")
 
 
 def edit(file, **changes):

@@ -45,11 +45,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run's prompts on another dataset, domain or set of classes."""
+    """A run's prompts on another dataset, domain or set of classes; ``run`` is its number."""
 
     dataset: str
     classes: str
     scores: Scores
+    run: int
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,13 @@ def _read_run(folder: Path, number: int, warnings: list[str]) -> Run:
         dataset=_text(metrics.get("dataset", run.dataset), "metrics.json: dataset"),
         finished=True,
         scores=_scores(metrics.get("test"), "metrics.json"),
-        evaluations=tuple(_evaluations(folder, warnings)),
+        evaluations=tuple(_evaluations(folder, number, warnings)),
         dispersion=_dispersion(metrics.get("dispersion")),
         parameters=None if parameters is None else _count(parameters, "learned_parameters"),
     )
 
 
-def _evaluations(folder: Path, warnings: list[str]) -> Iterator[Evaluation]:
+def _evaluations(folder: Path, number: int, warnings: list[str]) -> Iterator[Evaluation]:
     seen: dict[tuple[str, str], Scores] = {}
     for file in sorted(folder.glob("eval-*.json")):
         try:
@@ -182,7 +183,7 @@ def _evaluations(folder: Path, warnings: list[str]) -> Iterator[Evaluation]:
         key = (dataset, classes)
         if key not in seen:
             seen[key] = scores
-            yield Evaluation(dataset, classes, scores)
+            yield Evaluation(dataset, classes, scores, number)
         elif seen[key] != scores:
             warnings.append(
                 f"{clean(folder, 400)}: {clean(file.name)} and an earlier file evaluate the same "

@@ -95,6 +95,7 @@ def _cards(study: Study, finished: Sequence[Run]) -> list[tuple[str, str]]:
     spent = sum(
         seconds(run, name) or 0.0
         for run in study.runs
+        if "copied_from" not in run.environment  # its time is counted where it was spent
         for name in ("tuning_seconds", "evaluation_seconds")
     )
     cards = [

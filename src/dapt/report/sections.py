@@ -925,7 +925,7 @@ def _dispersions(runs: dict[int, Run], key: str) -> Samples:
 def _evaluated(runs: dict[int, Run], dataset: str, classes: str) -> Samples:
     """Accuracy of runs on another dataset, domain or set of classes, by seed."""
     return {
-        seed: Sample(e.scores.accuracy, (run.number,))
+        seed: Sample(e.scores.accuracy, (e.run,))
         for seed, run in runs.items()
         for e in run.evaluations
         if (e.dataset, e.classes) == (dataset, classes)

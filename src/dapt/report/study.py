@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dapt.errors import UserError, nearest
@@ -66,10 +66,19 @@ class Study:
         self._by_key: dict[tuple[str, str, str, int, Variant], dict[int, Run]] = defaultdict(dict)
         for run in finished:
             key = (run.dataset, run.classes, run.method, run.shots, self.variant(run))
-            if (first := self._by_key[key].setdefault(run.seed, run)) is not run:
+            first = self._by_key[key].setdefault(run.seed, run)
+            if first is run:
+                continue
+            if run.scores == first.scores:
+                # One run that several suites share, each with evaluations of its own.
+                known = {(e.dataset, e.classes) for e in first.evaluations}
+                more = (e for e in run.evaluations if (e.dataset, e.classes) not in known)
+                both = replace(first, evaluations=(*first.evaluations, *more))
+                self._by_key[key][run.seed] = both
+            else:
                 self.warnings.append(
                     f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
-                    "same settings; only the latter is counted"
+                    "same settings with another result; only the latter is counted"
                 )
         whole = [run for run in finished if run.classes == "all"] or finished
         self.methods = _in_order({run.method for run in finished})
