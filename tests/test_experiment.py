@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from miniatures import make_benchmark
 from typer.testing import CliRunner
 
 from dapt.cli import app
@@ -305,6 +306,34 @@ def test_base_and_new_classes(grid, tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="'linear-probe' knows only the classes"):
         plan_of(probe, tmp_path)
+
+
+def test_domain_generalization_on_the_benchmarks(tiny_weights, tmp_path):
+    """The suite that ships, on ImageNet and its four shifts in miniature; then its table."""
+    names = ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+    for name in names:
+        make_benchmark(tmp_path / "data", name)
+    tiny = [f"--set={k}={v}" for k, v in {**SETTINGS, "epochs": 1}.items()]
+    result = dapt(
+        "experiment", "domain-generalization", "--root", tmp_path / "data", "-o", tmp_path / "out",
+        "-b", tiny_weights, "--methods", "zero-shot,dapt", "--seeds", "1,2",
+        "--threads", 1, *tiny,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    runs = sorted((tmp_path / "out/domain-generalization/imagenet/dapt").iterdir())
+    assert [run.name for run in runs] == ["16shots-seed1", "16shots-seed2"]
+    for run in runs:
+        images = {}
+        for file in run.glob("eval-*.json"):
+            value = json.loads(file.read_text())
+            images[value["dataset"]] = value["test"]["images"]
+        # Four classes of three images; two of the shifts lack a class.
+        assert images == {
+            "imagenetv2": 12, "imagenet_sketch": 12, "imagenet_a": 9, "imagenet_r": 9
+        }  # fmt: skip
+    page = tmp_path / "report.html"
+    assert dapt("report", tmp_path / "out", "--out", page).exit_code == 0
+    assert "From imagenet" in page.read_text()
 
 
 def test_two_evaluations_of_one_name_are_kept_apart(undisturbed, tmp_path, photo_folder):

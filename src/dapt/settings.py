@@ -128,7 +128,12 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     given, names = dict(given), {"bundled", *BENCHMARKS}
     for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
         value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
+        if (
+            isinstance(value, str)
+            and value
+            and value not in names
+            and Path(value).expanduser().exists()
+        ):
             given[setting] = str(Path(value).expanduser().resolve())
     return given
 

@@ -12,7 +12,6 @@ from dapt.cli.common import (
     DomainOption,
     RootOption,
     RunArgument,
-    absolute_paths,
     app,
     metrics_table,
     readable_errors,
@@ -72,6 +71,7 @@ def import_(
     with readable_errors():
         from dapt.exchange import import_checkpoint
         from dapt.files import read_json
+        from dapt.settings import absolute_paths
 
         given = {
             "backbone": backbone,

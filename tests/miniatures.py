@@ -1,0 +1,64 @@
+"""Benchmarks of a few images each, laid out and listed as the real ones are."""
+
+import json
+
+from PIL import Image
+
+from dapt.data import BENCHMARKS
+
+SPLIT_ROWS = [name for name, row in BENCHMARKS.items() if row.index.startswith("split_")]
+WNIDS = ("n01440764", "n01443537", "n02012849", "n03126707")
+WORDS = ("tench", "goldfish", "crane bird", "construction crane")
+
+
+def put_image(path, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (90, 120, len(path.name))).save(path, "JPEG")
+
+
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make_benchmark(root, name):
+    """A benchmark of a few images at its place below ``root``, listed as the real one is."""
+    row = BENCHMARKS[name]
+    home, images = root / row.folder, row.image_root(root)
+    if name in SPLIT_ROWS:
+        # Folders of SUN397 and UCF101 lie deeper and hold spaces, hyphens and underscores.
+        classes = [("a/art_gallery/indoor", "art gallery indoor"), ("v_T-Rex (2)", "t-rex")]
+        split = {
+            part: [
+                [f"{folder}/{part} {i}.jpg", label, word]
+                for label, (folder, word) in enumerate(classes)
+                for i in range(2)
+            ]
+            for part in ("train", "val", "test")
+        }
+        for entries in split.values():
+            for path, _, _ in entries:
+                put_image(images / path)
+        put(home / row.index, json.dumps(split))
+    elif name == "fgvc_aircraft":
+        variants = ["707-320", "DH-82", "Eurofighter Typhoon", "C-130"]
+        put(home / "variants.txt", "\n".join(variants) + "\n")
+        for p, part in enumerate(("train", "val", "test")):
+            lines = [f"{p}{i:06} {word}" for i, word in enumerate(variants * 2)]
+            put(home / f"images_variant_{part}.txt", "\n".join(lines) + "\n")
+            for line in lines:
+                put_image(images / f"{line.split()[0]}.jpg")
+    else:
+        names = [f"{a} {b}" for a, b in zip(WNIDS, WORDS, strict=True)]
+        put(home / row.index, "\n".join(names) + "\n")
+        places = {"imagenet": ("train", "val")}.get(name, (".",))
+        for place in places:
+            for number, wnid in enumerate(WNIDS):
+                if name in ("imagenet_a", "imagenet_r") and number == 1:
+                    continue  # they have 200 of the 1,000 classes
+                folder = str(number) if name == "imagenetv2" else wnid
+                for i in (2, 10, 1):
+                    put_image(images / place / folder / f"{wnid}_{i}.JPEG")
+        put(images / "README.txt", "not a class")
+        put(images / places[0] / ".hidden", "")
+    return row
