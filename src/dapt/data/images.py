@@ -110,7 +110,7 @@ def decode_image(
     file: BinaryIO,
     name: str,
     *,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
