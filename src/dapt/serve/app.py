@@ -16,7 +16,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
@@ -36,7 +36,6 @@ _AGAIN = {"Retry-After": "1"}
 class RankedClass(BaseModel):
     """A class and how probable it is."""
 
-    model_config = ConfigDict(populate_by_name=True)
     name: str = Field(alias="class")
     probability: float
 
@@ -44,7 +43,6 @@ class RankedClass(BaseModel):
 class Neighbour(BaseModel):
     """A support image and the cosine of its features with the photo's."""
 
-    model_config = ConfigDict(populate_by_name=True)
     image: str = Field(description="Where the picture is.")
     name: str = Field(alias="class")
     cosine: float
@@ -174,7 +172,7 @@ def create_app(
         view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
         answer = await asyncio.wrap_future(batcher.submit(view))
         ranked = best_classes(answer.probabilities[None], served.class_names, top)[0]
-        classes = [RankedClass(name=c, probability=p) for c, p in ranked]
+        classes = [RankedClass.model_validate({"class": c, "probability": p}) for c, p in ranked]
         return Prediction(file=name, classes=classes, nearest=_nearest(served, answer, nearest))
 
     async def entry(file: UploadFile, name: str, top: int, nearest: int) -> Prediction | UserError:
@@ -294,7 +292,7 @@ def _nearest(served: Served, answer: Answer, count: int) -> list[Neighbour]:
     cosines, places = answer.cosines.topk(min(count, len(answer.cosines)))
     names = served.support.class_names
     return [
-        Neighbour(image=f"/support/{i}", name=names[i], cosine=cosine)
+        Neighbour.model_validate({"image": f"/support/{i}", "class": names[i], "cosine": cosine})
         for i, cosine in zip(places.tolist(), cosines.tolist(), strict=True)
     ]
 
