@@ -83,7 +83,7 @@ def serve(
         )
         where = server.address_of(listening)
         said = f"{served.name}, {len(served.class_names):,} classes, at {where} (Ctrl-C stops)"
-        server.serve(
+        made = server.make_server(
             served,
             listening,
             limits,
@@ -91,3 +91,4 @@ def serve(
             names=allow_host or (),
             ready=lambda: say(said),
         )
+        server.run_server(made, listening)

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def address_of(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(
+def make_server(
     served: Served,
     found: socket.socket,
     limits: Limits,
@@ -77,8 +78,8 @@ def serve(
     token: str | None = None,
     names: Sequence[str] = (),
     ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Answer until SIGINT or SIGTERM, then finish what was accepted.
+) -> uvicorn.Server:
+    """A server that answers until SIGINT or SIGTERM, then finishes what was accepted.
 
     Args:
         served: from `load_served`.
@@ -109,7 +110,12 @@ def serve(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
-    asyncio.run(_Server(config, ready).serve(sockets=[found]))
+    return _Server(config, ready)
+
+
+def run_server(server: uvicorn.Server, found: socket.socket) -> None:
+    """Answer on a socket until the server is asked to stop."""
+    asyncio.run(server.serve(sockets=[found]))
 
 
 class _Server(uvicorn.Server):
@@ -126,6 +132,9 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """A first signal ends it in order, a second SIGINT at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
