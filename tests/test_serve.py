@@ -19,6 +19,8 @@ import zlib
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -297,6 +299,33 @@ def test_bad_requests(client, pictures):
     assert odd == "<b>"
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_no_bytes_bring_it_down(client, pictures, data):
+    """Damaged images, and damaged forms around them, are answered with a sentence."""
+    image = Image.open(pictures[0])
+    file = io.BytesIO()
+    image.save(file, data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])))
+    kind, body = form([("images", "a", file.getvalue())])
+    if data.draw(st.booleans()):
+        body = bytearray(body)
+        for _ in range(data.draw(st.integers(1, 8))):
+            body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    else:
+        body = data.draw(st.binary(max_size=200)) + body[data.draw(st.integers(0, len(body))) :]
+    found = client.ask("POST", "/predict", bytes(body), **{"Content-Type": kind})
+    assert found.status in (200, 400, 413)
+    if found.status != 200:
+        assert len(found.detail.splitlines()) == 1
+
+
+@settings(max_examples=100)
+@given(st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20))
+def test_no_other_token_is_right(closed, token):
+    for value in (token, f"Bearer {token}", f"Bearer a secret.{token}"):
+        assert closed.get("/classes", Authorization=value.encode("latin-1")).status == 401
+
+
 def test_uploads_are_bounded_as_they_arrive(served, pictures):
     with running(served, Limits(upload=100_000)) as client:
         kind, body = form([("images", "a.png", bytes(200_000))])
@@ -382,21 +411,26 @@ def test_slow_clients(served, pictures, monkeypatch):
         assert client.predict(pictures[0]).status == 200
 
 
-def test_token(served, pictures):
+@pytest.fixture(scope="module")
+def closed(served):
     with running(served, token="a secret") as client:
-        for path in ("/", "/docs", "/openapi.json", "/healthz", "/static/page.js"):
-            assert client.get(path).status == 200
-        wrong = ("", "Bearer", "Bearer other", "Basic a secret", "Bearer a secret2", "Bearer \xe9")
-        for path in ("/classes", "/metrics", "/support/0", "/nowhere"):
-            for given in wrong:
-                found = client.get(path, Authorization=given)
-                assert found.status == 401
-                assert found.headers["www-authenticate"] == "Bearer"
-        assert client.get("/static/../classes").status == 404
-        assert client.predict(pictures[0]).status == 401
-        right = {"Authorization": "Bearer a secret"}
-        assert client.predict(pictures[0], **right).status == 200
-        assert client.get("/classes", **right, Host="any.example").status == 200
+        yield client
+
+
+def test_token(closed, pictures):
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/static/page.js"):
+        assert closed.get(path).status == 200
+    wrong = ("", "Bearer", "Bearer other", "Basic a secret", "Bearer a secret2", "Bearer \xe9")
+    for path in ("/classes", "/metrics", "/support/0", "/nowhere"):
+        for given in wrong:
+            found = closed.get(path, Authorization=given)
+            assert found.status == 401
+            assert found.headers["www-authenticate"] == "Bearer"
+    assert closed.get("/static/../classes").status == 404
+    assert closed.predict(pictures[0]).status == 401
+    right = {"Authorization": "Bearer a secret"}
+    assert closed.predict(pictures[0], **right).status == 200
+    assert closed.get("/classes", **right, Host="any.example").status == 200
 
 
 def test_names_of_other_hosts_are_refused(served):

@@ -124,8 +124,10 @@ def decode_image(
         TooManyPixels: the file's header tells of more.
         UserError: as `open_image`, once the file is open.
     """
+    # Of those asked for, this PIL may lack some.
+    known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
     try:
-        with Image.open(file, formats=formats or _formats()) as image:
+        with Image.open(file, formats=known) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(
                     f"image {name} has {image.width:,} x {image.height:,} pixels, more than the "

@@ -51,16 +51,19 @@ async function describe() {
 
 function add(files) {
   if (locked) return;
+  const cards = [];
   for (const file of files) {
     const card = element("article"), picture = element("img"), body = element("div");
     picture.src = URL.createObjectURL(file);
     picture.alt = "";
-    picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+    picture.onload = () => URL.revokeObjectURL(picture.src);
+    picture.onerror = () => { picture.hidden = true; };  // such as TIFF, which browsers do not show
     body.append(element("h2", file.name || "pasted photo"), element("p", "waiting …"));
     card.append(picture, body);
-    $("results").prepend(card);
+    cards.push(card);
     waiting.push({ file, body });
   }
+  $("results").prepend(...cards);
   while (busy < AT_ONCE && waiting.length) work();
 }
 
