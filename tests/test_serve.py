@@ -422,8 +422,8 @@ def test_token(closed, pictures):
         assert closed.get(path).status == 200
     wrong = ("", "Bearer", "Bearer other", "Basic a secret", "Bearer a secret2", "Bearer \xe9")
     for path in ("/classes", "/metrics", "/support/0", "/nowhere"):
-        for given in wrong:
-            found = closed.get(path, Authorization=given)
+        for value in wrong:
+            found = closed.get(path, Authorization=value)
             assert found.status == 401
             assert found.headers["www-authenticate"] == "Bearer"
     assert closed.get("/static/../classes").status == 404
