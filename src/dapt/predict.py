@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dapt.classifier import Classifier
 from dapt.data import ImageStore, is_image_file, open_image
@@ -111,15 +112,21 @@ def predict_each(
         with torch.inference_mode():
             text = classifier.text_features() if text is None else text
             logits = classifier.logits(classifier.image_features(views), text).cpu()
-            probabilities, classes = logits.softmax(-1).topk(min(top, len(names)))
-        for cs, ps in zip(classes.tolist(), probabilities.tolist(), strict=True):
+        for classes in best_classes(logits.softmax(-1), names, top):
             path, reason = ahead.pop(done), reasons.pop(done, None)
             done += 1
-            if reason is not None:
-                yield Unreadable(path, reason)
-            else:
-                ranked = tuple((names[c], p) for c, p in zip(cs, ps, strict=True))
-                yield Prediction(path, ranked)
+            yield Unreadable(path, reason) if reason is not None else Prediction(path, classes)
+
+
+def best_classes(
+    probabilities: Tensor, names: Sequence[str], top: int
+) -> list[tuple[tuple[str, float], ...]]:
+    """For each row of (n, C) probabilities the ``top`` classes, best first, as name and value."""
+    values, places = probabilities.topk(min(top, len(names)))
+    return [
+        tuple((names[c], p) for c, p in zip(cs, ps, strict=True))
+        for cs, ps in zip(places.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def find_images(arguments: Iterable[Path | str]) -> list[Path]:

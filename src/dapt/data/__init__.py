@@ -3,6 +3,7 @@
 from dapt.data.benchmarks import BENCHMARKS, Benchmark
 from dapt.data.images import (
     ImageStore,
+    TooManyPixels,
     centre_view,
     decode_image,
     is_image_file,
@@ -21,6 +22,7 @@ __all__ = [
     "Item",
     "SupportSet",
     "Task",
+    "TooManyPixels",
     "bundled_domains",
     "centre_view",
     "decode_image",

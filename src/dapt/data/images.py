@@ -102,18 +102,45 @@ def open_image(path: Path | str) -> Image.Image:
         raise UserError(f"image {path} cannot be opened ({error}); check the path") from error
 
 
-def decode_image(file: BinaryIO, name: str) -> Image.Image:
+class TooManyPixels(UserError):
+    """An image is larger than is allowed; nothing of it was decoded."""
+
+
+def decode_image(
+    file: BinaryIO,
+    name: str,
+    *,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
+    Args:
+        file, name: the image.
+        formats: PIL's names of those to accept; all that are safe, if not given.
+        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case.
+
     Raises:
+        TooManyPixels: the file's header tells of more.
         UserError: as `open_image`, once the file is open.
     """
+    # Of those asked for, this PIL may lack some.
+    known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
     try:
-        with Image.open(file, formats=_formats()) as image:
+        with Image.open(file, formats=known) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooManyPixels(
+                    f"image {name} has {image.width:,} x {image.height:,} pixels, more than the "
+                    f"{max_pixels:,} allowed; make it smaller"
+                )
             image.load()
             if min(image.size) < 1:
                 raise ValueError("it has no pixels")
             return upright_rgb(image)
+    except TooManyPixels:
+        raise
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(f"image {name} cannot be read: {error}; make it smaller") from error
     except UnidentifiedImageError as error:
         file.seek(0)
         reason = "not an image in a known format" if file.read(1) else "the file is empty"

@@ -1,0 +1,94 @@
+"""A run behind HTTP: ``dapt serve``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dapt.cli.common import DeviceOption, RunArgument, app, readable_errors, say, say_error
+from dapt.errors import UserError
+from dapt.progress import RichReporter
+
+
+@app.command()
+def serve(
+    run: RunArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="DAPT_TOKEN", help="That clients must send as a Bearer token."),
+    ] = None,
+    nearest: Annotated[
+        bool, typer.Option(help="Show the support images nearest to a photo.")
+    ] = True,
+    max_upload: Annotated[float, typer.Option(min=0.01, help="MB of a request.")] = 20,
+    max_pixels: Annotated[float, typer.Option(min=0.01, help="Megapixels of an image.")] = 50,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait, in all.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images the model takes at a time.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take.")] = 30,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of this server, such as that of a proxy before it."),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Serve a run: a page to drop photos on, and predictions for other programs.
+
+    The page is at /, what programs can ask for at /docs, metrics for Prometheus at /metrics. Only
+    this machine can reach it, unless --host says otherwise; then give a token too. Ctrl-C or
+    SIGTERM stops it once all that was accepted is answered.
+
+    **Examples**
+
+        dapt serve runs/photos
+
+        curl -F images=@a.jpg -F images=@b.jpg 'http://127.0.0.1:8000/predict?top=3'
+
+        DAPT_TOKEN=secret dapt serve runs/photos --host 0.0.0.0 --port 80
+    """
+    with readable_errors():
+        try:
+            from dapt.serve import server
+        except ModuleNotFoundError as error:
+            raise UserError(f"serving needs {error.name}: pip install 'dapt[serve]'") from error
+        from dapt.runs import RunDirectory
+        from dapt.serve.served import load_served
+        from dapt.serve.uploads import Limits
+
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+            raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
+        if max_images > queue:
+            raise UserError(
+                f"--max-images {max_images} do not fit --queue {queue}; change one of them"
+            )
+        directory = RunDirectory(run)
+        directory.require()
+        listening = server.open_socket(host, port)
+        if token is None and not server.is_loopback(listening):
+            say_error(
+                "dapt: warning: whoever reaches this machine can use the server and see support "
+                "images; give --token or DAPT_TOKEN"
+            )
+        served = load_served(directory, device=device, nearest=nearest, reporter=RichReporter())
+        limits = Limits(
+            upload=int(max_upload * 1e6),
+            pixels=int(max_pixels * 1e6),
+            images=max_images,
+            queue=queue,
+            batch=batch_size,
+            timeout=timeout,
+        )
+        where = server.address_of(listening)
+        said = f"{served.name}, {len(served.class_names):,} classes, at {where} (Ctrl-C stops)"
+        made = server.make_server(
+            served,
+            listening,
+            limits,
+            token=token and token.strip(),
+            names=allow_host or (),
+            ready=lambda: say(said),
+        )
+        server.run_server(made, listening)

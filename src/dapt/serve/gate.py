@@ -1,0 +1,146 @@
+"""What every request passes on its way in and out: host, token, headers, metrics."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# What may be had without the token: the pages, which ask for it, and whether the server is up.
+_OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
+_OPEN_FOLDER = "/static/"
+
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Metrics:
+    """What Prometheus is told; of one server, so that a process may hold several."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.requests = Counter(
+            "dapt_requests", "Requests answered.", ("path", "status"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "dapt_request_seconds",
+            "Seconds from a request's headers to the end of its answer.",
+            ("path",),
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            registry=self.registry,
+        )
+        self.images = Counter(
+            "dapt_images", "Images received, by what came of them.", ("result",),
+            registry=self.registry,
+        )  # fmt: skip
+        self.queue = Gauge(
+            "dapt_queue_images", "Images admitted that wait for an answer.", registry=self.registry
+        )
+        self.batch = Histogram(
+            "dapt_batch_images",
+            "Images the model took at a time.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self.registry,
+        )
+
+
+class Gate:
+    """ASGI middleware around everything.
+
+    Args:
+        app: what is behind it.
+        metrics: counts requests.
+        paths: those the metrics tell apart; others are counted as "other".
+        token: that ``Authorization: Bearer`` must bring, if one is asked for.
+        hosts: names of this server that a request may call it by, in lower case; any, if empty.
+            A page elsewhere that has its own name point to a loopback address (DNS rebinding)
+            would otherwise read what only this machine should.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        paths: Iterable[str],
+        token: str | None,
+        hosts: frozenset[str],
+    ) -> None:
+        self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
+        self.token, self.hosts = token, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or have the application answer."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-cache")
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            await (refusal or self.app)(scope, receive, answer)
+        finally:
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = Headers(scope=scope)
+        if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
+            return _sentence(
+                403,
+                "this server does not go by that name; start it with --allow-host NAME, or with "
+                "a token",
+            )
+        path: str = scope["path"]
+        if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDER):
+            return None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and _equal(given.strip(), self.token):
+            return None
+        return _sentence(
+            401,
+            "this server asks for a token; send it as 'Authorization: Bearer TOKEN'",
+            {"www-authenticate": "Bearer"},
+        )
+
+
+def _equal(given: str, expected: str) -> bool:
+    """In a time that tells nothing of where they differ; headers are latin-1 once they arrive."""
+    return secrets.compare_digest(given.encode("latin-1"), expected.encode())
+
+
+def _host_name(host: str) -> str:
+    """Without the port."""
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
+
+
+def _sentence(status: int, detail: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)

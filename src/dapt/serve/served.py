@@ -1,0 +1,157 @@
+"""A run ready to answer: its classifier, and the support images to compare photos with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dapt.classifier import Classifier
+from dapt.data import ImageStore, centre_view, decode_image, load_support_set
+from dapt.errors import UserError
+from dapt.evaluate import chunks
+from dapt.progress import Reporter
+from dapt.runs import RunDirectory
+from dapt.train import load_classifier, task_of
+
+# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+# Support images are shown this small, px a side.
+_SHOWN = 160
+
+
+@dataclass(frozen=True)
+class Support:
+    """The images that a run was tuned on, as its model sees them."""
+
+    class_names: tuple[str, ...]
+    features: Tensor  # (n, D), normalised
+    pictures: tuple[bytes, ...]  # n JPEG files
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model makes of one view."""
+
+    probabilities: Tensor  # (C,)
+    cosines: Tensor  # (n,), with the support images; empty where there are none
+
+
+@dataclass(frozen=True)
+class Served:
+    """A classifier with its class features made.
+
+    Attributes:
+        name: the run's.
+        method: its row in the table of methods; ``backbone``: its name.
+        support: None where the run has no support images to show.
+        text_features: (C, D), as the classifier makes them.
+    """
+
+    name: str
+    method: str
+    backbone: str
+    classifier: Classifier
+    support: Support | None
+    text_features: Tensor
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In label order."""
+        return self.classifier.class_names
+
+    def view(self, file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+        """(S, S, 3) uint8 of an image file, as the model wants to see it.
+
+        Raises:
+            TooManyPixels: its header tells of more; nothing was decoded.
+            UserError: it cannot be read; errors call it ``name``.
+        """
+        seen = self.classifier.backbone.preprocessing
+        image = decode_image(file, name, formats=FORMATS, max_pixels=max_pixels)
+        view = centre_view(
+            image, seen.size, interpolation=seen.interpolation, resize_mode=seen.resize_mode
+        )
+        return np.asarray(view)
+
+    def answers(self, views: Sequence[np.ndarray]) -> list[Answer]:
+        """Classify views (S, S, 3) in one batch."""
+        batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+        with torch.inference_mode():
+            features = self.classifier.image_features(batch)
+            logits = self.classifier.logits(features, self.text_features)
+            probabilities = logits.cpu().softmax(-1)
+            cosines = torch.empty(len(views), 0)
+            if self.support is not None:
+                cosines = features.cpu() @ self.support.features.T
+        return [Answer(p, c) for p, c in zip(probabilities, cosines, strict=True)]
+
+
+def load_served(
+    run: RunDirectory,
+    *,
+    device: str | None = None,
+    nearest: bool = True,
+    reporter: Reporter | None = None,
+) -> Served:
+    """Load a run to answer with.
+
+    Args:
+        run: a finished one.
+        device: to run on, if not the one it was tuned on.
+        nearest: encode its support images too; where they are not to be had, that is said.
+        reporter: is told of progress.
+
+    Raises:
+        UserError: as `load_classifier`.
+    """
+    reporter = reporter or Reporter()
+    classifier = load_classifier(run, device=device)
+    settings = run.read_settings()
+    with torch.inference_mode():
+        text = classifier.text_features()
+    support = None
+    if nearest:
+        try:
+            support = _support(run, classifier, reporter)
+        except UserError as error:
+            reporter.say(f"without nearest support images: {error}")
+    name = run.path.resolve().name
+    return Served(name, settings.method, settings.backbone, classifier, support, text)
+
+
+def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:
+    """The images that a run's support set lists, encoded with its prompts."""
+    task = task_of(run.read_settings())
+    items = load_support_set(run.support_file, task).train
+    seen = classifier.backbone.preprocessing
+    store = ImageStore(
+        [task.image_path(item) for item in items],
+        size=seen.size,
+        interpolation=seen.interpolation,
+        resize_mode=seen.resize_mode,
+        memory_budget=0,
+    )
+    features, pictures = [], []
+    with reporter.stage("support images", len(items)) as advance, torch.inference_mode():
+        for views in store.batches(chunks(len(items), 32)):
+            features.append(classifier.image_features(views).cpu())
+            pictures += [_picture(view) for view in views.permute(0, 2, 3, 1).numpy()]
+            advance(len(views))
+    return Support(tuple(i.class_name for i in items), torch.cat(features), tuple(pictures))
+
+
+def _picture(view: np.ndarray) -> bytes:
+    """A view (S, S, 3) as a small JPEG file."""
+    image = Image.fromarray(np.ascontiguousarray(view))
+    image.thumbnail((_SHOWN, _SHOWN))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()

@@ -1,0 +1,179 @@
+"""A socket, a server on it, and how the two end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import signal
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
+import uvicorn
+from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dapt.errors import UserError
+from dapt.serve.app import create_app
+from dapt.serve.served import Served
+from dapt.serve.uploads import Limits
+
+# Seconds in which a client that has connected, or has had its answer, must send a whole header.
+_HEADER_SECONDS = 10.0
+
+# Header of a request, bytes.
+_HEADER_BYTES = 16 * 2**10
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, so that one in use is known before a model is loaded.
+
+    Raises:
+        UserError: the address is in use, not this machine's, or none.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"host '{host}' is no address; try 127.0.0.1 or 0.0.0.0") from error
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(128)  # a bound port that another process listens on shows here only
+    except OSError as error:
+        found.close()
+        reason = {
+            errno.EADDRINUSE: f"port {port} of {host} is in use; choose another with --port",
+            errno.EACCES: f"port {port} is reserved; choose one above 1023 with --port",
+            errno.EADDRNOTAVAIL: f"host {host} is no address of this machine; use 127.0.0.1",
+        }
+        said = reason.get(error.errno or 0, f"cannot listen on {host}:{port} ({error.strerror})")
+        raise UserError(said) from error
+    return found
+
+
+def is_loopback(found: socket.socket) -> bool:
+    """Whether only this machine can reach a socket."""
+    return ipaddress.ip_address(found.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def address_of(found: socket.socket) -> str:
+    """Its URL."""
+    host, port = found.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_server(
+    served: Served,
+    found: socket.socket,
+    limits: Limits,
+    *,
+    token: str | None = None,
+    names: Sequence[str] = (),
+    ready: Callable[[], None] = lambda: None,
+) -> uvicorn.Server:
+    """A server that answers until SIGINT or SIGTERM, then finishes what was accepted.
+
+    Args:
+        served: from `load_served`.
+        found: from `open_socket`.
+        limits: bounds.
+        token: that requests must bring.
+        names: that requests may call this server by, besides those of a loopback address. They
+            count where it is reached by loopback without a token only.
+        ready: called once it answers.
+    """
+    hosts: frozenset[str] = frozenset()
+    if token is None and is_loopback(found):
+        own = found.getsockname()[0]
+        hosts = frozenset({"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"})
+        hosts |= {name.lower() for name in names}
+    # Too many pixels are refused in a sentence; PIL's warning would only fill the log.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    config = uvicorn.Config(
+        create_app(served, limits, token=token, hosts=hosts),
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.connections,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=int(limits.timeout) + 5,
+    )
+    return _Server(config, ready)
+
+
+def run_server(server: uvicorn.Server, found: socket.socket) -> None:
+    """Answer on a socket until the server is asked to stop."""
+    asyncio.run(server.serve(sockets=[found]))
+
+
+class _Server(uvicorn.Server):
+    """Ends in order on a signal; uvicorn's own would have the signal kill the process after."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A first signal ends it in order, a second SIGINT at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Protocol(H11Protocol):
+    """HTTP with an end to connections on which nothing comes of waiting.
+
+    A request that has begun has the application's timeout. Before and after one, a client has some
+    seconds to send a header, or the rest of a body that was refused.
+    """
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > 2 * (self.limit_concurrency or 0):
+            transport.abort()  # past the limit, where requests are refused, not even a header
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = self.loop.call_later(_HEADER_SECONDS, self._end)
+
+    def _end(self) -> None:
+        cycle: Any = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.abort()

@@ -1,0 +1,169 @@
+"use strict";
+
+const TOP = 5, NEAREST = 6, AT_ONCE = 3, TRIES = 5;
+const $ = (id) => document.getElementById(id);
+const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+const waiting = [];
+let limits = null, busy = 0, locked = false;
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function request(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  return fetch(path, { ...options, headers });
+}
+
+function problem(text) {
+  $("problem").textContent = text || "";
+  $("problem").hidden = !text;
+}
+
+async function describe() {
+  let response;
+  try {
+    response = await request("/classes");
+  } catch {
+    return problem("The server does not answer. Reload the page once it is back.");
+  }
+  const found = await response.json();
+  locked = response.status === 401;
+  $("token-form").hidden = !locked;
+  $("drop").hidden = locked;
+  if (locked) {
+    if (sessionStorage.getItem("token")) problem("That is not the token.");
+    return;
+  }
+  if (!response.ok) return problem(found.detail);
+  problem("");
+  limits = found.limits;
+  document.title = `${found.run} – dapt`;
+  $("run").textContent = found.run;
+  $("about").textContent =
+    `${found.classes.length.toLocaleString()} classes · ${found.method} on ${found.backbone}`;
+  $("classes").replaceChildren(...found.classes.map((name) => element("li", name)));
+}
+
+function add(files) {
+  if (locked) return;
+  const cards = [];
+  for (const file of files) {
+    const card = element("article"), picture = element("img"), body = element("div");
+    picture.src = URL.createObjectURL(file);
+    picture.alt = "";
+    picture.onload = () => URL.revokeObjectURL(picture.src);
+    picture.onerror = () => { picture.hidden = true; };  // such as TIFF, which browsers do not show
+    body.append(element("h2", file.name || "pasted photo"), element("p", "waiting …"));
+    card.append(picture, body);
+    cards.push(card);
+    waiting.push({ file, body });
+  }
+  $("results").prepend(...cards);
+  while (busy < AT_ONCE && waiting.length) work();
+}
+
+async function work() {
+  busy += 1;
+  while (waiting.length) {
+    const { file, body } = waiting.shift();
+    let shown;
+    try {
+      shown = await classified(file);
+    } catch (error) {
+      shown = [element("p", error.message, "error")];
+    }
+    body.replaceChildren(body.firstChild, ...shown);
+  }
+  busy -= 1;
+}
+
+async function classified(file) {
+  // The form's own lines need room beside the file.
+  if (limits && file.size > limits.upload_bytes - 2048) {
+    const room = (limits.upload_bytes / 1e6).toFixed(1);
+    throw new Error(`The photo has ${(file.size / 1e6).toFixed(1)} MB, the server takes ${room} MB.`);
+  }
+  for (let tries = 1; ; tries += 1) {
+    const form = new FormData();
+    form.append("images", file, file.name || "photo");
+    let response;
+    try {
+      response = await request(`/predict?top=${TOP}&nearest=${NEAREST}`, { method: "POST", body: form });
+    } catch {
+      throw new Error("The server does not answer.");
+    }
+    if ([429, 503].includes(response.status) && tries < TRIES) {
+      await sleep(Number(response.headers.get("Retry-After") || 1) * tries);
+      continue;
+    }
+    let found;
+    try {
+      found = await response.json();
+    } catch {
+      throw new Error(`The server is too busy (${response.status}). Try again later.`);
+    }
+    if (!response.ok) throw new Error(String(found.detail));
+    return ranked(found.predictions[0]);
+  }
+}
+
+function ranked(prediction) {
+  const list = element("ol");
+  for (const { class: name, probability } of prediction.classes) {
+    const row = element("li"), bar = element("span", undefined, "bar");
+    bar.style.width = `${100 * probability}%`;
+    const percent = `${(100 * probability).toFixed(1)} %`;
+    row.append(bar, element("span", name), element("span", percent, "number"));
+    list.append(row);
+  }
+  const nearest = prediction.nearest || [];
+  if (!nearest.length) return [list];
+  const strip = element("ul", undefined, "nearest");
+  for (const { image, class: name, cosine } of nearest) {
+    const entry = element("li"), picture = element("img");
+    picture.alt = "";
+    show(picture, image);
+    entry.append(picture, element("span", name), element("span", cosine.toFixed(3), "number"));
+    strip.append(entry);
+  }
+  return [list, element("h3", "Why: the most similar of the images it was tuned on (cosine)"), strip];
+}
+
+const pictures = new Map();  // by path, so that each is fetched once
+
+async function show(picture, path) {
+  if (!pictures.has(path)) {
+    pictures.set(path, request(path).then((r) => (r.ok ? r.blob() : null)).catch(() => null));
+  }
+  const blob = await pictures.get(path);
+  if (blob) picture.src = URL.createObjectURL(blob);
+}
+
+$("files").addEventListener("change", (event) => {
+  add(event.target.files);
+  event.target.value = "";
+});
+document.addEventListener("paste", (event) => add(event.clipboardData.files));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("over");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("over");
+  add(event.dataTransfer.files);
+});
+$("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value.trim());
+  describe();
+});
+describe();

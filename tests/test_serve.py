@@ -1,0 +1,737 @@
+"""'dapt serve': answers, limits, what waits, how it stops, and the page in a browser."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from dapt.cli import app
+from dapt.predict import predict
+from dapt.runs import RunDirectory
+from dapt.serve import server
+from dapt.serve.served import Served, load_served
+from dapt.serve.uploads import Limits
+from dapt.settings import make_settings
+from dapt.train import train
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_weights, photo_folder, tmp_path_factory):
+    given = {"dataset": str(photo_folder), "backbone": str(tiny_weights), "shots": 2,
+             "epochs": 1, "batch_size": 4}  # fmt: skip
+    return train(make_settings(given), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def served(run):
+    return load_served(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(photo_folder):
+    return sorted((photo_folder / "test").rglob("*.png"))
+
+
+@dataclass
+class Answered:
+    """A response, and how to ask for more."""
+
+    status: int
+    headers: dict
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def detail(self):
+        return self.json["detail"]
+
+
+class Client:
+    def __init__(self, port, **headers):
+        self.port, self.headers = port, headers
+
+    def ask(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, body, {**self.headers, **headers})
+            found = connection.getresponse()
+            return Answered(found.status, dict(found.getheaders()), found.read())
+        finally:
+            connection.close()
+
+    def get(self, path, **headers):
+        return self.ask("GET", path, **headers)
+
+    def predict(self, *files, query="", **headers):
+        """Files are paths, or bytes."""
+        files = [f if isinstance(f, bytes) else f.read_bytes() for f in files]
+        kind, body = form([("images", f"{i}.png", data) for i, data in enumerate(files)])
+        return self.ask("POST", f"/predict{query}", body, **{"Content-Type": kind, **headers})
+
+    def metric(self, name):
+        text = self.get("/metrics").body.decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)
+        return float(found[1]) if found else 0.0
+
+
+def form(parts):
+    """Content type and body of a multipart form of (field, file name, bytes)."""
+    lines = []
+    for name, file, data in parts:
+        place = f'form-data; name="{name}"' + (f'; filename="{file}"' if file else "")
+        lines += [b"--limit", f"Content-Disposition: {place}".encode(), b"", data]
+    return "multipart/form-data; boundary=limit", b"\r\n".join([*lines, b"--limit--", b""])
+
+
+def png_header(width, height):
+    """A PNG that claims a size, and has few bytes of pixels."""
+
+    def chunk(kind, data):
+        return (struct.pack(">I", len(data)) + kind + data
+                + struct.pack(">I", zlib.crc32(kind + data)))  # fmt: skip
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(served, limits=None, **more):
+    found = server.open_socket("127.0.0.1", 0)
+    ready = threading.Event()
+    made = server.make_server(served, found, limits or Limits(), ready=ready.set, **more)
+    thread = threading.Thread(target=server.run_server, args=(made, found))
+    port = found.getsockname()[1]
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield Client(port)
+    finally:
+        made.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with running(served) as client:
+        yield client
+
+
+@dataclass(frozen=True)
+class Held(Served):
+    """A model that begins no batch until it may, and tells how large each is."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    sizes: list = field(default_factory=list)
+
+    def answers(self, views):
+        assert self.go.wait(20)
+        self.sizes.append(len(views))
+        return super().answers(views)
+
+
+def held(served):
+    return Held(**{name: getattr(served, name) for name in Served.__dataclass_fields__})
+
+
+def together(*calls):
+    """Results of calls made at the same time, once all are there."""
+    results = [None] * len(calls)
+
+    def call(place):
+        results[place] = calls[place]()
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    return threads, results
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+def ranking(entry):
+    return {one["class"]: one["probability"] for one in entry["classes"]}
+
+
+def test_the_same_answers_as_predict(client, served, pictures):
+    expected = predict(served.classifier, pictures, top=3)
+    found = client.predict(*pictures, query="?top=3")
+    assert found.status == 200
+    entries = found.json["predictions"]
+    assert [entry["file"] for entry in entries] == [f"{i}.png" for i in range(len(pictures))]
+    for entry, one in zip(entries, expected, strict=True):
+        assert [c["class"] for c in entry["classes"]] == [name for name, _ in one.classes]
+        assert ranking(entry) == pytest.approx(dict(one.classes), abs=1e-5)
+    assert len(client.predict(pictures[0], query="?top=1").json["predictions"][0]["classes"]) == 1
+
+
+def test_concurrent_requests_share_batches(served, pictures):
+    slow = held(served)
+    with running(slow, Limits(batch=4)) as client:
+        calls = [lambda p=p: client.predict(p, query="?top=3") for p in pictures[:9]]
+        threads, found = together(*calls)
+        until(lambda: client.metric("dapt_queue_images") == 9)
+        time.sleep(0.2)  # decoded, too
+        slow.go.set()
+        for thread in threads:
+            thread.join()
+        assert client.metric("dapt_batch_images_sum") == 9
+    assert sum(slow.sizes) == 9
+    assert max(slow.sizes) == 4, "as many as may be"
+    expected = predict(served.classifier, pictures[:9], top=3)
+    for answer, one in zip(found, expected, strict=True):
+        entry = answer.json["predictions"][0]
+        assert ranking(entry) == pytest.approx(dict(one.classes), abs=1e-5)
+
+
+def test_nearest_support_images(client, served, run):
+    items = json.loads(run.support_file.read_text())["train"]
+    root = run.read_settings().dataset
+    file = os.path.join(root, items[3]["path"])
+    if not os.path.exists(file):
+        file = os.path.join(root, "train", items[3]["path"])
+    with open(file, "rb") as opened:
+        found = client.predict(opened.read(), query="?nearest=3").json["predictions"][0]["nearest"]
+    assert found[0]["image"] == "/support/3"
+    assert found[0]["class"] == items[3]["class_name"]
+    assert found[0]["cosine"] == pytest.approx(1, abs=1e-4)
+    cosines = [one["cosine"] for one in found]
+    assert cosines == sorted(cosines, reverse=True)
+    assert len(found) == 3
+    picture = client.get("/support/3")
+    assert picture.headers["content-type"] == "image/jpeg"
+    assert Image.open(io.BytesIO(picture.body)).size == (32, 32)
+    for missing in ("/support/6", "/support/-1"):
+        assert client.get(missing).status == 404
+    assert client.get("/support/x").status == 422
+
+
+def test_runs_without_support_images(served, run, pictures, tmp_path):
+    copy = tmp_path / "moved"
+    shutil.copytree(run.path, copy)
+    settings = json.loads((copy / "settings.json").read_text())
+    (copy / "settings.json").write_text(json.dumps({**settings, "dataset": "imported"}))
+    bare = load_served(RunDirectory(copy))
+    assert bare.support is None
+    with running(bare) as client:
+        found = client.predict(pictures[0], query="?nearest=3")
+        assert found.status == 200
+        assert "nearest" not in found.json["predictions"][0]
+        assert client.get("/classes").json["support_images"] == 0
+        assert client.get("/support/0").status == 404
+
+
+def test_bad_images(client, pictures):
+    good = pictures[0].read_bytes()
+    truncated, huge = good[: len(good) // 2], png_header(30_000, 30_000)
+    for data, status, sentence in (
+        (b"no image", 400, "image 0.png cannot be read: not an image in a known format"),
+        (b"", 400, "the file is empty"),
+        (truncated, 400, "image 0.png cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "known format"),
+        (png_header(9_000, 9_000), 413, "9,000 x 9,000 pixels, more than the 50,000,000 allowed"),
+        (huge, 413, "make it smaller"),
+    ):
+        found = client.predict(data)
+        assert (found.status, sentence in found.detail) == (status, True), found.detail
+        assert "\n" not in found.detail
+    found = client.predict(good, truncated, huge, good)
+    assert found.status == 200
+    entries = found.json["predictions"]
+    assert ["error" in entry for entry in entries] == [False, True, True, False]
+    assert "make it smaller" in entries[2]["error"]
+    assert "classes" not in entries[1]
+    assert ranking(entries[0]) == pytest.approx(ranking(entries[3]), abs=1e-5)
+
+
+def test_bad_requests(client, pictures):
+    good = pictures[0].read_bytes()
+
+    def post(parts, query=""):
+        kind, body = form(parts)
+        return client.ask("POST", f"/predict{query}", body, **{"Content-Type": kind})
+
+    assert post([]).status == 400
+    assert "no images given" in post([]).detail
+    for parts in ([("photo", "a.png", good)], [("images", "", b"text")]):
+        assert post(parts).status == 400
+        assert "send files in fields named 'images'" in post(parts).detail
+    assert post([("images", "a.png", good)] * 33).status == 413
+    assert post([("images", "a.png", good)] * 50).detail.startswith("a request may hold 32 images")
+    for query in ("?top=0", "?top=x", "?nearest=51"):
+        assert post([("images", "a.png", good)], query).status == 422
+    assert client.ask("POST", "/predict", good, **{"Content-Type": "image/png"}).status == 415
+    kind = {"Content-Type": "multipart/form-data; boundary=limit"}
+    assert client.ask("POST", "/predict", b"--other\r\nx", **kind).status == 400
+    assert client.get("/predict").status == 405
+    assert client.get("/nowhere").status == 404
+    odd = post([("images", "\x01<b>\x7f", good)]).json["predictions"][0]["file"]
+    assert odd == "<b>"
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_bytes_bring_it_down(client, pictures, data):
+    """Damaged images, and damaged forms around them, are answered with a sentence."""
+    image = Image.open(pictures[0])
+    file = io.BytesIO()
+    image.save(file, data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])))
+    kind, body = form([("images", "a", file.getvalue())])
+    if data.draw(st.booleans()):
+        body = bytearray(body)
+        for _ in range(data.draw(st.integers(1, 8))):
+            body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    else:
+        body = data.draw(st.binary(max_size=200)) + body[data.draw(st.integers(0, len(body))) :]
+    found = client.ask("POST", "/predict", bytes(body), **{"Content-Type": kind})
+    assert found.status in (200, 400, 413)
+    if found.status != 200:
+        assert len(found.detail.splitlines()) == 1
+
+
+@settings(max_examples=100)
+@given(st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20))
+def test_no_other_token_is_right(closed, token):
+    for value in (token, f"Bearer {token}", f"Bearer a secret.{token}"):
+        assert closed.get("/classes", Authorization=value.encode("latin-1")).status == 401
+
+
+def test_uploads_are_bounded_as_they_arrive(served, pictures):
+    with running(served, Limits(upload=100_000)) as client:
+        kind, body = form([("images", "a.png", bytes(200_000))])
+        found = client.ask("POST", "/predict", body, **{"Content-Type": kind})
+        assert found.status == 413
+        assert "a request may hold 100,000 bytes" in found.detail
+        # Without a length, and without an end.
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as open_:
+            open_.sendall(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+                          "Transfer-Encoding: chunked\r\n\r\n".encode())  # fmt: skip
+            for start in range(0, 150_000, 10_000):
+                piece = body[start : start + 10_000]
+                open_.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            assert open_.recv(100).startswith(b"HTTP/1.1 413")
+        # A length that is too much is refused before anything is sent.
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as open_:
+            open_.sendall(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+                          "Content-Length: 1000000\r\n\r\n".encode())  # fmt: skip
+            assert open_.recv(100).startswith(b"HTTP/1.1 413")
+        assert client.predict(pictures[0]).status == 200
+
+
+def test_a_full_queue_and_a_late_answer(served, pictures):
+    slow = held(served)
+    with running(slow, Limits(queue=3, timeout=1.5)) as client:
+        threads, found = together(lambda: client.predict(*pictures[:3]))
+        until(lambda: client.metric("dapt_queue_images") == 3)
+        refused = client.predict(pictures[0])
+        assert refused.status == 429
+        assert refused.headers["retry-after"] == "1"
+        assert "try again" in refused.detail
+        threads[0].join()
+        assert found[0].status == 503
+        assert found[0].headers["retry-after"] == "1"
+        assert "no answer within 1.5 s" in found[0].detail
+        assert client.metric("dapt_queue_images") == 0
+        slow.go.set()
+        assert client.predict(*pictures[:3]).status == 200
+        assert client.metric('dapt_requests_total{path="/predict",status="429"}') == 1
+        assert client.metric('dapt_requests_total{path="/predict",status="503"}') == 1
+        assert client.predict(*pictures[:4]).status == 429, "more than ever fit"
+
+
+def test_a_model_that_fails_once(served, pictures, capfd):
+    @dataclass(frozen=True)
+    class Failing(Served):
+        left: list = field(default_factory=lambda: [1])
+
+        def answers(self, views):
+            if self.left:
+                raise RuntimeError(self.left.pop())
+            return super().answers(views)
+
+    failing = Failing(**{name: getattr(served, name) for name in Served.__dataclass_fields__})
+    with running(failing) as client:
+        found = client.predict(pictures[0])
+        assert found.status == 500
+        assert "Traceback" not in found.body.decode()
+        assert client.predict(pictures[0]).status == 200
+    assert "RuntimeError" in capfd.readouterr().err, "it is in the log"
+
+
+def test_slow_clients(served, pictures, monkeypatch):
+    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.5)
+    with running(served, Limits(timeout=1.0)) as client:
+        silent = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+        dribbling = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+        slow = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+        dribbling.sendall(b"GET /healthz HTT")
+        kind, body = form([("images", "a.png", pictures[0].read_bytes())])
+        slow.sendall(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:100])  # fmt: skip
+        for ended in (silent, dribbling):
+            with contextlib.suppress(ConnectionResetError):
+                assert ended.recv(100) == b""
+        answer = b""
+        while b"}" not in answer:
+            answer += slow.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"did not arrive within 1 s" in answer
+        for one in (silent, dribbling, slow):
+            one.close()
+        assert client.predict(pictures[0]).status == 200
+
+
+@pytest.fixture(scope="module")
+def closed(served):
+    with running(served, token="a secret") as client:
+        yield client
+
+
+def test_token(closed, pictures):
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/static/page.js"):
+        assert closed.get(path).status == 200
+    wrong = ("", "Bearer", "Bearer other", "Basic a secret", "Bearer a secret2", "Bearer \xe9")
+    for path in ("/classes", "/metrics", "/support/0", "/nowhere"):
+        for value in wrong:
+            found = closed.get(path, Authorization=value)
+            assert found.status == 401
+            assert found.headers["www-authenticate"] == "Bearer"
+    assert closed.get("/static/../classes").status == 404
+    assert closed.predict(pictures[0]).status == 401
+    right = {"Authorization": "Bearer a secret"}
+    assert closed.predict(pictures[0], **right).status == 200
+    assert closed.get("/classes", **right, Host="any.example").status == 200
+
+
+def test_names_of_other_hosts_are_refused(served):
+    with running(served, names=["Photos.example"]) as client:
+        for host in ("evil.example", "", "localhost.evil.example:80", "[::2]"):
+            assert client.get("/classes", Host=host).status == 403
+        for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "LOCALHOST", "photos.example"):
+            assert client.get("/classes", Host=host).status == 200
+
+
+def test_classes_health_and_metrics(client, served, pictures):
+    found = client.get("/classes").json
+    assert found["classes"] == list(served.class_names)
+    assert found["support_images"] == 6
+    assert found["limits"] == {"upload_bytes": 20 * 2**20, "images": 32, "pixels": 50_000_000}
+    assert client.get("/healthz").json == {"status": "ok"}
+    name = 'dapt_requests_total{path="/predict",status="200"}'
+    before = client.metric(name), client.metric('dapt_images_total{result="ok"}')
+    client.predict(*pictures[:2])
+    assert client.metric(name) == before[0] + 1
+    assert client.metric('dapt_images_total{result="ok"}') == before[1] + 2
+    bad = client.metric('dapt_images_total{result="error"}')
+    client.predict(b"x")
+    assert client.metric('dapt_images_total{result="error"}') == bad + 1
+    assert client.metric("dapt_queue_images") == 0
+    text = client.get("/metrics").body.decode()
+    assert 'dapt_request_seconds_bucket{le="0.1",path="/predict"}' in text
+    client.get("/some/random/path")
+    assert "random" not in client.get("/metrics").body.decode(), "no label without end"
+
+
+def test_pages_need_nothing_from_elsewhere(client):
+    assert set(client.get("/openapi.json").json["paths"]) == {
+        "/predict", "/classes", "/support/{number}", "/healthz", "/metrics"
+    }  # fmt: skip
+    for page in ("/", "/docs"):
+        found = client.get(page)
+        assert found.headers["content-type"].startswith("text/html")
+        policy = found.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        text = found.body.decode()
+        assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=", text)
+        links = re.findall(r'(?:src|href)="([^"]+)"', text)
+        assert all(link.startswith("/") and not link.startswith("//") for link in links)
+        for link in links:
+            body = client.get(link)
+            assert body.status == 200
+            outside = re.sub(rb'"http://www.w3.org/2000/svg"', b"", body.body)
+            assert not re.search(rb"https?://", outside)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def command(run, *arguments, **environment):
+    """The command in a process of its own, once it answers: the process and a client."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dapt.cli", "serve", str(run.path), "--port", "0", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"3 classes, at http://[\d.]+:(\d+) ", line)
+        assert found, line + process.stderr.read()
+        yield process, Client(int(found[1]))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stopped_in_order(process, client, number, data, **headers):
+    """A request that has begun is answered after the signal; what comes later is refused."""
+    kind, body = form([("images", "a.png", data)])
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as begun:
+        begun.sendall(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+                      f"{''.join(lines)}Content-Length: {len(body)}\r\n\r\n".encode()
+                      + body[:50])  # fmt: skip
+        assert client.get("/healthz").status == 200
+        process.send_signal(number)
+
+        def refused():
+            try:
+                client.get("/healthz")
+            except OSError:
+                return True
+            return False
+
+        until(refused)
+        begun.sendall(body[50:])
+        answer = b""
+        while piece := begun.recv(10_000):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'"probability"' in answer
+    assert process.wait(20) == 0
+    said = process.stderr.read()
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_token_from_the_environment_and_sigint(run, pictures):
+    with command(run, "--host", "0.0.0.0", DAPT_TOKEN="s3cret") as (process, client):
+        assert client.get("/classes").status == 401
+        right = {"Authorization": "Bearer s3cret"}
+        assert client.get("/classes", **right).json["support_images"] == 6
+        data = pictures[0].read_bytes()
+        assert "warning" not in stopped_in_order(process, client, signal.SIGINT, data, **right)
+
+
+def test_options_and_sigterm(run, pictures):
+    options = ("--host", "0.0.0.0", "--max-pixels", "0.01", "--no-nearest")
+    with command(run, *options) as (process, client):
+        found = client.predict(png_header(200, 200))
+        assert found.status == 413
+        assert "10,000 allowed" in found.detail
+        assert client.get("/classes").json["support_images"] == 0
+        said = stopped_in_order(process, client, signal.SIGTERM, pictures[0].read_bytes())
+        assert "give --token or DAPT_TOKEN" in said
+
+
+def test_what_cannot_be_served_is_said_in_a_sentence(run, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            ([run.path, "--port", port], f"port {port} of 127.0.0.1 is in use"),
+            ([run.path, "--host", "no such host"], "is no address"),
+            ([run.path, "--host", "192.0.2.1", "--port", 0], "no address of this machine"),
+            ([tmp_path], "is no run directory"),
+            ([run.path, "--token", "caf\xe9"], "--token must be printable ASCII"),
+            ([run.path, "--token", ""], "--token must be printable ASCII"),
+            ([run.path, "--queue", 3], "--max-images 32 do not fit --queue 3"),
+        ]
+        for arguments, sentence in cases:
+            result = runner.invoke(app, ["serve", *map(str, arguments)])
+            assert result.exit_code == 2, result.output
+            assert sentence in " ".join(result.stderr.split())
+            assert "Traceback" not in result.output
+    for name in ("dapt.serve.server", "dapt.serve.app"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("dapt.serve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = runner.invoke(app, ["serve", str(run.path)])
+    assert result.exit_code == 2
+    assert "serving needs uvicorn: pip install 'dapt[serve]'" in " ".join(result.stderr.split())
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium, driven over its DevTools pipe."""
+
+    def __init__(self, program, folder):
+        to_browser, self._write = os.pipe()
+        self._read, from_browser = os.pipe()
+
+        def place():  # where --remote-debugging-pipe wants them
+            a, b = os.dup(to_browser), os.dup(from_browser)
+            os.dup2(a, 3)
+            os.dup2(b, 4)
+
+        self.process = subprocess.Popen(
+            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
+            preexec_fn=place, pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser)
+        os.close(from_browser)
+        self._number, self._rest, self._session, self.events = 0, b"", None, []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(t["targetId"] for t in targets if t["type"] == "page")
+        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = found["sessionId"]
+        for part in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{part}.enable")
+
+    def call(self, method, **parameters):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                piece = os.read(self._read, 1 << 20)
+                assert piece, "the browser has ended"
+                self._rest += piece
+            text, _, self._rest = self._rest.partition(b"\0")
+            found = json.loads(text)
+            if found.get("id") == self._number:
+                assert "error" not in found, found
+                return found["result"]
+            self.events.append(found)
+
+    def evaluate(self, expression):
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
+                          awaitPromise=True)  # fmt: skip
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, url):
+        self.call("Page.navigate", url=url)
+        until(lambda: self.evaluate("document.readyState") == "complete")
+
+    def drop(self, *paths):
+        data = {"items": [], "files": [str(p) for p in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=150, y=150, data=data)
+
+    def complaints(self):
+        """What the console had to say, such as of the content security policy."""
+        return [
+            e["params"]["entry"]["text"] for e in self.events if e["method"] == "Log.entryAdded"
+        ]
+
+    def requested(self):
+        return [e["params"]["request"]["url"] for e in self.events
+                if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
+
+    def screenshot(self, file, width, height, scheme="light"):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 500)  # fmt: skip
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        with open(file, "wb") as opened:
+            opened.write(base64.b64decode(found["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._write)
+        os.close(self._read)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                   "google-chrome"))), None)  # fmt: skip
+    if program is None:
+        pytest.skip("Chromium is not here")
+    found = Browser(program, tmp_path / "profile")
+    yield found
+    found.close()
+
+
+def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_path):
+    address = f"http://127.0.0.1:{client.port}"
+    browser.open(f"{address}/")
+    until(lambda: browser.evaluate("document.querySelectorAll('#classes li').length") == 3)
+    bad = tmp_path / "<i>bad.png"
+    bad.write_bytes(b"no image")
+    browser.drop(pictures[0], bad)
+    until(lambda: browser.evaluate("document.querySelectorAll('article ol').length") == 1)
+    until(lambda: browser.evaluate("document.querySelectorAll('.error').length") == 1)
+    (best,) = predict(served.classifier, pictures[:1])
+    shown = browser.evaluate("document.querySelector('article ol li').innerText").split("\n")
+    assert shown[0] == best.classes[0][0]
+    assert shown[-1] == f"{100 * best.classes[0][1]:.1f} %"
+    assert "<i>bad.png cannot be read" in browser.evaluate(
+        "document.querySelector('.error').innerText"
+    )
+    # The nearest support images are there and seen.
+    count = "[...document.querySelectorAll('.nearest img')].filter((i) => i.naturalWidth).length"
+    until(lambda: browser.evaluate(count) == 6)
+    width = browser.evaluate("document.querySelector('ol .bar').getBoundingClientRect().width")
+    assert width > 0
+    # A paste does the same.
+    browser.evaluate(
+        "fetch('/support/0').then((r) => r.blob()).then((b) => { const d = new DataTransfer();"
+        "d.items.add(new File([b], 'pasted.jpg', {type: 'image/jpeg'}));"
+        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d, bubbles: true})) })"
+    )
+    until(lambda: browser.evaluate("document.querySelectorAll('article ol').length") == 2)
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800,
+                 deviceScaleFactor=1, mobile=True)  # fmt: skip
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    browser.open(f"{address}/docs")
+    until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 5)
+    assert "/predict" in browser.evaluate("document.body.innerText")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    outside = [u for u in browser.requested() if not u.startswith((address, "blob:", "about:"))]
+    assert not outside
+    assert [c for c in browser.complaints() if "400" not in c] == []
+
+
+def test_the_page_asks_for_the_token(browser, served, pictures):
+    with running(served, token="right") as client:
+        browser.open(f"http://127.0.0.1:{client.port}/")
+        hidden = "document.getElementById('token-form').hidden"
+        until(lambda: browser.evaluate(hidden) is False)
+        for token in ("wrong", "right"):
+            browser.evaluate(f"document.getElementById('token').value = '{token}'")
+            browser.evaluate("document.querySelector('#token-form button').click()")
+            seen = {"wrong": "document.getElementById('problem').innerText",
+                    "right": hidden}[token]  # fmt: skip
+            until(lambda s=seen: browser.evaluate(s) in (True, "That is not the token."))
+        browser.drop(pictures[0])
+        until(lambda: browser.evaluate("document.querySelectorAll('.nearest img').length") == 6)
