@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dapt.errors import UserError
+
+# Listings, settings, records: none that anybody wrote comes near.
+LARGEST_TEXT = 2**28
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open an ordinary file to read; never waits, as opening a FIFO would.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, FIFO, socket or device.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+            raise OSError(f"it is {kind}")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT) -> str:
+    """The text of an ordinary file of at most ``limit`` bytes, with line breaks as they are.
+
+    Raises:
+        OSError: as `open_regular`, or the file is larger; nothing of it is read then.
+        UnicodeDecodeError: it is no text in ``encoding``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"it has {size:,} bytes, and {limit:,} are read at most")
+        return file.read(limit + 1).decode(encoding)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -28,22 +64,50 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON, atomically.
+
+    File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> Any:
     """Read JSON from ``path``.
 
     Raises:
-        UserError: the file is missing or is no JSON; ``what`` names its role.
+        UserError: the file is missing, no ordinary file, larger than `LARGEST_TEXT` or no JSON,
+            has a key twice in one object, or NaN or an infinity for a number; ``what`` names its
+            role.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not readable JSON ({error})") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, in which no object has a key twice and every number is one.
+
+    Raises:
+        ValueError, RecursionError: it is no such text, or nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _umask() -> int:

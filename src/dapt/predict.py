@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from PIL import Image
 
 from dapt.classifier import Classifier
 from dapt.data import ImageStore, is_image_file, open_image
@@ -84,13 +83,6 @@ def predict_each(
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
     reasons: dict[int, str] = {}
 
-    def read(index: int) -> Image.Image:
-        try:
-            return open_image(ahead[index])
-        except UserError as error:
-            reasons[index] = str(error)
-            return Image.new("RGB", (1, 1))  # keeps its place in the batch
-
     def batches() -> Iterator[list[int]]:
         rest, start = iter(paths), 0
         while batch := [Path(path) for path in islice(rest, batch_size)]:
@@ -104,10 +96,10 @@ def predict_each(
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
         memory_budget=0,
-        read=read,
+        read=lambda index: open_image(ahead[index]),
     )
     done, text = 0, None
-    for views in store.batches(batches()):
+    for views in store.batches(batches(), unreadable=reasons):
         with torch.inference_mode():
             text = classifier.text_features() if text is None else text
             logits = classifier.logits(classifier.image_features(views), text).cpu()

@@ -67,6 +67,7 @@ class Settings(BaseModel):
     text_memory: float = Field(
         4.0, gt=0, description="GiB of text activations kept a step; more classes go in chunks"
     )
+    strict: bool = Field(False, description="an unreadable image is an error, not left out")
     memory_budget: float = Field(2.0, gt=0, description="GiB of decoded images kept in memory")
 
 

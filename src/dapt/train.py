@@ -44,11 +44,11 @@ from dapt.prompts import Prompts, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights
-from dapt.shared import Shared, Support, backbone_of
+from dapt.shared import Shared, Support, backbone_of, skip_unreadable
 from dapt.tuning import Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
-FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every"})
+FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})
 
 
 class Interrupted(Exception):
@@ -103,6 +103,7 @@ def train(
     method = get_method(settings.method)
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = shared.support(task, support, settings, reporter)
+    support, skipped = encoded.drawn, encoded.skipped
     if not ranks.first:
         if method.learns_prompts:
             assert isinstance(classifier, PromptedClassifier)
@@ -119,7 +120,8 @@ def train(
         started = time.perf_counter()
         spent_before = 0.0
         if method.probe:
-            classifier = _fit_probe(run, settings, task, support, encoded, shared)
+            classifier, more = _fit_probe(run, settings, task, encoded, shared, reporter)
+            skipped = skipped + more
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
@@ -151,6 +153,7 @@ def train(
                 "seed": settings.seed,
                 "learned_parameters": classifier.learned_parameters,
                 "support_images": len(encoded.store),
+                "skipped": skipped,
                 "dispersion": dispersion,
                 "test": test,
             }
@@ -249,19 +252,23 @@ def _fit_probe(
     run: RunDirectory,
     settings: Settings,
     task: Task,
-    drawn: SupportSet,
     support: Support,
     shared: Shared,
-) -> LinearProbe:
-    val = None
-    if drawn.val:
-        labels = torch.tensor([item.label for item in drawn.val])
-        val = shared.features(task, drawn.val, settings), labels
+    reporter: Reporter,
+) -> tuple[LinearProbe, list[dict[str, str]]]:
+    """The probe, and a record of the val images that could not be read."""
+    items, val, skipped = support.drawn.val, None, list[dict[str, str]]()
+    if items:
+        unreadable: dict[int, str] | None = None if settings.strict else {}
+        features = shared.features(task, items, settings, unreadable=unreadable)
+        kept, skipped = skip_unreadable(items, unreadable or {}, "val", reporter)
+        val = features[kept], torch.tensor([items[i].label for i in kept])
     classes = len(task.class_names)
     weight, bias = fit_probe(support.features, support.labels, val, classes, settings.seed)
     run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
     place = shared.backbone.device
-    return LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
+    probe = LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
+    return probe, skipped
 
 
 def _tune(
@@ -409,14 +416,18 @@ def evaluate_task(
     reporter: Reporter,
     shared: Shared | None = None,
 ) -> dict[str, Any]:
-    """`metrics` of a classifier on a task's test images.
+    """`metrics` of a classifier on a task's test images, and ``skipped``, those left out.
+
+    Images that cannot be read are left out, unless settings are strict.
 
     Raises:
-        UserError: the task has no test images.
+        UserError: the task has no test images; one cannot be read, and settings are strict or
+            none can.
     """
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
     shared = shared or Shared(classifier.backbone)
+    unreadable: dict[int, str] | None = None if settings.strict else {}
     with reporter.stage("evaluating", len(task.test)) as advance:
         if classifier.prompts_images:
             features = encode_store(
@@ -424,11 +435,14 @@ def evaluate_task(
                 shared.store(task, task.test, settings),
                 batch_size=settings.eval_batch_size,
                 advance=advance,
+                unreadable=unreadable,
             )
         else:
-            features = shared.features(task, task.test, settings, advance)
-    labels = [item.label for item in task.test]
-    return metrics(logits_of(classifier, features), labels, task.class_names)
+            features = shared.features(task, task.test, settings, advance, unreadable)
+    kept, skipped = skip_unreadable(task.test, unreadable or {}, "test", reporter)
+    labels = [task.test[i].label for i in kept]
+    logits = logits_of(classifier, features[kept] if skipped else features)
+    return {**metrics(logits, labels, task.class_names), "skipped": skipped}
 
 
 def _dispersion(
