@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -45,6 +46,19 @@ def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT)
         if size > limit:
             raise OSError(f"it has {size:,} bytes, and {limit:,} are read at most")
         return file.read(limit + 1).decode(encoding)
+
+
+def file_digest(path: Path | str) -> bytes:
+    """SHA-256 of an ordinary file's content.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    found = hashlib.sha256()
+    with open_regular(path) as content:
+        while block := content.read(2**20):
+            found.update(block)
+    return found.digest()
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -38,7 +38,7 @@ from torch import Tensor
 from dapt.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.errors import UserError
-from dapt.files import read_json, write_atomic, write_json
+from dapt.files import read_json, read_text, write_atomic, write_json
 from dapt.settings import Settings, make_settings
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
@@ -272,8 +272,7 @@ class StepLog:
         header = ["step", "epoch", "lr", "loss", "cross_entropy", *terms, "accuracy"]
         kept = [header]
         if steps and run.log_file.is_file():
-            with run.log_file.open(newline="", encoding="utf-8") as file:
-                kept = list(csv.reader(file))[: steps + 1]
+            kept = _rows(run.log_file, header, steps)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(kept)
         write_atomic(run.log_file, text.getvalue())
@@ -306,6 +305,23 @@ class StepLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _rows(log: Path, header: list[str], steps: int) -> list[list[str]]:
+    """A log's header and first rows; what a killed run wrote after them may end anywhere.
+
+    Raises:
+        UserError: they are none, or not under this header.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(read_text(log))))[: steps + 1]
+        if rows[:1] != [header] or any(len(row) != len(header) for row in rows):
+            raise ValueError("its columns are not those of this run")
+        for row in rows[1:]:
+            [float(value) for value in row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{log} is damaged ({error}); delete it, and the run goes on") from error
+    return rows
 
 
 def _task_record(task: Task) -> dict[str, Any]:

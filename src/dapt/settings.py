@@ -45,8 +45,8 @@ class Settings(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen model")
     shots: int = Field(16, ge=1, description="support images a class")
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
-    text_vectors: int = Field(16, ge=1, description="M, vectors of the text prompt")
-    visual_vectors: int = Field(16, ge=1, description="N, vectors of the visual prompt")
+    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
+    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
     text_init: str | None = Field(None, description="words the text prompt starts from")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
     epochs: int = Field(ge=1, description="passes over the support set")
@@ -65,10 +65,15 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(
-        4.0, gt=0, description="GiB of text activations kept a step; more classes go in chunks"
+        4.0,
+        gt=0,
+        le=2**20,
+        description="GiB of text activations a step; more classes go in chunks",
     )
     strict: bool = Field(False, description="an unreadable image is an error, not left out")
-    memory_budget: float = Field(2.0, gt=0, description="GiB of decoded images kept in memory")
+    memory_budget: float = Field(
+        2.0, gt=0, le=2**20, description="GiB of decoded images kept in memory"
+    )
 
 
 def make_settings(given: dict[str, Any]) -> Settings:

@@ -7,6 +7,7 @@ that was killed continues to the same bits as one that never was.
 
 from __future__ import annotations
 
+import csv
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from dapt.data import (
     SupportSet,
     Task,
     draw_support_set,
+    images_in_both,
     load_support_set,
     open_task,
     subset_classes,
@@ -104,6 +106,7 @@ def train(
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = shared.support(task, support, settings, reporter)
     support, skipped = encoded.drawn, encoded.skipped
+    twice = _tell_of_overlap(task, support, reporter) if ranks.first else []
     if not ranks.first:
         if method.learns_prompts:
             assert isinstance(classifier, PromptedClassifier)
@@ -154,6 +157,7 @@ def train(
                 "learned_parameters": classifier.learned_parameters,
                 "support_images": len(encoded.store),
                 "skipped": skipped,
+                "also_tested": twice,
                 "dispersion": dispersion,
                 "test": test,
             }
@@ -226,6 +230,19 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
     return support
+
+
+def _tell_of_overlap(task: Task, support: SupportSet, reporter: Reporter) -> list[dict[str, str]]:
+    """Warn of support images that are tested on, and return a record of them."""
+    both = images_in_both(task, support)
+    if both:
+        first, same = both[0]
+        reporter.warn(
+            f"{len({a.path for a, _ in both}):,} of {len(support.train):,} support images are "
+            f"test images too (such as {first.path}, the same file as {same.path}); the accuracy "
+            "says too much of them: take them out of one part"
+        )
+    return [{"support": a.path, "test": b.path} for a, b in both]
 
 
 def new_classifier(
@@ -305,16 +322,25 @@ def _tune(
     if checkpoint is not None:
         state, done, spent = checkpoint
         tuner.load_state(state)
-    started, lr = time.perf_counter(), 0.0
+    started, lr, saved = time.perf_counter(), 0.0, done
     log = StepLog(run, list(method.terms), done) if ranks.first else None
 
+    def diverged(what: str) -> Diverged:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due yet"
+        return Diverged(
+            f"the {what} at step {done} with learning rate {lr:g} ({kept} in {run.path}); train "
+            f"again with --overwrite and a smaller --lr, such as {settings.lr / 10:g}"
+        )
+
     def save() -> None:
+        nonlocal saved
         state = tuner.state()
         if not all(bool(t.isfinite().all()) for t in state.values()):
-            raise _diverged("prompts are no longer finite", done, lr)
+            raise diverged("prompts are no longer finite")
         if log is not None:
             log.flush()
             run.write_checkpoint(state, done, spent + time.perf_counter() - started)
+        saved = done
 
     try:
         with (
@@ -339,7 +365,7 @@ def _tune(
                         log.add([done, epoch, lr, *losses, result.accuracy])
                     done += 1
                     if not isfinite(result.total):
-                        raise _diverged(f"loss became {result.total}", done, lr)
+                        raise diverged(f"loss became {result.total}")
                     terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
                     advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
                     if ranks.any(stop.is_set()):
@@ -352,14 +378,29 @@ def _tune(
     finally:
         if log is not None:
             log.close()
+    if ranks.first and (rose := _rise(run)) is not None:
+        reporter.warn(
+            f"cross-entropy rose from {rose[0]:.2f} in the first epoch to {rose[1]:.2f} in the "
+            f"last: learning rate {settings.lr:g} may be too high; compare with a smaller --lr, "
+            f"such as {settings.lr / 10:g}"
+        )
     return spent
 
 
-def _diverged(what: str, step: int, lr: float) -> Diverged:
-    return Diverged(
-        f"the {what} at step {step} with learning rate {lr:g}; train again with a smaller --lr "
-        "and --overwrite"
-    )
+# Growth of cross-entropy over a run that says it went astray; below, it may be chance.
+_ASTRAY = 1.25
+
+
+def _rise(run: RunDirectory) -> tuple[float, float] | None:
+    """Mean cross-entropy of a run's first and last epoch, if it grew as it should not."""
+    epochs: dict[str, list[float]] = {}
+    with run.log_file.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            epochs.setdefault(row["epoch"], []).append(float(row["cross_entropy"]))
+    if not epochs:  # the log was taken away
+        return None
+    first, *_, last = [sum(e) / len(e) for e in epochs.values()] * 2
+    return (first, last) if last > _ASTRAY * first + 0.1 else None
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dapt.data.folders import split_by_class
 from dapt.data.items import (
@@ -28,7 +28,7 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError
-from dapt.files import read_json, write_json
+from dapt.files import file_digest, read_json, write_json
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -124,19 +124,11 @@ def _fingerprint(path: Path) -> str:
     try:
         for file in sorted(files):
             name = file.name if path.is_file() else file.relative_to(path).as_posix()
-            with file.open("rb") as content:
-                one = _digest(content)
+            one = file_digest(file)
             total.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + one)
     except OSError as error:
         raise UserError(f"dataset {path} cannot be read ({error}); check it") from error
     return total.hexdigest()
-
-
-def _digest(content: BinaryIO) -> bytes:
-    found = hashlib.sha256()
-    while block := content.read(2**20):
-        found.update(block)
-    return found.digest()
 
 
 def _unpack(path: Path, folder: Path) -> None:
