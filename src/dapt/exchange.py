@@ -197,10 +197,8 @@ def import_checkpoint(
     if settings.dataset != IMPORTED:
         test = evaluate_task(classifier, task, settings, reporter)
     spent = time.perf_counter() - started
-    with run.locked():
-        _check_free(run, settings, overwrite)
-        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
-        run.begin(settings, task, support, backbone)
+
+    def known() -> None:
         run.add_to_environment(
             imported_from=published.file.name,
             imported_sha256=hashlib.sha256(published.file.read_bytes()).hexdigest(),
@@ -223,6 +221,11 @@ def import_checkpoint(
                     "test": test,
                 }
             )
+
+    with run.locked():
+        _check_free(run, settings, overwrite)
+        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
+        run.begin(settings, task, support, backbone, known=known)
     return run
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +17,10 @@ from dapt.errors import UserError
 
 # Listings, settings, records: none that anybody wrote comes near.
 LARGEST_TEXT = 2**28
+
+# End of the names of what is not whole yet, and seconds after which nobody is at work on it.
+TEMPORARY = ".dapt-part"
+_ABANDONED = 24 * 3600
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -62,9 +69,14 @@ def file_digest(path: Path | str) -> bytes:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move."""
+    """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move.
+
+    What an earlier write of ``path`` left beside it when it was killed is deleted.
+    """
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    prefix = f".{path.name}."
+    delete_abandoned(path.parent, prefix)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -75,6 +87,27 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def delete_abandoned(folder: Path, prefix: str) -> None:
+    """Delete what killed processes left of writing, by the start of its name.
+
+    Only what is older than any write takes: younger ones may be another process's at work.
+    """
+    try:
+        places = list(folder.iterdir())
+    except OSError:  # a folder may be one to write to but not to list
+        return
+    for place in places:
+        if not (place.name.startswith(prefix) and place.name.endswith(TEMPORARY)):
+            continue
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime < _ABANDONED:
+                continue
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

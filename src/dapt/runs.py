@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,11 +118,18 @@ class RunDirectory:
     # ------------------------------------------------------------------ what decides it
 
     def begin(
-        self, settings: Settings, task: Task, support: SupportSet, backbone: Backbone
+        self,
+        settings: Settings,
+        task: Task,
+        support: SupportSet,
+        backbone: Backbone,
+        *,
+        known: Callable[[], None] | None = None,
     ) -> None:
         """Record what the run is made of, in place of whatever was here.
 
-        The settings go first and come last: while they are missing, no run is here.
+        The settings go first and come last: while they are missing, no run is here. ``known``
+        writes what is known of the run before that, where it is not to be tuned.
         """
         for file in [self.settings_file, *self.results(), *self._records()]:
             file.unlink(missing_ok=True)
@@ -130,9 +137,11 @@ class RunDirectory:
             write_json(self.task_file, _task_record(task))
             support.save(self.support_file)
             write_json(self.environment_file, environment(backbone, settings.seed))
+            if known is not None:
+                known()
             write_json(self.settings_file, settings.model_dump())
         except BaseException:
-            for file in self._records():
+            for file in [*self.results(), *self._records()]:
                 file.unlink(missing_ok=True)
             raise
 

@@ -28,7 +28,7 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError
-from dapt.files import file_digest, read_json, write_json
+from dapt.files import TEMPORARY, delete_abandoned, file_digest, read_json, write_json
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -135,7 +135,9 @@ def _unpack(path: Path, folder: Path) -> None:
     """Write a source's images and their listing into ``folder``, all or nothing."""
     images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    prefix = f".{folder.name}."
+    delete_abandoned(folder.parent, prefix)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=TEMPORARY))
     try:
         found: list[tuple[str, str, str]] = []
         for number, (part, name, content) in enumerate(images):
@@ -158,6 +160,8 @@ def _unpack(path: Path, folder: Path) -> None:
             if part in split
         }
         write_json(place / _LISTING, {"class_names": classes, "parts": parts})
+        if hasattr(os, "sync"):  # the images must be on disk before the name says so
+            os.sync()
         try:
             place.rename(folder)
         except OSError:
