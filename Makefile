@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint pretrain clean
+.PHONY: demo test lint torture pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
+torture: $(VENV)/.installed-test
+	$(BIN)/python tests/torture.py --kills 240 --fuzz 2000 --json build/torture.json
 
 # Trains the bundled backbone anew, about 65 minutes on two cores; needs npm, see pretrain/README.md.
 pretrain: $(VENV)/.installed

@@ -23,11 +23,12 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -135,7 +136,7 @@ class RunDirectory:
             file.unlink(missing_ok=True)
         try:
             write_json(self.task_file, _task_record(task))
-            support.save(self.support_file)
+            write_json(self.support_file, support.to_json())
             write_json(self.environment_file, environment(backbone, settings.seed))
             if known is not None:
                 known()
@@ -288,19 +289,13 @@ class StepLog:
         self._file = run.log_file.open("a", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._header = header
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=steps)
+        self._board = _Board.open(run.tensorboard, steps)
 
     def add(self, row: list[float | int]) -> None:
         """Append one step: step, epoch, lr, loss, cross-entropy, terms, accuracy."""
         self._csv.writerow(row)
         if self._board is not None:
-            for name, value in zip(self._header[2:], row[2:], strict=True):
-                self._board.add_scalar(f"train/{name}", value, row[0])
+            self._board.add(int(row[0]), dict(zip(self._header[2:], row[2:], strict=True)))
 
     def flush(self) -> None:
         """Put everything so far on disk, before a checkpoint counts on it."""
@@ -311,9 +306,51 @@ class StepLog:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._file.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
+
+
+class _Board:
+    """Scalars in TensorBoard's format.
+
+    TensorBoard's own writers write in a thread, whose death of a full disk nobody is told of.
+    """
+
+    def __init__(self, file: BinaryIO, event: type[Any], record: Callable[[bytes], None]) -> None:
+        self.file, self._event, self._record = file, event, record
+
+    @classmethod
+    def open(cls, folder: Path, steps: int) -> _Board | None:
+        """A new file of events after so many steps, or None where TensorBoard is not installed."""
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            return None
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        file = (folder / name).open("xb")
+        board = cls(file, Event, RecordWriter(file).write)
+        board._put(file_version="brain.Event:2")
+        # TensorBoard leaves out what an earlier file has from this step on.
+        board._put(step=steps, session_log=SessionLog(status=SessionLog.START))
+        return board
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        found = [{"tag": f"train/{name}", "simple_value": v} for name, v in values.items()]
+        self._put(step=step, summary={"value": found})
+
+    def _put(self, **fields: Any) -> None:
+        self._record(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _rows(log: Path, header: list[str], steps: int) -> list[list[str]]:

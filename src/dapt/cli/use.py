@@ -47,7 +47,7 @@ def evaluate(
 
         dapt eval runs/first
 
-        dapt eval runs/first --domain high-contrast
+        dapt eval runs/first --domain fluent-emoji-high-contrast
 
         dapt eval runs/caltech --dataset oxford_pets --root /data
     """
