@@ -30,6 +30,15 @@ class UserError(Exception):
         super().__init__(printable(sentence))
 
 
+def shown(value: object) -> str:
+    """A value as it is written in Python, cut short, for a sentence that refuses it."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, say
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or ``""``."""
     from difflib import get_close_matches

@@ -240,7 +240,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             device=device,
             settings={name: values[name] for name in _FREE & values.keys()} or None,
         )
-        labels = read_json(run.environment_file, "environment of the run").get("labels")
+        labels = run.read_environment().get("labels")
         _, names, _ = run.read_task()
         found._adopt(run, np.asarray(names if labels is None else labels))
         return found

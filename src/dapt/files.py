@@ -1,7 +1,8 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+"""Files read with mistrust, and written so that a crash leaves the old or the new one whole."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dapt.errors import UserError
+import yaml
+
+from dapt.errors import UserError, shown
 
 # Listings, settings, records: none that anybody wrote comes near.
 LARGEST_TEXT = 2**28
+# YAML is written by hand, and read slowly.
+LARGEST_YAML = 2**20
 
 # End of the names of what is not whole yet, and seconds after which nobody is at work on it.
 TEMPORARY = ".dapt-part"
@@ -142,6 +147,75 @@ def parse_json(text: str) -> Any:
         ValueError, RecursionError: it is no such text, or nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, whose values could be exponentially many, and with distinct keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias (*name); write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            raise ValueError("a mapping has a key twice")
+        return found
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**64:
+            raise ValueError("it has a whole number of more than 64 bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text: mappings of distinct keys, lists, text, numbers, dates.
+
+    Raises:
+        ValueError: it is no such text, nested too deeply, or has aliases; the message is short.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except Exception as error:  # constructors of PyYAML fail in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(reason) from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read YAML from ``path``, as `parse_yaml`.
+
+    Raises:
+        UserError: the file is missing, no ordinary file, larger than `LARGEST_YAML` or no YAML;
+            ``what`` names its role.
+    """
+    try:
+        return parse_yaml(read_text(path, limit=LARGEST_YAML))
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} is not readable YAML ({error})") from error
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it, ``~`` being their home; it need not exist.
+
+    Raises:
+        UserError: no file can have this path, or there is no such home.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{shown(str(text))} is no path ({error}); give another") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{shown(str(text))} is too long for a path; give another") from error
+    return path
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

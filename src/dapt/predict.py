@@ -16,6 +16,7 @@ import torch
 from dapt.classifier import Classifier
 from dapt.data import ImageStore, is_image_file, open_image
 from dapt.errors import UserError
+from dapt.files import user_path
 from dapt.progress import Advance, nothing
 
 
@@ -125,7 +126,7 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     """
     found: list[Path] = []
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = user_path(argument)
         if path.is_dir():
             found += _inside(path)
         elif path.exists():

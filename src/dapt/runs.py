@@ -27,19 +27,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dapt.backbone import Backbone
 from dapt.data import SupportSet, Task
+from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.files import read_json, read_text, write_atomic, write_json
+from dapt.files import open_regular, read_json, read_text, write_atomic, write_json
 from dapt.settings import Settings, make_settings
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
@@ -163,13 +165,15 @@ class RunDirectory:
                     f"{file.name}, which it was started with; restore the data, or start anew "
                     "with --overwrite"
                 )
-        before = read_json(self.environment_file, "environment of the run")
-        before.setdefault("resumed", []).append(environment(backbone))
-        write_json(self.environment_file, before)
+        before = self.read_environment()
+        resumed = before.get("resumed", [])
+        if not isinstance(resumed, list):
+            raise UserError(f"{self.environment_file} is damaged; start anew with --overwrite")
+        write_json(self.environment_file, {**before, "resumed": [*resumed, environment(backbone)]})
 
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
-        recorded = read_json(self.environment_file, "environment of the run")
+        recorded = self.read_environment()
         if recorded.get("backbone_sha256") != backbone.fingerprint:
             raise UserError(
                 f"the weights of backbone '{backbone.name}' are not those that {self.path} was "
@@ -205,28 +209,52 @@ class RunDirectory:
 
     def read_settings(self) -> Settings:
         """Settings the run was started with, validated again."""
-        values = read_json(self.settings_file, "settings of the run")
-        if not isinstance(values, dict):
-            raise UserError(f"{self.settings_file} must hold a mapping of settings")
-        return make_settings(values)
+        return make_settings(_mapping(self.settings_file, "settings of the run"))
 
     def read_task(self) -> tuple[str, tuple[str, ...], str]:
         """Dataset name, class names in label order, template."""
         value = read_json(self.task_file, "task of the run")
         try:
-            names = value["class_names"]
-            if not names or not all(isinstance(n, str) for n in names):
-                raise TypeError("class names")
-            return str(value["dataset"]), tuple(names), str(value["template"])
+            dataset, names, template = (value[k] for k in ("dataset", "class_names", "template"))
+            if not isinstance(names, list) or not names:
+                raise TypeError("its class names are no list")
+            if not all(isinstance(text, str) for text in (dataset, template, *names)):
+                raise TypeError("its names are no text")
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{self.task_file} is damaged ({error}); run 'dapt train' again"
             ) from error
+        check_class_names(names, str(self.task_file), distinct=False)
+        if template.count("{}") != 1:
+            raise UserError(f"{self.task_file} is damaged: its template must hold {{}} once")
+        return dataset, tuple(names), template
+
+    def read_environment(self) -> dict[str, Any]:
+        """What is recorded of the environment.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return _mapping(self.environment_file, "environment of the run")
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Metrics of a finished run; its figures in ``test`` are numbers.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        value = _mapping(self.metrics_file, "metrics of the run")
+        test = value.get("test")
+        figures = ("images", "accuracy", "top5", "macro_f1", "ece")
+        if not isinstance(test, dict) or not all(
+            isinstance(test.get(n), int | float) for n in figures if n in test or n == "images"
+        ):
+            raise UserError(f"{self.metrics_file} is damaged; run 'dapt train' again")
+        return value
 
     def add_to_environment(self, **more: Any) -> None:
         """Add entries to what `begin` recorded of the environment."""
-        known = read_json(self.environment_file, "environment of the run")
-        write_json(self.environment_file, {**known, **more})
+        write_json(self.environment_file, {**self.read_environment(), **more})
 
     # --------------------------------------------------------------------- its progress
 
@@ -244,7 +272,10 @@ class RunDirectory:
             return None
         state, metadata = self.read_tensors(self.checkpoint_file)
         try:
-            return state, int(metadata["step"]), float(metadata["seconds"])
+            step, seconds = int(metadata["step"]), float(metadata["seconds"])
+            if step < 0 or not 0 <= seconds < inf:
+                raise ValueError("its numbers are out of range")
+            return state, step, seconds
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{self.checkpoint_file} is damaged; delete it to start the run's tuning anew"
@@ -260,13 +291,21 @@ class RunDirectory:
         """Tensors and metadata of a safetensors file of this run.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: the file is missing or damaged, or a tensor is none of finite numbers.
         """
         try:
+            open_regular(path).close()
             with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-        except (OSError, SafetensorError) as error:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                metadata = file.metadata() or {}
+            odd = [k for k, t in tensors.items() if t.dtype not in _DTYPES or not _finite(t)]
+        except MemoryError:
+            raise
+        except Exception as error:  # the library's own, and those of types that torch lacks
             raise UserError(f"{path} is missing or damaged ({error}); train again") from error
+        if odd:
+            raise UserError(f"{path} is damaged: '{odd[0]}' is no tensor of finite numbers")
+        return tensors, metadata
 
 
 class StepLog:
@@ -368,6 +407,21 @@ def _rows(log: Path, header: list[str], steps: int) -> list[list[str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{log} is damaged ({error}); delete it, and the run goes on") from error
     return rows
+
+
+# Of prompts, their momentum, and a probe.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _mapping(file: Path, what: str) -> dict[str, Any]:
+    value = read_json(file, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
+    return value
 
 
 def _task_record(task: Task) -> dict[str, Any]:

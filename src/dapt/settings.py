@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dapt.errors import UserError, nearest
+from dapt.errors import UserError, nearest, shown
+from dapt.files import parse_yaml, read_yaml, user_path
 from dapt.methods import PUBLISHED, get_method, published_epochs
 
 # Where nothing is published: what did best on the bundled task's validation images (see the
@@ -97,7 +97,9 @@ def make_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise UserError(f"setting {name}={first['input']!r}: {first['msg'].lower()}") from error
+        raise UserError(
+            f"setting {name}={shown(first['input'])}: {first['msg'].lower()}"
+        ) from error
     method = get_method(settings.method)
     if settings.template is not None and settings.template.count("{}") != 1:
         raise UserError(
@@ -134,8 +136,8 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     given, names = dict(given), {"bundled", *BENCHMARKS}
     for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
         value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
-            given[setting] = str(Path(value).expanduser().resolve())
+        if isinstance(value, str) and value not in names and user_path(value).exists():
+            given[setting] = str(user_path(value).resolve())
     return given
 
 
@@ -157,13 +159,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, malformed, or holds no mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"settings file {path} does not exist; check the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"settings file {path} is not readable YAML ({reason})") from error
+    values = read_yaml(path, "settings file")
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
@@ -185,6 +181,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if field is not None and field.annotation in (str, str | None):
         return key, value  # text as it stands: "{} texture." is no YAML
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, parse_yaml(value)
+    except ValueError as error:
         raise UserError(f"--set {text}: the value cannot be read") from error

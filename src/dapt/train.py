@@ -21,7 +21,7 @@ import torch
 
 from dapt.allocator import keep_freed_memory
 from dapt.backbone import Backbone
-from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
+from dapt.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
 from dapt.data import (
     SupportSet,
     Task,
@@ -42,7 +42,7 @@ from dapt.evaluate import (
 from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
 from dapt.progress import Reporter
-from dapt.prompts import Prompts, new_prompts
+from dapt.prompts import Prompts, check_prompt, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights
@@ -321,6 +321,11 @@ def _tune(
     checkpoint = ranks.share(run.read_checkpoint() if ranks.first else None)
     if checkpoint is not None:
         state, done, spent = checkpoint
+        if done > total or not tuner.fits(state):
+            raise UserError(
+                f"{run.checkpoint_file} does not hold the prompts of this run; delete it to start "
+                "the run's tuning anew"
+            )
         tuner.load_state(state)
     started, lr, saved = time.perf_counter(), 0.0, done
     log = StepLog(run, list(method.terms), done) if ranks.first else None
@@ -548,8 +553,25 @@ def load_classifier(
                 f"the run in {run.path} is a linear probe, which knows only the classes it was "
                 "fitted on; use a prompt method for other classes"
             )
+        weight, bias = tensors["weight"], tensors.get("bias", torch.zeros(0))
+        if weight.ndim != 2 or len(weight) != len(names) or bias.shape != (len(names),):
+            raise UserError(f"{run.prompts_file} is no probe of {len(names)} classes; train again")
+        with torch.inference_mode():
+            size = backbone.preprocessing.size
+            seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        if weight.shape[1] != seen.shape[1]:
+            raise UserError(f"{run.prompts_file} does not fit the backbone's features; train again")
         place = backbone.device
-        return LinearProbe(backbone, names, tensors["weight"].to(place), tensors["bias"].to(place))
+        return LinearProbe(backbone, names, weight.float().to(place), bias.float().to(place))
+    row = get_method(settings.method)
+    learned = {"text_prompt"} if row.text else set[str]()
+    learned |= {"visual_prompt"} if row.visual else set()
+    if tensors.keys() != learned:
+        raise UserError(
+            f"{run.prompts_file} does not hold what method '{settings.method}' learns; train again"
+        )
+    for name, prompt in tensors.items():
+        check_prompt(backbone, name.removesuffix("_prompt"), prompt, str(run.prompts_file))
     prompts = Prompts(tensors.get("text_prompt"), tensors.get("visual_prompt"))
     prompts = prompts.to(backbone.device).requires_grad_(False)
     return PromptedClassifier(

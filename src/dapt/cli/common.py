@@ -101,15 +101,3 @@ def metrics_table(title: str, values: dict[str, Any]) -> Table:
             cells.append(f"{100 * values[name]:.1f} %")
     table.add_row(*cells)
     return table
-
-
-def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
-    """Paths among the settings made absolute, so that a run is found again from anywhere."""
-    from dapt.data import BENCHMARKS
-
-    given, names = dict(given), {"bundled", *BENCHMARKS}
-    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
-        value = given.get(setting)
-        if isinstance(value, str) and value not in names and Path(value).expanduser().exists():
-            given[setting] = str(Path(value).expanduser().resolve())
-    return given

@@ -157,10 +157,7 @@ def _shots_of(support_set: Path) -> Any:
 
 
 def _show_run(run: Any) -> None:
-    from dapt.files import read_json
-
-    result = read_json(run.metrics_file, "metrics")
-    spent = read_json(run.environment_file, "environment")
+    result, spent = run.read_metrics(), run.read_environment()
     console.print(metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
     for name, values in result["dispersion"].items():
         say(f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after")
