@@ -163,6 +163,11 @@ class _Loader(yaml.SafeLoader):
             raise ValueError("a mapping has a key twice")
         return found
 
+    def construct_yaml_str(self, node: Any) -> str:
+        # JSON writes what lies beyond the first plane as two escapes.
+        text = super().construct_yaml_str(node)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
     def construct_yaml_int(self, node: Any) -> int:
         value = super().construct_yaml_int(node)
         if abs(value) >= 2**64:
@@ -171,6 +176,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str) -> Any:

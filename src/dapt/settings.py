@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     else:
         values = dict(OWN_DATA)
     shots = given.get("shots", 16)
-    shots = int(shots) if str(shots).isdecimal() else 16
+    shots = int(shots) if re.fullmatch(r"[0-9]{1,9}", str(shots)) else 16
     return {**values, "epochs": published_epochs(dataset, shots)}
 
 

@@ -164,7 +164,7 @@ def _checked(model: type[Any], values: dict[str, Any], where: str) -> Any:
         if isinstance(error, TypeError):  # keys that are no text
             raise UserError(f"{where} must map names to values") from error
         first = error.errors()[0]
-        *path, last = map(str, first["loc"])
+        *path, last = map(str, first["loc"] or ("it",))
         if first["type"] == "extra_forbidden":
             inside = " in " + ".".join(path) if path else ""
             known = Evaluation if path and path[0] == "evaluations" else model
