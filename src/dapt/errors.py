@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+# Nobody reads on; names from files may be of any length.
+_LONGEST = 4000
 # Controls, lone surrogates, line and paragraph separators, and what turns the line around.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -27,7 +29,10 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(printable(sentence))
+        said = printable(sentence)
+        if len(said) > _LONGEST:
+            said = f"{said[: _LONGEST // 2]}…{said[-_LONGEST // 2 :]}"
+        super().__init__(said)
 
 
 def shown(value: object) -> str:
