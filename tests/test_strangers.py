@@ -63,13 +63,13 @@ def changed(draw, value):
         path = draw(st.sampled_from(list(places(value))))
         if not path:
             if draw(st.integers(0, 9)) == 0:
-                return draw(VALUES)
+                value = json.loads(json.dumps(draw(VALUES)))
             continue
         place = value
         for key in path[:-1]:
             place = place[key]
         if draw(st.booleans()):
-            place[path[-1]] = draw(VALUES)
+            place[path[-1]] = json.loads(json.dumps(draw(VALUES)))  # examples are shared
         else:
             del place[path[-1]]
     return value
