@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -14,6 +14,15 @@ from safetensors.torch import load_file, save_file
 # Time limits a single example would break on a busy machine say nothing about the code.
 settings.register_profile("dapt", deadline=None)
 settings.load_profile("dapt")
+
+
+def fuzzed(examples):
+    """So many examples of open-ended input; as many more as ``make torture`` asks for."""
+    asked = int(os.environ.get("DAPT_FUZZ_EXAMPLES", "0"))
+    return settings(
+        max_examples=max(examples, asked), suppress_health_check=list(HealthCheck), deadline=None
+    )
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -135,7 +135,7 @@ def test_an_unreadable_test_image_costs_no_tuning(options, tmp_path, photo_folde
     good = bad.read_bytes()
     bad.write_bytes(good[:200])
     new = tmp_path / "new"
-    said = fails("2.png cannot be read", "train", photos, *options[1:], "-o", new)
+    said = fails("2.png cannot be read", "train", photos, *options[1:], "-o", new, "--strict")
     assert "--resume" in said
     bad.write_bytes(good)
     assert dapt("train", "-o", new, "--resume").exit_code == 0
@@ -165,7 +165,7 @@ def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
     arguments = [bad, *options[1:]]
     kept = [Path(i["path"]) for i in draw(bad)]
     (bad / kept[0]).write_bytes(b"not an image")
-    assert "cannot be read" in fails(str(kept[0]), "train", *arguments, "-o", new)
+    assert "cannot be read" in fails(str(kept[0]), "train", *arguments, "-o", new, "--strict")
     assert not new.exists()
     (bad / kept[0]).unlink()
     (bad / "empty").mkdir()

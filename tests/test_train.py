@@ -293,3 +293,76 @@ def test_the_last_incomplete_batch_is_dropped(images, steps):
     flat = [i for b in order for i in b]
     assert len(set(flat)) == len(flat)
     assert order != epoch_order(images, 32, seed=1, epoch=1)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(given, tmp_path, capsys):
+    from dapt.progress import RichReporter
+
+    run = RunDirectory(tmp_path / "run")
+    settings = make_settings({**given, "lr": 3e38, "epochs": 30})
+    with pytest.raises(
+        UserError, match=r"at step (\d+) .* \(the checkpoint of step 2 is kept in .*such as 3e\+37"
+    ):
+        train(settings, run.path)
+    state, step, _ = run.read_checkpoint()
+    assert step == 2
+    assert all(t.isfinite().all() for t in state.values())
+    assert not run.finished
+    with pytest.raises(UserError, match="checkpoint of step 2"):  # again, to the same end
+        train(settings, run.path, resume=True)
+    train(settings.model_copy(update={"lr": 0.01}), run.path, overwrite=True)
+    assert run.finished
+    capsys.readouterr()
+    # Finite, but worse and worse.
+    high = {**given, "lr": 2000.0, "epochs": 8, "method": "vpt", "shots": 6}
+    train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
+    assert "cross-entropy rose from" in capsys.readouterr().err.replace("\n", " ")
+    train(make_settings(given), tmp_path / "good", reporter=RichReporter())
+    assert "rose" not in capsys.readouterr().err
+
+
+def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_folder, capsys):
+    from dapt.progress import RichReporter
+
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    given = {**given, "dataset": str(photos), "shots": 50}
+    run = train(make_settings(given), tmp_path / "clean", reporter=RichReporter())
+    assert json.loads(run.metrics_file.read_text())["also_tested"] == []
+    assert "too" not in capsys.readouterr().err
+    shutil.copy(photos / "train/blue/1.png", photos / "test/blue/other name.png")
+    run = train(make_settings(given), tmp_path / "run", reporter=RichReporter())
+    found = json.loads(run.metrics_file.read_text())["also_tested"]
+    assert found == [{"support": "train/blue/1.png", "test": "test/blue/other name.png"}]
+    assert "1 of 18 support images are test images too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_few_classes_and_few_images(given, tmp_path, photo_folder, method):
+    """One class; classes of one image; a class that is never tested."""
+    photos = tmp_path / "one"
+    for part in ("train", "test"):
+        shutil.copytree(photo_folder / part / "blue", photos / part / "blue")
+    settings = make_settings({**given, "dataset": str(photos), "method": method, "epochs": 2})
+    metrics = json.loads(train(settings, tmp_path / "a").metrics_file.read_text())
+    assert metrics["test"]["accuracy"] == 1
+    shutil.copytree(photo_folder / "train" / "green thing", photos / "train" / "green thing")
+    for name in ("blue", "green thing"):
+        for i in range(1, 6):
+            (photos / "train" / name / f"{i}.png").unlink()
+    metrics = json.loads(train(settings, tmp_path / "b").metrics_file.read_text())
+    assert metrics["support_images"] == 2
+    assert metrics["test"]["per_class"][1] == {
+        "class": "green thing",
+        "images": 0,
+        "accuracy": None,
+    }
+
+
+def test_two_classes_of_one_name_are_refused(given, tmp_path, photo_folder):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    for part in ("train", "test"):
+        shutil.copytree(photos / part / "red_thing", photos / part / "Red thing")
+    with pytest.raises(UserError, match="have the same name to a text prompt"):
+        train(make_settings({**given, "dataset": str(photos)}), tmp_path / "run")

@@ -7,7 +7,6 @@ the weights, in eval mode, without gradients, on one device at one precision.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from dapt.errors import UserError, nearest
+from dapt.files import parse_json, read_text, user_path
 from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,7 +244,7 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     Raises:
         UserError: unknown name or tag; unreadable or unfit weights.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
         raise UserError(
             f"--pretrained {pretrained} goes with open_clip model names; backbone '{name}' brings "
@@ -290,9 +290,9 @@ def _from_directory(path: Path) -> Loaded:
             "weights"
         )
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = parse_json(read_text(config_file))
         model_config = dict(config["model_cfg"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
     # A snapshot from a hub may hold the model in another library's form beside open_clip's.
     found = [p for pattern in ("*.safetensors", "*.pt", "*.bin") for p in path.glob(pattern)]

@@ -24,6 +24,7 @@ from dapt.allocator import keep_freed_memory
 from dapt.backbone import PRECISIONS, choose_device, load_backbone, load_model
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError
+from dapt.files import parse_json, read_text
 from dapt.methods import METHODS
 from dapt.plain import PlainClassifier
 from dapt.prompts import new_prompts
@@ -309,9 +310,9 @@ def read_class_names(path: Path) -> list[str]:
         UserError: the file cannot be read or names no class.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+        text = read_text(path)
+        value = parse_json(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"class names file {path} cannot be read ({error})") from error
     if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
         raise UserError(f"class names file {path} must hold a list of names")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dapt import __version__
+from dapt.errors import UserError
 from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.runs import RunDirectory
@@ -35,10 +36,18 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     """
     settings = run.read_settings()
     dataset, names, template = run.read_task()
-    environment = read_json(run.environment_file, "environment of the run")
+    environment = run.read_environment()
     support = read_json(run.support_file, "support set of the run")
     method = get_method(settings.method)
     data = {IMPORTED: "not recorded", FITTED: "images given in Python"}.get(dataset, dataset)
+    known = (
+        "backbone",
+        "backbone_sha256",
+        *(("imported_sha256",) if "imported_from" in environment else ()),
+    )
+    images = support.get("train") if isinstance(support, dict) else None
+    if not all(isinstance(environment.get(k), str) for k in known) or not isinstance(images, list):
+        raise UserError(f"{run.path} is damaged: its environment or support set is incomplete")
     if "imported_from" in environment:
         made = (
             f"The prompts were read from the checkpoint `{environment['imported_from']}` "
@@ -47,7 +56,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         )
     else:
         made = (
-            f"Tuned on {len(support['train'])} images, at most {settings.shots} a class, seed "
+            f"Tuned on {len(images)} images, at most {settings.shots} a class, seed "
             f"{settings.seed}."
         )
     told = {k: v for k, v in settings.model_dump().items() if k not in _NOT_TOLD and v is not None}
@@ -120,7 +129,7 @@ def _learned(settings: Settings) -> str:
 def _metrics(run: RunDirectory) -> str:
     if not run.metrics_file.is_file():
         return "Not evaluated."
-    test: dict[str, Any] = read_json(run.metrics_file, "metrics")["test"]
+    test: dict[str, Any] = run.read_metrics()["test"]
     names = {"accuracy": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1",
              "ece": "expected calibration error"}  # fmt: skip
     rows = [f"| {label} | {100 * test[k]:.1f} % |" for k, label in names.items() if k in test]

@@ -1,12 +1,47 @@
 """The one exception a user is meant to read."""
 
+from __future__ import annotations
+
+import unicodedata
+
+# Nobody reads on; names from files may be of any length.
+_LONGEST = 4000
+# Controls, lone surrogates, line and paragraph separators, and what turns the line around.
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def printable(text: str) -> str:
+    """``text`` on one line that a terminal shows as it stands: what would not be is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c
+        for c in text
+    )
+
 
 class UserError(Exception):
     """Bad input, told in one sentence that names the culprit and the way out.
 
     The command line prints the sentence and exits with code 2; from Python it is an
-    ordinary exception.
+    ordinary exception. Names from files and folders stand in it with line breaks and control
+    characters escaped, so that it is one line and cannot steer a terminal.
     """
+
+    def __init__(self, sentence: str) -> None:
+        said = printable(sentence)
+        if len(said) > _LONGEST:
+            said = f"{said[: _LONGEST // 2]}…{said[-_LONGEST // 2 :]}"
+        super().__init__(said)
+
+
+def shown(value: object) -> str:
+    """A value as it is written in Python, cut short, for a sentence that refuses it."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, say
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -240,7 +240,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             device=device,
             settings={name: values[name] for name in _FREE & values.keys()} or None,
         )
-        labels = read_json(run.environment_file, "environment of the run").get("labels")
+        labels = run.read_environment().get("labels")
         _, names, _ = run.read_task()
         found._adopt(run, np.asarray(names if labels is None else labels))
         return found
@@ -253,7 +253,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 f"setting '{clash[0]}' is no entry of PromptClassifier's settings; give it as a "
                 "parameter, if it is one"
             )
-        given = {**own, **others, "shots": shots, "dataset": FITTED}
+        given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
     def _adopt(self, run: RunDirectory, classes: np.ndarray) -> None:
@@ -288,7 +288,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 # Settings that are parameters; of the others, those that the way images are given leaves open.
 _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
 _FREE = frozenset(Settings.model_fields) - _OWN - {
-    "dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget"
+    "dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget", "strict"
 }  # fmt: skip
 
 

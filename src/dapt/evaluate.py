@@ -29,14 +29,19 @@ def encode_store(
     *,
     batch_size: int = 100,
     advance: Advance = nothing,
+    unreadable: dict[int, str] | None = None,
 ) -> Tensor:
     """Run ``encode`` on the test views of every image in ``store``: (n, D) in fp32 on the CPU.
 
-    Decoding runs ahead of the model in other threads.
+    Decoding runs ahead of the model in other threads. Rows of images that ``unreadable`` comes to
+    name (see `ImageStore.batches`) mean nothing.
+
+    Raises:
+        UserError: an image cannot be read, and there is no ``unreadable``.
     """
     features = []
     with torch.inference_mode():
-        for views in store.batches(chunks(len(store), batch_size)):
+        for views in store.batches(chunks(len(store), batch_size), unreadable=unreadable):
             features.append(encode(views).cpu())
             advance(len(views))
     # A clone is an ordinary tensor, which later gradient computations may use.
@@ -44,14 +49,20 @@ def encode_store(
 
 
 def unprompted_features(
-    backbone: Backbone, store: ImageStore, *, batch_size: int = 100, advance: Advance = nothing
+    backbone: Backbone,
+    store: ImageStore,
+    *,
+    batch_size: int = 100,
+    advance: Advance = nothing,
+    unreadable: dict[int, str] | None = None,
 ) -> Tensor:
-    """(n, D) normalised features without any prompt, on the CPU."""
+    """(n, D) normalised features without any prompt, on the CPU; as `encode_store`."""
     return encode_store(
         lambda views: image_features(backbone, views),
         store,
         batch_size=batch_size,
         advance=advance,
+        unreadable=unreadable,
     )
 
 

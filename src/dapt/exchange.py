@@ -25,10 +25,10 @@ from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.errors import UserError
-from dapt.files import read_json
+from dapt.files import read_json, user_path
 from dapt.methods import get_method
 from dapt.progress import Reporter
-from dapt.prompts import Prompts
+from dapt.prompts import Prompts, check_prompt
 from dapt.runs import RunDirectory
 from dapt.settings import IMPORTED, Settings, make_settings
 from dapt.train import check_output, evaluate_task, task_of
@@ -189,7 +189,9 @@ def import_checkpoint(
         device=settings.device,
         precision=settings.precision,
     )
-    _check_width(published, backbone)
+    for name, prompt in (("text", published.text), ("visual", published.visual)):
+        if prompt is not None:
+            check_prompt(backbone, name, prompt, str(published.file))
     prompts = Prompts(published.text, published.visual).to(backbone.device).requires_grad_(False)
     template = settings.template or task.template
     classifier = PromptedClassifier(backbone, task.class_names, prompts, template)
@@ -197,10 +199,8 @@ def import_checkpoint(
     if settings.dataset != IMPORTED:
         test = evaluate_task(classifier, task, settings, reporter)
     spent = time.perf_counter() - started
-    with run.locked():
-        _check_free(run, settings, overwrite)
-        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
-        run.begin(settings, task, support, backbone)
+
+    def known() -> None:
         run.add_to_environment(
             imported_from=published.file.name,
             imported_sha256=hashlib.sha256(published.file.read_bytes()).hexdigest(),
@@ -223,6 +223,11 @@ def import_checkpoint(
                     "test": test,
                 }
             )
+
+    with run.locked():
+        _check_free(run, settings, overwrite)
+        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
+        run.begin(settings, task, support, backbone, known=known)
     return run
 
 
@@ -259,7 +264,7 @@ def published_bytes(run: RunDirectory) -> bytes:
 
 def _named_task(file: str | None) -> Task:
     """A task of class names alone."""
-    value = read_json(Path(str(file)).expanduser(), "class name file")
+    value = read_json(user_path(str(file)), "class name file")
     names = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UserError(
@@ -268,16 +273,3 @@ def _named_task(file: str | None) -> Task:
     # Published label lists do have two classes of one name.
     check_class_names(names, f"class name file {file}", distinct=False)
     return Task(IMPORTED, Path(), tuple(names), (), (), (), DEFAULT_TEMPLATE)
-
-
-def _check_width(published: PublishedPrompts, backbone: Backbone) -> None:
-    """Raise `UserError` unless the prompts have the widths of the backbone's towers."""
-    for name, prompt, width in (
-        ("text", published.text, lambda: backbone.text_width),
-        ("visual", published.visual, lambda: backbone.vision_width),
-    ):
-        if prompt is not None and prompt.shape[1] != width():
-            raise UserError(
-                f"the {name} prompt in {published.file} is {prompt.shape[1]} wide, but the {name} "
-                f"tower of '{backbone.name}' is {width()}; give the --backbone it was tuned on"
-            )

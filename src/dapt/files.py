@@ -1,20 +1,87 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+"""Files read with mistrust, and written so that a crash leaves the old or the new one whole."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import shutil
+import stat
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dapt.errors import UserError
+import yaml
+
+from dapt.errors import UserError, shown
+
+# Listings, settings, records: none that anybody wrote comes near.
+LARGEST_TEXT = 2**28
+# YAML is written by hand, and read slowly.
+LARGEST_YAML = 2**20
+
+# End of the names of what is not whole yet, and seconds after which nobody is at work on it.
+TEMPORARY = ".dapt-part"
+_ABANDONED = 24 * 3600
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open an ordinary file to read; never waits, as opening a FIFO would.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, FIFO, socket or device.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+            raise OSError(f"it is {kind}")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT) -> str:
+    """The text of an ordinary file of at most ``limit`` bytes, with line breaks as they are.
+
+    Raises:
+        OSError: as `open_regular`, or the file is larger; nothing of it is read then.
+        UnicodeDecodeError: it is no text in ``encoding``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"it has {size:,} bytes, and {limit:,} are read at most")
+        return file.read(limit + 1).decode(encoding)
+
+
+def file_digest(path: Path | str) -> bytes:
+    """SHA-256 of an ordinary file's content.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    found = hashlib.sha256()
+    with open_regular(path) as content:
+        while block := content.read(2**20):
+            found.update(block)
+    return found.digest()
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move."""
+    """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move.
+
+    What an earlier write of ``path`` left beside it when it was killed is deleted.
+    """
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    prefix = f".{path.name}."
+    delete_abandoned(path.parent, prefix)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -27,23 +94,147 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def delete_abandoned(folder: Path, prefix: str) -> None:
+    """Delete what killed processes left of writing, by the start of its name.
+
+    Only what is older than any write takes: younger ones may be another process's at work.
+    """
+    try:
+        places = list(folder.iterdir())
+    except OSError:  # a folder may be one to write to but not to list
+        return
+    for place in places:
+        if not (place.name.startswith(prefix) and place.name.endswith(TEMPORARY)):
+            continue
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime < _ABANDONED:
+                continue
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON, atomically.
+
+    File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> Any:
     """Read JSON from ``path``.
 
     Raises:
-        UserError: the file is missing or is no JSON; ``what`` names its role.
+        UserError: the file is missing, no ordinary file, larger than `LARGEST_TEXT` or no JSON,
+            has a key twice in one object, or NaN or an infinity for a number; ``what`` names its
+            role.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not readable JSON ({error})") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, in which no object has a key twice and every number is one.
+
+    Raises:
+        ValueError, RecursionError: it is no such text, or nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, whose values could be exponentially many, and with distinct keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias (*name); write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            raise ValueError("a mapping has a key twice")
+        return found
+
+    def construct_yaml_str(self, node: Any) -> str:
+        # JSON writes what lies beyond the first plane as two escapes.
+        text = super().construct_yaml_str(node)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**64:
+            raise ValueError("it has a whole number of more than 64 bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text: mappings of distinct keys, lists, text, numbers, dates.
+
+    Raises:
+        ValueError: it is no such text, nested too deeply, or has aliases; the message is short.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except Exception as error:  # constructors of PyYAML fail in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(reason) from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read YAML from ``path``, as `parse_yaml`.
+
+    Raises:
+        UserError: the file is missing, no ordinary file, larger than `LARGEST_YAML` or no YAML;
+            ``what`` names its role.
+    """
+    try:
+        return parse_yaml(read_text(path, limit=LARGEST_YAML))
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} is not readable YAML ({error})") from error
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it, ``~`` being their home; it need not exist.
+
+    Raises:
+        UserError: no file can have this path, or there is no such home.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{shown(str(text))} is no path ({error}); give another") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{shown(str(text))} is too long for a path; give another") from error
+    return path
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _umask() -> int:

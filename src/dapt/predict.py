@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dapt.classifier import Classifier
 from dapt.data import ImageStore, is_image_file, open_image
 from dapt.errors import UserError
+from dapt.files import user_path
 from dapt.progress import Advance, nothing
 
 
@@ -85,13 +85,6 @@ def predict_each(
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
     reasons: dict[int, str] = {}
 
-    def read(index: int) -> Image.Image:
-        try:
-            return open_image(ahead[index])
-        except UserError as error:
-            reasons[index] = str(error)
-            return Image.new("RGB", (1, 1))  # keeps its place in the batch
-
     def batches() -> Iterator[list[int]]:
         rest, start = iter(paths), 0
         while batch := [Path(path) for path in islice(rest, batch_size)]:
@@ -105,10 +98,10 @@ def predict_each(
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
         memory_budget=0,
-        read=read,
+        read=lambda index: open_image(ahead[index]),
     )
     done, text = 0, None
-    for views in store.batches(batches()):
+    for views in store.batches(batches(), unreadable=reasons):
         with torch.inference_mode():
             text = classifier.text_features() if text is None else text
             logits = classifier.logits(classifier.image_features(views), text).cpu()
@@ -140,7 +133,7 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     """
     found: list[Path] = []
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = user_path(argument)
         if path.is_dir():
             found += _inside(path)
         elif path.exists():

@@ -37,6 +37,9 @@ class Reporter:
     def say(self, line: str) -> None:
         """Tell one line of result or warning."""
 
+    def warn(self, line: str) -> None:
+        """Tell one line of something that is not as it should be."""
+
 
 class RichReporter(Reporter):
     """A bar with time left on a terminal; a line a stage where output is a file."""
@@ -64,6 +67,12 @@ class RichReporter(Reporter):
     def say(self, line: str) -> None:
         """Print one line."""
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        """Print one line on standard error."""
+        errors.print(
+            f"dapt: warning: {line}", highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
 
 
 class _Lines:

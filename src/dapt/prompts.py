@@ -75,6 +75,21 @@ def new_prompts(
     return prompts.to(backbone.device)
 
 
+def check_prompt(backbone: Backbone, name: str, prompt: Tensor, where: str) -> None:
+    """Raise `UserError` unless a text or visual prompt has the width of the backbone's tower."""
+    width = backbone.text_width if name == "text" else backbone.vision_width
+    if prompt.ndim != 2 or not len(prompt):
+        raise UserError(
+            f"the {name} prompt in {where} has shape {tuple(prompt.shape)}; (vectors, width) is "
+            "needed"
+        )
+    if prompt.shape[1] != width:
+        raise UserError(
+            f"the {name} prompt in {where} is {prompt.shape[1]} wide, but the {name} tower of "
+            f"'{backbone.name}' is {width}; give the --backbone it was tuned on"
+        )
+
+
 def _embed_words(backbone: Backbone, words: str) -> Tensor:
     backbone.require_text_prompts()
     ids = backbone.tokenize([words.replace("_", " ")])[0]

@@ -23,22 +23,25 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dapt.backbone import Backbone
 from dapt.data import SupportSet, Task
+from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.files import read_json, write_atomic, write_json
+from dapt.files import open_regular, read_json, read_text, write_atomic, write_json
 from dapt.settings import Settings, make_settings
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
@@ -118,21 +121,30 @@ class RunDirectory:
     # ------------------------------------------------------------------ what decides it
 
     def begin(
-        self, settings: Settings, task: Task, support: SupportSet, backbone: Backbone
+        self,
+        settings: Settings,
+        task: Task,
+        support: SupportSet,
+        backbone: Backbone,
+        *,
+        known: Callable[[], None] | None = None,
     ) -> None:
         """Record what the run is made of, in place of whatever was here.
 
-        The settings go first and come last: while they are missing, no run is here.
+        The settings go first and come last: while they are missing, no run is here. ``known``
+        writes what is known of the run before that, where it is not to be tuned.
         """
         for file in [self.settings_file, *self.results(), *self._records()]:
             file.unlink(missing_ok=True)
         try:
             write_json(self.task_file, _task_record(task))
-            support.save(self.support_file)
+            write_json(self.support_file, support.to_json())
             write_json(self.environment_file, environment(backbone, settings.seed))
+            if known is not None:
+                known()
             write_json(self.settings_file, settings.model_dump())
         except BaseException:
-            for file in self._records():
+            for file in [*self.results(), *self._records()]:
                 file.unlink(missing_ok=True)
             raise
 
@@ -153,13 +165,15 @@ class RunDirectory:
                     f"{file.name}, which it was started with; restore the data, or start anew "
                     "with --overwrite"
                 )
-        before = read_json(self.environment_file, "environment of the run")
-        before.setdefault("resumed", []).append(environment(backbone))
-        write_json(self.environment_file, before)
+        before = self.read_environment()
+        resumed = before.get("resumed", [])
+        if not isinstance(resumed, list):
+            raise UserError(f"{self.environment_file} is damaged; start anew with --overwrite")
+        write_json(self.environment_file, {**before, "resumed": [*resumed, environment(backbone)]})
 
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
-        recorded = read_json(self.environment_file, "environment of the run")
+        recorded = self.read_environment()
         if recorded.get("backbone_sha256") != backbone.fingerprint:
             raise UserError(
                 f"the weights of backbone '{backbone.name}' are not those that {self.path} was "
@@ -215,28 +229,52 @@ class RunDirectory:
 
     def read_settings(self) -> Settings:
         """Settings the run was started with, validated again."""
-        values = read_json(self.settings_file, "settings of the run")
-        if not isinstance(values, dict):
-            raise UserError(f"{self.settings_file} must hold a mapping of settings")
-        return make_settings(values)
+        return make_settings(_mapping(self.settings_file, "settings of the run"))
 
     def read_task(self) -> tuple[str, tuple[str, ...], str]:
         """Dataset name, class names in label order, template."""
         value = read_json(self.task_file, "task of the run")
         try:
-            names = value["class_names"]
-            if not names or not all(isinstance(n, str) for n in names):
-                raise TypeError("class names")
-            return str(value["dataset"]), tuple(names), str(value["template"])
+            dataset, names, template = (value[k] for k in ("dataset", "class_names", "template"))
+            if not isinstance(names, list) or not names:
+                raise TypeError("its class names are no list")
+            if not all(isinstance(text, str) for text in (dataset, template, *names)):
+                raise TypeError("its names are no text")
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{self.task_file} is damaged ({error}); run 'dapt train' again"
             ) from error
+        check_class_names(names, str(self.task_file), distinct=False)
+        if template.count("{}") != 1:
+            raise UserError(f"{self.task_file} is damaged: its template must hold {{}} once")
+        return dataset, tuple(names), template
+
+    def read_environment(self) -> dict[str, Any]:
+        """What is recorded of the environment.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return _mapping(self.environment_file, "environment of the run")
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Metrics of a finished run; its figures in ``test`` are numbers.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        value = _mapping(self.metrics_file, "metrics of the run")
+        test = value.get("test")
+        figures = ("images", "accuracy", "top5", "macro_f1", "ece")
+        if not isinstance(test, dict) or not all(
+            isinstance(test.get(n), int | float) for n in figures if n in test or n == "images"
+        ):
+            raise UserError(f"{self.metrics_file} is damaged; run 'dapt train' again")
+        return value
 
     def add_to_environment(self, **more: Any) -> None:
         """Add entries to what `begin` recorded of the environment."""
-        known = read_json(self.environment_file, "environment of the run")
-        write_json(self.environment_file, {**known, **more})
+        write_json(self.environment_file, {**self.read_environment(), **more})
 
     # --------------------------------------------------------------------- its progress
 
@@ -254,7 +292,10 @@ class RunDirectory:
             return None
         state, metadata = self.read_tensors(self.checkpoint_file)
         try:
-            return state, int(metadata["step"]), float(metadata["seconds"])
+            step, seconds = int(metadata["step"]), float(metadata["seconds"])
+            if step < 0 or not 0 <= seconds < inf:
+                raise ValueError("its numbers are out of range")
+            return state, step, seconds
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{self.checkpoint_file} is damaged; delete it to start the run's tuning anew"
@@ -270,13 +311,21 @@ class RunDirectory:
         """Tensors and metadata of a safetensors file of this run.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: the file is missing or damaged, or a tensor is none of finite numbers.
         """
         try:
+            open_regular(path).close()
             with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-        except (OSError, SafetensorError) as error:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                metadata = file.metadata() or {}
+            odd = [k for k, t in tensors.items() if t.dtype not in _DTYPES or not _finite(t)]
+        except MemoryError:
+            raise
+        except Exception as error:  # the library's own, and those of types that torch lacks
             raise UserError(f"{path} is missing or damaged ({error}); train again") from error
+        if odd:
+            raise UserError(f"{path} is damaged: '{odd[0]}' is no tensor of finite numbers")
+        return tensors, metadata
 
 
 class StepLog:
@@ -292,27 +341,20 @@ class StepLog:
         header = ["step", "epoch", "lr", "loss", "cross_entropy", *terms, "accuracy"]
         kept = [header]
         if steps and run.log_file.is_file():
-            with run.log_file.open(newline="", encoding="utf-8") as file:
-                kept = list(csv.reader(file))[: steps + 1]
+            kept = _rows(run.log_file, header, steps)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(kept)
         write_atomic(run.log_file, text.getvalue())
         self._file = run.log_file.open("a", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._header = header
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=steps)
+        self._board = _Board.open(run.tensorboard, steps)
 
     def add(self, row: list[float | int]) -> None:
         """Append one step: step, epoch, lr, loss, cross-entropy, terms, accuracy."""
         self._csv.writerow(row)
         if self._board is not None:
-            for name, value in zip(self._header[2:], row[2:], strict=True):
-                self._board.add_scalar(f"train/{name}", value, row[0])
+            self._board.add(int(row[0]), dict(zip(self._header[2:], row[2:], strict=True)))
 
     def flush(self) -> None:
         """Put everything so far on disk, before a checkpoint counts on it."""
@@ -323,9 +365,83 @@ class StepLog:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._file.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
+
+
+class _Board:
+    """Scalars in TensorBoard's format.
+
+    TensorBoard's own writers write in a thread, whose death of a full disk nobody is told of.
+    """
+
+    def __init__(self, file: BinaryIO, event: type[Any], record: Callable[[bytes], None]) -> None:
+        self.file, self._event, self._record = file, event, record
+
+    @classmethod
+    def open(cls, folder: Path, steps: int) -> _Board | None:
+        """A new file of events after so many steps, or None where TensorBoard is not installed."""
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            return None
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        file = (folder / name).open("xb")
+        board = cls(file, Event, RecordWriter(file).write)
+        board._put(file_version="brain.Event:2")
+        # TensorBoard leaves out what an earlier file has from this step on.
+        board._put(step=steps, session_log=SessionLog(status=SessionLog.START))
+        return board
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        found = [{"tag": f"train/{name}", "simple_value": v} for name, v in values.items()]
+        self._put(step=step, summary={"value": found})
+
+    def _put(self, **fields: Any) -> None:
+        self._record(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _rows(log: Path, header: list[str], steps: int) -> list[list[str]]:
+    """A log's header and first rows; what a killed run wrote after them may end anywhere.
+
+    Raises:
+        UserError: they are none, or not under this header.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(read_text(log))))[: steps + 1]
+        if rows[:1] != [header] or any(len(row) != len(header) for row in rows):
+            raise ValueError("its columns are not those of this run")
+        for row in rows[1:]:
+            [float(value) for value in row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{log} is damaged ({error}); delete it, and the run goes on") from error
+    return rows
+
+
+# Of prompts, their momentum, and a probe.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _mapping(file: Path, what: str) -> dict[str, Any]:
+    value = read_json(file, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
+    return value
 
 
 def _task_record(task: Task) -> dict[str, Any]:

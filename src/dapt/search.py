@@ -65,8 +65,9 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     if not method.learns_prompts:
         return settings
     task = task_of(settings)
-    held = hold_out(support_of(settings, task), settings.seed)
     shared = Shared(backbone_of(settings))
+    drawn = shared.support(task, support_of(settings, task), settings, reporter).drawn
+    held = hold_out(drawn, settings.seed)
     scored: dict[tuple, float] = {}
 
     def score(candidate: Settings) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dapt.errors import UserError, nearest
+from dapt.errors import UserError, nearest, shown
+from dapt.files import parse_yaml, read_yaml, user_path
 from dapt.methods import PUBLISHED, get_method, published_epochs
 
 # Where nothing is published: what did best on the bundled task's validation images (see the
@@ -45,8 +46,8 @@ class Settings(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen model")
     shots: int = Field(16, ge=1, description="support images a class")
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
-    text_vectors: int = Field(16, ge=1, description="M, vectors of the text prompt")
-    visual_vectors: int = Field(16, ge=1, description="N, vectors of the visual prompt")
+    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
+    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
     text_init: str | None = Field(None, description="words the text prompt starts from")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
     epochs: int = Field(ge=1, description="passes over the support set")
@@ -65,9 +66,15 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(
-        4.0, gt=0, description="GiB of text activations kept a step; more classes go in chunks"
+        4.0,
+        gt=0,
+        le=2**20,
+        description="GiB of text activations a step; more classes go in chunks",
     )
-    memory_budget: float = Field(2.0, gt=0, description="GiB of decoded images kept in memory")
+    strict: bool = Field(False, description="an unreadable image is an error, not left out")
+    memory_budget: float = Field(
+        2.0, gt=0, le=2**20, description="GiB of decoded images kept in memory"
+    )
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
@@ -91,7 +98,9 @@ def make_settings(given: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise UserError(f"setting {name}={first['input']!r}: {first['msg'].lower()}") from error
+        raise UserError(
+            f"setting {name}={shown(first['input'])}: {first['msg'].lower()}"
+        ) from error
     method = get_method(settings.method)
     if settings.template is not None and settings.template.count("{}") != 1:
         raise UserError(
@@ -117,7 +126,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     else:
         values = dict(OWN_DATA)
     shots = given.get("shots", 16)
-    shots = int(shots) if str(shots).isdecimal() else 16
+    shots = int(shots) if re.fullmatch(r"[0-9]{1,9}", str(shots)) else 16
     return {**values, "epochs": published_epochs(dataset, shots)}
 
 
@@ -128,13 +137,8 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     given, names = dict(given), {"bundled", *BENCHMARKS}
     for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
         value = given.get(setting)
-        if (
-            isinstance(value, str)
-            and value
-            and value not in names
-            and Path(value).expanduser().exists()
-        ):
-            given[setting] = str(Path(value).expanduser().resolve())
+        if isinstance(value, str) and value and value not in names and user_path(value).exists():
+            given[setting] = str(user_path(value).resolve())
     return given
 
 
@@ -156,13 +160,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, malformed, or holds no mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"settings file {path} does not exist; check the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"settings file {path} is not readable YAML ({reason})") from error
+    values = read_yaml(path, "settings file")
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
@@ -184,6 +182,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if field is not None and field.annotation in (str, str | None):
         return key, value  # text as it stands: "{} texture." is no YAML
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, parse_yaml(value)
+    except ValueError as error:
         raise UserError(f"--set {text}: the value cannot be read") from error

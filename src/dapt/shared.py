@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dapt.backbone import Backbone, load_backbone
 from dapt.data import ImageStore, Item, SupportSet, Task
+from dapt.errors import UserError
 from dapt.evaluate import unprompted_features
 from dapt.losses import class_prototypes
 from dapt.progress import Advance, Reporter, nothing
@@ -28,8 +30,13 @@ def backbone_of(settings: Settings, *, device: str | None = None) -> Backbone:
 
 @dataclass(frozen=True)
 class Support:
-    """A support set as its backbone sees it without prompts; the same for every method."""
+    """A support set as its backbone sees it without prompts; the same for every method.
 
+    ``drawn`` is the set without the images that cannot be read, which ``skipped`` records.
+    """
+
+    drawn: SupportSet
+    skipped: list[dict[str, str]]
     store: ImageStore
     labels: Tensor  # (n,)
     features: Tensor  # (n, D), normalised, on the CPU
@@ -40,6 +47,43 @@ class Support:
 class _Images:
     store: ImageStore
     features: dict[int, Tensor] = field(default_factory=dict)  # by batch size
+    unreadable: dict[int, str] = field(default_factory=dict)
+
+
+# Images named in warnings; the record of a run has them all.
+_NAMED = 5
+
+
+def skip_unreadable(
+    items: Sequence[Item], unreadable: dict[int, str], what: str, reporter: Reporter
+) -> tuple[list[int], list[dict[str, str]]]:
+    """Leave out images that could not be read, and warn of them.
+
+    Args:
+        items: all images.
+        unreadable: index -> sentence of those that could not be read.
+        what: these images are, such as "test".
+        reporter: is told.
+
+    Returns:
+        Indices of the others in order, and a record of what is skipped, for a run's files.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    skipped = sorted(unreadable)
+    if len(skipped) == len(items) > 0:
+        more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
+        raise UserError(f"{unreadable[0]}{more}")
+    for index in skipped[:_NAMED]:
+        reporter.warn(f"{unreadable[index]}; skipped")
+    if skipped:
+        reporter.warn(
+            f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
+            "metrics.json names them, and --strict makes them an error"
+        )
+    record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
+    return [i for i in range(len(items)) if i not in unreadable], record
 
 
 class Shared:
@@ -67,11 +111,14 @@ class Shared:
         items: tuple[Item, ...],
         settings: Settings,
         advance: Advance = nothing,
+        unreadable: dict[int, str] | None = None,
     ) -> Tensor:
         """(n, D) normalised features of ``items`` without any prompt, on the CPU.
 
+        Rows of images that ``unreadable`` comes to name (index -> sentence) mean nothing.
+
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, and there is no ``unreadable``.
         """
         images = self._images(task, items, settings)
         size = settings.eval_batch_size  # another one may round otherwise
@@ -79,8 +126,16 @@ class Shared:
             advance(len(items))
         else:
             images.features[size] = unprompted_features(
-                self.backbone, images.store, batch_size=size, advance=advance
+                self.backbone,
+                images.store,
+                batch_size=size,
+                advance=advance,
+                unreadable=images.unreadable if unreadable is not None else None,
             )
+        if unreadable is not None:
+            unreadable.update(images.unreadable)
+        elif images.unreadable:
+            raise UserError(images.unreadable[min(images.unreadable)])
         return images.features[size]
 
     def support(
@@ -88,14 +143,30 @@ class Shared:
     ) -> Support:
         """The support images as the backbone sees them, and class prototypes from that.
 
+        Images that cannot be read are left out, unless settings are strict.
+
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, and settings are strict or its class has no other.
         """
+        unreadable: dict[int, str] | None = None if settings.strict else {}
+        with reporter.stage("support set", len(support.train)) as advance:
+            features = self.features(task, support.train, settings, advance, unreadable)
+        skipped: list[dict[str, str]] = []
+        if unreadable:
+            kept, skipped = skip_unreadable(support.train, unreadable, "support", reporter)
+            items = tuple(support.train[i] for i in kept)
+            left = {item.label for item in items}
+            for index in sorted(unreadable):
+                if (item := support.train[index]).label not in left:
+                    raise UserError(
+                        f"{unreadable[index]}: no support image of class '{item.class_name}' can "
+                        "be read"
+                    )
+            support, features = replace(support, train=items), features[kept]
         labels = torch.tensor([item.label for item in support.train])
-        with reporter.stage("support set", len(labels)) as advance:
-            features = self.features(task, support.train, settings, advance)
         prototypes = class_prototypes(features, labels, len(task.class_names))
-        return Support(self.store(task, support.train, settings), labels, features, prototypes)
+        store = self.store(task, support.train, settings)
+        return Support(support, skipped, store, labels, features, prototypes)
 
     def _images(self, task: Task, items: tuple[Item, ...], settings: Settings) -> _Images:
         paths = tuple(task.image_path(item) for item in items)

@@ -7,6 +7,7 @@ that was killed continues to the same bits as one that never was.
 
 from __future__ import annotations
 
+import csv
 import signal
 import threading
 import time
@@ -20,11 +21,12 @@ import torch
 
 from dapt.allocator import keep_freed_memory
 from dapt.backbone import Backbone
-from dapt.classifier import Classifier, LinearProbe, PromptedClassifier
+from dapt.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
 from dapt.data import (
     SupportSet,
     Task,
     draw_support_set,
+    images_in_both,
     load_support_set,
     open_task,
     subset_classes,
@@ -40,15 +42,15 @@ from dapt.evaluate import (
 from dapt.methods import Method, get_method
 from dapt.probe import fit_probe
 from dapt.progress import Reporter
-from dapt.prompts import Prompts, new_prompts
+from dapt.prompts import Prompts, check_prompt, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights
-from dapt.shared import Shared, Support, backbone_of
+from dapt.shared import Shared, Support, backbone_of, skip_unreadable
 from dapt.tuning import Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
-FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every"})
+FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})
 
 
 class Interrupted(Exception):
@@ -103,6 +105,8 @@ def train(
     method = get_method(settings.method)
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = shared.support(task, support, settings, reporter)
+    support, skipped = encoded.drawn, encoded.skipped
+    twice = _tell_of_overlap(task, support, reporter) if ranks.first else []
     if not ranks.first:
         if method.learns_prompts:
             assert isinstance(classifier, PromptedClassifier)
@@ -119,7 +123,8 @@ def train(
         started = time.perf_counter()
         spent_before = 0.0
         if method.probe:
-            classifier = _fit_probe(run, settings, task, support, encoded, shared)
+            classifier, more = _fit_probe(run, settings, task, encoded, shared, reporter)
+            skipped = skipped + more
         else:
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
@@ -151,6 +156,8 @@ def train(
                 "seed": settings.seed,
                 "learned_parameters": classifier.learned_parameters,
                 "support_images": len(encoded.store),
+                "skipped": skipped,
+                "also_tested": twice,
                 "dispersion": dispersion,
                 "test": test,
             }
@@ -225,6 +232,19 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     return support
 
 
+def _tell_of_overlap(task: Task, support: SupportSet, reporter: Reporter) -> list[dict[str, str]]:
+    """Warn of support images that are tested on, and return a record of them."""
+    both = images_in_both(task, support)
+    if both:
+        first, same = both[0]
+        reporter.warn(
+            f"{len({a.path for a, _ in both}):,} of {len(support.train):,} support images are "
+            f"test images too (such as {first.path}, the same file as {same.path}); the accuracy "
+            "says too much of them: take them out of one part"
+        )
+    return [{"support": a.path, "test": b.path} for a, b in both]
+
+
 def new_classifier(
     backbone: Backbone, task: Task, method: Method, settings: Settings
 ) -> PromptedClassifier:
@@ -249,19 +269,23 @@ def _fit_probe(
     run: RunDirectory,
     settings: Settings,
     task: Task,
-    drawn: SupportSet,
     support: Support,
     shared: Shared,
-) -> LinearProbe:
-    val = None
-    if drawn.val:
-        labels = torch.tensor([item.label for item in drawn.val])
-        val = shared.features(task, drawn.val, settings), labels
+    reporter: Reporter,
+) -> tuple[LinearProbe, list[dict[str, str]]]:
+    """The probe, and a record of the val images that could not be read."""
+    items, val, skipped = support.drawn.val, None, list[dict[str, str]]()
+    if items:
+        unreadable: dict[int, str] | None = None if settings.strict else {}
+        features = shared.features(task, items, settings, unreadable=unreadable)
+        kept, skipped = skip_unreadable(items, unreadable or {}, "val", reporter)
+        val = features[kept], torch.tensor([items[i].label for i in kept])
     classes = len(task.class_names)
     weight, bias = fit_probe(support.features, support.labels, val, classes, settings.seed)
     run.write_tensors(run.prompts_file, {"weight": weight, "bias": bias})
     place = shared.backbone.device
-    return LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
+    probe = LinearProbe(shared.backbone, task.class_names, weight.to(place), bias.to(place))
+    return probe, skipped
 
 
 def _tune(
@@ -297,17 +321,31 @@ def _tune(
     checkpoint = ranks.share(run.read_checkpoint() if ranks.first else None)
     if checkpoint is not None:
         state, done, spent = checkpoint
+        if done > total or not tuner.fits(state):
+            raise UserError(
+                f"{run.checkpoint_file} does not hold the prompts of this run; delete it to start "
+                "the run's tuning anew"
+            )
         tuner.load_state(state)
-    started, lr = time.perf_counter(), 0.0
+    started, lr, saved = time.perf_counter(), 0.0, done
     log = StepLog(run, list(method.terms), done) if ranks.first else None
 
+    def diverged(what: str) -> Diverged:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due yet"
+        return Diverged(
+            f"the {what} at step {done} with learning rate {lr:g} ({kept} in {run.path}); train "
+            f"again with --overwrite and a smaller --lr, such as {settings.lr / 10:g}"
+        )
+
     def save() -> None:
+        nonlocal saved
         state = tuner.state()
         if not all(bool(t.isfinite().all()) for t in state.values()):
-            raise _diverged("prompts are no longer finite", done, lr)
+            raise diverged("prompts are no longer finite")
         if log is not None:
             log.flush()
             run.write_checkpoint(state, done, spent + time.perf_counter() - started)
+        saved = done
 
     try:
         with (
@@ -332,7 +370,7 @@ def _tune(
                         log.add([done, epoch, lr, *losses, result.accuracy])
                     done += 1
                     if not isfinite(result.total):
-                        raise _diverged(f"loss became {result.total}", done, lr)
+                        raise diverged(f"loss became {result.total}")
                     terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
                     advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
                     if ranks.any(stop.is_set()):
@@ -345,14 +383,29 @@ def _tune(
     finally:
         if log is not None:
             log.close()
+    if ranks.first and (rose := _rise(run)) is not None:
+        reporter.warn(
+            f"cross-entropy rose from {rose[0]:.2f} in the first epoch to {rose[1]:.2f} in the "
+            f"last: learning rate {settings.lr:g} may be too high; compare with a smaller --lr, "
+            f"such as {settings.lr / 10:g}"
+        )
     return spent
 
 
-def _diverged(what: str, step: int, lr: float) -> Diverged:
-    return Diverged(
-        f"the {what} at step {step} with learning rate {lr:g}; train again with a smaller --lr "
-        "and --overwrite"
-    )
+# Growth of cross-entropy over a run that says it went astray; below, it may be chance.
+_ASTRAY = 1.25
+
+
+def _rise(run: RunDirectory) -> tuple[float, float] | None:
+    """Mean cross-entropy of a run's first and last epoch, if it grew as it should not."""
+    epochs: dict[str, list[float]] = {}
+    with run.log_file.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            epochs.setdefault(row["epoch"], []).append(float(row["cross_entropy"]))
+    if not epochs:  # the log was taken away
+        return None
+    first, *_, last = [sum(e) / len(e) for e in epochs.values()] * 2
+    return (first, last) if last > _ASTRAY * first + 0.1 else None
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -409,14 +462,18 @@ def evaluate_task(
     reporter: Reporter,
     shared: Shared | None = None,
 ) -> dict[str, Any]:
-    """`metrics` of a classifier on a task's test images.
+    """`metrics` of a classifier on a task's test images, and ``skipped``, those left out.
+
+    Images that cannot be read are left out, unless settings are strict.
 
     Raises:
-        UserError: the task has no test images.
+        UserError: the task has no test images; one cannot be read, and settings are strict or
+            none can.
     """
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
     shared = shared or Shared(classifier.backbone)
+    unreadable: dict[int, str] | None = None if settings.strict else {}
     with reporter.stage("evaluating", len(task.test)) as advance:
         if classifier.prompts_images:
             features = encode_store(
@@ -424,11 +481,14 @@ def evaluate_task(
                 shared.store(task, task.test, settings),
                 batch_size=settings.eval_batch_size,
                 advance=advance,
+                unreadable=unreadable,
             )
         else:
-            features = shared.features(task, task.test, settings, advance)
-    labels = [item.label for item in task.test]
-    return metrics(logits_of(classifier, features), labels, task.class_names)
+            features = shared.features(task, task.test, settings, advance, unreadable)
+    kept, skipped = skip_unreadable(task.test, unreadable or {}, "test", reporter)
+    labels = [task.test[i].label for i in kept]
+    logits = logits_of(classifier, features[kept] if skipped else features)
+    return {**metrics(logits, labels, task.class_names), "skipped": skipped}
 
 
 def _dispersion(
@@ -493,8 +553,25 @@ def load_classifier(
                 f"the run in {run.path} is a linear probe, which knows only the classes it was "
                 "fitted on; use a prompt method for other classes"
             )
+        weight, bias = tensors["weight"], tensors.get("bias", torch.zeros(0))
+        if weight.ndim != 2 or len(weight) != len(names) or bias.shape != (len(names),):
+            raise UserError(f"{run.prompts_file} is no probe of {len(names)} classes; train again")
+        with torch.inference_mode():
+            size = backbone.preprocessing.size
+            seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        if weight.shape[1] != seen.shape[1]:
+            raise UserError(f"{run.prompts_file} does not fit the backbone's features; train again")
         place = backbone.device
-        return LinearProbe(backbone, names, tensors["weight"].to(place), tensors["bias"].to(place))
+        return LinearProbe(backbone, names, weight.float().to(place), bias.float().to(place))
+    row = get_method(settings.method)
+    learned = {"text_prompt"} if row.text else set[str]()
+    learned |= {"visual_prompt"} if row.visual else set()
+    if tensors.keys() != learned:
+        raise UserError(
+            f"{run.prompts_file} does not hold what method '{settings.method}' learns; train again"
+        )
+    for name, prompt in tensors.items():
+        check_prompt(backbone, name.removesuffix("_prompt"), prompt, str(run.prompts_file))
     prompts = Prompts(tensors.get("text_prompt"), tensors.get("visual_prompt"))
     prompts = prompts.to(backbone.device).requires_grad_(False)
     return PromptedClassifier(

@@ -67,6 +67,7 @@ def evaluate_run(
     target: Target,
     *,
     device: str | None = None,
+    strict: bool = False,
     shared: Shared | None = None,
     open_task: Callable[..., Task] = task_of,
     reporter: Reporter | None = None,
@@ -79,6 +80,7 @@ def evaluate_run(
         run: its directory.
         target: where to evaluate.
         device: to run on, if not the one it was tuned on.
+        strict: an unreadable image is an error, whatever the run's settings say.
         shared: the run's backbone, already loaded, and what was read with it.
         open_task: as `task_of`; one that remembers shares tasks.
         reporter: is told the progress.
@@ -100,6 +102,8 @@ def evaluate_run(
         backbone=shared.backbone if shared else None,
         device=device,
     )
+    if strict:
+        settings = settings.model_copy(update={"strict": True})
     result = evaluate_task(classifier, task, settings, reporter or Reporter(), shared)
     if target.elsewhere:
         file = recorded(run, target) or _free_file(run, target, own)

@@ -132,6 +132,17 @@ class Tuner:
                 tensors[f"momentum.{name}"] = buffer
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Whether this is a state of these very prompts."""
+        known = {f"prompt.{name}": p.shape for name, p in self.named.items()}
+        momentum = {f"momentum.{name}": p.shape for name, p in self.named.items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        return (
+            known.items() <= found.items()
+            and found.items() <= {**known, **momentum}.items()
+            and all(tensor.dtype == torch.float32 for tensor in state.values())
+        )
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
         with torch.no_grad():

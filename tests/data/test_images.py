@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from dapt.data import ImageStore, centre_view, decode_image, is_image_file, open_image
 from dapt.data import images as images_module
 from dapt.data.images import crop_box, train_view
-from dapt.errors import UserError
+from dapt.errors import UserError, printable
 
 
 def noise(width, height, seed=0):
@@ -132,7 +132,7 @@ def test_animations_give_their_first_frame(tmp_path, suffix):
 def refused(path, message):
     with pytest.raises(UserError) as error:
         open_image(path)
-    assert str(path) in str(error.value)
+    assert printable(str(path)) in str(error.value)
     assert message in str(error.value)
 
 

@@ -29,6 +29,9 @@ DomainOption = Annotated[str | None, typer.Option(help="Style of the bundled tas
 NamesOption = Annotated[
     Path | None, typer.Option("--class-names", help="JSON file: folder name -> class name.")
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="An image that cannot be read is an error, not skipped.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 # What the operating system says when there is no room or no right to write.

@@ -70,7 +70,6 @@ def import_(
     """
     with readable_errors():
         from dapt.exchange import import_checkpoint
-        from dapt.files import read_json
         from dapt.settings import absolute_paths
 
         given = {
@@ -93,7 +92,7 @@ def import_(
         )
         said = "not evaluated, for want of a dataset"
         if run.finished:
-            result = read_json(run.metrics_file, "metrics")
+            result = run.read_metrics()
             title = f"{result['dataset']}, {result['method']}, imported"
             console.print(metrics_table(title, result["test"]))
             said = f"{result['learned_parameters']:,} learned parameters"

@@ -12,6 +12,7 @@ from dapt.cli.common import (
     DomainOption,
     NamesOption,
     RootOption,
+    StrictOption,
     app,
     metrics_table,
     readable_errors,
@@ -67,6 +68,7 @@ def train(
         bool,
         typer.Option("--tune-settings", help="Search lr and betas on held-out support images."),
     ] = False,
+    strict: StrictOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the run there.")] = False,
 ) -> None:
@@ -111,6 +113,7 @@ def train(
             "device": device,
             "epochs": epochs,
             "lr": lr,
+            "strict": strict or None,
         }
         given = read_settings_file(config) if config else {}
         given |= {name: value for name, value in options.items() if value is not None}
@@ -154,10 +157,7 @@ def _shots_of(support_set: Path) -> Any:
 
 
 def _show_run(run: Any) -> None:
-    from dapt.files import read_json
-
-    result = read_json(run.metrics_file, "metrics")
-    spent = read_json(run.environment_file, "environment")
+    result, spent = run.read_metrics(), run.read_environment()
     console.print(metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
     for name, values in result["dispersion"].items():
         say(f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after")

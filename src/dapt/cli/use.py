@@ -16,6 +16,7 @@ from dapt.cli.common import (
     NamesOption,
     RootOption,
     RunArgument,
+    StrictOption,
     app,
     metrics_table,
     readable_errors,
@@ -37,6 +38,7 @@ def evaluate(
         str | None, typer.Option(help="base (first half by label), new (the rest) or all.")
     ] = None,
     device: DeviceOption = None,
+    strict: StrictOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Evaluate a run's prompts: on its own test images, another domain, or another dataset.
@@ -45,7 +47,7 @@ def evaluate(
 
         dapt eval runs/first
 
-        dapt eval runs/first --domain high-contrast
+        dapt eval runs/first --domain fluent-emoji-high-contrast
 
         dapt eval runs/caltech --dataset oxford_pets --root /data
     """
@@ -65,6 +67,7 @@ def evaluate(
             RunDirectory(run),
             Target(**absolute_paths(target)),
             device=device,
+            strict=strict,
             reporter=RichReporter(),
         )
         if as_json:

@@ -12,7 +12,12 @@ from dapt.data.images import (
 )
 from dapt.data.items import Item, Task, subset_classes
 from dapt.data.splits import read_split
-from dapt.data.support import SupportSet, draw_support_set, load_support_set
+from dapt.data.support import (
+    SupportSet,
+    draw_support_set,
+    images_in_both,
+    load_support_set,
+)
 from dapt.data.tasks import bundled_domains, open_task
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "centre_view",
     "decode_image",
     "draw_support_set",
+    "images_in_both",
     "is_image_file",
     "load_support_set",
     "open_image",

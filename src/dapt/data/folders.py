@@ -108,13 +108,22 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(n for n in names if not n.startswith(".") and (folder / n).is_dir())
 
 
+def _is_empty(place: str, name: str) -> bool:
+    try:
+        return not os.listdir(os.path.join(place, name))
+    except OSError:
+        return False
+
+
 def _images(root: Path, folder: Path) -> list[str]:
     """Image files in and below ``folder``, relative to ``root``, sorted; hidden ones left out."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(place).relative_to(root).as_posix()
-        found += [f"{inside}/{name}" for name in files if has_image_name(name)]
+        # What has an image's name and is none is found out, and told, when it is read.
+        empty = [name for name in folders if has_image_name(name) and _is_empty(place, name)]
+        found += [f"{inside}/{name}" for name in (*files, *empty) if has_image_name(name)]
     if not found:
         raise UserError(f"class folder {folder} holds no images; add some, or take it out")
     return sorted(check_path(path, f"folder {root}") for path in found)

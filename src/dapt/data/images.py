@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dapt.errors import UserError
+from dapt.files import open_regular
 
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -90,11 +91,11 @@ def open_image(path: Path | str) -> Image.Image:
     and of an animation the first frame is taken.
 
     Raises:
-        UserError: the file is missing, empty, damaged, no image, or so large that PIL suspects
-            a decompression bomb.
+        UserError: the file is missing, empty, damaged, no image, no ordinary file, or so large
+            that PIL suspects a decompression bomb.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return decode_image(file, str(path))
     except FileNotFoundError as error:
         raise UserError(f"image {path} does not exist; check the path") from error
@@ -384,6 +385,7 @@ class ImageStore:
         *,
         train: tuple[int, int] | None = None,
         prefetch: int = 2,
+        unreadable: dict[int, str] | None = None,
     ) -> Iterator[Tensor]:
         """Views batch by batch, made in other threads while earlier batches are in use.
 
@@ -391,18 +393,21 @@ class ImageStore:
             index_lists: the batches, B indices each.
             train: (seed, epoch) for `train_views`; without it they are `test_views`.
             prefetch: batches to be ahead of the one in use.
+            unreadable: where given, a file that cannot be read is black in its batch, and the
+                sentence why is put here under its index by the time the batch is yielded.
 
         Yields:
             (B, 3, size, size) uint8.
 
         Raises:
-            UserError: a file cannot be read; raised in its batch's place.
+            UserError: a file cannot be read, and there is no ``unreadable`` to name it in; raised
+                in its batch's place.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
         started: deque[_Batch] = deque()
         try:
             for indices in index_lists:
-                started.append(self._start(pool, [int(i) for i in indices], train))
+                started.append(self._start(pool, [int(i) for i in indices], train, unreadable))
                 if len(started) > prefetch:
                     yield started.popleft().wait()
             while started:
@@ -412,18 +417,37 @@ class ImageStore:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(
-        self, pool: ThreadPoolExecutor, indices: list[int], train: tuple[int, int] | None
+        self,
+        pool: ThreadPoolExecutor,
+        indices: list[int],
+        train: tuple[int, int] | None,
+        unreadable: dict[int, str] | None,
     ) -> _Batch:
         pixels = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
         work = [
-            pool.submit(self._fill, pixels[i : i + _CHUNK], indices[i : i + _CHUNK], train)
+            pool.submit(
+                self._fill, pixels[i : i + _CHUNK], indices[i : i + _CHUNK], train, unreadable
+            )
             for i in range(0, len(indices), _CHUNK)
         ]
         return _Batch(pixels, work)
 
-    def _fill(self, pixels: np.ndarray, indices: list[int], train: tuple[int, int] | None) -> None:
+    def _fill(
+        self,
+        pixels: np.ndarray,
+        indices: list[int],
+        train: tuple[int, int] | None,
+        unreadable: dict[int, str] | None,
+    ) -> None:
         for row, index in enumerate(indices):
-            image = self.image(index)
+            try:
+                image = self.image(index)
+            except UserError as error:
+                if unreadable is None:
+                    raise
+                unreadable[index] = str(error)
+                pixels[row] = 0
+                continue
             if train is None:
                 view = centre_view(
                     image,

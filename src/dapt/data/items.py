@@ -14,8 +14,11 @@ PARTS = ("train", "val", "test")
 # (path relative to the task's root, label)
 Pair = tuple[str, int]
 
-# Rooted or drive-lettered, a '..' step, or a character no file system or encoder takes.
-_UNSAFE_PATH = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udfff]")
+# Rooted or drive-lettered, a '..' step, or a character no file system takes. Of the surrogates,
+# those that stand for a file name's bytes that are no UTF-8 are left (PEP 383).
+_UNSAFE_PATH = re.compile(
+    r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udc7f\udd00-\udfff]"
+)
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 

@@ -8,10 +8,10 @@ decoded to objects, and no name in them becomes a path.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,16 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError
-from dapt.files import read_json, write_json
+from dapt.files import (
+    TEMPORARY,
+    delete_abandoned,
+    file_digest,
+    open_regular,
+    parse_json,
+    read_json,
+    read_text,
+    write_json,
+)
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -39,6 +48,7 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "p
 # In the folder of shards whose .cls are numbers: a class name a line, in label order.
 _NAMES_FILE = "classnames.txt"
 _LISTING = "listing.json"
+_LARGEST_IMAGE = 2**30  # bytes of a file
 
 # part (or "" where nothing is split), class name, bytes of an image file
 _Image = tuple[str, str, bytes]
@@ -124,26 +134,20 @@ def _fingerprint(path: Path) -> str:
     try:
         for file in sorted(files):
             name = file.name if path.is_file() else file.relative_to(path).as_posix()
-            with file.open("rb") as content:
-                one = _digest(content)
+            one = file_digest(file)
             total.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + one)
     except OSError as error:
         raise UserError(f"dataset {path} cannot be read ({error}); check it") from error
     return total.hexdigest()
 
 
-def _digest(content: BinaryIO) -> bytes:
-    found = hashlib.sha256()
-    while block := content.read(2**20):
-        found.update(block)
-    return found.digest()
-
-
 def _unpack(path: Path, folder: Path) -> None:
     """Write a source's images and their listing into ``folder``, all or nothing."""
     images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    prefix = f".{folder.name}."
+    delete_abandoned(folder.parent, prefix)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=TEMPORARY))
     try:
         found: list[tuple[str, str, str]] = []
         for number, (part, name, content) in enumerate(images):
@@ -166,6 +170,8 @@ def _unpack(path: Path, folder: Path) -> None:
             if part in split
         }
         write_json(place / _LISTING, {"class_names": classes, "parts": parts})
+        if hasattr(os, "sync"):  # the images must be on disk before the name says so
+            os.sync()
         try:
             place.rename(folder)
         except OSError:
@@ -206,7 +212,8 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
         rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
         for number, row in enumerate(rows):
             line = f"{where}, row {number}"
-            yield _PARTS.get(part, ""), _named(row[label], names, line), _content(row[image], line)
+            content = _content(row[image], line, path)
+            yield _PARTS.get(part, ""), _named(row[label], names, line), content
 
 
 def _column(rows: Any, known: tuple[str, ...], where: str, what: str) -> str:
@@ -219,17 +226,22 @@ def _column(rows: Any, known: tuple[str, ...], where: str, what: str) -> str:
     )
 
 
-def _content(value: Any, where: str) -> bytes:
+def _content(value: Any, where: str, root: Path) -> bytes:
     value = value or {}
     if content := value.get("bytes"):
         return bytes(content)
     try:
-        return Path(value["path"]).read_bytes()
+        file = Path(value["path"])
+        # Whoever wrote the dataset must not choose which of this machine's files are read.
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise OSError("it is not in the dataset's folder")
+        with open_regular(file) as opened:
+            return opened.read(_LARGEST_IMAGE)
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} has no image; take the row out") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{where}: its image {value['path']} cannot be read ({error.strerror}); save the "
+            f"{where}: its image {value['path']} cannot be read ({_said(error)}); save the "
             "dataset with its images in it"
         ) from error
 
@@ -263,7 +275,8 @@ def _webdataset(path: Path) -> Iterator[_Image]:
     for shard in _shards(path) if path.is_dir() else [path]:
         # The file is opened here: the library would take some names for commands or addresses.
         try:
-            with shard.open("rb") as stream:
+            with open_regular(shard) as stream:
+                _check_members(stream)
                 files = tar_file_expander([{"url": shard.name, "stream": stream}])
                 for sample in group_by_keys(files):
                     where = f"shard {shard}, sample {sample['__key__']}"
@@ -281,12 +294,21 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             ) from error
 
 
+def _check_members(stream: BinaryIO) -> None:
+    """Raise `ValueError` where a tar's headers promise more than it holds, or it is packed."""
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        for member in archive:
+            if member.issparse() or member.size > _LARGEST_IMAGE:
+                raise ValueError(f"{member.name[:80]!r} has {member.size:,} bytes")
+    stream.seek(0)
+
+
 def _names_beside(folder: Path) -> list[str] | None:
     file = folder / _NAMES_FILE
     if not file.is_file():
         return None
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in read_text(file).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); save it as UTF-8 text") from error
 
@@ -298,7 +320,7 @@ def _label(sample: dict[str, Any], where: str) -> Any:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
         if "json" in sample:
-            value = json.loads(sample["json"])
+            value = parse_json(sample["json"].decode())
             return next(value[name] for name in LABEL_COLUMNS if name in value)
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
         raise UserError(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dapt.data.items import Item, Task, check_path
 from dapt.errors import UserError, nearest
-from dapt.files import read_json, write_json
+from dapt.files import file_digest, read_json, write_json
 
 # The published protocol never draws more validation images a class.
 VAL_SHOTS = 4
@@ -78,6 +81,38 @@ def _draw(items: Sequence[Item], shots: int, generator: random.Random) -> tuple[
     for members in by_class.values():
         drawn += generator.sample(members, shots) if len(members) >= shots else members
     return tuple(drawn)
+
+
+def images_in_both(task: Task, support: SupportSet) -> list[tuple[Item, Item]]:
+    """Support images whose very file is a test image too, under whatever name: (support, test).
+
+    Only test files that are as long as a support image are read. What cannot be read is in
+    neither; whoever uses it says so.
+    """
+    by_size: dict[int, list[Item]] = {}
+    for item in support.train:
+        if (size := _size(task, item)) is not None:
+            by_size.setdefault(size, []).append(item)
+    found = []
+    digests: dict[int, dict[bytes, Item]] = {}
+    for item in task.test:
+        size = _size(task, item)
+        if size is None or size not in by_size:
+            continue
+        with suppress(OSError):
+            if size not in digests:
+                digests[size] = {file_digest(task.image_path(i)): i for i in by_size[size]}
+            if (same := digests[size].get(file_digest(task.image_path(item)))) is not None:
+                found.append((same, item))
+    return found
+
+
+def _size(task: Task, item: Item) -> int | None:
+    """Bytes of the item's file, None where it is no file that can be read."""
+    with suppress(OSError, ValueError):
+        found = os.stat(task.image_path(item))
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return None
 
 
 def load_support_set(path: Path, task: Task) -> SupportSet:

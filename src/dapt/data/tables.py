@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError
+from dapt.files import parse_json, read_text
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -67,7 +68,7 @@ _Row = tuple[int, str, str, str]
 
 def _rows_of_csv(file: Path) -> Iterator[_Row]:
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        with io.StringIO(read_text(file, encoding="utf-8-sig"), newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
             columns = reader.fieldnames or []
             if not {"path", "label"} <= set(columns):
@@ -85,14 +86,14 @@ def _rows_of_csv(file: Path) -> Iterator[_Row]:
 
 def _rows_of_jsonl(file: Path) -> Iterator[_Row]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(file, encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); save it as UTF-8 text") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}, line {number}: malformed JSON ({error})") from error
         if not isinstance(row, dict):

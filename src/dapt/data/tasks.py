@@ -11,7 +11,7 @@ from dapt.data.items import PARTS, Item, Listing, Pair, Task, check_class_names,
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.data.tables import SUFFIXES, read_table
 from dapt.errors import UserError, nearest
-from dapt.files import read_json
+from dapt.files import read_json, user_path
 
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
@@ -56,7 +56,7 @@ def open_task(
     if evaluate:
         test_fraction = 1.0
     template, source = DEFAULT_TEMPLATE, None
-    path = Path(dataset).expanduser()
+    path = user_path(dataset)
     if dataset == BUNDLED:
         name, listing, template = _read_bundled(domain)
         images = BUNDLED_ROOT
@@ -66,7 +66,7 @@ def open_task(
             raise UserError(
                 f"benchmark '{dataset}' needs --root, the folder that holds {benchmark.folder}/"
             )
-        root = root.expanduser()
+        root = user_path(root)
         name, listing, template = dataset, benchmark.open(root), benchmark.template
         images = benchmark.image_root(root)
     elif is_hugging_face(path) or is_webdataset(path):
@@ -140,7 +140,7 @@ def _renamed(names: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Class names after the user's mapping or list."""
     if file is None:
         return names
-    given = read_json(file.expanduser(), "class name file")
+    given = read_json(user_path(file), "class name file")
     values = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(

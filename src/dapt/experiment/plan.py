@@ -16,7 +16,7 @@ from dapt.backbone import Backbone
 from dapt.data import Task
 from dapt.errors import UserError
 from dapt.experiment.suite import Suite
-from dapt.files import read_json
+from dapt.files import user_path
 from dapt.methods import get_method
 from dapt.runs import RunDirectory
 from dapt.settings import Settings, absolute_paths, loss_weights, make_settings
@@ -100,13 +100,13 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
         UserError: settings are impossible, two datasets share a name, or a run directory holds a
             run with other settings.
     """
-    folder = Path(output).expanduser().resolve() / suite.name
+    folder = user_path(output).resolve() / suite.name
     runs: list[PlannedRun] = []
     seen: set[tuple[str, tuple[Target, ...]]] = set()
     datasets: dict[str, str] = {}
     same = 0
     for dataset in dict.fromkeys(suite.datasets):
-        name = Path(dataset).expanduser().resolve().stem
+        name = user_path(dataset).resolve().stem
         if name in datasets:
             raise UserError(
                 f"datasets {datasets[name]} and {dataset} would share the folder {folder / name}; "
@@ -178,12 +178,16 @@ class Estimator:
 
     def observe(self, run: PlannedRun) -> None:
         """Learn from a run that is finished."""
-        spent = read_json(run.directory.environment_file, "environment of the run")
+        spent = run.directory.read_environment()
         key = (run.settings.dataset, run.settings.method)
         steps = self.steps(run.settings)
-        if steps and spent.get("tuning_seconds"):
-            self._steps.setdefault(key, []).append(spent["tuning_seconds"] / steps)
-        self._evaluations.setdefault(key, []).append(spent.get("evaluation_seconds", 0.0))
+        tuning, evaluation = (
+            seconds if isinstance(seconds := spent.get(f"{what}_seconds"), float) else 0.0
+            for what in ("tuning", "evaluation")
+        )
+        if steps and tuning:
+            self._steps.setdefault(key, []).append(tuning / steps)
+        self._evaluations.setdefault(key, []).append(evaluation)
 
     def knows(self, dataset: str) -> bool:
         """Whether a run that learns prompts on this dataset was observed or timed."""

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dapt.data import BENCHMARKS
-from dapt.errors import UserError, nearest
+from dapt.errors import UserError, nearest, shown
+from dapt.files import read_yaml, user_path
 from dapt.methods import METHODS, get_method
 from dapt.settings import Settings
 
@@ -128,7 +128,7 @@ def suite_file(suite: str) -> Path:
     names = suite_names()
     if suite in names:
         return SUITES / f"{suite}.yaml"
-    path = Path(suite).expanduser()
+    path = user_path(suite)
     if path.is_file():
         return path
     if path.suffix.lower() in (".yaml", ".yml", ".json") or len(path.parts) > 1:
@@ -146,11 +146,7 @@ def read_suite(file: Path) -> Suite:
         UserError: the file cannot be read, or holds an unknown key, setting or method (with the
             nearest known one), or an impossible value.
     """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"suite file {file} is not readable YAML ({reason})") from error
+    values = read_yaml(file, "suite file")
     where = f"suite file {file}"
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"{where} must map keys such as datasets and methods to values")
@@ -168,7 +164,7 @@ def _checked(model: type[Any], values: dict[str, Any], where: str) -> Any:
         if isinstance(error, TypeError):  # keys that are no text
             raise UserError(f"{where} must map names to values") from error
         first = error.errors()[0]
-        *path, last = map(str, first["loc"])
+        *path, last = map(str, first["loc"] or ("it",))
         if first["type"] == "extra_forbidden":
             inside = " in " + ".".join(path) if path else ""
             known = Evaluation if path and path[0] == "evaluations" else model
@@ -178,7 +174,9 @@ def _checked(model: type[Any], values: dict[str, Any], where: str) -> Any:
                 f"{', '.join(names)}"
             ) from error
         place = ".".join([*path, last])
-        raise UserError(f"{where}: {place}: {first['input']!r}: {first['msg'].lower()}") from error
+        raise UserError(
+            f"{where}: {place}: {shown(first['input'])}: {first['msg'].lower()}"
+        ) from error
 
 
 def check_suite(suite: Suite, where: str) -> None:

@@ -123,7 +123,7 @@ def execute(run: PlannedRun, session: Session, reporter: Reporter) -> Outcome:
 
 def summary(run: PlannedRun) -> str:
     """Accuracy of a finished run, and on its targets, in one line."""
-    metrics = read_json(run.directory.metrics_file, "metrics")
+    metrics = run.directory.read_metrics()
     parts = [f"{metrics['test']['accuracy']:.1%}"]
     for target in run.targets:
         if (file := recorded(run.directory, target)) is not None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapt.errors import UserError
-from dapt.files import read_json, write_atomic, write_json
+from dapt.files import TEMPORARY, read_json, write_atomic, write_json
 from dapt.progress import Reporter
 from dapt.report.collect import collect
 from dapt.report.features import Inside, look_inside
@@ -95,20 +95,20 @@ def _write_files(folder: Path, parts: Sequence[Section]) -> None:
     if (folder / _CONTENTS).is_file():
         known = read_json(folder / _CONTENTS, "contents of an earlier report")
         # What is deleted is only ever a file that a report wrote.
-        before = {n for n in known if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
-    elif folder.is_dir() and any(folder.iterdir()):
+        names = known if isinstance(known, dict) else ()
+        before = {n for n in names if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
+    elif folder.is_dir() and any(p.suffix != TEMPORARY for p in folder.iterdir()):
         raise UserError(
             f"{folder} is there and not from a report; move it, or choose another --out"
         )
     folder.mkdir(exist_ok=True)
     titles: dict[str, str] = {}
+    files: dict[str, bytes | str] = {}
 
-    def write(item: Table | Drawing, files: dict[str, bytes | str]) -> None:
-        for suffix, content in files.items():
+    def write(item: Table | Drawing, contents: dict[str, bytes | str]) -> None:
+        for suffix, content in contents.items():
             name = f"{item.name}.{suffix}"
-            data = content.encode() if isinstance(content, str) else content
-            (folder / name).write_bytes(data)
-            titles[name] = item.title
+            files[name], titles[name] = content, item.title
 
     for block in (block for part in parts for block in part.blocks):
         for drawing in block.drawings:
@@ -118,6 +118,10 @@ def _write_files(folder: Path, parts: Sequence[Section]) -> None:
                 table,
                 {"md": table.to_markdown(), "csv": table.to_csv(), "tex": table.to_latex()},
             )
+    # First of all the folder says what is a report's, so that the next one may replace it.
+    write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
+    for name, content in files.items():
+        write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / _CONTENTS, titles)

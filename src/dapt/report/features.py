@@ -119,7 +119,7 @@ def _look(
     from dapt.evaluate import ECE_BINS, encode_store
     from dapt.prompts import Prompts
     from dapt.runs import RunDirectory
-    from dapt.shared import Shared, backbone_of
+    from dapt.shared import Shared, backbone_of, skip_unreadable
     from dapt.train import load_classifier, task_of
 
     run = inside.run
@@ -149,13 +149,17 @@ def _look(
         if task.class_names != names:
             raise UserError("its classes are no longer those that the run was tuned on")
         step = -(-len(task.test) // MOST_IMAGES)
-        items = task.test[::step]
+        items, unreadable = task.test[::step], dict[int, str]()
         if classifier.prompts_images:
             store = shared.store(task, items, settings)
             size = settings.eval_batch_size
-            image = encode_store(classifier.image_features, store, batch_size=size)
+            image = encode_store(
+                classifier.image_features, store, batch_size=size, unreadable=unreadable
+            )
         else:
-            image = shared.features(task, items, settings)
+            image = shared.features(task, items, settings, unreadable=unreadable)
+        kept, _ = skip_unreadable(items, unreadable, "test", Reporter())
+        items, image = tuple(items[i] for i in kept), image[kept]
     except (UserError, OSError) as error:
         yield f"{run.dataset}: no images to look at ({clean(error, 400)})"
         items, labels = (), np.zeros(0, int)
