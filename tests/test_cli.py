@@ -46,6 +46,19 @@ def fails(sentence, *arguments):
     return said
 
 
+def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
+    zero = dapt("train", *options, "--method", "zero-shot", "-o", tmp_path / "zero")
+    assert "learns nothing" not in zero.output
+    value = json.loads((tmp_path / "zero" / "metrics.json").read_text())["test"]["accuracy"]
+    tuned = dapt("train", *options, "-o", tmp_path / "tuned")
+    assert f"zero-shot, which learns nothing: {100 * value:.1f} % on the same" in tuned.output
+    monkeypatch.setattr("dapt.train.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
+    worse = dapt("train", *options, "-o", tmp_path / "worse")
+    assert "tuning made it worse; give more images a class" in worse.output
+    monkeypatch.setattr("dapt.train.evaluate_zero_shot", lambda *_: {"accuracy": 0.0})
+    assert "worse" not in dapt("train", *options, "-o", tmp_path / "better").output
+
+
 def test_predict(run, photo_folder):
     images = sorted((photo_folder / "test").rglob("*.png"))
     result = dapt("predict", run, photo_folder / "test", "--top", 2, "--json")

@@ -491,6 +491,20 @@ def evaluate_task(
     return {**metrics(logits, labels, task.class_names), "skipped": skipped}
 
 
+def evaluate_zero_shot(
+    task: Task, settings: Settings, reporter: Reporter, shared: Shared
+) -> dict[str, Any]:
+    """`metrics` of the un-prompted backbone, with the template's words, on a task's test images.
+
+    Raises:
+        UserError: the task has no test images.
+    """
+    method = get_method("zero-shot")
+    settings = settings.model_copy(update={"method": "zero-shot"})
+    classifier = new_classifier(shared.backbone, task, method, settings)
+    return evaluate_task(classifier, task, settings, reporter, shared)
+
+
 def _dispersion(
     classifier: Classifier, task: Task, settings: Settings, support: Support
 ) -> dict[str, dict[str, float]]:

@@ -126,14 +126,15 @@ def check(
         from dapt.data import BENCHMARKS
         from dapt.data.check import check_dataset
         from dapt.errors import UserError
+        from dapt.files import user_path
 
         if quick and decode:
             raise UserError("--quick and --decode exclude each other; give one")
         if dataset is None and root is None:
             raise UserError("give a DATASET to check, or --root for all benchmarks below it")
-        if root is not None and not root.expanduser().is_dir():
+        root = user_path(root) if root else None
+        if root is not None and not root.is_dir():
             raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
-        root = root.expanduser() if root else None
         chosen = [dataset] if dataset else []
         if root and not dataset:
             chosen = [n for n, row in BENCHMARKS.items() if (root / row.folder).is_dir()]

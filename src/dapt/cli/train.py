@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,13 @@ from dapt.cli.common import (
 from dapt.errors import UserError
 from dapt.progress import RichReporter, console
 
+if TYPE_CHECKING:
+    from dapt.runs import RunDirectory
+
 DEMO_FOLDER = Path("demo")
+
+# Test images up to which a run is compared with zero-shot: beyond, it takes long to do unasked.
+COMPARED_IMAGES = 2000
 
 
 @app.command()
@@ -87,6 +93,7 @@ def train(
         torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
     """
     with readable_errors(output):
+        from dapt.methods import get_method
         from dapt.ranks import join_ranks
         from dapt.runs import RunDirectory
         from dapt.settings import (
@@ -95,7 +102,8 @@ def train(
             parse_assignment,
             read_settings_file,
         )
-        from dapt.train import check_output
+        from dapt.shared import Shared, backbone_of
+        from dapt.train import check_output, evaluate_zero_shot, task_of
         from dapt.train import train as run_training
 
         options: dict[str, Any] = {
@@ -143,9 +151,40 @@ def train(
             from dapt.search import search_settings
 
             final = search_settings(final, reporter)
-        run_training(final, output, resume=resume, overwrite=overwrite, reporter=reporter)
+        shared = task = None
+        if ranks.alone and not (resume and run.finished):
+            task = task_of(final)
+            shared = Shared(backbone_of(final))
+        run_training(
+            final,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            reporter=reporter,
+            shared=shared,
+            task=task,
+        )
         if ranks.first:
             _show_run(run)
+        if (
+            task
+            and shared
+            and get_method(final.method).learns_prompts
+            and len(task.test) <= COMPARED_IMAGES
+        ):
+            _compare(run, evaluate_zero_shot(task, final, reporter, shared))
+
+
+def _compare(run: RunDirectory, zero_shot: dict[str, Any]) -> None:
+    """Say whether tuning was worth it: with few images it may not be."""
+    tuned, before = run.read_metrics()["test"]["accuracy"], zero_shot["accuracy"]
+    say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
+    if tuned < before:
+        settings = run.read_settings()
+        say(
+            f"tuning made it worse; give more images a class (it had {settings.shots}), try "
+            "--tune-settings or --method linear-probe, or stay with --method zero-shot"
+        )
 
 
 def _shots_of(support_set: Path) -> Any:
@@ -156,7 +195,7 @@ def _shots_of(support_set: Path) -> Any:
     return value.get("shots") if isinstance(value, dict) else None
 
 
-def _show_run(run: Any) -> None:
+def _show_run(run: RunDirectory) -> None:
     result, spent = run.read_metrics(), run.read_environment()
     console.print(metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
     for name, values in result["dispersion"].items():

@@ -15,6 +15,7 @@ from dapt.data.images import open_image
 from dapt.data.items import PARTS, Item, Task
 from dapt.data.tasks import open_task
 from dapt.errors import UserError
+from dapt.files import open_regular
 from dapt.progress import Advance, nothing
 
 LEVELS = ("listed", "whole", "decoded")
@@ -156,7 +157,7 @@ def _existing(root: Path, items: Iterable[Item]) -> set[str]:
 def _glance(path: Path) -> str | None:
     """What is wrong with an image file, as far as its ends show; None if nothing."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(_TAIL)
             file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
             tail = file.read(_TAIL)

@@ -13,7 +13,7 @@ from typing import Any
 from dapt.data.images import has_image_name
 from dapt.data.items import PARTS, Listing, Pair, check_class_names, check_listing, check_path
 from dapt.errors import UserError
-from dapt.files import read_json
+from dapt.files import read_json, read_text
 
 
 def read_split(file: Path, _images: Path | None = None) -> Listing:
@@ -172,7 +172,7 @@ def _images_in(images: Path, folder: str) -> list[str]:
 def _lines(file: Path) -> list[tuple[int, str]]:
     """A text file's lines that are not blank, with their numbers from 1."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError as error:
         raise UserError(
             f"index file {file} does not exist; put the published one there, or check --root"
