@@ -321,6 +321,7 @@ NOT_FOR_IMAGES = {
     "check_estimator_sparse_matrix": SPARSE,
     "check_classifiers_train": "wants 83 % on points of a plane, of a backbone that saw images",
     "check_methods_subset_invariance": "wants 1e-7; fp32 products of other sizes round otherwise",
+    "check_methods_sample_order_invariance": "wants 1e-7; some CPUs round by place in the batch",
 }
 
 

@@ -8,7 +8,9 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dapt.cli import app
@@ -205,7 +207,11 @@ def test_a_run_among_odd_images(given, tmp_path, method):
     assert metrics["support_images"] == expected["support_images"]
     assert metrics["test"]["confusion"] == expected["test"]["confusion"]
     assert run.support_file.read_bytes() == clean.support_file.read_bytes()
-    assert run.prompts_file.read_bytes() == clean.prompts_file.read_bytes()
+    # Images stand elsewhere in their batches, where some CPUs round otherwise.
+    learned, expected = (load_file(r.prompts_file) for r in (run, clean))
+    assert learned.keys() == expected.keys()
+    for name, tensor in learned.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
     with pytest.raises(UserError, match="cannot be"):
         in_time(lambda: train(settings.model_copy(update={"strict": True}), tmp_path / "strict"))

@@ -42,7 +42,13 @@ class Reporter:
 
 
 class RichReporter(Reporter):
-    """A bar with time left on a terminal; a line a stage where output is a file."""
+    """A bar with time left on a terminal; a line a stage where output is a file.
+
+    A warning is told once, however many parts of a command come upon it.
+    """
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
@@ -69,7 +75,10 @@ class RichReporter(Reporter):
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        """Print one line on standard error."""
+        """Print one line on standard error, unless it was printed before."""
+        if line in self._warned:
+            return
+        self._warned.add(line)
         errors.print(
             f"dapt: warning: {line}", highlight=False, markup=False, emoji=False, soft_wrap=True
         )
