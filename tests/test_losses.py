@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapt import losses
-from dapt.evaluate import calibration_error, metrics
+from dapt import evaluate, losses
+from dapt.evaluate import calibration_error, mean_text_distance, metrics
 from dapt.losses import class_prototypes, inter_dispersion, intra_dispersion
 from dapt.probe import fit_probe
 
@@ -52,7 +53,7 @@ def test_prototypes_are_plain_means():
 
 def test_metrics():
     logits = torch.tensor([[3.0, 0, 0], [0, 3, 0], [3, 0, 0], [0, 3, 0]])
-    found = metrics(logits, [0, 1, 1, 1], ["a", "b", "c"])
+    found = metrics([logits[:3], logits[3:]], [0, 1, 1, 1], ["a", "b", "c"])
     assert found["accuracy"] == 0.75
     assert "top5" not in found
     assert found["per_class"] == [
@@ -60,17 +61,54 @@ def test_metrics():
         {"class": "b", "images": 3, "accuracy": pytest.approx(2 / 3)},
         {"class": "c", "images": 0, "accuracy": None},
     ]
-    assert found["confusion"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
+    assert found["confusion"] == {"true": [0, 1, 1], "predicted": [0, 0, 1], "images": [1, 1, 2]}
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
-    many = metrics(torch.eye(7).repeat(2, 1), [*range(7), *[6] * 7], list("abcdefg"))
+    many = metrics([torch.eye(7).repeat(2, 1)], [*range(7), *[6] * 7], list("abcdefg"))
     assert many["accuracy"] == pytest.approx(8 / 14)
     assert "top5" in many
 
 
+@settings(max_examples=20)
+@given(classes=st.integers(1, 9), images=st.integers(1, 40), seed=st.integers(0, 99))
+def test_metrics_are_scikit_learns(classes, images, seed):
+    """However the logits come in blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(images, classes, generator=generator)
+    labels = torch.randint(classes, (images,), generator=generator).tolist()
+    found = metrics(logits.split(7), labels, [f"class {i}" for i in range(classes)])
+    named, entries = logits.argmax(-1).tolist(), found["confusion"]
+    matrix = np.zeros((classes, classes), dtype=int)
+    matrix[entries["true"], entries["predicted"]] = entries["images"]
+    assert (matrix == sklearn.metrics.confusion_matrix(labels, named, labels=range(classes))).all()
+    assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, named))
+    if classes > 5:
+        score = sklearn.metrics.top_k_accuracy_score(
+            labels, logits.numpy(), k=5, labels=range(classes)
+        )
+        assert found["top5"] == pytest.approx(score)
+
+
+def test_metrics_of_more_classes_than_a_matrix_could_hold():
+    classes = 100_000
+    logits = (torch.eye(3, classes) for _ in range(2))
+    found = metrics(logits, [0, 1, 99_999] * 2, [str(i) for i in range(classes)])
+    assert found["confusion"] == {
+        "true": [0, 1, 99_999], "predicted": [0, 1, 2], "images": [2, 2, 2]
+    }  # fmt: skip
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_mean_distances_in_blocks_are_the_same(monkeypatch):
+    features = F.normalize(torch.randn(11, 5), dim=-1)
+    monkeypatch.setattr(evaluate, "_ROWS", 3)
+    assert mean_text_distance(features) == pytest.approx(torch.pdist(features).mean().item())
+    assert mean_text_distance(features[:1]) == 0
+
+
 def test_calibration_error():
-    confident = np.array([[0.9, 0.1]] * 10)
-    assert calibration_error(confident, np.array([0] * 9 + [1])) == pytest.approx(0, abs=1e-9)
-    assert calibration_error(confident, np.ones(10, dtype=int)) == pytest.approx(0.9)
+    confident = np.full(10, 0.9)
+    assert calibration_error(confident, np.arange(10) < 9) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(confident, np.zeros(10, dtype=bool)) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])

@@ -23,10 +23,12 @@ def scores_of(accuracy, names=CLASSES, **more):
     """An evaluation's figures; every class is taken for the next one where it is not right."""
     wrong = round(10 * (1 - accuracy))
     size = len(names)
-    confusion = [
-        [10 - wrong if j == i else wrong if j == (i + 1) % size else 0 for j in range(size)]
-        for i in range(size)
-    ]
+    labels = list(range(size))
+    confusion = {
+        "true": labels * 2,
+        "predicted": labels + [(i + 1) % size for i in labels],
+        "images": [10 - wrong] * size + [wrong] * size,
+    }
     per_class = [{"class": n, "images": 10, "accuracy": accuracy} for n in names]
     return {"images": 10 * size, "accuracy": accuracy, "macro_f1": accuracy - 0.01,
             "ece": 0.1, "per_class": per_class, "confusion": confusion, **more}  # fmt: skip

@@ -94,6 +94,23 @@ def test_class_token_only_last_layer_is_exact(backbone, vectors, images, seed):
     assert (prompt.grad - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+@pytest.mark.parametrize("budget", [2**40, 1])
+def test_classes_may_have_contexts_of_their_own(backbone, budget):
+    contexts = torch.nn.Parameter(0.02 * torch.randn(len(WORDS), 4, 64))
+    tokens = ClassTokens.for_context(backbone, WORDS, 4)
+    encoder = TextEncoder(backbone, tokens, budget, class_contexts=True)
+    assert not encoder.shares_prefix
+    found = encoder(contexts)
+    expected = torch.cat(
+        [TextEncoder(backbone, ClassTokens.for_context(backbone, [name], 4))(context)
+         for name, context in zip(WORDS, contexts, strict=True)]
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((f * weights).sum(), contexts)[0] for f in (found, expected)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
+
+
 def test_without_prompts_both_towers_are_open_clips(backbone):
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(
@@ -175,6 +192,7 @@ def test_siglip_takes_both_prompts():
         {"vision_cfg__qk_norm": True, "text_cfg__qk_norm": True},
         {"vision_cfg__no_ln_pre": True, "vision_cfg__ls_init_value": 0.1},
         {"text_cfg__embed_cls": True, "text_cfg__context_length": 30},
+        {"text_cfg__no_causal_mask": True},  # as MobileCLIP's: the end token sees the padding
         {"text_cfg__proj_bias": True, "text_cfg__pool_type": "eos", "text_cfg__eos_id": 49407},
     ],
 )
@@ -195,6 +213,12 @@ def test_other_towers_of_open_clip(changes):
     word = backbone.text.token_embedding(tokenizer("a")[0, 1:2]).detach()
     found = TextEncoder(backbone, tokens)(word)
     torch.testing.assert_close(found, text, atol=1e-5, rtol=1e-4)
+    # A class's feature depends on no other class, and not on the chunk it is in.
+    single = ClassTokens.for_context(backbone, ["cat"], 1)
+    torch.testing.assert_close(TextEncoder(backbone, single)(word), found[:1])
+    chunked = TextEncoder(backbone, tokens, memory_budget=1)
+    assert len(chunked.chunks) == 2
+    torch.testing.assert_close(chunked(word), found)
     none = encode_image(backbone, images, torch.zeros(0, 64))
     torch.testing.assert_close(none, image, atol=1e-5, rtol=1e-4)
     prompt = torch.nn.Parameter(torch.randn(2, 64))

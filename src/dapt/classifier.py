@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dapt.backbone import Backbone
 from dapt.prompts import Prompts
-from dapt.towers import ClassTokens, TextEncoder, encode_image
+from dapt.towers import TEXT_MEMORY, ClassTokens, TextEncoder, encode_image
 
 
 class PromptedClassifier(nn.Module):
@@ -37,7 +37,7 @@ class PromptedClassifier(nn.Module):
         prompts: Prompts,
         template: str,
         *,
-        text_memory: int = 4 * 2**30,
+        text_memory: int = TEXT_MEMORY,
     ) -> None:
         super().__init__()
         self.backbone, self.prompts = backbone, prompts

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
+from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
 from dapt.backbone import Backbone
 from dapt.classifier import Classifier, image_features
 from dapt.data import ImageStore
+from dapt.errors import UserError
 from dapt.progress import Advance, nothing
 
 ECE_BINS = 15
+
+# Rows of logits or distances that are held at once: at 20,000 classes, 80 MB.
+_ROWS = 1000
 
 
 def chunks(count: int, size: int) -> list[list[int]]:
@@ -42,10 +46,22 @@ def encode_store(
     features = []
     with torch.inference_mode():
         for views in store.batches(chunks(len(store), batch_size), unreadable=unreadable):
-            features.append(encode(views).cpu())
+            features.append(encode(views))
             advance(len(views))
-    # A clone is an ordinary tensor, which later gradient computations may use.
-    return torch.cat(features).clone()
+    # Copied from the device once, not batch by batch, each of which would wait for it. A clone is
+    # an ordinary tensor, which later gradient computations may use.
+    found = torch.cat(features).cpu().clone()
+    require_finite(found, "image features")
+    return found
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `UserError` where a model gives what is no number: nothing can be told from it."""
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"the model's {what} are not finite numbers; its weights are damaged, its --precision "
+            "is too low for them, or tuning diverged (train again with a smaller --lr)"
+        )
 
 
 def unprompted_features(
@@ -77,25 +93,29 @@ def classify(
     features = encode_store(
         classifier.image_features, store, batch_size=batch_size, advance=advance
     )
-    return logits_of(classifier, features)
+    return torch.cat(list(logits_of(classifier, features)))
 
 
-def logits_of(classifier: Classifier, image_features: Tensor) -> Tensor:
-    """(n, C) logits, on the CPU, of image features (n, D) that the classifier, or its like, made.
+def logits_of(classifier: Classifier, image_features: Tensor) -> Iterator[Tensor]:
+    """Logits (r, C) of image features (n, D) that the classifier, or its like, made.
 
-    One product over all images, whoever made the features: the same bits either way.
+    Some rows at a time, on the CPU: tens of thousands of images and classes make more logits than
+    memory holds. Whoever made the features, a row meets the same product, and so the same bits.
     """
     with torch.inference_mode():
         text = classifier.text_features()
-        logits = classifier.logits(image_features.to(text.device), text).cpu()
-    return logits.clone()
+        require_finite(text, "class features")
+        for rows in image_features.split(_ROWS):
+            yield classifier.logits(rows.to(text.device), text).cpu().clone()
 
 
-def metrics(logits: Tensor, labels: Sequence[int], class_names: Sequence[str]) -> dict[str, Any]:
+def metrics(
+    logits: Iterable[Tensor], labels: Sequence[int], class_names: Sequence[str]
+) -> dict[str, Any]:
     """Figures of a classifier on labelled images.
 
     Args:
-        logits: (n, C).
+        logits: (r, C) of some images after the other, n in all; as `logits_of` gives them.
         labels: n labels in 0 .. C-1.
         class_names: C names.
 
@@ -103,49 +123,53 @@ def metrics(logits: Tensor, labels: Sequence[int], class_names: Sequence[str]) -
         ``images``, ``accuracy`` (top-1), ``top5`` where there are more than five classes,
         ``macro_f1`` over the classes present, ``ece`` (expected calibration error, 15 bins of
         equal width), ``per_class`` in label order (accuracy None without images) and
-        ``confusion`` with true classes as rows. All fractions, none percent.
+        ``confusion``, the confusion matrix's entries that are not zero, by rows: ``true`` and
+        ``predicted`` labels and the number of ``images``. All fractions, none percent.
     """
-    classes = len(class_names)
-    truth = np.asarray(labels)
-    probabilities = logits.double().softmax(-1).numpy()
-    predicted = probabilities.argmax(-1)
-    confusion = confusion_matrix(truth, predicted, labels=range(classes))
-    totals = confusion.sum(1)
-    present = np.unique(truth)
-    result: dict[str, Any] = {
-        "images": len(truth),
-        "accuracy": float((predicted == truth).mean()),
-    }
+    classes, truth = len(class_names), np.asarray(labels)
+    best, confidences, in_five, done = [], [], 0, 0
+    for block in logits:
+        probabilities = block.double().softmax(-1).numpy()
+        true = truth[done : (done := done + len(probabilities))]
+        best.append(probabilities.argmax(-1))
+        confidences.append(probabilities.max(-1))
+        if classes > 5:
+            in_five += top_k_accuracy_score(
+                true, probabilities, k=5, labels=range(classes), normalize=False
+            )
+    predicted, confidence = np.concatenate(best), np.concatenate(confidences)
+    correct = predicted == truth
+    result: dict[str, Any] = {"images": len(truth), "accuracy": float(correct.mean())}
     if classes > 5:
-        result["top5"] = float(
-            top_k_accuracy_score(truth, probabilities, k=5, labels=range(classes))
-        )
+        result["top5"] = float(in_five / len(truth))
     result["macro_f1"] = float(
-        f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
+        f1_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0)
     )
-    result["ece"] = calibration_error(probabilities, truth)
+    result["ece"] = calibration_error(confidence, correct)
+    totals = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[correct], minlength=classes)
     result["per_class"] = [
         {
             "class": name,
             "images": int(totals[i]),
-            "accuracy": float(confusion[i, i] / totals[i]) if totals[i] else None,
+            "accuracy": float(right[i] / totals[i]) if totals[i] else None,
         }
         for i, name in enumerate(class_names)
     ]
-    result["confusion"] = confusion.tolist()
+    pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+    columns = zip(("true", "predicted", "images"), (*pairs, counts), strict=True)
+    result["confusion"] = {name: column.tolist() for name, column in columns}
     return result
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = ECE_BINS) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
     """Expected calibration error (Guo et al., 2017): gap of confidence and accuracy, by bins.
 
     Args:
-        probabilities: (n, C), rows summing to one.
-        labels: (n,).
+        confidence: (n,) probabilities of the classes that were named.
+        correct: (n,) whether they are the true ones.
         bins: number of equal-width bins of confidence.
     """
-    confidence = probabilities.max(-1)
-    correct = probabilities.argmax(-1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     error = 0.0
     for b in range(bins):
@@ -158,9 +182,16 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 def mean_text_distance(text_features: Tensor) -> float:
     """Mean Euclidean distance between two classes' text features (C, D): inter-dispersion."""
-    if len(text_features) < 2:
+    w, count = text_features.float(), len(text_features)
+    if count < 2:
         return 0.0
-    return float(torch.pdist(text_features.float()).mean())
+    total = 0.0
+    for first in range(0, count, _ROWS):
+        rows = w[first : first + _ROWS]
+        # By differences: products would lose what is nearly equal.
+        distances = torch.cdist(rows, w[first:], compute_mode="donot_use_mm_for_euclid_dist")
+        total += float(distances.triu(1).double().sum())
+    return total / (count * (count - 1) / 2)
 
 
 def mean_prototype_distance(features: Tensor, labels: Tensor, prototypes: Tensor) -> float:

@@ -27,20 +27,19 @@ def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
     squares = text_features.square().sum(-1)
 
     def potential(first: int, last: int) -> Tensor:
-        """Sum over the pairs of some rows with all classes but themselves."""
-        rows = text_features[first:last]
-        distances = squares[first:last, None] + squares - 2 * rows @ text_features.T  # (r, C)
-        values = torch.exp(-t * distances.clamp_min(0))
-        own = torch.arange(first, last, device=values.device)
-        return values.index_put((own - first, own), values.new_zeros(())).sum()
+        """Sum over the pairs of some rows with the classes after each."""
+        rows, others = text_features[first:last], text_features[first:]
+        distances = squares[first:last, None] + squares[first:] - 2 * rows @ others.T  # (r, C')
+        return torch.exp(-t * distances.clamp_min(0)).triu(1).sum()
 
-    # Every pair counts twice, above and below the diagonal.
-    pairs = classes * (classes - 1)
+    pairs = classes * (classes - 1) / 2
     if classes <= _ROWS:
         return potential(0, classes) / pairs
-    # Rows in blocks, their (r, C) matrices computed anew in the backward pass.
+    # Rows in blocks, their (r, C') matrices computed anew in the backward pass.
     blocks = [
-        checkpoint(potential, i, min(i + _ROWS, classes), use_reentrant=False)
+        checkpoint(
+            potential, i, min(i + _ROWS, classes), use_reentrant=False, preserve_rng_state=False
+        )
         for i in range(0, classes, _ROWS)
     ]
     return torch.stack(blocks).sum() / pairs

@@ -154,6 +154,11 @@ def loss_weights(settings: Settings) -> dict[str, float]:
     return weights
 
 
+def text_memory(settings: Settings) -> int:
+    """Bytes that text activations of a step may take."""
+    return int(settings.text_memory * 2**30)
+
+
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Read settings from YAML (or JSON, which is YAML too).
 

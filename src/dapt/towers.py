@@ -5,7 +5,8 @@ class token and the patches, `encode_text` puts a learned context between the st
 the class name. Both compute only what is read: the last image layer for the class token alone,
 the text tower once for what all classes share and then for each class's own tokens, the last
 text layer for the end tokens alone. All of it is exact. A tower built otherwise (no causal
-mask, other blocks, other pooling) takes a path through its own modules.
+mask, other blocks, other pooling), or a context that classes do not share, takes a path through
+the tower's own modules, which drops what comes after the end token wherever nothing sees it.
 
 Letters in shape comments: B images, T image tokens, C classes, P shared prefix tokens, S own
 tokens of a class, N all own tokens of all classes, H heads, W width, D embedding dimension.
@@ -13,7 +14,7 @@ tokens of a class, N all own tokens of all classes, H heads, W width, D embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ from dapt.attention import Groups, attend, attend_after_prefix, split_heads
 from dapt.backbone import Backbone
 from dapt.errors import UserError
 
+# Bytes that text activations may take, unless told otherwise.
+TEXT_MEMORY = 4 * 2**30
+
 # Widths of activations a token keeps in one layer: two norms' input and output, queries, keys and
 # values, attention with its prefix, and the MLP four wide before and after its activation.
 _KEPT_WIDTHS = 24
@@ -39,6 +43,9 @@ _KEPT_WIDTHS = 24
 # Where classes do not fit the budget in one piece, the pieces that would: small ones leave the
 # allocator fewer holes. At 20,000 classes of ViT-B/16, peak memory falls from 16.9 to 10 GB.
 _CHUNKS_IN_BUDGET = 8
+
+# Classes at a time in a tower of which it is not known what it keeps.
+_CLASSES_OF_OTHERS = 500
 
 # ---------------------------------------------------------------------------- one block
 
@@ -65,6 +72,14 @@ def _qkv(block: ResidualAttentionBlock, *parts: Tensor) -> tuple[Tensor, Tensor,
     packed = [F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias) for x in parts]
     q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
     return q, k, v
+
+
+def _asked(block: ResidualAttentionBlock, x: Tensor, at: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the tokens ``x[at]`` alone, keys and values of all of ``x`` (..., L, W)."""
+    attn, width, normed = block.attn, x.shape[-1], _norm(block.ln_1, x)
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias  # (3W, W), (3W,)
+    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
+    return F.linear(normed[at], weight[:width], bias[:width]), k, v
 
 
 def _finish(block: ResidualAttentionBlock, x: Tensor, mixed: Tensor) -> Tensor:
@@ -138,13 +153,9 @@ def _encode_vit(visual: VisionTransformer, images: Tensor, prompt: Tensor | None
         q, k, v = (split_heads(t, heads) for t in _qkv(block, *parts))
         x = _finish(block, x, attend(q, k, v))
         parts = [x]
-    # Only the class token is read: the last layer needs its query, everybody's keys and values.
-    normed = _norm(last.ln_1, x)
-    weight, bias, width = last.attn.in_proj_weight, last.attn.in_proj_bias, x.shape[-1]
-    q = F.linear(normed[:, :1], weight[:width], bias[:width])  # (B, 1, W)
-    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)  # (B, T, W) each
-    mixed = attend(*(split_heads(t, heads) for t in (q, k, v)))
-    x = _finish(last, x[:, :1], mixed)[:, 0]  # (B, W)
+    first = (slice(None), slice(0, 1))  # only the class token is read
+    mixed = attend(*(split_heads(t, heads) for t in _asked(last, x, first)))  # (B, 1, W)
+    x = _finish(last, x[first], mixed)[:, 0]  # (B, W)
     x = _norm(visual.ln_post, x)
     return x if visual.proj is None else x @ visual.proj
 
@@ -233,6 +244,7 @@ class TextEncoder(nn.Module):
         backbone: the frozen model.
         tokens: of the classes.
         memory_budget: bytes that activations kept for the backward pass may take.
+        class_contexts: each class will have a context of its own, so that no prefix is shared.
     """
 
     backbone: Backbone
@@ -243,50 +255,67 @@ class TextEncoder(nn.Module):
     restore: Tensor  # (C,), from sorted order to class order
 
     def __init__(
-        self, backbone: Backbone, tokens: ClassTokens, memory_budget: int = 4 * 2**30
+        self,
+        backbone: Backbone,
+        tokens: ClassTokens,
+        memory_budget: int = TEXT_MEMORY,
+        *,
+        class_contexts: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.tokens = backbone, tokens
         text = backbone.text
-        self.shares_prefix = (
+        # Nothing of what is read sees what comes after the end token.
+        self.ends_at_end = (
             isinstance(text, TextTransformer)
             and text.attn_mask is not None
             and text.cls_emb is None
             and text.pool_type in ("argmax", "eos")
-            and _plain_blocks(text.transformer)
         )
-        order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
-        lengths = [len(tokens.own[i]) for i in order]
+        self.shares_prefix = (
+            self.ends_at_end and _plain_blocks(text.transformer) and not class_contexts
+        )
+        self.order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
+        lengths = [len(tokens.own[i]) for i in self.order]
         for name, values in {
             "shared": torch.tensor(tokens.shared, dtype=torch.long),
-            "packed": torch.tensor([t for i in order for t in tokens.own[i]]),
+            "packed": torch.tensor([t for i in self.order for t in tokens.own[i]]),
             "positions": torch.tensor([p for s in lengths for p in range(s)]),
             "ends": torch.tensor(lengths).cumsum(0) - 1,
-            "restore": torch.tensor(order).argsort(),
+            "restore": torch.tensor(self.order).argsort(),
         }.items():
             self.register_buffer(name, values.to(backbone.device), persistent=False)
-        self.chunks = [Chunk(slice(0, len(order)), slice(0, len(self.packed)), ())]
         if self.shares_prefix:
+            sizes = lengths
+        elif self.ends_at_end:
+            sizes = [len(tokens.shared) + s for s in lengths]
+        else:
+            sizes = [backbone.context_length] * len(lengths)
+        if isinstance(text, TextTransformer):
             budget = max(1, memory_budget // _bytes_per_token(text, backbone.dtype))
-            if sum(lengths) > budget:
-                # Every chunk's activations are computed anew, so smaller ones cost no more.
-                budget = max(1, budget // _CHUNKS_IN_BUDGET)
-            self.chunks = _chunks(lengths, budget)
+        else:
+            budget = _CLASSES_OF_OTHERS * _CHUNKS_IN_BUDGET * backbone.context_length
+        if sum(sizes) > budget:
+            # Every chunk's activations are computed anew, so smaller ones cost no more.
+            budget = max(1, budget // _CHUNKS_IN_BUDGET)
+        self.chunks = _chunks(lengths, sizes, budget)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
-        """Encode all classes with ``context`` (M, W) after the shared ids, or without one.
+        """Encode all classes with a context after the shared ids, or without one.
+
+        Args:
+            context: (M, W), or (C, M, W) where it was said that classes have their own.
 
         Returns:
             (C, D) features, not normalised, in fp32.
         """
-        if not self.shares_prefix:
-            return self._whole(context).float()
-        prefix = self._prefix(context)
+        encode: Callable[..., Tensor] = self._own if self.shares_prefix else self._whole
+        shared = self._prefix(context) if self.shares_prefix else [context]
         if len(self.chunks) == 1 or not torch.is_grad_enabled():
-            features = [self._own(chunk, *prefix) for chunk in self.chunks]
+            features = [encode(chunk, *shared) for chunk in self.chunks]
         else:
             features = [
-                checkpoint(self._own, chunk, *prefix, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(encode, chunk, *shared, use_reentrant=False, preserve_rng_state=False)
                 for chunk in self.chunks
             ]
         return torch.cat(features)[self.restore].float()
@@ -305,7 +334,7 @@ class TextEncoder(nn.Module):
             found += [k, v]
             x = _finish(block, x, attend(q, k, v, causal=True))
         # Nothing reads what the last layer would make of the prefix itself.
-        _, k, v = (split_heads(t, last.attn.num_heads) for t in _qkv(last, x))
+        _, k, v = (split_heads(t, last.attn.num_heads) for t in _asked(last, x, slice(0)))
         return [*found, k, v]
 
     def _own(self, chunk: Chunk, *prefix: Tensor) -> Tensor:
@@ -320,41 +349,26 @@ class TextEncoder(nn.Module):
                 *_qkv(block, x), prefix[2 * i], prefix[2 * i + 1], chunk.groups
             )
             x = _finish(block, x, mixed)
-        # Last layer: queries of the end tokens alone.
-        q, k, v = _qkv(last, x)
         ends = self.ends[chunk.classes] - chunk.tokens.start
-        mixed = attend_after_prefix(q[ends], k, v, prefix[-2], prefix[-1], chunk.groups)
+        q, k, v = _asked(last, x, ends)
+        mixed = attend_after_prefix(q, k, v, prefix[-2], prefix[-1], chunk.groups)
         x = _finish(last, x[ends], mixed)  # (c, W)
         return _project(text, _norm(text.ln_final, x))
 
-    def _whole(self, context: Tensor | None) -> Tensor:
-        """Every class in full, through the tower's own modules."""
-        backbone, text = self.backbone, self.backbone.text
-        length = 0 if context is None else len(context)
-        first = len(self.tokens.shared)
-        pad, end = backbone.pad_token, max(map(len, self.tokens.own)) + first + length
-        # A tower that reads its last position, or appends a class token, needs every position.
-        reads_end_token = getattr(text, "pool_type", None) in ("argmax", "eos")
-        if not reads_end_token or getattr(text, "cls_emb", None) is not None:
-            end = backbone.context_length
-        if not isinstance(text, TextTransformer):
-            end = backbone.context_length
-        # The context's places hold a token that is neither padding nor the end.
-        stand_in = next(t for t in range(2, 100) if t not in (pad, *self.tokens.own[0]))
-        ids = torch.full((len(self.tokens.own), end), pad, device=self.packed.device)
-        for i, own in enumerate(self.tokens.own):
-            row = [*self.tokens.shared, *[stand_in] * length, *own]
-            ids[i, : len(row)] = torch.tensor(row, device=ids.device)
+    def _whole(self, chunk: Chunk, context: Tensor | None) -> Tensor:
+        """Features (c, D) of a chunk's c classes, each in full, through the tower's own modules."""
+        text, first = self.backbone.text, len(self.tokens.shared)
+        length = 0 if context is None else context.shape[-2]
+        ids = self._ids(chunk, length)  # (c, L)
         if not isinstance(text, TextTransformer):
             return text(ids)
-
-        x, mask = text._embeds(ids)  # (C, L, W), with positional embedding
-        x = x.to(backbone.dtype)
+        x, mask = text._embeds(ids)  # (c, L, W), with positional embedding
+        x = x.to(self.backbone.dtype)
         if context is not None:
-            placed = context.to(x.dtype) + text.positional_embedding[first : first + length].to(
-                x.dtype
-            )
-            placed = placed.expand(len(x), -1, -1)
+            if context.dim() == 3:
+                context = context[self.order[chunk.classes]]
+            here = text.positional_embedding[first : first + length].to(x.dtype)
+            placed = (context.to(x.dtype) + here).expand(len(x), -1, -1)
             x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
         if mask is not None:
             mask = mask[..., : x.shape[1], : x.shape[1]].to(x.dtype)
@@ -364,6 +378,21 @@ class TextEncoder(nn.Module):
         x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
         return _project(text, x)
 
+    def _ids(self, chunk: Chunk, length: int) -> Tensor:
+        """Token ids (c, L), with a context of ``length`` stood in for.
+
+        L is what the longest of them needs. A tower without a causal mask sees the padding too
+        (in training as in open_clip's own forward), and one that reads its last position needs it:
+        there L is the tower's own.
+        """
+        backbone, owns = self.backbone, [self.tokens.own[i] for i in self.order[chunk.classes]]
+        pad, end = backbone.pad_token, len(self.tokens.shared) + length + len(owns[-1])
+        # The context's places hold a token that is neither padding nor the end.
+        stand_in = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
+        rows = [[*self.tokens.shared, *[stand_in] * length, *own] for own in owns]
+        end = end if self.ends_at_end else backbone.context_length
+        return torch.tensor([row + [pad] * (end - len(row)) for row in rows]).to(backbone.device)
+
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:
     """Activations that one own token keeps for the backward pass, measured to be about this."""
@@ -371,21 +400,23 @@ def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:
     return _KEPT_WIDTHS * width
 
 
-def _chunks(lengths: list[int], budget: int) -> list[Chunk]:
+def _chunks(lengths: list[int], sizes: list[int], budget: int) -> list[Chunk]:
     """Cut classes of these (sorted) lengths into chunks of about ``budget`` tokens each.
 
-    Chunks are about equal; one class is never cut, so a chunk holds at least one.
+    A class takes as many of them as its size says. Chunks are about equal; one class is never
+    cut, so a chunk holds at least one.
     """
-    count = -(-sum(lengths) // budget)
-    target, chunks, first, start = sum(lengths) / count, list[Chunk](), 0, 0
+    count = -(-sum(sizes) // budget)
+    target, chunks, first, start, taken = sum(sizes) / count, list[Chunk](), 0, 0, 0
     while first < len(lengths):
-        last, end = first, start
+        last = first
         while last < len(lengths) and (
-            last == first or end + lengths[last] / 2 <= target * (len(chunks) + 1)
+            last == first or taken + sizes[last] / 2 <= target * (len(chunks) + 1)
         ):
-            end += lengths[last]
+            taken += sizes[last]
             last += 1
         inside = lengths[first:last]
+        end = start + sum(inside)
         groups = tuple((inside.count(s), s) for s in sorted(set(inside)))
         chunks.append(Chunk(slice(first, last), slice(start, end), groups))
         first, start = last, end

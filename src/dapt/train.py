@@ -45,7 +45,7 @@ from dapt.progress import Reporter
 from dapt.prompts import Prompts, check_prompt, new_prompts
 from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
-from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights
+from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights, text_memory
 from dapt.shared import Shared, Support, backbone_of, skip_unreadable
 from dapt.tuning import Tuner, learning_rate
 
@@ -261,7 +261,7 @@ def new_classifier(
         task.class_names,
         prompts,
         settings.template or task.template,
-        text_memory=int(settings.text_memory * 2**30),
+        text_memory=text_memory(settings),
     )
 
 
@@ -520,8 +520,16 @@ def _dispersion(
         after = encode_store(
             classifier.image_features, support.store, batch_size=settings.eval_batch_size
         )
-    template = settings.template or task.template
-    plain = PromptedClassifier(classifier.backbone, task.class_names, Prompts(), template)
+    plain = classifier  # where the words are not learned, they are those before
+    if classifier.prompts.text is not None:
+        template = settings.template or task.template
+        plain = PromptedClassifier(
+            classifier.backbone,
+            task.class_names,
+            Prompts(),
+            template,
+            text_memory=text_memory(settings),
+        )
     with torch.inference_mode():
         text = [mean_text_distance(c.text_features().cpu()) for c in (plain, classifier)]
     labels, prototypes = support.labels, support.prototypes
@@ -589,5 +597,9 @@ def load_classifier(
     prompts = Prompts(tensors.get("text_prompt"), tensors.get("visual_prompt"))
     prompts = prompts.to(backbone.device).requires_grad_(False)
     return PromptedClassifier(
-        backbone, names, prompts, settings.template or template or own_template
+        backbone,
+        names,
+        prompts,
+        settings.template or template or own_template,
+        text_memory=text_memory(settings),
     )

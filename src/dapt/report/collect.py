@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
 
 from dapt.errors import UserError
 from dapt.files import read_json
@@ -256,15 +257,16 @@ def read_confusion(run: Run) -> Confusion:
     """
     try:
         test = _mapping(RunDirectory(run.path).metrics_file, "metrics")["test"]
-        rows = test["confusion"]
+        entries = [test["confusion"][name] for name in ("true", "predicted", "images")]
         names = [clean(entry["class"].replace("_", " ")) for entry in test["per_class"]]
-        counts = np.array(rows)
+        true, predicted, images = (np.array(column) for column in entries)
+        if any(c.dtype.kind != "i" for c in (true, predicted, images)) or (images < 0).any():
+            raise ValueError("its entries are no counts")
+        # What is no label of these classes is refused here.
+        counts = coo_array((images, (true, predicted)), shape=(len(names),) * 2)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged("metrics.json holds no confusion matrix") from error
-    size = len(names)
-    if counts.shape != (size, size) or counts.dtype.kind != "i" or (counts < 0).any() or not size:
-        raise Damaged("metrics.json: the confusion matrix is no square of counts")
-    return Confusion(tuple(names), counts)
+    return Confusion(tuple(names), counts.toarray())
 
 
 def read_log(run: Run) -> dict[str, np.ndarray]:
