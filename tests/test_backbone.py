@@ -13,7 +13,7 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_config
-from dapt.backbone import config_from_shapes, load_backbone
+from dapt.backbone import config_from_shapes, load_backbone, usable_precision
 from dapt.errors import UserError
 from dapt.weights import read_state_dict
 
@@ -281,3 +281,13 @@ def test_activation_follows_the_weights_not_the_name(monkeypatch):
 def test_random_weights_are_always_the_same():
     first = load_backbone("ViT-B-32", "random").fingerprint
     assert load_backbone("ViT-B-32", "random").fingerprint == first
+
+
+def test_bf16_is_fp16_on_gpus_without_it(monkeypatch):
+    """The choice alone: no GPU is needed to make it."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for has_it, found in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda found=has_it, **_: found)
+        assert usable_precision("bf16", torch.device("cuda")) == found
+        assert usable_precision("bf16", torch.device("cpu")) == "bf16"
+        assert usable_precision("fp32", torch.device("cuda")) == "fp32"

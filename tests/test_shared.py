@@ -38,11 +38,10 @@ def test_shared_runs_end_in_the_same_bits(given, tmp_path, method):
 def test_images_are_encoded_once_without_prompts(given, tmp_path, monkeypatch):
     batches, read = ImageStore.batches, []
 
-    def count(store, lists, *, train=None, **more):
+    def count(store, lists, **more):
         lists = list(lists)
-        if train is None:
-            read.append(sum(map(len, lists)))
-        return batches(store, lists, train=train, **more)
+        read.append(sum(map(len, lists)))
+        return batches(store, lists, **more)
 
     monkeypatch.setattr(ImageStore, "batches", count)
     settings = make_settings({**given, "method": "zero-shot"})
@@ -56,12 +55,18 @@ def test_the_oldest_images_go_when_memory_is_short(given):
     from dapt.progress import Reporter
     from dapt.train import support_of, task_of
 
-    settings = make_settings({**given, "memory_budget": 1e-6})
+    settings = make_settings({**given, "memory_budget": 100_000 / 2**30})  # 13 of 40 x 48 px
     task, shared = task_of(settings), Shared(backbone_of(settings))
-    support = support_of(settings, task)
-    first = shared.store(task, support.train, settings)
-    first.kept_bytes = 10**6
-    shared.support(task, support, settings, Reporter())
-    assert shared.store(task, support.train, settings) is first  # the one in use stays
-    shared.store(task, task.test, settings)
-    assert shared.store(task, support.train, settings) is not first
+    support = shared.support(task, support_of(settings, task), settings, Reporter())
+    allowance = support.store.allowance
+    kept = allowance.used
+    assert 50_000 < kept <= 100_000
+    tested = shared.store(task, task.test, settings)
+    assert allowance.used == 0  # more than half was taken: the older ones went
+    tested.test_views(range(len(task.test)))
+    assert 50_000 < allowance.used <= 100_000
+    again = shared.store(task, support.drawn.train, settings)
+    assert again is support.store
+    assert allowance.used == 0
+    again.test_views(range(len(again)))
+    assert allowance.used == kept

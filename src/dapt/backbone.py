@@ -159,8 +159,6 @@ class Backbone(nn.Module):
 
     def normalize(self, views: Tensor) -> Tensor:
         """Map (B, 3, S, S) uint8 views to the towers' input, on their device, at their dtype."""
-        if self.device.type == "cuda" and views.device.type == "cpu":
-            views = views.pin_memory()  # or the copy would wait for the device
         x = views.to(self.device, non_blocking=True)
         return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
 
@@ -224,7 +222,7 @@ def load_backbone(
         pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
             weights, always the same; by default OpenAI's weights where the model has them.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        precision: ``"fp32"``, ``"bf16"`` (fp16 on a GPU without it) or ``"fp16"``.
 
     Raises:
         UserError: unknown name, tag, device or precision; unreadable or unfit weights.
@@ -233,6 +231,7 @@ def load_backbone(
         known = ", ".join(PRECISIONS)
         raise UserError(f"unknown precision '{precision}'; use one of {known}")
     place = choose_device(device)
+    precision = usable_precision(precision, place)
     model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
@@ -257,6 +256,18 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         return _from_file(path)
     return _from_open_clip(name, pretrained)
+
+
+def usable_precision(precision: str, device: torch.device) -> str:
+    """``precision``, or fp16 where bf16 is asked for and a GPU has none (those before Ampere).
+
+    Untested on such a GPU, for want of one.
+    """
+    if precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "fp16"
+    return precision
 
 
 def choose_device(device: str) -> torch.device:

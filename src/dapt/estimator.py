@@ -165,7 +165,6 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             size=seen.size,
             interpolation=seen.interpolation,
             resize_mode=seen.resize_mode,
-            memory_budget=0,
             read=lambda index: read_picture(images[index]),
         )
         return classify(classifier, store).double().softmax(-1).numpy()

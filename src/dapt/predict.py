@@ -97,7 +97,6 @@ def predict_each(
         size=seen.size,
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
-        memory_budget=0,
         read=lambda index: open_image(ahead[index]),
     )
     done, text = 0, None

@@ -470,6 +470,7 @@ def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
         "commit": _commit(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "precision": backbone.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "backbone": backbone.name,

@@ -43,7 +43,9 @@ class Settings(BaseModel):
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
     pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen model")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the frozen model; bf16 is fp16 on a GPU without it"
+    )
     shots: int = Field(16, ge=1, description="support images a class")
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
     text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dapt.backbone import Backbone, load_backbone
-from dapt.data import ImageStore, Item, SupportSet, Task
+from dapt.data import Allowance, ImageStore, Item, SupportSet, Task
 from dapt.errors import UserError
 from dapt.evaluate import unprompted_features
 from dapt.losses import class_prototypes
@@ -100,6 +100,7 @@ class Shared:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._known: OrderedDict[tuple, _Images] = OrderedDict()
+        self._allowance = Allowance(0)
 
     def store(self, task: Task, items: tuple[Item, ...], settings: Settings) -> ImageStore:
         """The images of ``items``, decoded as the backbone wants them."""
@@ -170,22 +171,25 @@ class Shared:
 
     def _images(self, task: Task, items: tuple[Item, ...], settings: Settings) -> _Images:
         paths = tuple(task.image_path(item) for item in items)
-        key = (paths, settings.crop_min, settings.memory_budget)
+        self._allowance.limit = int(settings.memory_budget * 2**30)
+        key = (paths, settings.crop_min)
         if key in self._known:
             self._known.move_to_end(key)
-            return self._known[key]
-        budget = int(settings.memory_budget * 2**30)
-        while sum(known.store.kept_bytes for known in self._known.values()) > budget:
-            self._known.popitem(last=False)
-        seen = self.backbone.preprocessing
-        self._known[key] = _Images(
-            ImageStore(
-                paths,
-                size=seen.size,
-                interpolation=seen.interpolation,
-                resize_mode=seen.resize_mode,
-                crop_min=settings.crop_min,
-                memory_budget=budget,
+        else:
+            seen = self.backbone.preprocessing
+            self._known[key] = _Images(
+                ImageStore(
+                    paths,
+                    size=seen.size,
+                    interpolation=seen.interpolation,
+                    resize_mode=seen.resize_mode,
+                    crop_min=settings.crop_min,
+                    allowance=self._allowance,
+                )
             )
-        )
-        return self._known[key]
+        # Those wanted now get at least half; the oldest go first. Features are small and stay.
+        *others, (_, wanted) = self._known.items()
+        for _, known in others:
+            if self._allowance.used > self._allowance.limit / 2:
+                known.store.forget()
+        return wanted

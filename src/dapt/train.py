@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import tee
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -353,30 +354,29 @@ def _tune(
             _stop_signal() as stop,
         ):
             advance(done)
-            for epoch in range(done // per_epoch, settings.epochs):
-                lr = learning_rate(epoch, settings.epochs, settings.lr)
-                first = done - epoch * per_epoch  # steps of this epoch already taken
-                order = epoch_order(len(store), settings.batch_size, settings.seed, epoch)[first:]
-                size = min(settings.batch_size, len(store))
-                parts = [ranks.part(indices) for indices in order]
-                mine = [indices[part] for indices, part in zip(order, parts, strict=True)]
-                views = store.batches(mine, train=(settings.seed, epoch))
-                for indices, part, batch in zip(mine, parts, views, strict=True):
-                    generator = torch.Generator().manual_seed(_mix(settings.seed, done))
-                    among = None if ranks.alone else (size, part)
-                    result = tuner.step(batch, labels[indices], lr, generator, among)
-                    losses = [result.total, result.cross_entropy, *result.terms.values()]
-                    if log is not None:
-                        log.add([done, epoch, lr, *losses, result.accuracy])
-                    done += 1
-                    if not isfinite(result.total):
-                        raise diverged(f"loss became {result.total}")
-                    terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
-                    advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
-                    if ranks.any(stop.is_set()):
-                        save()
-                        raise Interrupted
-                if (epoch + 1) % settings.checkpoint_every == 0 or done == total:
+            ahead, now = tee(_batches(settings, len(store), done))
+            views = store.train_batches(
+                ((epoch, indices[ranks.part(indices)]) for epoch, indices in ahead),
+                seed=settings.seed,
+            )
+            for (epoch, indices), batch in zip(now, views, strict=True):
+                lr, part = learning_rate(epoch, settings.epochs, settings.lr), ranks.part(indices)
+                generator = torch.Generator().manual_seed(_mix(settings.seed, done))
+                among = None if ranks.alone else (len(indices), part)
+                result = tuner.step(batch, labels[indices[part]], lr, generator, among)
+                losses = [result.total, result.cross_entropy, *result.terms.values()]
+                if log is not None:
+                    log.add([done, epoch, lr, *losses, result.accuracy])
+                done += 1
+                if not isfinite(result.total):
+                    raise diverged(f"loss became {result.total}")
+                terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
+                advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
+                if ranks.any(stop.is_set()):
+                    save()
+                    raise Interrupted
+                ended = done % per_epoch == 0 and (epoch + 1) % settings.checkpoint_every == 0
+                if ended or done == total:
                     save()
             if stop.is_set():  # while the last checkpoint was written
                 raise Interrupted
@@ -422,6 +422,15 @@ def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[lis
     order = torch.randperm(images, generator=generator).tolist()
     size = min(batch_size, images)
     return [order[i * size : (i + 1) * size] for i in range(steps_per_epoch(images, batch_size))]
+
+
+def _batches(settings: Settings, images: int, done: int) -> Iterator[tuple[int, list[int]]]:
+    """Epoch and image indices of each step after the first ``done`` ones."""
+    per_epoch = steps_per_epoch(images, settings.batch_size)
+    for epoch in range(done // per_epoch, settings.epochs):
+        order = epoch_order(images, settings.batch_size, settings.seed, epoch)
+        for indices in order[max(0, done - epoch * per_epoch) :]:
+            yield epoch, indices
 
 
 def _mix(seed: int, number: int) -> int:

@@ -14,7 +14,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from dapt.data import ImageStore, centre_view, decode_image, is_image_file, open_image
+from dapt.data import (
+    Allowance,
+    ImageStore,
+    centre_view,
+    decode_image,
+    is_image_file,
+    open_image,
+)
 from dapt.data import images as images_module
 from dapt.data.images import crop_box, train_view
 from dapt.errors import UserError, printable
@@ -271,13 +278,17 @@ def test_train_views_depend_on_seed_epoch_and_index_alone(photos):
     plain = ImageStore(photos, size=24, threads=1)
     reference = plain.train_views(range(12), seed=1, epoch=2)
     assert torch.equal(reference, plain.train_views(range(12), seed=1, epoch=2))
-    for options in ({"threads": 4}, {"memory_budget": 0}, {"memory_budget": 40_000, "threads": 3}):
-        store = ImageStore(photos, size=24, **options)
+    for threads, kept in ((4, 2**30), (1, 0), (3, 40_000)):
+        store = ImageStore(photos, size=24, threads=threads, allowance=Allowance(kept))
         order = random.Random(0).sample(range(12), 12)
         batches = [order[i : i + 5] for i in range(0, 12, 5)]
         for _ in range(2):
-            views = torch.cat(list(store.batches(batches, train=(1, 2))))
+            wanted = [(2, batch) for batch in batches]
+            views = torch.cat(list(store.train_batches(wanted, seed=1)))
             assert torch.equal(views, reference[order])
+    epochs = list(plain.train_batches([(2, [5]), (3, [5])], seed=1))
+    assert torch.equal(epochs[0][0], reference[5])
+    assert not torch.equal(epochs[1][0], reference[5])
     for seed, epoch in ((2, 2), (1, 3), (2, 1)):
         other = plain.train_views(range(12), seed=seed, epoch=epoch)
         assert all(not torch.equal(a, b) for a, b in zip(reference, other, strict=True))
@@ -303,14 +314,20 @@ def test_memory_budget(photos, monkeypatch):
     reader = images_module.open_image
     monkeypatch.setattr(images_module, "open_image", lambda p: opened.append(p) or reader(p))
     sizes = [4 * np.prod(Image.open(p).size) for p in photos]
-    store = ImageStore(photos, size=8, memory_budget=int(sum(sizes[:4])), threads=1)
+    allowance = Allowance(int(sum(sizes[:4])))
+    store = ImageStore(photos, size=8, allowance=allowance, threads=1)
     assert not opened
     for _ in range(3):
         store.test_views(range(12))
     assert len(opened) == 12 + 2 * 8
-    assert store.kept_bytes <= store.memory_budget
+    assert allowance.used == sum(sizes[:4])
+    other = ImageStore(photos, size=8, allowance=allowance, threads=1)
+    other.test_views(range(12))
+    assert allowance.used == sum(sizes[:4])  # shared by all
+    store.forget()
+    assert allowance.used == 0
     opened.clear()
-    store = ImageStore(photos, size=8)
+    store = ImageStore(photos, size=8, allowance=Allowance(2**30))
     for _ in range(3):
         store.test_views(range(12))
     assert len(opened) == 12

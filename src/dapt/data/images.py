@@ -293,6 +293,26 @@ def _resize_mode(mode: str) -> str:
 # -- many files ------------------------------------------------------------------------------
 
 
+class Allowance:
+    """Bytes that decoded images kept in memory may take, of all stores that share it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Whether so many bytes are left; if so, they are taken."""
+        with self._lock:
+            fits = self.used + count <= self.limit
+            self.used += count if fits else 0
+        return fits
+
+    def give_back(self, count: int) -> None:
+        """Let others have so many bytes that were taken."""
+        with self._lock:
+            self.used -= count
+
+
 class ImageStore:
     """Views of many image files, of which as many as fit a budget stay decoded in memory.
 
@@ -304,12 +324,9 @@ class ImageStore:
         interpolation: ``bicubic`` or another of `INTERPOLATIONS`.
         resize_mode: ``shortest`` or ``squash``, of test views; see `centre_view`.
         crop_min: least share of an image's area that a train view shows; the protocol's is 0.08.
-        memory_budget: bytes that kept images may take in all. First come, first kept.
+        allowance: bytes that kept images may take. First come, first kept.
         threads: decoding threads; by default one a core, at most eight.
         read: one of ``paths`` -> upright RGB, called in those threads; `open_image` if not given.
-
-    Attributes:
-        kept_bytes: what kept images take by now.
 
     Raises:
         UserError: ``interpolation`` or ``resize_mode`` is unknown.
@@ -323,7 +340,7 @@ class ImageStore:
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         crop_min: float = CROP_MIN,
-        memory_budget: int = 2 * 2**30,
+        allowance: Allowance | None = None,
         threads: int | None = None,
         read: Callable[[Any], Image.Image] | None = None,
     ) -> None:
@@ -335,11 +352,10 @@ class ImageStore:
         self.interpolation = interpolation
         self.resize_mode = resize_mode
         self.crop_min = crop_min
-        self.memory_budget = memory_budget
+        self.allowance = allowance or Allowance(0)
         self.threads = threads or min(8, _cores())
         self._read = read
         self._kept: dict[int, Image.Image] = {}
-        self.kept_bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -354,12 +370,16 @@ class ImageStore:
         if (kept := self._kept.get(index)) is not None:
             return kept
         image = (self._read or open_image)(self.paths[index])
-        taken = 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
         with self._lock:
-            if index not in self._kept and self.kept_bytes + taken <= self.memory_budget:
+            if index not in self._kept and self.allowance.take(_bytes(image)):
                 self._kept[index] = image
-                self.kept_bytes += taken
         return image
+
+    def forget(self) -> None:
+        """Let go of the images that are kept; they are decoded again when asked for."""
+        with self._lock:
+            kept, self._kept = self._kept, {}
+            self.allowance.give_back(sum(map(_bytes, kept.values())))
 
     def test_views(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, size, size) uint8, as `centre_view` makes them.
@@ -377,21 +397,32 @@ class ImageStore:
         Raises:
             UserError: a file cannot be read.
         """
-        return next(self.batches([indices], train=(seed, epoch)))
+        return next(self.train_batches([(epoch, indices)], seed=seed))
+
+    def train_batches(
+        self, batches: Iterable[tuple[int, Sequence[int]]], *, seed: int, prefetch: int = 2
+    ) -> Iterator[Tensor]:
+        """`train_views` batch by batch, as `batches`, across epochs.
+
+        Args:
+            batches: the epoch of each, and its B indices.
+            seed: of the views.
+            prefetch: batches to be ahead of the one in use.
+        """
+        wanted = ((indices, (seed, epoch)) for epoch, indices in batches)
+        return self._made_ahead(wanted, prefetch, None)
 
     def batches(
         self,
         index_lists: Iterable[Sequence[int]],
         *,
-        train: tuple[int, int] | None = None,
         prefetch: int = 2,
         unreadable: dict[int, str] | None = None,
     ) -> Iterator[Tensor]:
-        """Views batch by batch, made in other threads while earlier batches are in use.
+        """`test_views` batch by batch, made in other threads while earlier batches are in use.
 
         Args:
             index_lists: the batches, B indices each.
-            train: (seed, epoch) for `train_views`; without it they are `test_views`.
             prefetch: batches to be ahead of the one in use.
             unreadable: where given, a file that cannot be read is black in its batch, and the
                 sentence why is put here under its index by the time the batch is yielded.
@@ -403,10 +434,19 @@ class ImageStore:
             UserError: a file cannot be read, and there is no ``unreadable`` to name it in; raised
                 in its batch's place.
         """
+        wanted = ((indices, None) for indices in index_lists)
+        return self._made_ahead(wanted, prefetch, unreadable)
+
+    def _made_ahead(
+        self,
+        wanted: Iterable[tuple[Sequence[int], tuple[int, int] | None]],
+        prefetch: int,
+        unreadable: dict[int, str] | None,
+    ) -> Iterator[Tensor]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
         started: deque[_Batch] = deque()
         try:
-            for indices in index_lists:
+            for indices, train in wanted:
                 started.append(self._start(pool, [int(i) for i in indices], train, unreadable))
                 if len(started) > prefetch:
                     yield started.popleft().wait()
@@ -480,7 +520,15 @@ class _Batch:
         """(B, 3, S, S), once filled; the first bad file's error, if there is one."""
         for part in self.work:
             part.result()
-        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
+        # Page-locked, a batch goes to a GPU while that is at work on another. Untested, for want
+        # of one. Crops stay on the CPU: the protocol's bicubic resizing is PIL's.
+        views = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return views.copy_(pixels)
+
+
+def _bytes(image: Image.Image) -> int:
+    return 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
 
 
 def _cores() -> int:

@@ -137,7 +137,6 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
         size=seen.size,
         interpolation=seen.interpolation,
         resize_mode=seen.resize_mode,
-        memory_budget=0,
     )
     features, pictures = [], []
     with reporter.stage("support images", len(items)) as advance, torch.inference_mode():
