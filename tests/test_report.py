@@ -403,8 +403,8 @@ def test_a_sweep_at_the_published_value_is_the_main_runs(tmp_path):
     assert page.cell(table, "beta_text = 0.01", "dtd") == "60.0 ±0.0"
     assert page.cell(table, "beta_text = 0.01", "eurosat") == "70.0"
     assert page.cell(table, "beta_text = 0.01", "average") == "65.0"
-    assert page.cell(table, "beta_text = 10.0", "average") == "70.0"
-    assert page.cell(table, "beta_text = 10.0", "difference") == "−5.0"
+    assert page.cell(table, "beta_text = 10", "average") == "70.0"
+    assert page.cell(table, "beta_text = 10", "difference") == "−5.0"
 
 
 def test_losses_and_prompts_on_and_off(tmp_path):
@@ -435,6 +435,28 @@ def test_losses_and_prompts_on_and_off(tmp_path):
             shutil.move(tmp_path / f"runs/{kind}{seed}", tmp_path / f"ends/{kind}{seed}")
     _, page = report(tmp_path / "ends", tmp_path)
     assert not any(name.startswith("ablation") for name in page.tables)
+
+
+def test_settings_that_do_not_touch_a_method_tell_no_runs_of_it_apart(tmp_path):
+    """Suites of different length share zero-shot, and CoOp has no loss weights."""
+    for seed in (1, 2):
+        for epochs in (5, 6):
+            place = tmp_path / f"runs/{seed}-{epochs}"
+            make_run(place / "dapt", 0.1 * epochs, seed=seed, epochs=epochs)
+            make_run(place / "zero", 0.4, method="zero-shot", epochs=epochs)
+            make_run(place / "coop", 0.5, method="coop", seed=seed, beta_text=epochs)
+            # Shorter runs on base classes are another experiment, with main ones of its own.
+            make_run(place / "base", 0.8, seed=seed, epochs=2, classes="base")
+        make_run(tmp_path / f"runs/{seed + 2}", 0.6, seed=seed + 2, epochs=6)
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("accuracy-pets", "Zero-shot CLIP", "16 shots") == "40.0"
+    assert page.cell("accuracy-pets", "CoOp", "16 shots") == "50.0 ±0.0"
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "60.0 ±0.0"
+    found = [name for name in page.tables if name.startswith("ablation")]
+    assert found == ["ablation-dapt-epochs-16-shots"]
+    assert [row[0].strip() for row in page.tables[found[0]][1:]] == [
+        "epochs = 5", "epochs = 6 (main)"]  # fmt: skip
+    assert written.warnings == ()
 
 
 def test_settings_searched_for_each_seed_are_no_ablation(tmp_path):

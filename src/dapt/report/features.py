@@ -32,7 +32,7 @@ from dapt.report.study import Study, method_title
 # Looked at, evenly spaced among the test images where there are more; figures are the run's own.
 MOST_IMAGES = 2000
 MAP_IMAGES = 400  # of the coloured classes
-EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 96
+EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 

@@ -20,7 +20,7 @@ from dapt.report.study import Study, full_settings, method_title, shown
 
 _FOLDER = Path(__file__).parent / "page"
 # Said in columns of their own, or different in every run.
-_OWN_COLUMNS = {"dataset", "method", "shots", "seed"}
+_OWN_COLUMNS = {"dataset", "classes", "method", "shots", "seed"}
 _ENVIRONMENT = ("commit", "backbone_sha256", "device", "threads", "machine", "platform", "python")
 
 

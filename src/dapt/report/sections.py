@@ -290,10 +290,10 @@ class Sections:
                     block.legend = self.legend([m for (m, _), s in samples.items() if s])
             blocks.append(block)
         lead = (
-            f"Mean over seeds ± half of the {CONFIDENCE:.0%} interval (Student's t); bands show it "
-            "where there are three seeds or more. Differences are paired: the same dataset, number "
-            "of shots and seed, hence the same support images. A coloured difference has an "
-            "interval that excludes zero."
+            f"Mean over seeds ± half of the {100 * CONFIDENCE:g} % interval (Student's t); bands "
+            "show it where there are three seeds or more. Differences are paired: the same "
+            "dataset, number of shots and seed, hence the same support images. A coloured "
+            "difference has an interval that excludes zero."
         )
         if ZERO_SHOT in study.methods:
             lead += (
@@ -525,22 +525,22 @@ class Sections:
     def _parts(self, shots: int) -> list[Table]:
         """DAPT's losses and prompts on and off, where any runs have some of them off."""
         study = self.study
-        main = study.main_variant
+        main = study.main
         losses = [
-            ("none (VLPT)", "vlpt", main.get("vlpt")),
+            ("none (VLPT)", "vlpt", main("vlpt")),
             ("inter-dispersion only", "dapt", study.changed("dapt", beta_visual=0)),
             ("intra-dispersion only", "dapt", study.changed("dapt", beta_text=0)),
-            ("both (DAPT)", "dapt", main.get("dapt")),
+            ("both (DAPT)", "dapt", main("dapt")),
         ]
         prompts = [
-            ("text prompt only, inter-dispersion", "dapt-text", main.get("dapt-text")),
-            ("visual prompt only, intra-dispersion", "dapt-visual", main.get("dapt-visual")),
-            ("both (DAPT)", "dapt", main.get("dapt")),
+            ("text prompt only, inter-dispersion", "dapt-text", main("dapt-text")),
+            ("visual prompt only, intra-dispersion", "dapt-visual", main("dapt-visual")),
+            ("both (DAPT)", "dapt", main("dapt")),
         ]
         tables = []
         for what, columns, reference in (("losses", losses, 0), ("prompts", prompts, 2)):
             rows = [
-                (label, method, variant, method if variant == main.get(method) else None)
+                (label, method, variant, method if variant == main(method) else None)
                 for label, method, variant in columns
                 if variant is not None
             ]
@@ -565,7 +565,7 @@ class Sections:
         """Values of some settings; a dataset whose main runs have a row's value stands in it."""
         study = self.study
         datasets = sorted(set().union(*variants.values()))
-        main = study.main_variant[method]
+        main = study.main(method) or ()
         rows: list[tuple[list[tuple[int, float, str]], _Compared]] = []
         for variant in (main, *variants):
             groups = (study.group(d, method, shots, variant=variant) for d in datasets)

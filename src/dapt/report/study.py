@@ -69,7 +69,7 @@ class Study:
         self.varied = _varied(finished)
         self._variants = {run.number: _variant(run, self.varied) for run in finished}
         self._values = {run.number: _values(run, self.varied) for run in finished}
-        self.main_variant = self._most_frequent(finished)
+        self._main = self._most_frequent(finished)
         self._by_key: dict[_Key, dict[tuple[int, Variant], Run]] = defaultdict(dict)
         for run in finished:
             group = self._by_key[run.dataset, run.classes, run.method, run.shots]
@@ -110,16 +110,20 @@ class Study:
         """Values of the varied settings of a finished run."""
         return self._variants[run.number]
 
+    def main(self, method: str, classes: str | None = None) -> Variant | None:
+        """The method's main variant on the compared classes, or on others; None without runs."""
+        return self._main.get((method, classes or self.classes))
+
     def changed(self, method: str, **values: object) -> Variant | None:
         """The method's main variant with other values; None where these were not varied."""
-        if method not in self.main_variant or not values.keys() <= set(self.varied):
+        main = self.main(method)
+        if main is None or not values.keys() <= set(self.varied):
             return None
-        main = dict(self.main_variant[method])
-        return tuple({**main, **{name: _json(v) for name, v in values.items()}}.items())
+        return tuple({**dict(main), **{name: _json(v) for name, v in values.items()}}.items())
 
     def differing(self, run: Run) -> tuple[str, ...]:
         """Settings in which a finished run is not one of its method's main ones."""
-        return self._unlike(run, self.main_variant[run.method])
+        return self._unlike(run, self._main[run.method, run.classes])
 
     def _unlike(self, run: Run, variant: Variant) -> tuple[str, ...]:
         """Settings whose values are not the variant's.
@@ -129,17 +133,20 @@ class Study:
         values = zip(variant, self.variant(run), self._values[run.number], strict=True)
         return tuple(n for (n, wanted), (_, own), value in values if wanted not in (own, value))
 
-    def _most_frequent(self, runs: Iterable[Run]) -> dict[str, Variant]:
-        """Each method's main variant; of equally frequent ones that nearest to the defaults."""
-        counts: dict[str, Counter[Variant]] = defaultdict(Counter)
+    def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
+        """Main variants by method and classes; of equally frequent ones that nearest to defaults.
+
+        Runs on other classes belong to another experiment, which may have settings of its own.
+        """
+        counts: dict[tuple[str, str], Counter[Variant]] = defaultdict(Counter)
         for run in runs:
-            counts[run.method][self.variant(run)] += 1
+            counts[run.method, run.classes][self.variant(run)] += 1
         return {
-            method: min(
+            key: min(
                 found,
                 key=lambda v: (-found[v], sum(value != _DEFAULT for _, value in v), v),
             )
-            for method, found in counts.items()
+            for key, found in counts.items()
         }
 
     # ----------------------------------------------------------------------------- runs
@@ -155,7 +162,7 @@ class Study:
     ) -> dict[int, Run]:
         """Runs by seed, of the compared classes and the method's main variant if none are given."""
         if variant is None:
-            variant = self.main_variant.get(method, ())
+            variant = self.main(method, classes) or ()
         runs = self._by_key.get((dataset, classes or self.classes, method, shots), {})
         return {seed: run for (seed, _), run in runs.items() if not self._unlike(run, variant)}
 
@@ -371,6 +378,8 @@ def shown(value: object) -> str:
     """A setting's value as tables show it."""
     if value is None:
         return "–"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")  # as people write it: 10
     return clean(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
@@ -387,15 +396,35 @@ def _varied(runs: Sequence[Run]) -> tuple[str, ...]:
     for run in runs:
         groups[run.dataset, run.classes, run.method, run.shots, run.seed].append(full_settings(run))
     varied: set[str] = set()
-    for settings in groups.values():
-        for name in {n for s in settings for n in s} - _IDENTITY - _NO_RESULT:
+    for (_, _, method, _, _), settings in groups.items():
+        for name in {n for s in settings for n in s} - _IDENTITY - _NO_RESULT - _idle(str(method)):
             if len({_json(s.get(name)) for s in settings}) > 1:
                 varied.add(name)
     return tuple(sorted(varied))
 
 
+_TEXT = {"text_vectors", "text_init"}
+_VISUAL = {"visual_vectors", "visual_dropout"}
+_WEIGHTS = {"beta_visual", "beta_text"}
+_TUNING = {"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min", "rbf_t"}
+
+
+def _idle(method: str) -> set[str]:
+    """Settings of what a method does not learn, which cannot change its result."""
+    row = METHODS.get(method)
+    if row is None:
+        return set()
+    if not row.learns_prompts:
+        return _TEXT | _VISUAL | _WEIGHTS | _TUNING
+    idle = _WEIGHTS - set(map(str, row.terms.values()))
+    return idle | (set() if row.text else _TEXT) | (set() if row.visual else _VISUAL)
+
+
 def _variant(run: Run, varied: Sequence[str]) -> Variant:
-    """Varied settings with their values; a default depends on dataset and shots, and is one."""
+    """Varied settings with their values; a default depends on dataset and shots, and is one.
+
+    So is any value of a setting that does not touch the method.
+    """
     if not varied:
         return ()
     settings = full_settings(run)
@@ -404,9 +433,14 @@ def _variant(run: Run, varied: Sequence[str]) -> Variant:
         for name, field in Settings.model_fields.items()
         if not field.is_required()
     } | default_settings({"dataset": str(settings["dataset"]), "shots": run.shots})
+    idle = _idle(run.method)
+
+    def default(name: str) -> str | None:
+        return _json(defaults[name]) if name in defaults else None
+
     values = zip(varied, _values(run, varied), strict=True)
     return tuple(
-        (name, _DEFAULT if name in defaults and value == _json(defaults[name]) else value)
+        (name, _DEFAULT if name in idle or value == default(name) else value)
         for name, value in values
     )
 
