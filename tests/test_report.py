@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from time import process_time
 
 import pytest
 from typer.testing import CliRunner
@@ -669,3 +670,56 @@ def test_features(tuned, tmp_path):
     assert "its prompts only fit the original ones" in page.text
     _, page = report(run, tmp_path)
     assert "add --features" in " ".join(page.text.split())
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """The report of a hundred runs on five datasets, and the seconds of computing it took."""
+    folder = tmp_path_factory.mktemp("hundred")
+    names = tuple(f"class {i}" for i in range(100))
+    away = {
+        name: {"dataset": name, "test": scores_of(0.3, names)}
+        for name in ("a-target-of-some-length", "another-of-such", "data-0:clay", "data-0:ink")
+    }
+    for dataset in (f"data-{i}" for i in range(5)):
+        for number, method in enumerate(("zero-shot", "coop", "vlpt", "dapt")):
+            for shots in (1, 16):
+                for seed in (1, 2, 3) if number else (1,):
+                    make_run(folder / f"runs/{dataset}/{method}/{shots}-{seed}", 0.4 + number / 10,
+                             method=method, dataset=dataset, shots=shots, seed=seed, names=names,
+                             evals=away if shots == 16 else {})  # fmt: skip
+    before = process_time()
+    written, page = report(folder / "runs", folder)
+    return written, page, process_time() - before
+
+
+def test_a_hundred_runs_take_seconds(hundred):
+    written, page, spent = hundred
+    assert written.runs == 100
+    assert page.cell("accuracy-average", "DAPT", "16 shots") == "70.0 ±0.0"
+    assert spent < 15
+
+
+# Elements that reach out of the page, other than in what scrolls by itself.
+OUTSIDE = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .drawing')
+    && e.getBoundingClientRect().right > innerWidth + 1).length"""
+
+
+def test_the_page_fits_its_screen_in_light_and_dark(browser, hundred):
+    def brightness(selector, what):
+        style = f"getComputedStyle(document.querySelector('{selector}')).{what}"
+        return sum(map(int, re.findall(r"\d+", browser.evaluate(style))[:3]))
+
+    for width in (380, 1280):
+        for scheme in ("light", "dark"):
+            browser.look(width, scheme=scheme)
+            browser.open(hundred[0].page.as_uri())
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate(OUTSIDE) == 0
+            paper = brightness("body", "backgroundColor")
+            assert (paper > 380) is (scheme == "light")
+            # Text stands out, that of drawings too.
+            for selector, what in (("p.lead", "color"), ("td.num a", "color"),
+                                   ("figure svg text", "fill")):  # fmt: skip
+                assert abs(brightness(selector, what) - paper) > 300
+    assert browser.complaints() == []

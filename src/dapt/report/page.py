@@ -166,6 +166,7 @@ def _run_list(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any
 def _environment(run: Run) -> dict[str, str]:
     """What is worth knowing of the environment, flat."""
     found = {name: shown(run.environment.get(name)) for name in _ENVIRONMENT}
+    found["commit"] = found["commit"][:12]
     versions = run.environment.get("versions")
     if isinstance(versions, dict):
         found |= {str(name): shown(value) for name, value in versions.items()}
