@@ -643,7 +643,7 @@ def tuned(photo_folder, tiny_weights, tmp_path_factory):
     return root / "run", photos
 
 
-def test_features(tuned, tmp_path):
+def test_features(tuned, tmp_path, monkeypatch):
     run, photos = tuned
     written, page = report(run, tmp_path, features=True)
     assert written.warnings == ()
@@ -658,6 +658,17 @@ def test_features(tuned, tmp_path):
     assert images
     assert all(v.startswith("data:image/webp;base64,") for v in images)
     check_links(page, tmp_path)
+
+    # Of a sample of the images, hardest classes and their figures are those of them all.
+    monkeypatch.setattr("dapt.report.features.MOST_IMAGES", 2)
+    monkeypatch.setattr("dapt.report.features.CLASS_IMAGES", 1)
+    _, page = report(run, tmp_path, features=True)
+    count = json.loads((run / "metrics.json").read_text())["test"]["images"]
+    assert re.search(rf"DAPT, [12] of {count} images", page.text)
+    table = [row[:2] for row in page.tables["hardest-photos"][1:7]]
+    shown = re.findall(r"<strong>(.+?)</strong> <a [^>]*>(\d+) % right", page.source)
+    assert [(n.strip(), f"{float(share):.0f}") for n, share in table] == shown
+    monkeypatch.undo()
 
     # Without the images: what needs them is left out and named, the text features are there.
     photos.rename(photos.with_name("gone"))
