@@ -188,8 +188,10 @@ def test_average_is_over_seeds_that_every_dataset_has(grid, tmp_path):
 
 def test_zero_shot_at_other_shots_is_all_there_in_the_overview(tmp_path):
     make_run(tmp_path / "runs/z", 0.6, method="zero-shot", shots=1)
-    make_run(tmp_path / "runs/d", 0.7)
+    for shots in (1, 16):
+        make_run(tmp_path / f"runs/d{shots}", 0.7, shots=shots)
     _, page = report(tmp_path / "runs", tmp_path)
+    assert "Every method at 16 shots" in page.text  # not at those that it happened to run with
     assert page.cell("overview", "Zero-shot CLIP", "learned") == "0"
     assert page.cell("overview", "Zero-shot CLIP", "tuning") == "2.5"
 

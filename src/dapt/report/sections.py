@@ -188,7 +188,7 @@ class Sections:
         ):
             shots = study.best_represented_shots(study.datasets)
             present = {
-                d: sum(bool(study.group(d, m, shots)) for m in study.methods)
+                d: sum(bool(study.samples(d, m, shots, ACCURACY)) for m in study.methods)
                 for d in study.datasets
             }
             names = [d for d in study.datasets if present[d] == max(present.values())]

@@ -187,9 +187,13 @@ class Study:
         return next(iter(self.main_runs(dataset, method)), None)
 
     def best_represented_shots(self, datasets: Sequence[str]) -> int:
-        """The number of shots that most methods have runs of; of equals, the largest."""
+        """The number of shots that most methods have runs of; of equals, the largest.
+
+        Zero-shot has none of its own.
+        """
+        tuned = [m for m in self.methods if m != ZERO_SHOT]
         methods = {
-            shots: sum(any(self.group(d, m, shots) for d in datasets) for m in self.methods)
+            shots: sum(any(self.group(d, m, shots) for d in datasets) for m in tuned)
             for shots in self.shots
         }
         return max(methods, key=lambda shots: (methods[shots], shots))
