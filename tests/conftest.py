@@ -1,11 +1,13 @@
 """What tests share: the material beside the repository, where it is, and a tiny backbone."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import Browser
 from hypothesis import HealthCheck, settings
 from open_clip.model import CLIP
 from PIL import Image
@@ -99,3 +101,14 @@ def photo_folder(tmp_path_factory):
                 pixels = np.clip(noise + colour, 0, 255).astype("uint8")
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                   "google-chrome"))), None)  # fmt: skip
+    if program is None:
+        pytest.skip("Chromium is not here")
+    found = Browser(program, tmp_path / "profile")
+    yield found
+    found.close()

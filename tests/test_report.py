@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from time import process_time
 
 import pytest
 from typer.testing import CliRunner
@@ -187,6 +188,16 @@ def test_average_is_over_seeds_that_every_dataset_has(grid, tmp_path):
     check_links(page, tmp_path)
 
 
+def test_zero_shot_at_other_shots_is_all_there_in_the_overview(tmp_path):
+    make_run(tmp_path / "runs/z", 0.6, method="zero-shot", shots=1)
+    for shots in (1, 16):
+        make_run(tmp_path / f"runs/d{shots}", 0.7, shots=shots)
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert "Every method at 16 shots" in page.text  # not at those that it happened to run with
+    assert page.cell("overview", "Zero-shot CLIP", "learned") == "0"
+    assert page.cell("overview", "Zero-shot CLIP", "tuning") == "2.5"
+
+
 def test_one_run_only(tmp_path):
     make_run(tmp_path / "runs", 0.7)
     written, page = report(tmp_path / "runs", tmp_path)
@@ -202,6 +213,25 @@ def test_unfinished_runs_are_listed_and_not_counted(grid, tmp_path):
     assert written.unfinished == 1
     assert "unfinished" in page.text
     assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+
+
+def test_failed_runs_say_why(grid, tmp_path):
+    begun = make_run(grid / "z", 0.1, seed=4, finished=False)
+    alone = grid / "few-shot/dtd/1shots-seed1"
+    alone.mkdir(parents=True)
+    partly = grid / "d1"  # finished, and then an evaluation elsewhere failed
+    for place, why in ((begun, "the loss is no number"), (alone, "<b>dtd</b> is not there"),
+                       (partly, "cars is not there")):  # fmt: skip
+        (place / "failure.json").write_text(json.dumps({"error": why, "traceback": None}))
+    written, page = report(grid, tmp_path)
+    assert (written.runs, written.unfinished, written.failed, written.warnings) == (11, 0, 3, ())
+    for place, why in ((begun, "the loss is no number"), (alone, "<b>dtd</b> is not there")):
+        assert f"{place.relative_to(grid)}: {why}" in page.text
+    assert "unfinished" not in page.text
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
+    assert re.search(r"failed\s*3", page.text)
+    result = runner.invoke(app, ["report", str(alone), "-o", str(tmp_path / "report.html")])
+    assert "0 runs, 1 failed" in result.output
 
 
 def test_files_say_what_the_page_says(grid, tmp_path):
@@ -228,6 +258,14 @@ def test_files_say_what_the_page_says(grid, tmp_path):
     assert "| DAPT | **62.0 ± 5.0** | **72.0 ± 5.0** |" in markdown
     latex = (written.folder / "accuracy-pets.tex").read_text(encoding="utf-8")
     assert r"DAPT & \textbf{62.0} $\pm$ 5.0 & \textbf{72.0} $\pm$ 5.0 \\" in latex
+    make_run(grid / "f", 0.5, dataset="flowers")
+    written, _ = report(grid, tmp_path)
+    latex = (written.folder / "accuracy-average.tex").read_text(encoding="utf-8")
+    assert (
+        latex.index(r"\end{tabular}")
+        < latex.index("Averages are over")
+        < latex.index(r"\end{table}")
+    )
     for svg in written.folder.glob("*.svg"):
         assert svg.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -250,6 +288,72 @@ def test_domains_and_cross_dataset(tmp_path):
     assert cell("cross-dataset-pets-16-shots", "DAPT", "cars") == "21.0 ±12.7"
 
 
+def test_cross_dataset_from_base_classes_to_new_ones(tmp_path):
+    """As the bundled suite has it: other styles of one dataset, and other classes too."""
+
+    def targets(gain):
+        return {
+            f"bundled-{style}-new": {"dataset": f"bundled:{style}", "domain": style,
+                                     "classes": "new", "test": scores_of(accuracy + gain)}
+            for style, accuracy in (("clay", 0.3), ("ink", 0.5))
+        }  # fmt: skip
+
+    source = {"dataset": "bundled", "classes": "base"}
+    make_run(tmp_path / "runs/z", 0.6, method="zero-shot", evals=targets(0.0), **source)
+    for seed, gain in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        make_run(tmp_path / f"runs/{seed}", 0.7, seed=seed, evals=targets(gain), **source)
+    _, page = report(tmp_path / "runs", tmp_path)
+    table = "cross-dataset-bundled-base-16-shots"
+    assert page.cell(table, "DAPT", "source: bundled (base)") == "70.0 ±0.0"
+    assert page.cell(table, "DAPT", "clay (new)") == "50.0 ±24.8"
+    assert page.cell(table, "DAPT", "average") == "60.0 ±24.8"
+    # One run of zero-shot is paired with every seed.
+    assert page.cell(table, "DAPT", "difference") == "+20.0 ±24.8"
+    assert page.cell(table, "Zero-shot CLIP", "average") == "40.0"
+    assert not any(name.startswith(("domains", "base-to-new")) for name in page.tables)
+    check_links(page, tmp_path)
+
+
+def test_domains_of_base_classes(tmp_path):
+    evals = {"clay": {"dataset": "bundled:clay", "classes": "base", "test": scores_of(0.4)}}
+    make_run(tmp_path / "runs", 0.7, dataset="bundled", classes="base", evals=evals)
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("domains-bundled-base-16-shots", "DAPT", "clay (base)") == "40.0"
+    assert not any(name.startswith("cross") for name in page.tables)
+
+
+def test_differences_to_another_baseline_on_targets_and_new_classes(tmp_path):
+    for method, gain in (("coop", 0.0), ("dapt", 0.1)):
+        for seed in (1, 2):
+            away = {"cars": {"dataset": "cars", "test": scores_of(0.2 + gain)},
+                    "clay": {"dataset": "pets:clay",
+                             "test": scores_of(0.3 + 2 * gain)}}  # fmt: skip
+            new = {"new": {"dataset": "pets", "classes": "new", "test": scores_of(0.5 + gain)}}
+            make_run(tmp_path / f"runs/{method}{seed}", 0.5, method=method, seed=seed, evals=away)
+            make_run(tmp_path / f"runs/{method}{seed}b", 0.5 + gain, method=method, seed=seed,
+                     classes="base", evals=new)  # fmt: skip
+    _, page = report(tmp_path / "runs", tmp_path, baseline="coop")
+    for table, difference in (
+        ("domains-pets-16-shots", "+20.0 ±0.0"),
+        ("cross-dataset-pets-16-shots", "+10.0 ±0.0"),
+        ("base-to-new-pets-16-shots", "+10.0 ±0.0"),
+    ):
+        assert page.cell(table, "DAPT", "difference") == difference
+        assert page.cell(table, "CoOp", "difference") == "–"
+
+
+def test_datasets_of_one_name_keep_their_own_evaluations(tmp_path):
+    for place, names, new in (("a", CLASSES, 0.4), ("b", ("x", "y"), 0.9)):
+        test = scores_of(new)
+        evals = {"new": {"dataset": "pets", "classes": "new", "test": test},
+                 "clay": {"dataset": "pets:clay", "classes": "base", "test": test}}  # fmt: skip
+        make_run(tmp_path / "runs" / place, 0.8, names=names, evals=evals, classes="base")
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "new") == "40.0"
+    assert page.cell("base-to-new-pets-2-16-shots", "DAPT", "new") == "90.0"
+    assert page.cell("domains-pets-2-base-16-shots", "DAPT", "clay") == "90.0"
+
+
 def test_base_to_new(tmp_path):
     for seed, new in ((1, 0.4), (2, 0.6)):
         evals = {"new": {"dataset": "pets", "classes": "new", "test": scores_of(new)}}
@@ -259,8 +363,18 @@ def test_base_to_new(tmp_path):
     assert page.cell("base-to-new-pets-16-shots", "DAPT", "new") == "50.0 ±127.1"
     # Of 53.3 and 68.6.
     assert page.cell("base-to-new-pets-16-shots", "DAPT", "harmonic").startswith("61.0")
-    assert "accuracy-pets" not in page.tables  # base classes alone are another, easier task
+    # All else is shown too, and said to be of the base classes, another, easier task.
+    assert page.cell("dispersion-pets", "DAPT", "intra after").startswith("0.900")
+    assert page.cell("ece-pets", "DAPT", "16 shots") == "10.0 ±0.0"
+    assert any(Path(link).name.startswith("curve-cross-entropy") for link in page.links)
+    assert page.text.count("pets (base classes)") > 5
     check_links(page, tmp_path)
+    # Where whole datasets are compared they stay out of it.
+    make_run(tmp_path / "runs/3", 0.5)
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "50.0"
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "base") == "80.0 ±0.0"
+    assert "(base classes)" not in page.text
 
 
 def test_ablations_name_what_differs_and_stay_out_of_the_comparison(grid, tmp_path):
@@ -272,6 +386,81 @@ def test_ablations_name_what_differs_and_stay_out_of_the_comparison(grid, tmp_pa
     assert page.cell(table, "text_vectors = 4", "pets") == "50.0 ±0.0"
     assert page.cell(table, "text_vectors = 16 (main)", "pets") == "72.0 ±5.0"
     assert page.cell(table, "text_vectors = 4", "difference") == "−21.0 ±12.7"
+    assert written.warnings == ()
+
+
+def test_a_sweep_at_the_published_value_is_the_main_runs(tmp_path):
+    """A suite does them once: 0.01 is the default of dtd, 10 of eurosat."""
+    defaults = {"dtd": 0.01, "eurosat": 10.0}
+    accuracies = {("dtd", 0.01): 0.6, ("dtd", 10.0): 0.5, ("eurosat", 0.01): 0.7,
+                  ("eurosat", 10.0): 0.9}  # fmt: skip
+    for (dataset, beta), accuracy in accuracies.items():
+        make_run(tmp_path / f"runs/{dataset}/{beta}", accuracy, dataset=dataset, beta_text=beta,
+                 lr=20.0, beta_visual=100.0)  # fmt: skip
+        # One more of its main runs, so that the defaults are the most frequent.
+        make_run(tmp_path / f"runs/{dataset}/{beta}-2", accuracy, dataset=dataset, seed=2,
+                 beta_text=defaults[dataset], lr=20.0, beta_visual=100.0)  # fmt: skip
+    shutil.rmtree(tmp_path / "runs/eurosat/0.01-2")
+    shutil.rmtree(tmp_path / "runs/dtd/10.0-2")
+    _, page = report(tmp_path / "runs", tmp_path)
+    table = "ablation-dapt-beta-text-16-shots"
+    assert page.cell(table, "beta_text by default (main)", "average") == "75.0 ±0.0"
+    assert page.cell(table, "beta_text = 0.01", "dtd") == "60.0 ±0.0"
+    assert page.cell(table, "beta_text = 0.01", "eurosat") == "70.0"
+    assert page.cell(table, "beta_text = 0.01", "average") == "65.0"
+    assert page.cell(table, "beta_text = 10", "average") == "70.0"
+    assert page.cell(table, "beta_text = 10", "difference") == "−5.0"
+
+
+def test_losses_and_prompts_on_and_off(tmp_path):
+    for seed in (1, 2):
+        for name, accuracy, settings in (
+            ("vlpt", 0.5, {"method": "vlpt"}),
+            ("inter", 0.6, {"beta_visual": 0}),
+            ("intra", 0.7, {"beta_text": 0.0}),
+            ("dapt", 0.8, {}),
+            ("text", 0.4, {"method": "dapt-text"}),
+        ):
+            make_run(tmp_path / f"runs/{name}{seed}", accuracy, seed=seed, **settings)
+    _, page = report(tmp_path / "runs", tmp_path)
+    losses = "ablation-losses-16-shots"
+    assert [row[0].strip() for row in page.tables[losses][1:]] == [
+        "none (VLPT)", "inter-dispersion only", "intra-dispersion only", "both (DAPT)"]  # fmt: skip
+    assert page.cell(losses, "inter-dispersion only", "difference") == "+10.0 ±0.0"
+    assert page.cell(losses, "both (DAPT)", "difference") == "+30.0 ±0.0"
+    prompts = "ablation-prompts-16-shots"
+    row = "text prompt only, inter-dispersion"
+    assert page.cell(prompts, row, "pets") == "40.0 ±0.0"
+    assert page.cell(prompts, row, "difference") == "−40.0 ±0.0"
+    assert list(page.tables).index(losses) < list(page.tables).index(
+        "ablation-dapt-beta-text-16-shots"
+    )
+    for kind in "vlpt", "dapt":  # the two ends alone are in the comparison of methods already
+        for seed in (1, 2):
+            shutil.move(tmp_path / f"runs/{kind}{seed}", tmp_path / f"ends/{kind}{seed}")
+    _, page = report(tmp_path / "ends", tmp_path)
+    assert not any(name.startswith("ablation") for name in page.tables)
+
+
+def test_settings_that_do_not_touch_a_method_tell_no_runs_of_it_apart(tmp_path):
+    """Suites of different length share zero-shot, and CoOp has no loss weights."""
+    for seed in (1, 2):
+        for epochs in (5, 6):
+            place = tmp_path / f"runs/{seed}-{epochs}"
+            make_run(place / "dapt", 0.1 * epochs, seed=seed, epochs=epochs)
+            make_run(place / "zero", 0.4, method="zero-shot", epochs=epochs)
+            make_run(place / "coop", 0.5, method="coop", seed=seed, beta_text=epochs)
+            # Shorter runs on base classes are another experiment, with main ones of its own.
+            make_run(place / "base", 0.8, seed=seed, epochs=2, classes="base")
+        make_run(tmp_path / f"runs/{seed + 2}", 0.6, seed=seed + 2, epochs=6)
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("accuracy-pets", "Zero-shot CLIP", "16 shots") == "40.0"
+    assert page.cell("accuracy-pets", "CoOp", "16 shots") == "50.0 ±0.0"
+    assert page.cell("accuracy-pets", "DAPT", "16 shots") == "60.0 ±0.0"
+    found = [name for name in page.tables if name.startswith("ablation")]
+    assert found == ["ablation-dapt-epochs-16-shots"]
+    assert [row[0].strip() for row in page.tables[found[0]][1:]] == [
+        "epochs = 5", "epochs = 6 (main)"]  # fmt: skip
     assert written.warnings == ()
 
 
@@ -458,7 +647,7 @@ def tuned(photo_folder, tiny_weights, tmp_path_factory):
     return root / "run", photos
 
 
-def test_features(tuned, tmp_path):
+def test_features(tuned, tmp_path, monkeypatch):
     run, photos = tuned
     written, page = report(run, tmp_path, features=True)
     assert written.warnings == ()
@@ -474,6 +663,17 @@ def test_features(tuned, tmp_path):
     assert all(v.startswith("data:image/webp;base64,") for v in images)
     check_links(page, tmp_path)
 
+    # Of a sample of the images, hardest classes and their figures are those of them all.
+    monkeypatch.setattr("dapt.report.features.MOST_IMAGES", 2)
+    monkeypatch.setattr("dapt.report.features.CLASS_IMAGES", 1)
+    _, page = report(run, tmp_path, features=True)
+    count = json.loads((run / "metrics.json").read_text())["test"]["images"]
+    assert re.search(rf"DAPT, [12] of {count} images", page.text)
+    table = [row[:2] for row in page.tables["hardest-photos"][1:7]]
+    shown = re.findall(r"<strong>(.+?)</strong> <a [^>]*>(\d+) % right", page.source)
+    assert [(n.strip(), f"{float(share):.0f}") for n, share in table] == shown
+    monkeypatch.undo()
+
     # Without the images: what needs them is left out and named, the text features are there.
     photos.rename(photos.with_name("gone"))
     _, page = report(run, tmp_path, features=True)
@@ -485,3 +685,56 @@ def test_features(tuned, tmp_path):
     assert "its prompts only fit the original ones" in page.text
     _, page = report(run, tmp_path)
     assert "add --features" in " ".join(page.text.split())
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """The report of a hundred runs on five datasets, and the seconds of computing it took."""
+    folder = tmp_path_factory.mktemp("hundred")
+    names = tuple(f"class {i}" for i in range(100))
+    away = {
+        name: {"dataset": name, "test": scores_of(0.3, names)}
+        for name in ("a-target-of-some-length", "another-of-such", "data-0:clay", "data-0:ink")
+    }
+    for dataset in (f"data-{i}" for i in range(5)):
+        for number, method in enumerate(("zero-shot", "coop", "vlpt", "dapt")):
+            for shots in (1, 16):
+                for seed in (1, 2, 3) if number else (1,):
+                    make_run(folder / f"runs/{dataset}/{method}/{shots}-{seed}", 0.4 + number / 10,
+                             method=method, dataset=dataset, shots=shots, seed=seed, names=names,
+                             evals=away if shots == 16 else {})  # fmt: skip
+    before = process_time()
+    written, page = report(folder / "runs", folder)
+    return written, page, process_time() - before
+
+
+def test_a_hundred_runs_take_seconds(hundred):
+    written, page, spent = hundred
+    assert written.runs == 100
+    assert page.cell("accuracy-average", "DAPT", "16 shots") == "70.0 ±0.0"
+    assert spent < 15
+
+
+# Elements that reach out of the page, other than in what scrolls by itself.
+OUTSIDE = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .drawing')
+    && e.getBoundingClientRect().right > innerWidth + 1).length"""
+
+
+def test_the_page_fits_its_screen_in_light_and_dark(browser, hundred):
+    def brightness(selector, what):
+        style = f"getComputedStyle(document.querySelector('{selector}')).{what}"
+        return sum(map(int, re.findall(r"\d+", browser.evaluate(style))[:3]))
+
+    for width in (380, 1280):
+        for scheme in ("light", "dark"):
+            browser.look(width, scheme=scheme)
+            browser.open(hundred[0].page.as_uri())
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate(OUTSIDE) == 0
+            paper = brightness("body", "backgroundColor")
+            assert (paper > 380) is (scheme == "light")
+            # Text stands out, that of drawings too.
+            for selector, what in (("p.lead", "color"), ("td.num a", "color"),
+                                   ("figure svg text", "fill")):  # fmt: skip
+                assert abs(brightness(selector, what) - paper) > 300
+    assert browser.complaints() == []

@@ -1,6 +1,5 @@
 """'dapt serve': answers, limits, what waits, how it stops, and the page in a browser."""
 
-import base64
 import contextlib
 import http.client
 import io
@@ -19,6 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import pytest
+from browser import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -170,13 +170,6 @@ def together(*calls):
     for thread in threads:
         thread.start()
     return threads, results
-
-
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
 
 
 def ranking(entry):
@@ -584,104 +577,6 @@ def test_what_cannot_be_served_is_said_in_a_sentence(run, tmp_path, monkeypatch)
 # -- the page ------------------------------------------------------------------------------------
 
 
-class Browser:
-    """Headless Chromium, driven over its DevTools pipe."""
-
-    def __init__(self, program, folder):
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
-
-        def place():  # where --remote-debugging-pipe wants them
-            a, b = os.dup(to_browser), os.dup(from_browser)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
-        self.process = subprocess.Popen(
-            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-             "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
-            preexec_fn=place, pass_fds=(3, 4),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(to_browser)
-        os.close(from_browser)
-        self._number, self._rest, self._session, self.events = 0, b"", None, []
-        targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
-        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = found["sessionId"]
-        for part in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{part}.enable")
-
-    def call(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self._rest:
-                piece = os.read(self._read, 1 << 20)
-                assert piece, "the browser has ended"
-                self._rest += piece
-            text, _, self._rest = self._rest.partition(b"\0")
-            found = json.loads(text)
-            if found.get("id") == self._number:
-                assert "error" not in found, found
-                return found["result"]
-            self.events.append(found)
-
-    def evaluate(self, expression):
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
-                          awaitPromise=True)  # fmt: skip
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    def open(self, url):
-        self.call("Page.navigate", url=url)
-        until(lambda: self.evaluate("document.readyState") == "complete")
-
-    def drop(self, *paths):
-        data = {"items": [], "files": [str(p) for p in paths], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            self.call("Input.dispatchDragEvent", type=kind, x=150, y=150, data=data)
-
-    def complaints(self):
-        """What the console had to say, such as of the content security policy."""
-        return [
-            e["params"]["entry"]["text"] for e in self.events if e["method"] == "Log.entryAdded"
-        ]
-
-    def requested(self):
-        return [e["params"]["request"]["url"] for e in self.events
-                if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
-
-    def screenshot(self, file, width, height, scheme="light"):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=1, mobile=width < 500)  # fmt: skip
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        with open(file, "wb") as opened:
-            opened.write(base64.b64decode(found["data"]))
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._write)
-        os.close(self._read)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                   "google-chrome"))), None)  # fmt: skip
-    if program is None:
-        pytest.skip("Chromium is not here")
-    found = Browser(program, tmp_path / "profile")
-    yield found
-    found.close()
-
-
 def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_path):
     address = f"http://127.0.0.1:{client.port}"
     browser.open(f"{address}/")
@@ -710,8 +605,7 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
         "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d, bubbles: true})) })"
     )
     until(lambda: browser.evaluate("document.querySelectorAll('article ol').length") == 2)
-    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800,
-                 deviceScaleFactor=1, mobile=True)  # fmt: skip
+    browser.look(390)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     browser.open(f"{address}/docs")
     until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 5)

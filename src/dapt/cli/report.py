@@ -54,5 +54,6 @@ def report(
         for warning in written.warnings:
             say_error(f"warning: {warning}")
         unfinished = f", {written.unfinished} of them unfinished" if written.unfinished else ""
-        say(f"{written.runs} runs{unfinished}: {written.page}")
+        failed = f", {written.failed} failed" if written.failed else ""
+        say(f"{written.runs} runs{unfinished}{failed}: {written.page}")
         say(f"tables and figures: {written.folder}")

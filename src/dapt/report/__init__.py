@@ -41,6 +41,7 @@ class Report:
     folder: Path
     runs: int
     unfinished: int
+    failed: int
     warnings: tuple[str, ...]
 
 
@@ -69,7 +70,7 @@ def write_report(
         raise UserError(f"--out {out}: give a file that ends in .html")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist, or it is one; give a file")
-    runs, warnings = collect(paths)
+    runs, failures, warnings = collect(paths)
     study = Study(runs, baseline)
     sections = Sections(study)
     inside: list[Inside] = []
@@ -83,10 +84,10 @@ def write_report(
     _write_files(folder, parts)
     write_atomic(
         out,
-        render(study, parts, warnings, notes, features=features, folder=folder.name),
+        render(study, parts, failures, warnings, notes, features=features, folder=folder.name),
     )
-    unfinished = sum(not run.finished for run in runs)
-    return Report(out, folder, len(runs), unfinished, tuple(warnings))
+    unfinished = sum(not (run.finished or run.failure) for run in runs)
+    return Report(out, folder, len(runs), unfinished, len(failures), tuple(warnings))
 
 
 def _write_files(folder: Path, parts: Sequence[Section]) -> None:

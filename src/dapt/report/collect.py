@@ -10,13 +10,13 @@ import csv
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 
 from dapt.errors import UserError
 from dapt.files import read_json
@@ -73,6 +73,15 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()
     dispersion: dict[str, float] = field(default_factory=dict)  # "inter before", …
     parameters: int | None = None
+    failure: str | None = None  # why an experiment gave it up, or its evaluations elsewhere
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that an experiment gave up, and why; it may have left nothing else."""
+
+    path: Path
+    error: str
 
 
 def clean(value: object, limit: int = _TEXT) -> str:
@@ -86,24 +95,32 @@ def clean(value: object, limit: int = _TEXT) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def collect(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Read every run under ``paths``, in order of path, and say what could not be read.
+def collect(paths: Iterable[Path]) -> tuple[list[Run], list[Failure], list[str]]:
+    """Read every run under ``paths``, in order of path.
+
+    Returns:
+        The runs, those of them and others that failed, and what could not be read.
 
     Raises:
         UserError: a path does not exist, or no run directory is found.
     """
     given = list(paths)
     runs: list[Run] = []
+    failures: list[Failure] = []
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
         try:
-            runs.append(_read_run(folder, len(runs) + 1, warnings))
-        except (Damaged, UserError) as error:
-            warnings.append(f"{clean(folder, 400)}: {clean(error, 400)}; this run is left out")
-    if not runs and not warnings:
+            if (error := _failure(folder)) is not None:
+                failures.append(Failure(folder, error))
+                if not RunDirectory(folder).exists:  # it failed before it began
+                    continue
+            runs.append(_read_run(folder, len(runs) + 1, error, warnings))
+        except (Damaged, UserError) as problem:
+            warnings.append(f"{clean(folder, 400)}: {clean(problem, 400)}; this run is left out")
+    if not runs and not failures and not warnings:
         where = ", ".join(map(str, given)) or "no path"
         raise UserError(f"no run directory is in {where}; give folders that 'dapt train' wrote to")
-    return _distinct_datasets(runs), warnings
+    return _distinct_datasets(runs), failures, warnings
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
@@ -114,11 +131,17 @@ def _run_folders(path: Path) -> Iterator[Path]:
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         # Other programs write a settings.json too.
         others = {"task.json", "environment.json", "metrics.json", "support_set.json"}
-        if "metrics.json" in files or ("settings.json" in files and others & set(files)):
+        begun = "settings.json" in files and others & set(files)
+        if begun or "metrics.json" in files or "failure.json" in files:
             yield Path(os.path.normpath(folder))
 
 
-def _read_run(folder: Path, number: int, warnings: list[str]) -> Run:
+def _failure(folder: Path) -> str | None:
+    error = RunDirectory(folder).read_failure()
+    return None if error is None else clean(error, 400)
+
+
+def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str]) -> Run:
     files = RunDirectory(folder)
     settings = _mapping(files.settings_file, "settings")
     method = _text(settings.get("method"), "settings.json: method")
@@ -145,6 +168,7 @@ def _read_run(folder: Path, number: int, warnings: list[str]) -> Run:
         settings=settings,
         environment=environment,
         class_names=tuple(clean(name) for name in names),
+        failure=failure,
     )
     if not files.finished:
         return run
@@ -225,7 +249,10 @@ def _dispersion(value: object) -> dict[str, float]:
 
 
 def _distinct_datasets(runs: list[Run]) -> list[Run]:
-    """Datasets of one name but other classes get a number behind their name."""
+    """Datasets of one name but other classes get a number behind their name.
+
+    What a run says of its own dataset's other classes and domains keeps belonging to it.
+    """
     seen: dict[tuple[str, str], list[tuple[str, ...]]] = {}
     distinct = []
     for run in runs:
@@ -233,7 +260,14 @@ def _distinct_datasets(runs: list[Run]) -> list[Run]:
         if run.class_names not in known:
             known.append(run.class_names)
         if place := known.index(run.class_names):
-            run = replace(run, dataset=f"{run.dataset} ({place + 1})")
+            old, new = run.dataset, f"{run.dataset} ({place + 1})"
+            evaluations = (
+                replace(e, dataset=new + e.dataset.removeprefix(old))
+                if e.dataset == old or e.dataset.startswith(f"{old}:")
+                else e
+                for e in run.evaluations
+            )
+            run = replace(run, dataset=new, evaluations=tuple(evaluations))
         distinct.append(run)
     return distinct
 
@@ -243,10 +277,38 @@ def _distinct_datasets(runs: list[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Test images by true class (rows) and named class (columns), (C, C)."""
+    """Test images by true class (rows) and named class (columns), (C, C), mostly zeros."""
 
     class_names: tuple[str, ...]
-    counts: np.ndarray
+    counts: csr_array
+
+    @property
+    def images(self) -> np.ndarray:
+        """Test images of each class, (C,)."""
+        return np.asarray(self.counts.sum(axis=1))
+
+    @property
+    def right(self) -> np.ndarray:
+        """How many of them were named right, (C,)."""
+        return np.asarray(self.counts.diagonal())
+
+    def hardest(self) -> list[int]:
+        """Classes with misnamed images, by the share that was named right, then by label."""
+        images, right = self.images, self.right
+        missed = np.flatnonzero(right < images).tolist()
+        return sorted(missed, key=lambda c: (right[c] / images[c], c))
+
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """(true class, named class, images) of what is wrong, the most frequent first."""
+        cells = self.counts.tocoo()
+        wrong = cells.row != cells.col
+        found = zip(*(a[wrong].tolist() for a in (cells.row, cells.col, cells.data)), strict=True)
+        return sorted(found, key=lambda cell: (-cell[2], cell[0], cell[1]))
+
+    def shares(self, classes: Sequence[int]) -> np.ndarray:
+        """Of some classes' images the share named as each of these, (n, n)."""
+        part = self.counts[classes][:, classes].toarray()
+        return part / np.maximum(self.images[classes, None], 1)
 
 
 def read_confusion(run: Run) -> Confusion:
@@ -263,10 +325,10 @@ def read_confusion(run: Run) -> Confusion:
         if any(c.dtype.kind != "i" for c in (true, predicted, images)) or (images < 0).any():
             raise ValueError("its entries are no counts")
         # What is no label of these classes is refused here.
-        counts = coo_array((images, (true, predicted)), shape=(len(names),) * 2)
+        counts = csr_array((images, (true, predicted)), shape=(len(names),) * 2)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged("metrics.json holds no confusion matrix") from error
-    return Confusion(tuple(names), counts.toarray())
+    return Confusion(tuple(names), counts)
 
 
 def read_log(run: Run) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 from dapt.errors import UserError
 from dapt.methods import METHODS
 from dapt.progress import Reporter
-from dapt.report.collect import Run, clean
+from dapt.report.collect import Confusion, Damaged, Run, clean, read_confusion
 from dapt.report.figures import (
     CLASS_COLOURS,
     Drawing,
@@ -29,9 +29,11 @@ from dapt.report.figures import (
 )
 from dapt.report.study import Study, method_title
 
-MOST_IMAGES = 2000  # evenly spaced among the test images, where there are more
+# Looked at, evenly spaced among the test images where there are more; figures are the run's own.
+MOST_IMAGES = 2000
 MAP_IMAGES = 400  # of the coloured classes
-EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 96
+EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
+CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Inside:
     maps: list[MapPair] = field(default_factory=list)
     reliability: Drawing | None = None
     hardest: list[HardClass] = field(default_factory=list)
-    images: int = 0
 
 
 def look_inside(
@@ -149,7 +150,11 @@ def _look(
         if task.class_names != names:
             raise UserError("its classes are no longer those that the run was tuned on")
         step = -(-len(task.test) // MOST_IMAGES)
-        items, unreadable = task.test[::step], dict[int, str]()
+        spaced = range(0, len(task.test), step)
+        confusion = _confusion(run, names) if examples else None
+        hard = confusion.hardest()[:EXAMPLE_CLASSES] if confusion else []
+        wanted = sorted({*spaced, *_of_classes(task.test, hard)})
+        items, unreadable = tuple(task.test[i] for i in wanted), dict[int, str]()
         if classifier.prompts_images:
             store = shared.store(task, items, settings)
             size = settings.eval_batch_size
@@ -160,13 +165,15 @@ def _look(
             image = shared.features(task, items, settings, unreadable=unreadable)
         kept, _ = skip_unreadable(items, unreadable, "test", Reporter())
         items, image = tuple(items[i] for i in kept), image[kept]
+        # Where classes were added for their examples, the rest stays evenly spaced.
+        even = np.array([wanted[i] % step == 0 for i in kept], bool)
     except (UserError, OSError) as error:
         yield f"{run.dataset}: no images to look at ({clean(error, 400)})"
         items, labels = (), np.zeros(0, int)
         coloured = list(range(min(len(names), CLASS_COLOURS)))
     else:
         labels = np.array([item.label for item in items])
-        counts = np.bincount(labels, minlength=len(names))
+        counts = np.bincount(labels[even], minlength=len(names))
         largest = np.argsort(-counts, kind="stable")[:CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
 
@@ -179,7 +186,7 @@ def _look(
         inside.maps += _maps(
             f"map-text-{prefix}",
             f"Text features, {who}",
-            f"{title}, text",
+            f"{title}, {len(names):,} class names",
             before,
             text.numpy(),
             [colour_of.get(c) for c in range(len(names))],
@@ -187,13 +194,16 @@ def _look(
         )
     if not len(items):
         return
-    inside.images = len(items)
     with torch.inference_mode():
         place = backbone.device
         logits = classifier.logits(image.to(place), text.to(place)).cpu()
     probabilities = logits.double().softmax(-1).numpy()
     confidence, named = probabilities.max(-1), probabilities.argmax(-1)
     correct = named == labels
+    total = len(task.test)
+    shown = (
+        f"{even.sum():,} images" if even.sum() == total else f"{even.sum():,} of {total:,} images"
+    )
     if step == 1 and run.scores and abs(correct.mean() - run.scores.accuracy) > 0.5 / len(labels):
         yield (
             f"{run.dataset}, {title}: run {run.number} recorded an accuracy of "
@@ -204,26 +214,26 @@ def _look(
         f"reliability-{prefix}",
         f"Reliability of {who}",
         method_colour(run.method, study.methods),
-        confidence,
-        correct,
+        confidence[even],
+        correct[even],
         ECE_BINS,
-        title,
+        f"{title}, {shown}",
     )
     if method.visual:
-        chosen = np.flatnonzero(np.isin(labels, coloured))
+        chosen = np.flatnonzero(even & np.isin(labels, coloured))
         chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
         before = shared.features(task, tuple(items[i] for i in chosen), settings).numpy()
         inside.maps += _maps(
             f"map-image-{prefix}",
             f"Image features, {who}",
-            f"{title}, images",
+            f"{title}, {len(chosen):,} images",
             before,
             image.numpy()[chosen],
             [colour_of[int(labels[i])] for i in chosen],
             legend,
         )
-    if examples:
-        inside.hardest = _hardest(task, items, names, labels, named, confidence)
+    if confusion is not None:
+        inside.hardest = _examples(task, items, names, hard, confusion, labels, named, confidence)
 
 
 def _maps(
@@ -262,22 +272,39 @@ def _maps(
     return [MapPair(drawings["before"], drawings["after"], legend)]
 
 
-def _hardest(
+def _confusion(run: Run, names: Sequence[str]) -> Confusion | None:
+    """The run's own, which says which classes are hard; None where it cannot be had."""
+    try:
+        found = read_confusion(run)
+    except Damaged:
+        return None  # the section on mistakes tells
+    return found if len(found.class_names) == len(names) else None
+
+
+def _of_classes(items: Sequence[Any], classes: Sequence[int]) -> list[int]:
+    """Places of images of some classes, at most `CLASS_IMAGES` of each."""
+    left = dict.fromkeys(classes, CLASS_IMAGES)
+    places = []
+    for i, item in enumerate(items):
+        if left.get(item.label):
+            left[item.label] -= 1
+            places.append(i)
+    return places
+
+
+def _examples(
     task: Any,
     items: Sequence[Any],
     names: Sequence[str],
+    hard: Sequence[int],
+    confusion: Confusion,
     labels: np.ndarray,
     named: np.ndarray,
     confidence: np.ndarray,
 ) -> list[HardClass]:
-    """Classes with the lowest accuracy, and their most confidently misnamed images."""
-    totals = np.bincount(labels, minlength=len(names))
-    right = np.bincount(labels[named == labels], minlength=len(names))
-    accuracy = right / np.maximum(totals, 1)
-    missed = np.flatnonzero((totals > 0) & (right < totals)).tolist()
-    order = sorted(missed, key=lambda c: (accuracy[c], c))
+    """The hardest classes, and their most confidently misnamed images."""
     hardest = []
-    for label in order[:EXAMPLE_CLASSES]:
+    for label in hard:
         wrong = np.flatnonzero((labels == label) & (named != label))
         worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
         examples = tuple(
@@ -288,7 +315,8 @@ def _hardest(
             )
             for i in worst
         )
-        hardest.append(HardClass(_name(names[label]), float(accuracy[label]), examples))
+        accuracy = float(confusion.right[label] / confusion.images[label])
+        hardest.append(HardClass(_name(names[label]), accuracy, examples))
     return hardest
 
 

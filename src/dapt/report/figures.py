@@ -237,7 +237,7 @@ class Series:
 
 
 def accuracy_over_shots(name: str, title: str, series: Sequence[Series], caption: str) -> Drawing:
-    """Lines with bands of the 95 % interval; a level method is a dashed line across."""
+    """Lines with bands of the interval; a level method is a dashed line across."""
     shots = sorted({k for s in series for k in s.points})
     place = {k: i for i, k in enumerate(shots)}
 

@@ -13,14 +13,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dapt.report.collect import Run, clean, seconds
+from dapt.report.collect import Failure, Run, clean, seconds
 from dapt.report.figures import MARKERS, PALETTE, method_colour
 from dapt.report.sections import Section
 from dapt.report.study import Study, full_settings, method_title, shown
 
 _FOLDER = Path(__file__).parent / "page"
 # Said in columns of their own, or different in every run.
-_OWN_COLUMNS = {"dataset", "method", "shots", "seed"}
+_OWN_COLUMNS = {"dataset", "classes", "method", "shots", "seed"}
 _ENVIRONMENT = ("commit", "backbone_sha256", "device", "threads", "machine", "platform", "python")
 
 
@@ -41,6 +41,7 @@ class Sources:
 def render(
     study: Study,
     sections: Sequence[Section],
+    failures: Sequence[Failure],
     warnings: Sequence[str],
     notes: Sequence[str],
     *,
@@ -52,6 +53,7 @@ def render(
     Args:
         study: the runs.
         sections: parts of the page; empty ones are only named.
+        failures: runs that were given up, and why.
         warnings: what could not be read.
         notes: what could not be had with the backbone.
         features: whether that was asked for.
@@ -67,7 +69,6 @@ def render(
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     sources = Sources()
-    finished = [run for run in study.runs if run.finished]
     return environment.get_template("page.html").render(
         study=study,
         sections=[section for section in sections if section.blocks],
@@ -77,8 +78,8 @@ def render(
         features=features,
         folder=folder,
         sources=sources,
-        cards=_cards(study, finished),
-        runs=_run_list(study.runs),
+        cards=_cards(study, failures),
+        runs=_run_list(study.runs, failures),
         palette=PALETTE,
         colours={m: method_colour(m, study.methods) for m in study.methods},
         markers=MARKERS,
@@ -89,9 +90,10 @@ def render(
     )
 
 
-def _cards(study: Study, finished: Sequence[Run]) -> list[tuple[str, str]]:
+def _cards(study: Study, failures: Sequence[Failure]) -> list[tuple[str, str]]:
     """The figures that say what the report is of."""
-    unfinished = len(study.runs) - len(finished)
+    finished = sum(run.finished for run in study.runs)
+    unfinished = sum(not (run.finished or run.failure) for run in study.runs)
     spent = sum(
         seconds(run, name) or 0.0
         for run in study.runs
@@ -99,7 +101,8 @@ def _cards(study: Study, finished: Sequence[Run]) -> list[tuple[str, str]]:
         for name in ("tuning_seconds", "evaluation_seconds")
     )
     cards = [
-        ("runs", f"{len(finished):,}" + (f" + {unfinished} unfinished" if unfinished else "")),
+        ("runs", f"{finished:,}" + (f" + {unfinished} unfinished" if unfinished else "")),
+        ("failed", f"{len(failures):,}" if failures else ""),
         ("datasets", f"{len({run.dataset for run in study.runs}):,}"),
         ("methods", f"{len({run.method for run in study.runs}):,}"),
         ("shots", _list(sorted({run.shots for run in study.runs}))),
@@ -121,7 +124,7 @@ def _duration(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def _run_list(runs: Sequence[Run]) -> dict[str, Any]:
+def _run_list(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any]:
     """Entries of all runs, and what all of them share, which is said once."""
     details = [
         {
@@ -136,14 +139,21 @@ def _run_list(runs: Sequence[Run]) -> dict[str, Any]:
         for name in names
         if details and len({values.get(name) for values in details}) == 1
     }
-    folder = os.path.commonpath([run.path.absolute().parent for run in runs]) if runs else ""
+    paths = [run.path.absolute() for run in runs]
+    paths += [failure.path.absolute() for failure in failures]
+    folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
+
+    def relative(path: Path) -> str:
+        return clean(os.path.relpath(path.absolute(), folder), 400)
+
     return {
         "folder": clean(folder, 400),
+        "failures": [(relative(failure.path), failure.error) for failure in failures],
         "shared": {clean(name): value for name, value in shared.items()},
         "entries": [
             {
                 "run": run,
-                "path": clean(os.path.relpath(run.path.absolute(), folder), 400),
+                "path": relative(run.path),
                 "tuning": seconds(run, "tuning_seconds"),
                 "evaluation": seconds(run, "evaluation_seconds"),
                 "own": {clean(n): v for n, v in values.items() if n not in shared},
@@ -156,6 +166,7 @@ def _run_list(runs: Sequence[Run]) -> dict[str, Any]:
 def _environment(run: Run) -> dict[str, str]:
     """What is worth knowing of the environment, flat."""
     found = {name: shown(run.environment.get(name)) for name in _ENVIRONMENT}
+    found["commit"] = found["commit"][:12]
     versions = run.environment.get("versions")
     if isinstance(versions, dict):
         found |= {str(name): shown(value) for name, value in versions.items()}

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dapt.evaluate import ECE_BINS
 from dapt.progress import Reporter
 from dapt.report.collect import (
     Confusion,
     Damaged,
-    Evaluation,
     Run,
     clean,
     read_confusion,
     read_log,
-    seconds,
 )
 from dapt.report.features import HardClass, Inside
 from dapt.report.figures import (
@@ -34,18 +33,26 @@ from dapt.report.figures import (
     method_colour,
     training_curves,
 )
-from dapt.report.statistics import Estimate, harmonic_mean
+from dapt.report.statistics import CONFIDENCE, Estimate
 from dapt.report.study import (
+    ACCURACY,
     ZERO_SHOT,
-    Sample,
     Samples,
     Study,
     Variant,
+    base_and_new,
+    base_classes,
+    dispersion,
+    elsewhere,
     full_settings,
+    learned,
     mean,
     method_title,
     minus,
+    new_classes,
+    score,
     shown,
+    spent,
 )
 from dapt.report.tables import Cell, Column, Row, Table, number, single, words
 
@@ -53,6 +60,10 @@ from dapt.report.tables import Cell, Column, Row, Table, number, single, words
 MOST_DATASETS = 12
 MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions
+
+
+# A row of an ablation: label, method, its variant, and the method whose colour it has.
+_Compared = tuple[str, str, Variant, str | None]
 
 
 @dataclass
@@ -166,10 +177,6 @@ class Sections:
         rows = [Row(method_title(m), cells(m), m) for m in self.study.methods]
         return Table(name, title, "method", columns, rows, note, caption)
 
-    def runs_of(self, *samples: Samples) -> tuple[int, ...]:
-        """Runs that any of the samples came from."""
-        return tuple(sorted({n for group in samples for s in group.values() for n in s.runs}))
-
     # ---------------------------------------------------------------------- comparisons
 
     def overview(self) -> Section:
@@ -181,11 +188,15 @@ class Sections:
         ):
             shots = study.best_represented_shots(study.datasets)
             present = {
-                d: sum(bool(study.group(d, m, shots)) for m in study.methods)
+                d: sum(bool(study.samples(d, m, shots, ACCURACY)) for m in study.methods)
                 for d in study.datasets
             }
             names = [d for d in study.datasets if present[d] == max(present.values())]
-            where = names[0] if len(names) == 1 else f"the mean over {len(names)} datasets"
+            where = f"the mean over {len(names)} datasets"
+            if len(names) == 1:
+                where = study.label(names[0])
+            elif study.classes != "all":
+                where += f" ({study.classes} classes)"
             if len(names) < len(study.datasets):
                 where += " (elsewhere some of the methods have no run at these shots)"
             lead = (
@@ -194,32 +205,19 @@ class Sections:
             )
 
             def cells(method: str) -> list[Cell]:
-                groups = [study.group(d, method, shots) for d in names]
-                runs = [run for group in groups for run in group.values()]
-                figures = [
-                    number(kind, study.average(names, method, shots, key))
-                    for key, kind in (("accuracy", "percent"),)
-                ]
-                gap: Samples = {}
-                if method != study.baseline:
-                    gap = study.differences(names, method, shots, "accuracy", study.baseline)
-                rest = [
-                    number("percent", study.average(names, method, shots, key))
-                    for key in ("top5", "macro_f1", "ece")
-                ]
-                learned = {r.parameters for r in runs}
-                spent = {
-                    r.number: Sample(value, (r.number,))
-                    for r in runs
-                    if (value := seconds(r, "tuning_seconds")) is not None
-                }
-                count = learned.pop() if len(learned) == 1 else None
+                accuracy, *figures = (
+                    number("percent", study.average(names, method, shots, score(key)))
+                    for key in ("accuracy", "top5", "macro_f1", "ece")
+                )
+                counts = [study.samples(d, method, shots, learned) for d in names]
+                values = {sample.value for part in counts for sample in part.values()}
+                seconds = number("seconds", study.average(names, method, shots, spent))
                 return [
+                    accuracy,
+                    number("points", study.differences(names, method, shots, ACCURACY)),
                     *figures,
-                    number("points", gap),
-                    *rest,
-                    single("count", count, (r.number for r in runs)),
-                    _without_interval(number("seconds", spent)),
+                    single("count", values.pop() if len(values) == 1 else None, _runs(*counts)),
+                    _without_interval(seconds),
                 ]
 
             columns = [
@@ -245,10 +243,10 @@ class Sections:
                         columns,
                         lambda m: [
                             *(
-                                number("percent", study.samples(d, m, shots, "accuracy"))
+                                number("percent", study.samples(d, m, shots, ACCURACY))
                                 for d in every
                             ),
-                            number("percent", study.average(every, m, shots, "accuracy")),
+                            number("percent", study.average(every, m, shots, ACCURACY)),
                         ][: len(columns)],
                         _AVERAGE if names == every else "",
                     )
@@ -270,11 +268,11 @@ class Sections:
             groups.insert(0, names)
         for group in groups:
             whole = len(group) > 1
-            label = f"Average over {len(group)} datasets" if whole else group[0]
+            label = study.label(f"Average over {len(group)} datasets" if whole else group[0])
             short = "average" if whole else group[0]
 
             samples = {
-                (m, k): study.average(group, m, k, "accuracy")
+                (m, k): study.average(group, m, k, ACCURACY)
                 for m in study.methods
                 for k in study.shots
             }
@@ -287,14 +285,15 @@ class Sections:
             block = Block(label, tables=tables, beside=True)
             if whole or group[0] in self.drawn:
                 block.drawings = self._accuracy_figure(samples, label, short)
-                block.runs = self.runs_of(*samples.values())
+                block.runs = _runs(*samples.values())
                 if sum(bool(s) for s in samples.values()) > len(study.methods):
                     block.legend = self.legend([m for (m, _), s in samples.items() if s])
             blocks.append(block)
         lead = (
-            "Mean over seeds ± half of the 95 % interval (Student's t). Bands show the same "
-            "interval. Differences are paired: the same dataset, number of shots and seed, hence "
-            "the same support images. A coloured difference has an interval that excludes zero."
+            f"Mean over seeds ± half of the {100 * CONFIDENCE:g} % interval (Student's t); bands "
+            "show it where there are three seeds or more. Differences are paired: the same "
+            "dataset, number of shots and seed, hence the same support images. A coloured "
+            "difference has an interval that excludes zero."
         )
         if ZERO_SHOT in study.methods:
             lead += (
@@ -329,10 +328,7 @@ class Sections:
         rows = [
             Row(
                 method_title(m),
-                [
-                    number("points", study.differences(group, m, k, "accuracy", study.baseline))
-                    for k in shots
-                ],
+                [number("points", study.differences(group, m, k, ACCURACY)) for k in shots],
                 m,
             )
             for m in study.methods
@@ -374,108 +370,96 @@ class Sections:
 
     def domains(self) -> Section:
         """Prompts tuned on a source domain, evaluated on others."""
-        tables = self._targets("domains", same_family=True)
+        tables = self._targets("domains", domains=True)
         return Section(
             "domains",
             "Domain generalisation",
-            "Tuned on the source alone, evaluated on each target without further tuning; the "
-            "average is over targets.",
+            "Tuned on the source alone, evaluated on each target without further tuning.",
             [Block(tables=tables)],
             "no evaluation on another domain ('dapt eval RUN --domain …')",
         )
 
     def cross_dataset(self) -> Section:
         """Prompts tuned on one dataset, evaluated on others with other classes."""
-        tables = self._targets("cross-dataset", same_family=False)
+        tables = self._targets("cross-dataset", domains=False)
         return Section(
             "cross-dataset",
             "Cross-dataset transfer",
-            "Tuned on the source dataset, evaluated on others with their own classes; the average "
-            "is over targets.",
+            "Tuned on the source alone, evaluated on each target with classes of its own.",
             [Block(tables=tables)],
             "no evaluation on another dataset ('dapt eval RUN --dataset …')",
         )
 
-    def _targets(self, name: str, *, same_family: bool) -> list[Table]:
-        """For each source and number of shots, methods by targets."""
-        groups: dict[tuple[str, int], dict[str, dict[int, Run]]] = defaultdict(dict)
-        for dataset, method, shots, runs in self.study.groups():
-            groups[dataset, shots][method] = runs
-        tables = []
-        for (dataset, shots), by_method in groups.items():
+    def _targets(self, name: str, *, domains: bool) -> list[Table]:
+        """For each source and number of shots, methods by targets.
 
-            def wanted(run: Run, evaluation: Evaluation) -> bool:
-                related = _family(evaluation.dataset) == _family(run.dataset)
-                other = evaluation.dataset != run.dataset and evaluation.classes == "all"
-                return other and related is same_family
-
-            found = [
-                e.dataset
-                for runs in by_method.values()
-                for run in runs.values()
-                for e in run.evaluations
-                if wanted(run, e)
-            ]
-            targets = sorted(set(found))
-            if not targets:
-                continue
-            rows = []
-            for method in self.study.methods:
-                runs = by_method.get(method, {})
-                per_target = [_evaluated(runs, t, "all") for t in targets]
-                if not any(per_target):
-                    continue
-                source = {
-                    s: Sample(r.scores.accuracy, (r.number,)) for s, r in runs.items() if r.scores
-                }
-                cells = [number("percent", part) for part in (source, *per_target)]
-                if len(targets) > 1:
-                    cells.append(number("percent", mean(per_target)))
-                rows.append(Row(method_title(method), cells, method))
-            heads = [f"source: {dataset}", *(_within(t, dataset) for t in targets)]
-            if len(targets) > 1:
-                heads.append("average of targets")
-            tables.append(
-                Table(
-                    self.file(name, dataset, f"{shots}-shots"),
-                    f"From {dataset}, {_shots(shots)}",
-                    "method",
-                    [Column(head, better="high") for head in heads],
-                    rows,
-                    "The average is of runs that were evaluated on every target."
-                    if len(targets) > 1
-                    else "",
+        A domain has the source's family and classes; anything else outside the source's own
+        images is another dataset.
+        """
+        study, tables = self.study, []
+        for classes in ("all", "base"):
+            for dataset, shots, by_method in _sources(study, classes):
+                targets = sorted(
+                    {
+                        (e.dataset, e.classes)
+                        for runs in by_method.values()
+                        for run in runs.values()
+                        for e in run.evaluations
+                        if e.dataset != dataset
+                        and domains
+                        is (_family(e.dataset) == _family(dataset) and e.classes == classes)
+                    }
                 )
-            )
+                if targets:
+                    tables.append(self._transfer(name, dataset, classes, shots, targets))
         return tables
+
+    def _transfer(
+        self, name: str, dataset: str, classes: str, shots: int, targets: list[tuple[str, str]]
+    ) -> Table:
+        study, rows = self.study, []
+        whole = elsewhere(*targets)
+        heads = [f"source: {_of(dataset, classes)}"]
+        heads += [_of(_within(target, dataset), c) for target, c in targets]
+        measures = [ACCURACY, *map(elsewhere, targets)]
+        note = f"The difference is to {method_title(study.baseline)}, paired by seed."
+        if len(targets) > 1:
+            heads.append("average of targets")
+            measures.append(whole)
+            note = (
+                "The average is of runs that were evaluated on every target. The difference is "
+                f"the average's, to {method_title(study.baseline)}, paired by seed."
+            )
+        for method in study.methods:
+            parts = [study.samples(dataset, method, shots, m, classes=classes) for m in measures]
+            gap = study.differences([dataset], method, shots, whole, classes)
+            cells = [*(number("percent", part) for part in parts), number("points", gap)]
+            if any(parts[1:]):
+                rows.append(Row(method_title(method), cells, method))
+        return Table(
+            self.file(name, dataset, *([] if classes == "all" else [classes]), f"{shots}-shots"),
+            f"From {_of(dataset, classes)}, {_shots(shots)}",
+            "method",
+            [*(Column(h, better="high") for h in heads), Column("difference", "points")],
+            rows,
+            note if len(rows) > 1 else "",
+        )
 
     def base_to_new(self) -> Section:
         """Prompts tuned on the base classes, evaluated on base and on new ones."""
         study = self.study
-        found: dict[tuple[int, str], dict[str, tuple[Samples, Samples, Samples]]]
-        found = defaultdict(dict)
-        for dataset, method, shots, runs in study.groups("base"):
-            new = _evaluated(runs, dataset, "new")
-            base = {
-                s: Sample(r.scores.accuracy, (r.number,))
-                for s, r in runs.items()
-                if r.scores and s in new
-            }
-            both = {
-                s: Sample(harmonic_mean(base[s].value, new[s].value), base[s].runs) for s in base
-            }
-            if both:
-                found[shots, dataset][method] = (base, new, both)
         by_shots: dict[int, list[str]] = defaultdict(list)
-        for shots, dataset in sorted(found):
-            by_shots[shots].append(dataset)
+        for dataset, shots, by_method in _sources(study, "base"):
+            if any(new_classes(run) for runs in by_method.values() for run in runs.values()):
+                by_shots[shots].append(dataset)
         tables = []
         columns = [
             Column("base", better="high"),
             Column("new", better="high"),
             Column("harmonic mean", better="high"),
+            Column("difference", "points"),
         ]
-        for shots, datasets in by_shots.items():
+        for shots, datasets in sorted(by_shots.items()):
             groups = [[d] for d in datasets]
             if len(datasets) > 1:
                 groups.insert(0, datasets)
@@ -483,13 +467,12 @@ class Sections:
                 label = f"average over {len(group)} datasets" if len(group) > 1 else group[0]
 
                 def cells(method: str, group: list[str] = group, shots: int = shots) -> list[Cell]:
-                    parts = [found[shots, d].get(method) for d in group]
-                    if any(part is None for part in parts):
-                        return [Cell("percent")] * 3
-                    return [
-                        number("percent", mean([part[i] for part in parts if part]))
-                        for i in range(3)
-                    ]
+                    gap = study.differences(group, method, shots, base_and_new, "base")
+                    found = (
+                        study.average(group, method, shots, measure, classes="base")
+                        for measure in (base_classes, new_classes, base_and_new)
+                    )
+                    return [*(number("percent", part) for part in found), number("points", gap)]
 
                 tables.append(
                     self.by_method(
@@ -503,7 +486,8 @@ class Sections:
             "base-to-new",
             "Base to new classes",
             "Tuned on the first half of the classes, evaluated on both halves. The harmonic mean "
-            "is taken run by run, then averaged.",
+            "is taken run by run, then averaged; the difference is the harmonic mean's, to "
+            f"{method_title(study.baseline)}, paired by dataset and seed.",
             [Block(tables=tables)],
             "no run with classes=base that was evaluated on the new classes",
         )
@@ -513,88 +497,133 @@ class Sections:
     def ablations(self) -> Section:
         """Main runs beside those that differ in other settings, which are named."""
         study = self.study
-        groups: dict[tuple[str, tuple[str, ...], int], dict[Variant, dict[str, dict[int, Run]]]]
-        groups = defaultdict(lambda: defaultdict(dict))
+        found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
+        found = defaultdict(lambda: defaultdict(set))
         for run in study.runs:
-            if not run.finished or run.classes != "all":
-                continue
-            variant, main = study.variant(run), study.main_variant[run.method]
-            names = tuple(n for (n, a), (_, b) in zip(variant, main, strict=True) if a != b)
-            if names:
-                group = study.group(run.dataset, run.method, run.shots, variant=variant)
-                groups[run.method, names, run.shots][variant][run.dataset] = group
-        tables = []
+            if run.finished and run.classes == study.classes and (names := study.differing(run)):
+                found[run.method, names, run.shots][study.variant(run)].add(run.dataset)
+        tables = [table for shots in study.shots for table in self._parts(shots)]
         for (method, names, shots), variants in sorted(
-            groups.items(), key=lambda g: (study.methods.index(g[0][0]), g[0][1:])
+            found.items(), key=lambda g: (study.methods.index(g[0][0]), g[0][1:])
         ):
             tables.append(self._ablation(method, names, shots, variants))
-        varied = ", ".join(study.varied)
-        lead = (
-            f"Runs that share dataset, method, shots and seed with others and differ in {varied}. "
-            "Each method's most frequent values are its main ones, used in all other parts; the "
-            "difference is to these, paired by dataset and seed."
-        )
+        lead = "What each part of a method does. "
+        if study.varied:
+            lead += (
+                "Some runs share dataset, method, shots and seed with others and differ in "
+                f"{', '.join(map(clean, study.varied))}. Each method's most frequent values are "
+                "its main ones, used in all other parts of the report. "
+            )
         return Section(
             "ablations",
             "Ablations",
-            lead,
+            f"{lead}Differences are paired by dataset and seed.",
             [Block(tables=tables)],
             "no runs that differ in a setting other than dataset, method, shots and seed",
         )
 
-    def _ablation(
-        self,
-        method: str,
-        names: tuple[str, ...],
-        shots: int,
-        variants: dict[Variant, dict[str, dict[int, Run]]],
-    ) -> Table:
+    def _parts(self, shots: int) -> list[Table]:
+        """DAPT's losses and prompts on and off, where any runs have some of them off."""
         study = self.study
-        datasets = sorted({d for by_dataset in variants.values() for d in by_dataset})
-        main = {d: study.group(d, method, shots) for d in datasets}
-        every = [(main, True), *((v, False) for v in variants.values())]
-        rows: list[tuple[list[tuple[int, float, str]], Row]] = []
-        for by_dataset, is_main in every:
-            runs = [r for group in by_dataset.values() for r in group.values()]
-            if not runs:
-                continue
-            parts = {d: _accuracies(by_dataset.get(d, {})) for d in datasets}
-            cells = [number("percent", parts[d]) for d in datasets]
-            if len(datasets) > 1:
-                cells.append(number("percent", mean(list(parts.values()))))
-            shared = [d for d in datasets if parts[d] and main[d]]
-            gap: Samples = {}
-            if shared and not is_main:
-                gap = minus(
-                    mean([parts[d] for d in shared]),
-                    mean([_accuracies(main[d]) for d in shared]),
-                )
-            settings = full_settings(runs[0])
-            values = [shown(settings.get(name)) for name in names]
-            # A default that depends on the dataset has no one value.
-            label = " · ".join(f"{n} = {v}" for n, v in zip(names, values, strict=True))
-            if len({shown([full_settings(r).get(n) for n in names]) for r in runs}) > 1:
-                label = " · ".join(f"{n} by default" for n in names)
-            numbers = [number("points", gap)]
-            rows.append(
-                (
-                    [_order(v) for v in values],
-                    Row(
-                        f"{label} (main)" if is_main else label,
-                        [*cells, *numbers],
-                        method if is_main else None,
-                    ),
-                )
+        main = study.main
+        losses = [
+            ("none (VLPT)", "vlpt", main("vlpt")),
+            ("inter-dispersion only", "dapt", study.changed("dapt", beta_visual=0)),
+            ("intra-dispersion only", "dapt", study.changed("dapt", beta_text=0)),
+            ("both (DAPT)", "dapt", main("dapt")),
+        ]
+        prompts = [
+            ("text prompt only, inter-dispersion", "dapt-text", main("dapt-text")),
+            ("visual prompt only, intra-dispersion", "dapt-visual", main("dapt-visual")),
+            ("both (DAPT)", "dapt", main("dapt")),
+        ]
+        tables = []
+        for what, columns, reference in (("losses", losses, 0), ("prompts", prompts, 2)):
+            rows = [
+                (label, method, variant, method if variant == main(method) else None)
+                for label, method, variant in columns
+                if variant is not None
+            ]
+            to = columns[reference][0]
+            made = self._compared(
+                self.file("ablation", what, f"{shots}-shots"),
+                f"{what.capitalize()} on and off, {_shots(shots)}",
+                what,
+                shots,
+                study.datasets,
+                rows,
+                next((i for i, row in enumerate(rows) if row[0] == to), None),
+                f"The difference is to {to}.",
             )
-        heads = [*datasets, *(["average"] if len(datasets) > 1 else [])]
-        title = f"{method_title(method)}, {_shots(shots)}: {', '.join(names)}"
-        return Table(
+            if {row.label for row in made.rows} - {"none (VLPT)", "both (DAPT)"}:
+                tables.append(made)
+        return tables
+
+    def _ablation(
+        self, method: str, names: tuple[str, ...], shots: int, variants: dict[Variant, set[str]]
+    ) -> Table:
+        """Values of some settings; a dataset whose main runs have a row's value stands in it."""
+        study = self.study
+        datasets = sorted(set().union(*variants.values()))
+        main = study.main(method) or ()
+        rows: list[tuple[list[tuple[int, float, str]], _Compared]] = []
+        for variant in (main, *variants):
+            groups = (study.group(d, method, shots, variant=variant) for d in datasets)
+            settings = [full_settings(run) for group in groups for run in group.values()]
+            if not settings:
+                continue
+            values = [shown(settings[0].get(name)) for name in names]
+            label = " · ".join(f"{clean(n)} = {v}" for n, v in zip(names, values, strict=True))
+            # A default that depends on the dataset has no one value.
+            if len({shown([s.get(n) for n in names]) for s in settings}) > 1:
+                label = " · ".join(f"{clean(n)} by default" for n in names)
+            colour = None
+            if variant == main:
+                label, colour = f"{label} (main)", method
+            rows.append(([_order(v) for v in values], (label, method, variant, colour)))
+        ordered = [row for _, row in sorted(rows, key=lambda r: r[0])]
+        return self._compared(
             self.file("ablation", method, *names, f"{shots}-shots"),
-            title,
+            f"{method_title(method)}, {_shots(shots)}: {', '.join(map(clean, names))}",
             "setting",
-            [*(Column(h, better="high") for h in heads), Column("difference", "points")],
-            [row for _, row in sorted(rows, key=lambda r: r[0])],
+            shots,
+            datasets,
+            ordered,
+            next((i for i, row in enumerate(ordered) if row[2] == main), None),
         )
+
+    def _compared(
+        self,
+        name: str,
+        title: str,
+        corner: str,
+        shots: int,
+        datasets: Sequence[str],
+        rows: Sequence[_Compared],
+        reference: int | None,
+        note: str = "",
+    ) -> Table:
+        """Accuracy by dataset, and the difference to the row of number ``reference``."""
+        parts = [
+            {d: self.study.samples(d, m, shots, ACCURACY, variant=v) for d in datasets}
+            for _, m, v, _ in rows
+        ]
+        datasets = [d for d in datasets if any(part[d] for part in parts)]
+        several = len(datasets) > 1
+        made = []
+        for i, (own, (label, _, _, colour)) in enumerate(zip(parts, rows, strict=True)):
+            gap: Samples = {}
+            if reference is not None and i != reference:
+                other = parts[reference]
+                shared = [d for d in datasets if own[d] and other[d]]
+                gap = minus(mean([own[d] for d in shared]), mean([other[d] for d in shared]))
+            cells = [number("percent", own[d]) for d in datasets]
+            if several:
+                cells.append(number("percent", mean([own[d] for d in datasets])))
+            made.append(Row(label, [*cells, number("points", gap)], colour))
+        heads = [*map(self.study.label, datasets), *(["average"] if several else [])]
+        columns = [*(Column(h, better="high") for h in heads), Column("difference", "points")]
+        return Table(name, title, corner, columns, made, note)
 
     # ------------------------------------------------------------------- inside training
 
@@ -625,7 +654,7 @@ class Sections:
             drawings = [
                 training_curves(
                     self.file("curve", term, dataset),
-                    f"{_term(term)} by epoch, {dataset}, {_shots(shots)}",
+                    f"{_term(term)} by epoch, {study.label(dataset)}, {_shots(shots)}",
                     _term(term),
                     curves,
                     _term(term).capitalize(),
@@ -634,7 +663,7 @@ class Sections:
             ]
             blocks.append(
                 Block(
-                    f"{dataset}, {_shots(shots)}",
+                    f"{study.label(dataset)}, {_shots(shots)}",
                     drawings=drawings,
                     legend=self.legend(methods),
                     runs=tuple(sorted(numbers)),
@@ -651,16 +680,27 @@ class Sections:
         study, blocks = self.study, []
         for dataset in study.datasets:
             shots = study.best_represented_shots([dataset])
-            groups = {m: study.group(dataset, m, shots) for m in study.methods}
-            table = self._dispersion_table(dataset, shots, groups)
-            block = Block(f"{dataset}, {_shots(shots)}", tables=[table])
+            parts = {
+                (m, head): study.samples(dataset, m, shots, dispersion(head))
+                for m in study.methods
+                for head in _DISPERSIONS
+            }
+            label = study.label(dataset)
+            table = self.by_method(
+                self.file("dispersion", dataset),
+                f"Dispersion, {label}, {_shots(shots)}",
+                [Column(head, "number", better) for head, better in _DISPERSIONS.items()],
+                lambda m, parts=parts: [  # type: ignore[misc]
+                    number("number", parts[m, head]) for head in _DISPERSIONS
+                ],
+                caption="Dispersion",
+            )
+            block = Block(f"{label}, {_shots(shots)}", tables=[table])
             if table and dataset in self.drawn:
                 for kind in ("inter", "intra"):
                     changes = []
-                    for method, runs in groups.items():
-                        ends = [
-                            _dispersions(runs, f"{kind} {time}") for time in ("before", "after")
-                        ]
+                    for method in study.methods:
+                        ends = [parts[method, f"{kind} {time}"] for time in ("before", "after")]
                         if all(ends):
                             before, after = (
                                 float(np.mean([s.value for s in e.values()])) for e in ends
@@ -671,18 +711,18 @@ class Sections:
                     block.drawings.append(
                         before_and_after(
                             self.file("dispersion", kind, dataset),
-                            f"{kind.capitalize()}-dispersion before and after, {dataset}",
+                            f"{kind.capitalize()}-dispersion before and after, {label}",
                             f"{kind}-dispersion",
                             changes,
                             f"{kind.capitalize()}-dispersion, before (hollow) and after tuning",
                         )
                     )
-                block.runs = tuple(r.number for runs in groups.values() for r in runs.values())
+                block.runs = _runs(*parts.values())
             blocks.append(block)
             pairs = [(i, pair) for i in self.inside if i.run.dataset == dataset for pair in i.maps]
             blocks.append(
                 Block(
-                    f"Feature maps, {dataset}",
+                    f"Feature maps, {label}",
                     "Before and after tuning by one t-SNE fit for each pair, so that places are "
                     "comparable within it. Classes with the most test images have colours; the "
                     "run of a method is the one with the most shots and the lowest seed.",
@@ -705,20 +745,6 @@ class Sections:
             "no run that learned a prompt",
         )
 
-    def _dispersion_table(
-        self, dataset: str, shots: int, groups: dict[str, dict[int, Run]]
-    ) -> Table:
-        heads = [f"{kind} {time}" for kind in ("inter", "intra") for time in ("before", "after")]
-        better = {"inter after": "high", "intra after": "low"}
-
-        return self.by_method(
-            self.file("dispersion", dataset),
-            f"Dispersion, {dataset}, {_shots(shots)}",
-            [Column(head, "number", better.get(head)) for head in heads],
-            lambda m: [number("number", _dispersions(groups[m], head)) for head in heads],
-            caption="Dispersion",
-        )
-
     # -------------------------------------------------------------------------- mistakes
 
     def featured(self) -> dict[str, Run]:
@@ -735,7 +761,7 @@ class Sections:
             means = {
                 m: cell.value
                 for m in tuned or self.study.methods
-                if (cell := number("percent", self.study.samples(dataset, m, shots, "accuracy")))
+                if (cell := number("percent", self.study.samples(dataset, m, shots, ACCURACY)))
                 and cell.value is not None
             }
             if means:
@@ -754,9 +780,11 @@ class Sections:
                     f"{clean(run.path, 400)}: {clean(error, 400)}; its mistakes are left out"
                 )
                 continue
-            what = f"{dataset}: {method_title(run.method)}, {_shots(run.shots)}, seed {run.seed}"
-            kept = _hardest(confusion)
-            shares = confusion.counts / np.maximum(confusion.counts.sum(1, keepdims=True), 1)
+            what = (
+                f"{self.study.label(dataset)}: {method_title(run.method)}, {_shots(run.shots)}, "
+                f"seed {run.seed}"
+            )
+            kept = _most_missed(confusion)
             size = len(confusion.class_names)
             note = (
                 f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
@@ -771,7 +799,7 @@ class Sections:
                         self.file("confusion", dataset),
                         f"Confusion matrix, {what}",
                         [confusion.class_names[i] for i in kept],
-                        shares[np.ix_(kept, kept)],
+                        confusion.shares(kept),
                         "Confusion matrix",
                     )
                 ],
@@ -798,27 +826,23 @@ class Sections:
         )
 
     def _mistake_tables(self, dataset: str, run: Run, confusion: Confusion) -> list[Table]:
-        counts, names = confusion.counts, confusion.class_names
+        names, images, right = confusion.class_names, confusion.images, confusion.right
         source = (run.number,)
-        totals, right = counts.sum(1), counts.diagonal()
-        wrong = counts - np.diag(right)
-        order = sorted(
-            np.flatnonzero((totals > 0) & (right < totals)),
-            key=lambda c: (right[c] / totals[c], c),
-        )
-        rows = []
-        for c in order[:LISTED]:
-            taken = int(wrong[c].argmax())
-            rows.append(
-                Row(
-                    names[c],
-                    [
-                        single("percent", float(right[c] / totals[c]), source),
-                        single("count", int(totals[c]), source),
-                        words(f"{names[taken]} ({wrong[c, taken]})"),
-                    ],
-                )
+        wrong = confusion.mistakes()
+        taken: dict[int, tuple[int, int]] = {}
+        for true, named, count in wrong:
+            taken.setdefault(true, (named, count))
+        rows = [
+            Row(
+                names[c],
+                [
+                    single("percent", right[c] / images[c], source),
+                    single("count", images[c], source),
+                    words(f"{names[taken[c][0]]} ({taken[c][1]})", source),
+                ],
             )
+            for c in confusion.hardest()[:LISTED]
+        ]
         columns = [
             Column("accuracy"),
             Column("images", "count"),
@@ -826,30 +850,27 @@ class Sections:
         ]
         hardest = Table(
             self.file("hardest", dataset),
-            f"Hardest classes, {dataset}",
+            f"Hardest classes, {self.study.label(dataset)}",
             "class",
             columns,
             rows,
             caption="Hardest classes",
         )
-        flat = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]
-        pairs = [divmod(int(i), len(names)) for i in flat]
         confused = Table(
             self.file("confused", dataset),
-            f"Most frequent confusions, {dataset}",
+            f"Most frequent confusions, {self.study.label(dataset)}",
             "true class",
             [Column("named", "text"), Column("images", "count"), Column("of class", "percent")],
             [
                 Row(
-                    names[a],
+                    names[true],
                     [
-                        words(names[b]),
-                        single("count", int(wrong[a, b]), source),
-                        single("percent", float(wrong[a, b] / totals[a]), source),
+                        words(names[named], source),
+                        single("count", count, source),
+                        single("percent", count / images[true], source),
                     ],
                 )
-                for a, b in pairs
-                if wrong[a, b]
+                for true, named, count in wrong[:LISTED]
             ],
             caption="Most frequent confusions",
         )
@@ -861,19 +882,19 @@ class Sections:
         for dataset in study.datasets:
             table = self.by_method(
                 self.file("ece", dataset),
-                f"ECE, {dataset}",
+                f"ECE, {study.label(dataset)}",
                 [Column(_shots(k), better="low") for k in study.shots],
                 lambda m, d=dataset: [  # type: ignore[misc]
-                    number("percent", study.samples(d, m, k, "ece")) for k in study.shots
+                    number("percent", study.samples(d, m, k, score("ece"))) for k in study.shots
                 ],
                 caption="ECE",
             )
-            blocks.append(Block(dataset, tables=[table]))
+            blocks.append(Block(study.label(dataset), tables=[table]))
             looked = [i for i in self.inside if i.run.dataset == dataset and i.reliability]
             drawings = [i.reliability for i in looked if i.reliability]
             blocks.append(
                 Block(
-                    f"Reliability, {dataset}",
+                    f"Reliability, {study.label(dataset)}",
                     "Accuracy by confidence; below the dashed line it is too sure of itself. The "
                     "more solid a bar, the more images it stands for.",
                     drawings,
@@ -882,12 +903,19 @@ class Sections:
                 )
             )
         lead = (
-            "Expected calibration error: the gap between confidence and accuracy, over 15 bins of "
-            "equal width. Lower is better."
+            f"Expected calibration error: the gap between confidence and accuracy, over {ECE_BINS} "
+            "bins of equal width. Lower is better."
         )
         return Section("calibration", "Calibration", lead, blocks, "no run with an ECE")
 
 
+# Higher or lower is what the losses aim at; before tuning there is nothing to be best at.
+_DISPERSIONS = {
+    "inter before": None,
+    "inter after": "high",
+    "intra before": None,
+    "intra after": "low",
+}
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
 
@@ -912,24 +940,28 @@ def _within(target: str, source: str) -> str:
     return domain if domain and dataset == source.partition(":")[0] else target
 
 
-def _accuracies(runs: dict[int, Run]) -> Samples:
-    return {s: Sample(r.scores.accuracy, (r.number,)) for s, r in runs.items() if r.scores}
+def _of(dataset: str, classes: str) -> str:
+    """A dataset with the classes meant, where they are not all."""
+    return dataset if classes == "all" else f"{dataset} ({classes})"
 
 
-def _dispersions(runs: dict[int, Run], key: str) -> Samples:
-    return {
-        s: Sample(r.dispersion[key], (r.number,)) for s, r in runs.items() if key in r.dispersion
-    }
+def _sources(study: Study, classes: str) -> Iterator[tuple[str, int, dict[str, dict[int, Run]]]]:
+    """Dataset, shots and main runs by method and seed; of zero-shot alone only if all are.
+
+    Elsewhere it stands in for any number of shots.
+    """
+    found: dict[tuple[str, int], dict[str, dict[int, Run]]] = defaultdict(dict)
+    for dataset, method, shots, runs in study.groups(classes):
+        found[dataset, shots][method] = runs
+    tuned = {dataset for (dataset, _), methods in found.items() if set(methods) - {ZERO_SHOT}}
+    for (dataset, shots), methods in found.items():
+        if set(methods) - {ZERO_SHOT} or dataset not in tuned:
+            yield dataset, shots, methods
 
 
-def _evaluated(runs: dict[int, Run], dataset: str, classes: str) -> Samples:
-    """Accuracy of runs on another dataset, domain or set of classes, by seed."""
-    return {
-        seed: Sample(e.scores.accuracy, (e.run,))
-        for seed, run in runs.items()
-        for e in run.evaluations
-        if (e.dataset, e.classes) == (dataset, classes)
-    }
+def _runs(*samples: Samples) -> tuple[int, ...]:
+    """Runs that any of the samples came from."""
+    return tuple(sorted({n for group in samples for s in group.values() for n in s.runs}))
 
 
 def _without_interval(cell: Cell) -> Cell:
@@ -950,7 +982,7 @@ def _stack(logs: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(log, (0, longest - len(log)), constant_values=np.nan) for log in logs])
 
 
-def _hardest(confusion: Confusion) -> list[int]:
+def _most_missed(confusion: Confusion) -> list[int]:
     """Classes with the most misnamed images, as many as can be read, in label order."""
-    wrong = confusion.counts.sum(1) - confusion.counts.diagonal()
-    return sorted(map(int, np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES]))
+    wrong = confusion.images - confusion.right
+    return sorted(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES].tolist())

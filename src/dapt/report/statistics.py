@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and half the width of its 95 % interval, which one value alone does not have."""
+    """A mean and half the width of its interval, which one value alone does not have."""
 
     mean: float
     half: float | None

@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with half its 95 % interval in the column's unit, or a text; and its runs."""
+    """A number with half its interval in the column's unit, or a text; and its runs."""
 
     kind: str = "text"
     value: float | None = None
@@ -203,11 +203,12 @@ class Table:
             cells = [_latex_cell(cell) for cell in row.cells]
             lines.append(" & ".join([_latex(row.label), *cells]) + r" \\")
         body = "\n".join(lines)
+        note = f"\n\\smallskip\n{{\\footnotesize {_latex(self.note)}}}\n" if self.note else ""
         return (
             "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n"
             f"\\caption{{{_latex(self.title)}}}\n"
             f"\\begin{{tabular}}{{{align}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-            "\\end{table}\n"
+            f"{note}\\end{{table}}\n"
         )
 
 
@@ -230,7 +231,7 @@ def single(kind: str, value: float | None, runs: Iterable[int] = ()) -> Cell:
     """One number as a cell, without an interval."""
     if value is None:
         return Cell(kind)
-    return Cell(kind, _FACTOR.get(kind, 1.0) * value, None, 1, runs=tuple(sorted(runs)))
+    return Cell(kind, _FACTOR.get(kind, 1.0) * float(value), None, 1, runs=tuple(sorted(runs)))
 
 
 def words(text: object, runs: Iterable[int] = ()) -> Cell:

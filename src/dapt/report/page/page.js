@@ -18,7 +18,7 @@
   addEventListener("resize", mark);
   mark();
   document.addEventListener("mouseover", (event) => {
-    const link = event.target.closest && event.target.closest('.num a[href^="#run"]');
+    const link = event.target.closest && event.target.closest('td a[href^="#run"], .quiet');
     if (!link || link.title) return;
     const one = link.hash.match(/^#run-(\d+)$/);
     const set = document.getElementById(link.hash.slice(1));
