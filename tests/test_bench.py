@@ -12,12 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from conftest import REPOSITORY
 from dapt import bench
 from dapt.backbone import load_backbone, load_model
 from dapt.bench import count_operations, read_class_names, run_bench
 from dapt.classifier import PromptedClassifier
 from dapt.cli import app
 from dapt.errors import UserError
+from dapt.experiment import read_suite
 from dapt.methods import METHODS
 from dapt.plain import PlainClassifier
 from dapt.prompts import new_prompts
@@ -243,3 +245,8 @@ def test_what_bench_refuses(tmp_path):
     (tmp_path / "names.txt").write_text("\n")
     with pytest.raises(UserError, match="names no class"):
         read_class_names(tmp_path / "names.txt")
+
+
+def test_precision_example_compares_both():
+    columns = read_suite(REPOSITORY / "examples" / "precision.yaml").columns()
+    assert [c["precision"] for c in columns.values()] == ["fp32", "bf16"]

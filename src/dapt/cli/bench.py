@@ -61,8 +61,7 @@ def bench(
 
         dapt bench --class-names sun397.json --batch-size 16 --json bench.json
 
-        dapt bench --class-names caltech101.json --class-names imagenet.json --variants bf16
-        --together
+        dapt bench --class-names a.json --class-names b.json --variants bf16 --together
 
         dapt bench -b bundled -b ViT-B-32 --batch-size 8 --batch-size 32 --variants plain,fp32
     """
