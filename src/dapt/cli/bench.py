@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -113,7 +114,7 @@ def bench(
 
 def _show_bench(report: dict[str, Any]) -> None:
     """A table for each setting: a row a variant, with ratios to the first one."""
-    from dapt.bench import OUT_OF_MEMORY, SETTING
+    from dapt.bench import SETTING
 
     for setting, rows in groupby(report["cases"], key=lambda row: [row[k] for k in SETTING]):
         backbone, names, batch_size = setting
@@ -123,12 +124,12 @@ def _show_bench(report: dict[str, Any]) -> None:
             title=f"{backbone}, {names} ({first['classes']:,} names), batch {batch_size}",
             title_justify="left",
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in ("forw. s", "backw. s", "step s", "×", "share", "eval/s", "×", "peak GB"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in variants:
-            if error := row.get("error"):
-                table.add_row(row["variant"], OUT_OF_MEMORY if OUT_OF_MEMORY in error else "failed")
+            if "error" in row:
+                table.add_row(row["variant"], "failed")  # the reason stands below
                 continue
             cells = [""] * 8
             if "step" in row:
@@ -156,11 +157,15 @@ def _explain(report: dict[str, Any]) -> None:
 
     done = [row for row in report["cases"] if "error" not in row]
     if any("step" in row for row in done):
-        rates = {r["variant"]: r["matmul_flops_per_second"] / 1e9 for r in done}
+        rates = {
+            variant: median(r["matmul_flops_per_second"] for r in done if r["variant"] == variant)
+            for variant in dict.fromkeys(r["variant"] for r in done)
+        }
+        told = (f"{variant} {rate / 1e9:,.0f}" for variant, rate in rates.items())
         say(
             "share: of the rate of matrix products in the same turns; operations that "
             "recomputation repeats do not count; Gflop/s on "
-            f"{report['threads']} threads: {', '.join(f'{v} {r:,.0f}' for v, r in rates.items())}"
+            f"{report['threads']} threads: {', '.join(told)}"
         )
     if any("eval_batch" in row for row in done):
         images, size = report["eval_images"], report["eval_batch_size"]
