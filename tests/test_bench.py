@@ -1,63 +1,145 @@
 """The benchmark command on a tiny backbone: its figures hang together."""
 
+import io
 import json
+import os
+import signal
+import sys
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from dapt.bench import read_class_names, run_bench
+from conftest import REPOSITORY
+from dapt import bench
+from dapt.backbone import load_backbone, load_model
+from dapt.bench import count_operations, read_class_names, run_bench
+from dapt.classifier import PromptedClassifier
 from dapt.cli import app
 from dapt.errors import UserError
+from dapt.experiment import read_suite
+from dapt.methods import METHODS
+from dapt.plain import PlainClassifier
+from dapt.prompts import new_prompts
+from dapt.tuning import Tuner
+
+WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "a very long name of a rare flower"]
+
+
+def run(**changes):
+    """`run_bench` on two lists of names, with some of its arguments changed."""
+    arguments = {
+        "backbones": {"some": None},
+        "class_names": {"one": ["cat"], "two": ["cat", "dog"]},
+        "batch_sizes": [1],
+        "eval_batch_size": 1,
+        "eval_images": 10,
+        "variants": ["plain", "fp32"],
+        "rounds": 1,
+        "device": "cpu",
+    }
+    return run_bench(**{**arguments, **changes})
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """No processes: figures out of the air. Tells how many cases were alive, each time."""
+    alive, counts = [], []
+    figures = {
+        "train": {"forward": 1.0, "backward": 1.0, "step": 2.0, "loss": 3.0},
+        "eval": {"eval_class_features": 5.0, "eval_batch": 2.0},
+        "memory": {"peak_bytes": None},
+        "count": {"flops": 1.0},
+    }
+
+    def start(case):
+        alive.append(case)
+        counts.append(len(alive))
+
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1.0)
+    monkeypatch.setattr(bench._Case, "start", start)
+    monkeypatch.setattr(bench._Case, "stop", lambda case: case in alive and alive.remove(case))
+    monkeypatch.setattr(bench._Case, "_answer", lambda case, task: dict(figures[task]))
+    yield counts
+    assert not alive
 
 
 def test_bench(tiny_weights, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nhot air balloon\n\n")
-    one = tmp_path / "one.json"
-    one.write_text('["cat"]')
     file = tmp_path / "bench.json"
-    arguments = ["bench", "-b", tiny_weights, "--class-names", names, "--class-names", one]
-    arguments += [
-        "--batch-size",
-        2,
-        "--eval-batch-size",
-        4,
-        "--rounds",
-        2,
-        "--json",
-        file,
-        "--device",
-        "cpu",
-    ]
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    arguments = ["bench", "-b", tiny_weights, "--class-names", names, "--batch-size", 2]
+    arguments += ["--eval-batch-size", 4, "--eval-images", 40, "--rounds", 2, "--json", file]
+    # No matter how much memory the process holds that starts the others.
+    held = torch.ones(400_000_000)
+    result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--device", "cpu"]])
+    del held
     assert result.exit_code == 0, result.output
+    assert "largest relative difference to plain: fp32" in result.output
     report = json.loads(file.read_text())
     assert report["rounds"] == 2
-    variants = ["plain", "fp32", "bf16"]
-    assert [(c["classes"], c["variant"]) for c in report["cases"]] == [
-        (count, variant) for count in (3, 1) for variant in variants
-    ]
-    for row in report["cases"]:
+    rows = {row["variant"]: row for row in report["cases"]}
+    assert list(rows) == ["plain", "fp32", "bf16"]
+    for variant, row in rows.items():
+        assert (row["names"], row["classes"], row["batch_size"]) == ("names", 3, 2)
         assert row["step"] == pytest.approx(row["forward"] + row["backward"], rel=0.5)
         assert len(row["steps"]) == 2
-        assert row["peak_bytes"] > 1e8
-        assert row["eval_images_per_second"] > 0
+        assert 1e8 < row["peak_bytes"] < 1.6e9
         assert row["share_of_matmul_rate"] > 0
+        assert row["eval_images_per_second"] > 0
+        # Class features: once for an evaluation, or in every batch of it.
+        assert (row["eval_class_features"] == 0) == (variant == "plain")
+    # The same mathematics in every variant.
+    assert rows["fp32"]["loss_difference"] <= 1e-5
+    assert rows["bf16"]["loss_difference"] <= 0.05
     # 77 tokens a class against about five: far fewer operations, the same in both precisions.
-    rows = dict(zip(variants, report["cases"], strict=False))
     assert rows["fp32"]["flops"] < 0.7 * rows["plain"]["flops"]
     assert rows["fp32"]["flops"] == rows["bf16"]["flops"]
 
 
-def test_one_task_alone(tiny_weights, tmp_path):
+def test_lists_of_the_same_length_or_file_name_are_apart(pretended, tmp_path):
+    for folder, names in (("a", "cat\ndog\n"), ("b", "sea\nsky\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "names.txt").write_text(names)
+    files = [str(tmp_path / folder / "names.txt") for folder in ("a", "b")]
     file = tmp_path / "bench.json"
-    start = ["bench", "-b", str(tiny_weights), "--variants", "fp32", "--rounds", "1"]
-    size = ["--batch-size", "2", "--eval-batch-size", "2", "--device", "cpu", "--json", str(file)]
+    arguments = ["bench", "--class-names", files[0], "--class-names", files[1]]
+    arguments += ["--batch-size", "2", "--batch-size", "3", "-b", "bundled", "-b", "ViT-B-32"]
+    result = CliRunner().invoke(app, [*arguments, "--rounds", "1", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["cases"]
+    assert [(r["backbone"], r["names"], r["batch_size"], r["variant"]) for r in rows] == [
+        (backbone, names, size, variant)
+        for backbone in ("bundled", "ViT-B-32")
+        for names in files
+        for size in (2, 3)
+        for variant in ("plain", "fp32", "bf16")
+    ]
+
+
+def test_processes_live_as_long_as_their_turns(pretended):
+    run()
+    assert max(pretended) == 2
+    pretended.clear()
+    run(together=True)
+    assert max(pretended) == 4
+
+
+def test_class_features_count_once_an_evaluation(pretended):
+    row = run(eval_images=100, eval_batch_size=10)["cases"][0]
+    assert row["eval_images_per_second"] == pytest.approx(100 / (5 + 100 / 10 * 2))
+
+
+def test_one_task_alone(pretended, tmp_path):
+    file = tmp_path / "bench.json"
+    start = ["bench", "-b", "bundled", "--variants", "fp32", "--json", str(file)]
     for option, there, absent in (
         ("--no-train", "eval_images_per_second", "step"),
         ("--no-eval", "step", "eval_images_per_second"),
     ):
-        result = CliRunner().invoke(app, [*start, *size, option])
+        result = CliRunner().invoke(app, [*start, option])
         assert result.exit_code == 0, result.output
         row = json.loads(file.read_text())["cases"][0]
         assert there in row
@@ -65,20 +147,106 @@ def test_one_task_alone(tiny_weights, tmp_path):
     assert CliRunner().invoke(app, [*start, "--no-train", "--no-eval"]).exit_code == 2
 
 
-def test_what_bench_refuses(tiny_weights, tmp_path):
+def test_a_case_that_dies_is_a_row_and_the_others_go_on(tiny_weights, monkeypatch, tmp_path):
+    start = bench._Case.start
+
+    def starting(case):
+        start(case)
+        if case.job["variant"] == "plain":
+            os.kill(case.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(bench._Case, "start", starting)
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "-b", str(tiny_weights), "--variants", "plain,fp32", "--no-eval"]
+    arguments += ["--batch-size", "1", "--rounds", "1", "--device", "cpu", "--json", str(file)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    plain, fp32 = json.loads(file.read_text())["cases"]
+    assert plain["error"].startswith("out of memory")
+    assert "exit code -9" in plain["error"]
+    assert plain["error"] in result.output
+    assert fp32["step"] > 0
+    result = CliRunner().invoke(app, [*arguments, "--variants", "plain"])
+    assert result.exit_code == 2
+    assert "exit code -9" in result.output
+
+
+def test_a_worker_answers_whatever_happens_with_a_sentence(tiny_weights, monkeypatch):
+    def answers(names, *tasks):
+        job = {"backbone": str(tiny_weights), "pretrained": None, "class_names": names}
+        job |= {"batch_size": 1, "eval_batch_size": 1, "device": "cpu", "variant": "fp32"}
+        lines = "\n".join(map(json.dumps, (job, *tasks)))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        written = sys.stdout
+        bench._work()
+        return [json.loads(line) for line in written.getvalue().splitlines()]
+
+    (found,) = answers(["la " * 90], "train")
+    assert "longer than the 77 tokens" in found["error"]
+    monkeypatch.setattr(bench._Variant, "eval", lambda self: torch.empty(2**60))
+    good, enough, unknown = answers(["cat"], "train", "eval", "nonsense")
+    assert good["loss"] > 0
+    assert enough["error"].startswith("out of memory (")
+    assert unknown["error"].startswith("AttributeError: ")
+
+
+@pytest.mark.parametrize("name", ["tiny", "bundled"])
+@pytest.mark.parametrize("words", [WORDS, WORDS[:1]])
+def test_a_step_is_the_plain_ways(request, name, words):
+    """Loss within 1e-5 and both gradients within 1e-4, relative."""
+    if name == "tiny":
+        name = str(request.getfixturevalue("tiny_weights"))
+    backbone, (model, _, _) = load_backbone(name), load_model(name, None)
+    size = backbone.preprocessing.size
+    draw = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (3, 3, size, size), generator=draw, dtype=torch.uint8)
+    labels = torch.randint(0, len(words), (3,), generator=draw)
+    prototypes = torch.randn(len(words), model.text.text_projection.shape[1], generator=draw)
+    found = []
+    for kind in ("plain", "ours"):
+        prompts = new_prompts(backbone, text_vectors=16, visual_vectors=16)
+        if kind == "plain":
+            classifier = PlainClassifier(backbone, model, words, prompts)
+        else:
+            classifier = PromptedClassifier(backbone, words, prompts, "{}")
+        weights = {"intra": 10.0, "inter": 10.0}
+        total, _, _ = Tuner(classifier, METHODS["dapt"], weights, prototypes).losses(views, labels)
+        total.backward()
+        found.append((total.item(), prompts.text.grad, prompts.visual.grad))
+    (expected, *gradients), (loss, *others) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert (other - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_what_is_computed_twice_counts_once(tiny_weights):
+    backbone = load_backbone(str(tiny_weights))
+    views = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    ours, all_of_it = [], []
+    for budget in (2**40, 1):  # all classes at once, and one at a time, computed anew
+        prompts = new_prompts(backbone, text_vectors=4, visual_vectors=4)
+        classifier = PromptedClassifier(backbone, WORDS, prompts, "{}", text_memory=budget)
+        ours.append(count_operations(lambda of=classifier: of(views).sum()))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            classifier(views).sum().backward()
+        all_of_it.append(counter.get_total_flops())
+    assert ours[0] == all_of_it[0]
+    assert ours[1] == ours[0]
+    assert all_of_it[1] > 1.05 * ours[1]
+
+
+def test_what_bench_refuses(tmp_path):
     with pytest.raises(UserError, match="unknown variant 'fp8'"):
-        run_bench(
-            backbone=str(tiny_weights),
-            pretrained=None,
-            class_names=[["a"]],
-            batch_size=1,
-            eval_batch_size=1,
-            variants=["fp8"],
-            rounds=1,
-        )
+        run(variants=["fp8"])
     (tmp_path / "names.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must hold a list of names"):
         read_class_names(tmp_path / "names.json")
     (tmp_path / "names.txt").write_text("\n")
     with pytest.raises(UserError, match="names no class"):
         read_class_names(tmp_path / "names.txt")
+
+
+def test_precision_example_compares_both():
+    columns = read_suite(REPOSITORY / "examples" / "precision.yaml").columns()
+    assert [c["precision"] for c in columns.values()] == ["fp32", "bf16"]
