@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -336,7 +337,7 @@ class ImageStore:
         self.resize_mode = resize_mode
         self.crop_min = crop_min
         self.memory_budget = memory_budget
-        self.threads = threads or min(8, _cores())
+        self.threads = threads or min(8, cpu_count())
         self._read = read
         self._kept: dict[int, Image.Image] = {}
         self.kept_bytes = 0
@@ -481,9 +482,3 @@ class _Batch:
         for part in self.work:
             part.result()
         return torch.from_numpy(self.pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -188,7 +188,7 @@ class RayCrew:
         if self._started:
             try:
                 ray.init(
-                    address=None if address == "local" else address,
+                    address=address,
                     include_dashboard=False if address == "local" else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
