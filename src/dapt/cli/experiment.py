@@ -197,7 +197,7 @@ def _run(
         with computing_with(each):
             estimator = estimate(plan, pending, session)
         seconds = {run: _seconds(estimator, run) for run in pending}
-    _show_plan(plan, states, seconds, None if ray else workers or 1, retry=retry)
+    _show_plan(plan, states, seconds, workers or (None if ray else 1), retry=retry)
     if dry_run:
         return None
     return run_plan(
