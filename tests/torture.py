@@ -427,63 +427,44 @@ def kills(ground: Ground, count: int, seed: int, only: str | None, report: Calla
 def one_grid(ground: Ground, count: int, seed: int, report: Callable) -> None:
     """A single grid that is killed ``count`` times, all the way through it, before it may end.
 
-    Once in one process and once in two; compared with one that nobody disturbed.
+    Once in one process and once in two; compared with one that nobody disturbed. When is said
+    in steps and evaluations done, not in seconds: how fast it goes depends on who else computes.
     """
     suite = ground.write_suite("one", "zero-shot, linear-probe, coop, dapt", "1, 2, 3, 4")
     attack = Attack("one grid", ["experiment", suite, "-o", ground.out, "--threads", "1"], [])
-    calm: dict[str, bytes] | None = None
+    calm = undisturbed(ground, attack).after
+    whole = _done(ground.out)
     for workers in (1, 2):
-        generator, tally = random.Random(seed), Tally()
+        generator, tally, done = random.Random(seed), Tally(), []
         command = [*attack.first, "--workers", str(workers)]
         ground.prepare(attack)
-        child = start(command, ground.folder)
-        begin = _until_it_writes(child, ground.out)
-        started = time.monotonic()
-        child.wait(10 * SLOW)
-        share = (time.monotonic() - started) / count
-        whole = results(ground.out)
-        runs = sum(name.endswith("metrics.json") for name in whole)
-        done = []  # at each kill
         try:
-            check_same(whole, calm or whole, "undisturbed, in two processes")
-            calm = calm or whole
-            ground.prepare(attack)
-            for _ in range(count):
+            for moment in sorted(generator.uniform(0, 0.95 * whole) for _ in range(count)):
                 child = start(command, ground.folder)
-                if generator.random() < 0.25:
-                    child.wait(generator.uniform(0, begin))
-                else:
-                    _until_it_writes(child, ground.out)
-                    child.wait(generator.uniform(0, 3 * share))
+                while _done(ground.out) < moment and not child.wait(0.01):
+                    pass
+                child.wait(generator.uniform(0, 0.5))
                 tally.tried += 1
                 tally.hit += child.code is None
                 child.kill(alone=generator.random() < 0.5)
                 if child.code not in (0, -signal.SIGKILL):
                     raise Lost(f"exit {child.code}: {child.said()[-600:]}")
                 tally.abandoned += check_tree(ground.out)
-                done.append(len(list(ground.out.rglob("metrics.json"))))
+                done.append(f"{_done(ground.out) / whole:.0%}")
             succeed(command, ground.folder)
             check_same(results(ground.out), calm, f"killed {count} times")
             check_tree(ground.out)
         except Lost as error:
             tally.lost.append(str(error))
         report(f"kill -9: one grid, {workers} at once", tally)
-        print(f"    of {runs} runs {', '.join(map(str, done))} were done when it was killed")
+        print(f"    done when it was killed: {' '.join(done)}")
 
 
-def _until_it_writes(child: Child, folder: Path) -> float:
-    """Wait till a command writes results, and return how long that was."""
-    started, now = time.monotonic(), time.time()
-
-    def stirred() -> bool:
-        with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
-            files = [file for file in folder.rglob("*.*") if not file.name.startswith(".")]
-            return any(file.stat().st_mtime > now for file in files)
-        return True
-
-    while not stirred() and not child.wait(0.01):
-        pass
-    return time.monotonic() - started
+def _done(folder: Path) -> int:
+    """Steps, runs and evaluations of a grid that are done."""
+    logs = [file.read_bytes().count(b"\n") for file in folder.rglob("log.csv")]
+    ends = [file for name in ("metrics.json", "eval-*.json") for file in folder.rglob(name)]
+    return sum(logs) + len(ends)
 
 
 # ---------------------------------------------------------------------- disks, two at once
