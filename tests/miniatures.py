@@ -7,8 +7,15 @@ from PIL import Image
 from dapt.data import BENCHMARKS
 
 SPLIT_ROWS = [name for name, row in BENCHMARKS.items() if row.index.startswith("split_")]
-WNIDS = ("n01440764", "n01443537", "n02012849", "n03126707")
-WORDS = ("tench", "goldfish", "crane bird", "construction crane")
+# Of ImageNet's own: names of several words, two classes of one name, and more than ten, so that
+# ImageNetV2's folders 0, 1, 2, ... 11 are in another order as text than as numbers.
+CLASSES = {
+    "n01440764": "tench", "n01443537": "goldfish", "n01484850": "great white shark",
+    "n01531178": "goldfinch", "n02012849": "crane bird", "n02123045": "tabby cat",
+    "n02895154": "breastplate", "n03126707": "construction crane", "n03773504": "missile",
+    "n04008634": "missile", "n04251144": "snorkel", "n07753592": "banana",
+}  # fmt: skip
+WNIDS, WORDS = tuple(CLASSES), tuple(CLASSES.values())
 
 
 def put_image(path, size=(8, 8)):
@@ -49,8 +56,7 @@ def make_benchmark(root, name):
             for line in lines:
                 put_image(images / f"{line.split()[0]}.jpg")
     else:
-        names = [f"{a} {b}" for a, b in zip(WNIDS, WORDS, strict=True)]
-        put(home / row.index, "\n".join(names) + "\n")
+        put(home / row.index, "".join(f"{wnid} {word}\n" for wnid, word in CLASSES.items()))
         places = {"imagenet": ("train", "val")}.get(name, (".",))
         for place in places:
             for number, wnid in enumerate(WNIDS):

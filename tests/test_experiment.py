@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from miniatures import make_benchmark
+from miniatures import WNIDS, make_benchmark
 from typer.testing import CliRunner
 
 from dapt.cli import app
+from dapt.data import bundled_domains
 from dapt.errors import UserError
 from dapt.experiment import make_plan, read_suite, run_plan, suite_file, suite_names
-from dapt.experiment.plan import DONE
+from dapt.experiment.plan import DONE, Estimator
 from dapt.progress import Reporter
 from dapt.settings import Settings
 
@@ -327,9 +328,10 @@ def test_domain_generalization_on_the_benchmarks(tiny_weights, tmp_path):
         for file in run.glob("eval-*.json"):
             value = json.loads(file.read_text())
             images[value["dataset"]] = value["test"]["images"]
-        # Four classes of three images; two of the shifts lack a class.
+        # Three images a class; two of the shifts lack a class.
+        every, fewer = 3 * len(WNIDS), 3 * (len(WNIDS) - 1)
         assert images == {
-            "imagenetv2": 12, "imagenet_sketch": 12, "imagenet_a": 9, "imagenet_r": 9
+            "imagenetv2": every, "imagenet_sketch": every, "imagenet_a": fewer, "imagenet_r": fewer
         }  # fmt: skip
     page = tmp_path / "report.html"
     assert dapt("report", tmp_path / "out", "--out", page).exit_code == 0
@@ -350,6 +352,35 @@ def test_two_evaluations_of_one_name_are_kept_apart(undisturbed, tmp_path, photo
         assert dapt("eval", run, "--dataset", tmp_path / folder / "other.csv").exit_code == 0
     found = {f.name: json.loads(f.read_text())["test"]["images"] for f in run.glob("eval-*")}
     assert found == {"eval-other.json": 1, "eval-other-2.json": 2}
+
+
+def test_a_probe_goes_where_the_classes_are_its_own(tiny_weights, tmp_path):
+    result = dapt(
+        "experiment", "domain-generalization", "-o", tmp_path, "-b", tiny_weights, "--methods",
+        "linear-probe", "--shots", 1, "--seeds", 1, "--threads", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    records = [json.loads(file.read_text()) for file in tmp_path.rglob("eval-*.json")]
+    assert sorted(record["domain"] for record in records) == sorted(bundled_domains()[1:])
+    assert all(len(record["test"]["per_class"]) == 34 for record in records)
+    assert "linear-probe" in read_suite(suite_file("domain-generalization")).bundled["methods"]
+
+
+def test_an_estimate_counts_the_images_of_targets(grid, tmp_path, undisturbed, photo_folder):
+    """Eight images elsewhere take eight times as long as one; what cannot be opened, no time."""
+    estimator = Estimator()
+    estimator.observe(plan_of(grid(), undisturbed.parent).runs[0])
+    image = photo_folder / "test" / "blue" / "0.png"
+    expected = {}
+    for count in (0, 1, 8):
+        folder = tmp_path / f"{count}"
+        (folder / "x").mkdir(parents=True)
+        for number in range(count):
+            shutil.copy(image, folder / "x" / f"{number}.png")
+        (run, *_) = plan_of(grid(evaluations=[{"dataset": str(folder)}]), folder).runs
+        expected[count] = estimator.seconds(run)
+    assert expected[1] > expected[0] > 0
+    assert expected[8] - expected[0] == pytest.approx(8 * (expected[1] - expected[0]))
 
 
 def test_a_dry_run_writes_nothing(grid, tmp_path):
@@ -503,39 +534,48 @@ def test_settings_of_a_suite_are_settings():
 # -------------------------------------------------------------------------------------- Ray
 
 
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray, which would otherwise end workers where other programs fill the memory."""
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    return pytest.importorskip("ray")
+
+
 @pytest.mark.timeout(600)  # a cluster is slow to start on a busy machine
-def test_a_lost_node_costs_no_run(grid, tmp_path):
+def test_a_local_cluster_is_one_of_its_own(grid, tmp_path, undisturbed, monkeypatch, ray):
+    """Whatever RAY_ADDRESS says; and its actors find the bits that this process does."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    result = dapt("experiment", grid(), "-o", tmp_path, "--ray", "local", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert "4 runs to do, about" in result.output
+    assert "of work" in result.output
+    assert results(tmp_path / "mine") == results(undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_node_costs_no_run(grid, tmp_path, ray):
     """Lost while both nodes tune: what it was at goes on elsewhere, to the same bits."""
-    ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    file = grid("ray", settings={"epochs": 300, "checkpoint_every": 50})
-    told = []
-
-    class Told(Reporter):
-        def say(self, line):
-            told.append(line)
-
+    file = grid("ray", shots=[1], settings={"epochs": 300, "checkpoint_every": 50})
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False)
 
         def lose_it():
-            deadline = time.time() + 100
+            deadline = time.time() + 300
             while len(list(tmp_path.rglob("log.csv"))) < 2 and time.time() < deadline:
                 time.sleep(0.02)
             cluster.remove_node(second, allow_graceful=False)
 
         loss = threading.Thread(target=lose_it)
         loss.start()
-        plan = plan_of(file, tmp_path / "a")
-        result = run_plan(plan, ray="auto", threads_each=1, reporter=Told())
+        arguments = ("--ray", cluster.address, "--threads", 1)
+        result = dapt("experiment", file, "-o", tmp_path / "a", *arguments)
         loss.join()
-        assert (result.done, result.failed) == (4, {})
+        assert result.exit_code == 0, result.output
     finally:
-        ray.shutdown()
         cluster.shutdown()
-    assert any("its worker died; the run goes on in another" in line for line in told), told
-    run_plan(plan_of(file, tmp_path / "b"), threads_each=1)
+    assert "its worker died; the run goes on in another" in result.output
+    assert run_plan(plan_of(file, tmp_path / "b"), threads_each=1).done == 2
     assert results(tmp_path / "a") == results(tmp_path / "b")

@@ -16,7 +16,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path):
     summary = tmp_path / "summary.json"
     kinds = "^(train dapt|import|report|export coop)$"
     command = [sys.executable, TORTURE, "--kills", "12", "--seed", "5", "--only", kinds,
-               "--disks", "0", "--pairs", "0", "--json", summary]  # fmt: skip
+               "--disks", "0", "--pairs", "0", "--grid-kills", "0", "--json", summary]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(summary.read_text())

@@ -98,7 +98,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             (os.kill if alone else os.killpg)(self.pid, signal.SIGKILL)
         self.wait(SLOW)
-        end = time.monotonic() + 20
+        # A worker looks for its parent when it has imported torch, and a busy machine takes long.
+        end = time.monotonic() + SLOW
         while True:
             try:
                 os.killpg(self.pid, 0)
@@ -287,12 +288,18 @@ class Ground:
         self.reported = folder / "reported"
         self.reported.mkdir()
         succeed(["report", self.other, "-o", self.reported / "page.html"], folder)
-        self.suite = folder / "small.yaml"
-        self.suite.write_text(
-            "datasets: [bundled]\nmethods: [coop, linear-probe]\nshots: [1]\nseeds: [1, 2]\n"
-            "settings: {device: cpu, batch_size: 16, epochs: 2, text_vectors: 2, lr: 0.5, "
-            "checkpoint_every: 1}\nevaluations: [{domain: fluent-emoji-high-contrast}]\n"
+        self.suite = self.write_suite("small", "coop, linear-probe", "1, 2")
+
+    def write_suite(self, name: str, methods: str, seeds: str) -> Path:
+        """A grid of tiny runs, each evaluated in another domain too."""
+        file = self.folder / f"{name}.yaml"
+        file.write_text(
+            f"datasets: [bundled]\nmethods: [{methods}]\nshots: [1]\nseeds: [{seeds}]\n"
+            "settings: {device: cpu, batch_size: 16, epochs: 2, text_vectors: 2, "
+            "visual_vectors: 2, lr: 0.5, checkpoint_every: 1}\n"
+            "evaluations: [{domain: fluent-emoji-high-contrast}]\n"
         )
+        return file
 
     def attacks(self) -> list[Attack]:
         out = self.out
@@ -415,6 +422,49 @@ def kills(ground: Ground, count: int, seed: int, only: str | None, report: Calla
                 break
     for name, tally in tallies.items():
         report(f"kill -9: {name}", tally)
+
+
+def one_grid(ground: Ground, count: int, seed: int, report: Callable) -> None:
+    """A single grid that is killed ``count`` times, all the way through it, before it may end.
+
+    Once in one process and once in two; compared with one that nobody disturbed. When is said
+    in steps and evaluations done, not in seconds: how fast it goes depends on who else computes.
+    """
+    suite = ground.write_suite("one", "zero-shot, linear-probe, coop, dapt", "1, 2, 3, 4")
+    attack = Attack("one grid", ["experiment", suite, "-o", ground.out, "--threads", "1"], [])
+    calm = undisturbed(ground, attack).after
+    whole = _done(ground.out)
+    for workers in (1, 2):
+        generator, tally, done = random.Random(seed), Tally(), []
+        command = [*attack.first, "--workers", str(workers)]
+        ground.prepare(attack)
+        try:
+            for moment in sorted(generator.uniform(0, 0.95 * whole) for _ in range(count)):
+                child = start(command, ground.folder)
+                while _done(ground.out) < moment and not child.wait(0.01):
+                    pass
+                child.wait(generator.uniform(0, 0.5))
+                tally.tried += 1
+                tally.hit += child.code is None
+                child.kill(alone=generator.random() < 0.5)
+                if child.code not in (0, -signal.SIGKILL):
+                    raise Lost(f"exit {child.code}: {child.said()[-600:]}")
+                tally.abandoned += check_tree(ground.out)
+                done.append(f"{_done(ground.out) / whole:.0%}")
+            succeed(command, ground.folder)
+            check_same(results(ground.out), calm, f"killed {count} times")
+            check_tree(ground.out)
+        except Lost as error:
+            tally.lost.append(str(error))
+        report(f"kill -9: one grid, {workers} at once", tally)
+        print(f"    done when it was killed: {' '.join(done)}")
+
+
+def _done(folder: Path) -> int:
+    """Steps, runs and evaluations of a grid that are done."""
+    logs = [file.read_bytes().count(b"\n") for file in folder.rglob("log.csv")]
+    ends = [file for name in ("metrics.json", "eval-*.json") for file in folder.rglob(name)]
+    return sum(logs) + len(ends)
 
 
 # ---------------------------------------------------------------------- disks, two at once
@@ -563,6 +613,7 @@ def main() -> int:
     """Attack, print a table, write a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--grid-kills", type=int, default=20, help="of one and the same grid")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="kill only commands whose name matches this expression")
     parser.add_argument("--disks", type=int, default=24, help="disks that fill up")
@@ -584,7 +635,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dapt-torture-") as place:
         os.environ["DAPT_CACHE"] = str(Path(place) / "cache")
         ground = Ground(Path(place).resolve(), given.only)
-        kills(ground, given.kills, given.seed, given.only, report)
+        if given.kills:
+            kills(ground, given.kills, given.seed, given.only, report)
+        if given.grid_kills:
+            one_grid(ground, given.grid_kills, given.seed, report)
         if given.pairs:
             two_at_once(ground, given.pairs, given.seed, report)
         if given.disks:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from miniatures import SPLIT_ROWS, WNIDS, WORDS, make_benchmark, put
 from typer.testing import CliRunner
 
 from dapt.cli import app
-from dapt.data import BENCHMARKS, draw_support_set, open_task
+from dapt.data import BENCHMARKS, bundled_domains, draw_support_set, open_task
 from dapt.data.check import check_dataset
 from dapt.errors import UserError
+from dapt.progress import Reporter
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -51,11 +54,15 @@ def test_folders_in_the_order_of_the_names_file(tmp_path):
     (tmp_path / "imagenetv2" / "classnames.txt").unlink()  # ImageNet's serves for its shifts
     target = open_task("imagenetv2", root=tmp_path)
     assert target.class_names == WORDS
-    assert target.test[3].path == "1/n01443537_1.JPEG"
+    folders = [item.path.split("/")[0] for item in target.test[::3]]
+    assert folders == [str(number) for number in range(len(WORDS))]
+    assert [item.label for item in target.test[::3]] == list(range(len(WORDS)))
     make_benchmark(tmp_path, "imagenet_a")
     target = open_task("imagenet_a", root=tmp_path)
     assert target.class_names == (WORDS[0], *WORDS[2:])
-    assert {i.label for i in target.test} == {0, 1, 2}
+    assert {i.label for i in target.test} == set(range(len(WORDS) - 1))
+    assert (target.root / "README.txt").is_file()  # as its authors' archive has it
+    assert {i.path.split("/")[0] for i in target.test} == {WNIDS[0], *WNIDS[2:]}
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
@@ -108,13 +115,28 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
         ),
         (
             "imagenet",
-            lambda r: (r / "images" / "val" / WNIDS[2]).rename(r / "elsewhere"),
-            None,
+            lambda r: (r / "images" / "train" / WNIDS[2]).rename(r / "elsewhere"),
+            f"images/train: {WNIDS[2]}; download",
         ),
         (
             "imagenet",
-            lambda r: (r / "images" / "train" / WNIDS[2]).rename(r / "elsewhere"),
-            "class 'crane bird' of test image",
+            lambda r: [shutil.rmtree(r / "images" / "val" / wnid) for wnid in WNIDS[1:3]],
+            f"images/val: {WNIDS[1]}, {WNIDS[2]}; download",
+        ),
+        (
+            "imagenet",
+            lambda r: [image.unlink() for image in (r / "images" / "val" / WNIDS[2]).iterdir()],
+            f"images/val hold no images: {WNIDS[2]}; download",
+        ),
+        (
+            "imagenetv2",
+            lambda r: shutil.rmtree(r / BENCHMARKS["imagenetv2"].images / "10"),
+            "format-val: 10; download",
+        ),
+        (
+            "imagenet_sketch",
+            lambda r: shutil.rmtree(r / "images" / WNIDS[2]),
+            f"images: {WNIDS[2]}; download",
         ),
         (
             "imagenet",
@@ -126,9 +148,6 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 def test_broken_layouts(tmp_path, name, break_it, message):
     row = make_benchmark(tmp_path, name)
     break_it(tmp_path / row.folder)
-    if message is None:
-        assert len(open_task(name, root=tmp_path).class_names) == len(WNIDS)
-        return
     with pytest.raises(UserError) as caught:
         open_task(name, root=tmp_path)
     assert message in str(caught.value)
@@ -172,6 +191,76 @@ def test_what_a_check_finds(photo_folder, tmp_path):
     value = json.loads(result.stdout)
     assert len(value[0]["problems"]) == 5
     assert value[0]["parts"]["train"] == [18, 16, None]
+
+
+def test_a_missing_folder_is_one_problem(tmp_path):
+    """The topmost one that is not there, however many images should lie in it."""
+    row = make_benchmark(tmp_path, "sun397")
+    images = row.image_root(tmp_path)
+
+    def problems():
+        found = check_dataset("sun397", root=tmp_path, level="listed")
+        return [(p.kind, p.where, p.text) for p in found.problems if p.kind != "count"]
+
+    shutil.rmtree(images / "a" / "art_gallery")
+    where = "a/art_gallery"
+    text = f"folder {images / where} does not exist, and 6 images should be in it"
+    folder, *rest = (p for p in problems() if p[0] in ("folder", "missing"))
+    assert (folder, rest) == (("folder", where, text), [])
+    assert ("short", "art gallery indoor", "val: class 'art gallery indoor' has 0 of 2 images") in (
+        problems()
+    )
+    shutil.rmtree(images)
+    assert [p[:2] for p in problems() if p[0] in ("folder", "missing")] == [("folder", "")]
+    result = CliRunner().invoke(app, ["data", "check", "sun397", "--root", str(tmp_path)])
+    assert f"folder {images} does not exist, and 12 images" in result.output
+
+
+def test_a_class_that_no_image_is_listed_of_is_short(tmp_path):
+    row = make_benchmark(tmp_path, "dtd")
+    split = json.loads((tmp_path / row.folder / row.index).read_text())
+    split["test"] = [entry for entry in split["test"] if entry[1] == 0]
+    put(tmp_path / row.folder / row.index, json.dumps(split))
+    found = check_dataset("dtd", root=tmp_path)
+    (short,) = (p for p in found.problems if p.kind == "short")
+    assert short.text == "test: class 't-rex' has 0 of 1 images"
+
+
+@pytest.mark.parametrize("level", ["listed", "whole", "decoded"])
+def test_a_check_tells_how_far_it_is(tmp_path, level):
+    """Image by image: each stage ends at its total, in more than one step."""
+    told = {}
+
+    class Told(Reporter):
+        @contextmanager
+        def stage(self, title, total):
+            told[title] = (total, [])
+            yield lambda count, note="": told[title][1].append(count)
+
+    make_benchmark(tmp_path, "imagenet_sketch")
+    check_dataset("imagenet_sketch", root=tmp_path, level=level, reporter=Told())
+    listing, *stages = told.items()
+    assert listing == ("imagenet_sketch: read the listing", (None, []))
+    assert len(stages) == (1 if level == "listed" else 2)
+    for _, (total, steps) in stages:
+        assert total == sum(steps) == 3 * len(WNIDS)
+    assert len(stages[0][1][1]) == len(WNIDS)  # a folder each
+
+
+def test_check_of_a_domain_and_with_class_names(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
+
+    domain = bundled_domains()[1]
+    value = json.loads(run("bundled", "--domain", domain, "--quick", "--json").stdout)
+    images = len(open_task("bundled", domain=domain).test)
+    assert value[0]["parts"] == {"test": [images, images, None]}
+    names = tmp_path / "names.json"
+    put(names, json.dumps({"no such class": "x"}))
+    result = run("bundled", "--class-names", names)
+    assert result.exit_code == 1
+    assert "has no class 'no such class'" in result.output
+    assert "go with one DATASET" in run("--root", tmp_path, "--domain", domain).output
 
 
 def test_check_command(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +10,10 @@ import typer
 from rich.table import Table
 
 from dapt.cli.common import DomainOption, NamesOption, RootOption, app, readable_errors, say
-from dapt.progress import Advance, RichReporter, console
+from dapt.progress import RichReporter, console
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
-
-PARTS = ("train", "val", "test")
 
 # Problems of a kind that are told one by one.
 _SHOWN = 10
@@ -76,6 +73,7 @@ def list_datasets(
     with readable_errors():
         from dapt.data import BENCHMARKS
         from dapt.data.benchmarks import LAYOUT
+        from dapt.data.items import PARTS
 
         if as_json:
             keys = ("name", "folder", "images", "index", "classes", "counts", "gigabytes",
@@ -104,6 +102,8 @@ def check(
         str | None, typer.Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
     ] = None,
     root: RootOption = None,
+    domain: DomainOption = None,
+    class_names: NamesOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Look for the files alone, not into them.")
     ] = False,
@@ -132,6 +132,8 @@ def check(
             raise UserError("--quick and --decode exclude each other; give one")
         if dataset is None and root is None:
             raise UserError("give a DATASET to check, or --root for all benchmarks below it")
+        if dataset is None and (domain or class_names):
+            raise UserError("--domain and --class-names go with one DATASET; give it")
         root = user_path(root) if root else None
         if root is not None and not root.is_dir():
             raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
@@ -142,15 +144,19 @@ def check(
                 raise UserError(
                     f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
                 )
-        checks, reporter = [], RichReporter()
-        for name in chosen:
-            with ExitStack() as stack:
-
-                def begin(total: int, name: str = name, stack: ExitStack = stack) -> Advance:
-                    return stack.enter_context(reporter.stage(f"check {name}", total))
-
-                level = "listed" if quick else "decoded" if decode else "whole"
-                checks.append(check_dataset(name, root=root, level=level, begin=begin))
+        level = "listed" if quick else "decoded" if decode else "whole"
+        reporter = RichReporter()
+        checks = [
+            check_dataset(
+                name,
+                root=root,
+                level=level,
+                reporter=reporter,
+                domain=domain,
+                class_names=class_names,
+            )
+            for name in chosen
+        ]
         if as_json:
             typer.echo(json.dumps([c.to_json() for c in checks], ensure_ascii=False))
         else:
@@ -164,6 +170,8 @@ def check(
 
 def _show_checks(checks: list[Check]) -> None:
     """A row a dataset, and below it what is wrong: the first few of each kind."""
+    from dapt.data.items import PARTS
+
     table = Table("dataset")
     for column in ("classes", *PARTS):
         table.add_column(column, justify="right")

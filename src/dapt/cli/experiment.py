@@ -81,6 +81,7 @@ def experiment(
 
     with readable_errors():
         from dapt.experiment import make_plan, read_suite, suite_file
+        from dapt.experiment.plan import DONE
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
@@ -109,7 +110,7 @@ def experiment(
         try:
             result = _run(plan, workers, threads, ray, retry=retry, dry_run=dry_run)
         except (Interrupted, KeyboardInterrupt):
-            done = sum(run.state() == "done" for run in plan.runs)
+            done = sum(run.state() == DONE for run in plan.runs)
             say_error(
                 f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on"
             )
@@ -196,7 +197,7 @@ def _run(
         with computing_with(each):
             estimator = estimate(plan, pending, session)
         seconds = {run: _seconds(estimator, run) for run in pending}
-    _show_plan(plan, states, seconds, workers or 1, retry=retry)
+    _show_plan(plan, states, seconds, workers or (None if ray else 1), retry=retry)
     if dry_run:
         return None
     return run_plan(
@@ -222,10 +223,11 @@ def _show_plan(
     plan: Plan,
     states: dict[PlannedRun, str],
     seconds: dict[PlannedRun, float],
-    workers: int,
+    workers: int | None,
     *,
     retry: bool,
 ) -> None:
+    """A row a dataset, and how long all takes; the work in total where ``workers`` is unknown."""
     from dapt.experiment.grid import duration
     from dapt.experiment.plan import BEGUN, DONE, FAILED, NEW
 
@@ -252,8 +254,12 @@ def _show_plan(
     if known:
         say(f"{known} failed before; " + ("tried again" if retry else "--retry tries them again"))
     if seconds:
-        total = sum(seconds.values()) / workers
-        say(f"{len(seconds)} runs to do, {duration(total)} with {workers} worker(s)")
+        total = sum(seconds.values())
+        if workers is None:  # a cluster has what room it has
+            time = f"{duration(total)} of work for a machine like this one"
+        else:
+            time = f"{duration(total / workers)} with {workers} worker(s)"
+        say(f"{len(seconds)} runs to do, {time}")
 
 
 def _show_result(plan: Plan, result: Result) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from dapt.data.items import PARTS, Item, Task
 from dapt.data.tasks import open_task
 from dapt.errors import UserError
 from dapt.files import open_regular
-from dapt.progress import Advance, nothing
+from dapt.progress import Advance, Reporter
 
 LEVELS = ("listed", "whole", "decoded")
 
@@ -45,7 +45,7 @@ class Check:
         dataset: its name.
         classes: (found, published or None).
         parts: of each part the images (listed, there and not found bad, published or None).
-        problems: all of them, in the order of the listing.
+        problems: all of them, those of a kind in the order of the listing.
     """
 
     dataset: str
@@ -63,7 +63,7 @@ def check_dataset(
     *,
     root: Path | None = None,
     level: str = "whole",
-    begin: Callable[[int], Advance] = lambda total: nothing,
+    reporter: Reporter | None = None,
     **options: Any,
 ) -> Check:
     """Look whether everything a dataset lists is there and, if asked, opens.
@@ -73,7 +73,8 @@ def check_dataset(
         level: "listed" looks for files alone, a directory at a time. "whole" also reads each
             file's first and last bytes, and decodes what does not begin and end as an image
             should: a broken download shows, a flipped bit does not. "decoded" decodes all.
-        begin: is told how many images there are, and returns what to tell of each finished lot.
+        reporter: is told the progress: of reading the listing, then image by image of looking
+            for the files and of looking into them.
 
     Returns:
         What was found. A layout that cannot be read at all is a problem too, not an error.
@@ -83,75 +84,91 @@ def check_dataset(
     """
     if level not in LEVELS:
         raise UserError(f"level '{level}' must be one of {', '.join(LEVELS)}")
-    check = Check(dataset)
+    check, reporter = Check(dataset), reporter or Reporter()
     try:
-        task = open_task(dataset, root=root, **options)
+        with reporter.stage(f"{dataset}: read the listing", None):
+            task = open_task(dataset, root=root, **options)
     except UserError as error:
         hint = f"; the layout is described at {LAYOUT}" if dataset in BENCHMARKS else ""
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
         return check
     items = [item for part in PARTS for item in getattr(task, part)]
-    advance = begin(len(items))
-    bad: set[str] = set()
-    for problem in _images(task, items, level, advance):
-        check.problems.append(problem)
-        bad.add(problem.where)
+    # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        with reporter.stage(f"{dataset}: look for the files", len(items)) as advance:
+            bad = _look_for(task, items, check, pool, advance)
+        if level != "listed":
+            there = [item for item in items if item.path not in bad]
+            examine = _decode if level == "decoded" else _glance
+            with reporter.stage(f"{dataset}: look into them", len(there)) as advance:
+                bad |= _look_into(task, there, examine, check, pool, advance)
     _count(task, check, bad)
     return check
 
 
-def _images(task: Task, items: list[Item], level: str, advance: Advance) -> Iterator[Problem]:
-    """Problems with images; ``where`` is the item's path."""
-    there = _existing(task.root, items)
-    if level == "listed":
-        for item in items:
-            if item.path not in there:
-                yield _missing(task, item)
-        advance(len(items))
-        return
-    examine = _decode if level == "decoded" else _glance
-    lots = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
-        for lot, reasons in zip(
-            lots,
-            pool.map(
-                lambda lot: [
-                    examine(task.image_path(item)) if item.path in there else None for item in lot
-                ],
-                lots,
-            ),
-            strict=True,
-        ):
-            for item, reason in zip(lot, reasons, strict=True):
-                if item.path not in there:
-                    yield _missing(task, item)
-                elif reason:
-                    yield Problem("unreadable", item.path, reason)
-            advance(len(lot))
+def _look_for(
+    task: Task, items: list[Item], check: Check, pool: ThreadPoolExecutor, advance: Advance
+) -> set[str]:
+    """Paths of the items that are not there, by one listing of each directory.
 
-
-def _missing(task: Task, item: Item) -> Problem:
-    path = task.image_path(item)
-    return Problem("missing", item.path, f"image {path} does not exist")
-
-
-def _existing(root: Path, items: Iterable[Item]) -> set[str]:
-    """Paths of the items that are there, by one listing of each directory."""
+    A directory that is not there is one problem, not one for each of its images.
+    """
     by_folder: dict[str, list[str]] = defaultdict(list)
     for item in items:
-        folder, _, name = item.path.rpartition("/")
-        by_folder[folder].append(name)
-    there: set[str] = set()
-    for folder, names in by_folder.items():
-        try:
-            with os.scandir(root / folder) as entries:
-                found = {entry.name for entry in entries if entry.is_file()}
-        except OSError:
-            continue
-        inside = f"{folder}/" if folder else ""
-        there.update(inside + name for name in names if name in found)
-    return there
+        by_folder[item.path.rpartition("/")[0]].append(item.path)
+    gone: set[str] = set()
+    absent: list[str] = []
+    folders: Counter[tuple[str, str]] = Counter()  # (folder, what is wrong with it) -> images
+    found = pool.map(lambda folder: _absent(task.root, folder, by_folder[folder]), by_folder)
+    for paths, missing in zip(by_folder.values(), found, strict=True):
+        if isinstance(missing, tuple):
+            folders[missing] += len(paths)
+            gone.update(paths)
+        else:
+            absent += missing
+        advance(len(paths))
+    for (folder, wrong), count in folders.items():
+        text = f"folder {task.root / folder} {wrong}, and {count:,} images should be in it"
+        check.problems.append(Problem("folder", folder, text))
+    for path in absent:
+        text = f"image {task.root / path} does not exist"
+        check.problems.append(Problem("missing", path, text))
+    return gone.union(absent)
+
+
+def _absent(root: Path, folder: str, paths: list[str]) -> list[str] | tuple[str, str]:
+    """Those of a folder's paths that are not there, or the topmost folder that is not, and why."""
+    try:
+        with os.scandir(root / folder) as entries:
+            found = {entry.name for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+        while folder and not (root / folder).parent.exists():
+            folder = folder.rpartition("/")[0]
+        return folder, "does not exist"
+    except OSError as error:
+        return folder, f"cannot be read ({error.strerror})"
+    return [path for path in paths if path.rpartition("/")[2] not in found]
+
+
+def _look_into(
+    task: Task,
+    items: list[Item],
+    examine: Callable[[Path], str | None],
+    check: Check,
+    pool: ThreadPoolExecutor,
+    advance: Advance,
+) -> set[str]:
+    """Paths of the items that do not open, as ``examine`` sees it."""
+    lots = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+    unreadable: set[str] = set()
+    found = pool.map(lambda lot: [examine(task.image_path(item)) for item in lot], lots)
+    for lot, reasons in zip(lots, found, strict=True):
+        for item, reason in zip(lot, reasons, strict=True):
+            if reason:
+                check.problems.append(Problem("unreadable", item.path, reason))
+                unreadable.add(item.path)
+        advance(len(lot))
+    return unreadable
 
 
 def _glance(path: Path) -> str | None:
@@ -193,13 +210,12 @@ def _count(task: Task, check: Check, bad: set[str]) -> None:
         if expected is not None and len(items) != expected:
             text = f"{part}: {len(items):,} images are listed, {expected:,} are published"
             check.problems.append(Problem("count", part, text))
-        least = published.least.get(part, 1) if published else 1
+        # Whole as listed, a class is short only where it is known to have had more.
+        least = published.least.get(part, 1) if published else 0
         listed = Counter(item.label for item in items)
         usable = Counter(item.label for item in good)
-        for label, count in listed.items():
-            # Whole as listed, a class is short only where it is known to have had more.
-            wanted = max(count, least)
+        for label, name in enumerate(task.class_names):
+            wanted = max(listed[label], least)
             if usable[label] < wanted:
-                name = task.class_names[label]
                 text = f"{part}: class '{name}' has {usable[label]:,} of {wanted:,} images"
                 check.problems.append(Problem("short", name, text))

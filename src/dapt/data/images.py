@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -353,7 +354,7 @@ class ImageStore:
         self.resize_mode = resize_mode
         self.crop_min = crop_min
         self.allowance = allowance or Allowance(0)
-        self.threads = threads or min(8, _cores())
+        self.threads = threads or min(8, cpu_count())
         self._read = read
         self._kept: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
@@ -529,9 +530,3 @@ class _Batch:
 
 def _bytes(image: Image.Image) -> int:
     return 4 * image.width * image.height  # PIL pads RGB pixels to four bytes
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

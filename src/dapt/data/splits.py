@@ -15,6 +15,9 @@ from dapt.data.items import PARTS, Listing, Pair, check_class_names, check_listi
 from dapt.errors import UserError
 from dapt.files import read_json, read_text
 
+# Class folders that one sentence names.
+_NAMED = 20
+
 
 def read_split(file: Path, _images: Path | None = None) -> Listing:
     """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``.
@@ -98,21 +101,27 @@ def read_variants(file: Path, _images: Path | None = None) -> Listing:
 
 
 def read_class_folders(
-    file: Path, images: Path, parts: dict[str, str], *, numbered: bool = False
+    file: Path,
+    images: Path,
+    parts: dict[str, str],
+    *,
+    numbered: bool = False,
+    some: bool = False,
 ) -> Listing:
     """Read folders of images called by WordNet id, with classnames.txt of "wnid name" lines.
 
-    Classes are those that have a folder, labelled in the order of classnames.txt.
+    Labels are in the order of classnames.txt.
 
     Args:
         file: classnames.txt.
         images: the images' folder.
         parts: of a listing, to the folder in ``images`` that holds the part's class folders.
         numbered: class folders are called by line number, from 0, in place of the id.
+        some: the classes are those that have a folder, in place of all that the file lists.
 
     Raises:
         UserError: the file or a folder is missing, a line has no name, or a class folder is
-            empty or is none of the file's.
+            missing, is empty, or is none of the file's.
     """
     name_of: dict[str, str] = {}
     for number, line in _lines(file):
@@ -125,19 +134,15 @@ def read_class_folders(
             raise UserError(f"{where}: {key} is listed twice; take one out")
         name_of[key] = name.strip()
     folders = {part: _class_folders(images / place, name_of, file) for part, place in parts.items()}
-    present = [key for key in name_of if any(key in found for found in folders.values())]
-    label_of = {key: label for label, key in enumerate(present)}
+    if some:
+        there = set[str]().union(*folders.values())
+        name_of = {key: name for key, name in name_of.items() if key in there}
+    for part, place in parts.items():
+        missing = [key for key in name_of if key not in folders[part]]
+        _refuse(missing, f"class folders that {file} lists are missing from {images / place}")
     listing = Listing(
-        tuple(name_of[key] for key in present),
-        **{
-            part: tuple(
-                (path, label_of[key])
-                for key in present
-                if key in folders[part]
-                for path in _images_in(images, f"{place}/{key}".removeprefix("./"))
-            )
-            for part, place in parts.items()
-        },
+        tuple(name_of.values()),
+        **{part: _in_class_folders(images, place, name_of) for part, place in parts.items()},
     )
     check_class_names(listing.class_names, f"index file {file}", distinct=False)
     check_listing(listing, f"benchmark folder {images}", tuned="train" in parts)
@@ -161,12 +166,25 @@ def _class_folders(folder: Path, known: Iterable[str], file: Path) -> set[str]:
     return found
 
 
-def _images_in(images: Path, folder: str) -> list[str]:
-    """Image files of one class folder, relative to ``images``, in order of their names."""
-    names = sorted(name for name in os.listdir(images / folder) if has_image_name(name))
-    if not names:
-        raise UserError(f"class folder {images / folder} holds no images; download it anew")
-    return [check_path(f"{folder}/{name}", f"folder {images}") for name in names]
+def _in_class_folders(images: Path, place: str, keys: Iterable[str]) -> tuple[Pair, ...]:
+    """Image files of all class folders, relative to ``images``: by class, in order of names."""
+    pairs: list[Pair] = []
+    empty = []
+    for label, key in enumerate(keys):
+        names = sorted(name for name in os.listdir(images / place / key) if has_image_name(name))
+        if not names:
+            empty.append(key)
+        inside = f"{place}/{key}".removeprefix("./")
+        pairs += [(check_path(f"{inside}/{name}", f"folder {images}"), label) for name in names]
+    _refuse(empty, f"class folders in {images / place} hold no images")
+    return tuple(pairs)
+
+
+def _refuse(keys: list[str], what: str) -> None:
+    """Raise, naming the class folders that are not as they should be, if there are any."""
+    if keys:
+        more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
+        raise UserError(f"{what}: {', '.join(keys[:_NAMED])}{more}; download what is not there")
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:

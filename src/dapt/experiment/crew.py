@@ -188,7 +188,7 @@ class RayCrew:
         if self._started:
             try:
                 ray.init(
-                    address=None if address == "local" else address,
+                    address=address,
                     include_dashboard=False if address == "local" else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -228,8 +228,8 @@ class RayCrew:
         self._asked[self._actors[worker].run.remote(run)] = worker
 
     def wait(self, seconds: float) -> list[tuple[int, Outcome]]:
-        """Outcomes, and deaths: of an actor, or of the node it was on."""
-        from ray.exceptions import RayActorError, RayTaskError
+        """Outcomes, and deaths: of an actor, by a lack of memory too, or of the node it was on."""
+        from ray.exceptions import RayError, RayTaskError
 
         told: list[tuple[int, Outcome]] = []
         ready, _ = self._ray.wait(list(self._asked), timeout=seconds)
@@ -237,11 +237,11 @@ class RayCrew:
             worker = self._asked.pop(reference)
             try:
                 outcome = self._ray.get(reference)
-            except RayActorError:
-                self._actors.pop(worker)
-                outcome = DIED
             except RayTaskError as error:
                 raise error.as_instanceof_cause() from None
+            except RayError:
+                self._ray.kill(self._actors.pop(worker))  # as a node may only be out of reach
+                outcome = DIED
             told.append((worker, outcome))
         return told
 

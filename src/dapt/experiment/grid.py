@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -11,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+
+from joblib import cpu_count
 
 from dapt.errors import UserError
 from dapt.experiment.crew import DIED, READY, Alone, Crew, Processes, RayCrew
@@ -32,16 +33,9 @@ class Result:
     failed: dict[str, str] = field(default_factory=dict)  # title -> sentence
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def threads_of(workers: int | None) -> int:
     """Threads of each worker where none are asked for: the cores, divided."""
-    return max(1, cores() // (workers or 1))
+    return max(1, cpu_count() // (workers or 1))
 
 
 def open_tasks(runs: Sequence[PlannedRun], session: Session, reporter: Reporter) -> None:

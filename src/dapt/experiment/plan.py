@@ -168,26 +168,27 @@ def _targets(suite: Suite, settings: Settings) -> tuple[Target, ...]:
 class Estimator:
     """Seconds that runs will take, by those that are done or else by timing a step.
 
-    Runs of one dataset and method are taken to cost the same a step and the same to evaluate.
+    Runs of one dataset and method are taken to cost the same a step, and the same an image that
+    they are evaluated on.
     """
 
-    open_task: Callable[[Settings], Task] = task_of
+    open_task: Callable[..., Task] = task_of
     _steps: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    _evaluations: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    _per_class: dict[tuple[str | None, ...], list[int]] = field(default_factory=dict)
+    _images: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    _sizes: dict[tuple[object, ...], tuple[list[int], int]] = field(default_factory=dict)
 
     def observe(self, run: PlannedRun) -> None:
         """Learn from a run that is finished."""
         spent = run.directory.read_environment()
         key = (run.settings.dataset, run.settings.method)
-        steps = self.steps(run.settings)
+        steps, (_, images) = self.steps(run.settings), self._size(run.settings)
         tuning, evaluation = (
             seconds if isinstance(seconds := spent.get(f"{what}_seconds"), float) else 0.0
             for what in ("tuning", "evaluation")
         )
         if steps and tuning:
             self._steps.setdefault(key, []).append(tuning / steps)
-        self._evaluations.setdefault(key, []).append(evaluation)
+        self._images.setdefault(key, []).append(evaluation / images)
 
     def knows(self, dataset: str) -> bool:
         """Whether a run that learns prompts on this dataset was observed or timed."""
@@ -204,7 +205,7 @@ class Estimator:
         def views(count: int) -> torch.Tensor:
             return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=noise)
 
-        batch = min(settings.batch_size, sum(self._images(task, settings)))
+        batch = min(settings.batch_size, self._support(settings))
         prototypes = torch.zeros(len(task.class_names), classifier.text_features().shape[1])
         tuner = Tuner(classifier, method, loss_weights(settings), prototypes.to(backbone.device))
         labels = torch.zeros(batch, dtype=torch.long)
@@ -219,32 +220,43 @@ class Estimator:
         with torch.inference_mode():
             started = time.perf_counter()
             classifier.image_features(views(count))
-            an_image = (time.perf_counter() - started) / count
-        self._evaluations.setdefault(key, []).append(an_image * len(task.test))
+            self._images.setdefault(key, []).append((time.perf_counter() - started) / count)
 
     def seconds(self, run: PlannedRun) -> float:
-        """Expected duration of a run, with its evaluations (each as long as its own)."""
+        """Expected duration of a run, with its evaluations.
+
+        Raises:
+            UserError: its task cannot be opened; a target that cannot is not counted.
+        """
         key = (run.settings.dataset, run.settings.method)
-        evaluation = _nearest_mean(self._evaluations, key)
-        if run.twin() is not None:
-            return len(run.targets) * evaluation
-        steps = self.steps(run.settings)
-        step = _nearest_mean(self._steps, key) if steps else 0.0
-        return steps * step + (1 + len(run.targets)) * evaluation
+        images, tuning = 0, 0.0
+        if run.twin() is None:
+            images = self._size(run.settings)[1]
+            tuning = self.steps(run.settings) * _nearest_mean(self._steps, key)
+        for target in run.targets:
+            with suppress(UserError):
+                there = target.settings(run.settings)
+                images += self._size(there, evaluate=target.dataset is not None)[1]
+        return tuning + images * _nearest_mean(self._images, key)
 
     def steps(self, settings: Settings) -> int:
         """Tuning steps of a run."""
         if not get_method(settings.method).learns_prompts:
             return 0
-        images = sum(self._images(self.open_task(settings), settings))
-        return settings.epochs * steps_per_epoch(images, settings.batch_size)
+        return settings.epochs * steps_per_epoch(self._support(settings), settings.batch_size)
 
-    def _images(self, task: Task, settings: Settings) -> list[int]:
-        """Support images of each class."""
-        key = task_key(settings)
-        if key not in self._per_class:
-            self._per_class[key] = list(Counter(item.label for item in task.train).values())
-        return [min(count, settings.shots) for count in self._per_class[key]]
+    def _support(self, settings: Settings) -> int:
+        """Support images."""
+        return sum(min(count, settings.shots) for count in self._size(settings)[0])
+
+    def _size(self, settings: Settings, *, evaluate: bool = False) -> tuple[list[int], int]:
+        """Images to tune on, of each class, and to test on."""
+        key = (*task_key(settings), evaluate)
+        if key not in self._sizes:
+            task = self.open_task(settings, evaluate=evaluate)
+            each = Counter(item.label for item in task.train)
+            self._sizes[key] = list(each.values()), len(task.test)
+        return self._sizes[key]
 
 
 def _nearest_mean(known: dict[tuple[str, str], list[float]], key: tuple[str, str]) -> float:
