@@ -1,6 +1,8 @@
 """What tests share: the material beside the repository, where it is, and a tiny backbone."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,17 @@ def recorded(request, tmp_path_factory):
     weights = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
     save_file({**state, "token_embedding.weight": table}, weights)
     return folder, weights
+
+
+def tiff_of_a_tile(side):
+    """A TIFF of 100 x 100 grey pixels within one packed tile, which is decoded whole."""
+    packer = zlib.compressobj()
+    tile = b"".join([*(packer.compress(bytes(side)) for _ in range(side)), packer.flush()])
+    size, grey, deflate = 100, 1, 8
+    tags = {256: size, 257: size, 258: 8, 259: deflate, 262: grey, 277: 1, 322: side, 323: side,
+            324: 8 + 2 + 10 * 12 + 4, 325: len(tile)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + tile
 
 
 @pytest.fixture(scope="session")

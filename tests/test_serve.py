@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict
 from dapt.runs import RunDirectory
@@ -261,6 +262,7 @@ def test_bad_images(client, pictures):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "known format"),
         (png_header(9_000, 9_000), 413, "9,000 x 9,000 pixels, more than the 50,000,000 allowed"),
         (huge, 413, "make it smaller"),
+        (tiff_of_a_tile(9_000), 400, "known format"),
     ):
         found = client.predict(data)
         assert (found.status, sentence in found.detail) == (status, True), found.detail
@@ -439,6 +441,17 @@ def test_names_of_other_hosts_are_refused(served):
             assert client.get("/classes", Host=host).status == 403
         for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "LOCALHOST", "photos.example"):
             assert client.get("/classes", Host=host).status == 200
+
+
+def test_pages_of_other_servers_are_refused(client, pictures):
+    """As a form or script of any page could ask, without being able to read the answer."""
+    for origin in ("https://evil.example", "null", "", "http://localhost.evil.example:8000",
+                   "http://[", "http://evil.example@localhost.evil"):  # fmt: skip
+        found = client.predict(pictures[0], Origin=origin)
+        assert (found.status, "another server" in found.detail) == (403, True), origin
+        assert client.get("/classes", Origin=origin).status == 403
+    for origin in (f"http://127.0.0.1:{client.port}", "http://localhost", "http://[::1]:8000"):
+        assert client.predict(pictures[0], Origin=origin).status == 200
 
 
 def test_classes_health_and_metrics(client, served, pictures):

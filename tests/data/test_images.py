@@ -14,7 +14,15 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from dapt.data import ImageStore, centre_view, decode_image, is_image_file, open_image
+from conftest import tiff_of_a_tile
+from dapt.data import (
+    ImageStore,
+    TooManyPixels,
+    centre_view,
+    decode_image,
+    is_image_file,
+    open_image,
+)
 from dapt.data import images as images_module
 from dapt.data.images import crop_box, train_view
 from dapt.errors import UserError, printable
@@ -154,6 +162,15 @@ def test_what_cannot_be_read(tmp_path, monkeypatch):
     noise(50, 50).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     refused(tmp_path / "bomb.png", "decompression bomb")
+
+
+@pytest.mark.parametrize(("side", "limit"), [(400, 100_000), (19_000, None)])
+def test_a_tiffs_tiles_count_as_pixels(side, limit, monkeypatch):
+    """100 x 100 pixels in one tile: libtiff would decode all of it."""
+    file = io.BytesIO(tiff_of_a_tile(side))
+    monkeypatch.setattr(Image.Image, "load", None)  # nothing may be decoded
+    with pytest.raises(TooManyPixels, match=f"a tile of {side:,} x {side:,} pixels"):
+        decode_image(file, "a.tif", max_pixels=limit)
 
 
 def test_postscript_is_not_run(tmp_path):

@@ -51,6 +51,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# A TIFF's tile is decoded whole, however little of it lies within the image.
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
+
 # Longer strips than this are cut to their middle before the short side is resized, or a strip of
 # a few bytes would become gigabytes. What is cut lies far outside the centre crop.
 _MAX_ASPECT = 16
@@ -119,7 +122,9 @@ def decode_image(
     Args:
         file, name: the image.
         formats: PIL's names of those to accept; all that are safe, if not given.
-        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case.
+        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case. What
+            a TIFF's tile tags say counts too, as far as PIL understands them, which is not as far
+            as libtiff does: strangers who may not exceed a limit should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more.
@@ -129,11 +134,7 @@ def decode_image(
     known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
     try:
         with Image.open(file, formats=known) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixels(
-                    f"image {name} has {image.width:,} x {image.height:,} pixels, more than the "
-                    f"{max_pixels:,} allowed; make it smaller"
-                )
+            _check_pixels(image, name, max_pixels)
             image.load()
             if min(image.size) < 1:
                 raise ValueError("it has no pixels")
@@ -149,6 +150,19 @@ def decode_image(
     except Exception as error:  # decoders fail on damaged files in whatever way
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+
+
+def _check_pixels(image: Image.Image, name: str, limit: int | None) -> None:
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; PIL knows nothing of its tiles yet
+    tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
+    if limit is None and Image.MAX_IMAGE_PIXELS is not None:
+        limit = 2 * Image.MAX_IMAGE_PIXELS  # where PIL refuses
+    for what, (width, height) in (("", image.size), ("a tile of ", tile)):
+        if limit is not None and width * height > limit:
+            raise TooManyPixels(
+                f"image {name} has {what}{width:,} x {height:,} pixels, more than the {limit:,} "
+                "allowed; make it smaller"
+            )
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

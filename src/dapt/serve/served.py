@@ -20,8 +20,9 @@ from dapt.progress import Reporter
 from dapt.runs import RunDirectory
 from dapt.train import load_classifier, task_of
 
-# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
+# a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
 # Support images are shown this small, px a side.
 _SHOWN = 160

@@ -57,7 +57,7 @@ function add(files) {
     picture.src = URL.createObjectURL(file);
     picture.alt = "";
     picture.onload = () => URL.revokeObjectURL(picture.src);
-    picture.onerror = () => { picture.hidden = true; };  // such as TIFF, which browsers do not show
+    picture.onerror = () => { picture.hidden = true; };  // what browsers do not show
     body.append(element("h2", file.name || "pasted photo"), element("p", "waiting …"));
     card.append(picture, body);
     cards.push(card);
