@@ -18,6 +18,7 @@ from dapt.errors import UserError
 from dapt.evaluate import chunks
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
+from dapt.settings import backbone_name
 from dapt.train import load_classifier, task_of
 
 # What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
@@ -125,7 +126,7 @@ def load_served(
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
     name = run.path.resolve().name
-    return Served(name, settings.method, settings.backbone, classifier, support, text)
+    return Served(name, settings.method, backbone_name(settings), classifier, support, text)
 
 
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:
