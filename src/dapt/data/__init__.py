@@ -2,6 +2,7 @@
 
 from dapt.data.benchmarks import BENCHMARKS, Benchmark
 from dapt.data.images import (
+    BadImage,
     ImageStore,
     TooManyPixels,
     centre_view,
@@ -22,6 +23,7 @@ from dapt.data.tasks import bundled_domains, open_task
 
 __all__ = [
     "BENCHMARKS",
+    "BadImage",
     "Benchmark",
     "ImageStore",
     "Item",

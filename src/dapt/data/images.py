@@ -94,19 +94,23 @@ def open_image(path: Path | str) -> Image.Image:
     and of an animation the first frame is taken.
 
     Raises:
-        UserError: the file is missing, empty, damaged, no image, no ordinary file, or so large
+        BadImage: the file is missing, empty, damaged, no image, no ordinary file, or so large
             that PIL suspects a decompression bomb.
     """
     try:
         with open_regular(path) as file:
             return decode_image(file, str(path))
     except FileNotFoundError as error:
-        raise UserError(f"image {path} does not exist; check the path") from error
+        raise BadImage(f"image {path} does not exist; check the path") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"image {path} cannot be opened ({error}); check the path") from error
+        raise BadImage(f"image {path} cannot be opened ({error}); check the path") from error
 
 
-class TooManyPixels(UserError):
+class BadImage(UserError):
+    """An image cannot be read."""
+
+
+class TooManyPixels(BadImage):
     """An image is larger than is allowed; nothing of it was decoded."""
 
 
@@ -128,7 +132,7 @@ def decode_image(
 
     Raises:
         TooManyPixels: the file's header tells of more.
-        UserError: as `open_image`, once the file is open.
+        BadImage: as `open_image`, once the file is open.
     """
     # Of those asked for, this PIL may lack some.
     known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
@@ -146,10 +150,10 @@ def decode_image(
     except UnidentifiedImageError as error:
         file.seek(0)
         reason = "not an image in a known format" if file.read(1) else "the file is empty"
-        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+        raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
     except Exception as error:  # decoders fail on damaged files in whatever way
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+        raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
 
 
 def _check_pixels(image: Image.Image, name: str, limit: int | None) -> None:
