@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from conftest import tiff_of_a_tile
 from dapt.cli import app
-from dapt.predict import predict
+from dapt.predict import predict_each
 from dapt.runs import RunDirectory
 from dapt.serve import server
 from dapt.serve.served import Served, load_served
@@ -185,7 +185,7 @@ def ranking(entry):
 
 
 def test_the_same_answers_as_predict(client, served, pictures):
-    expected = predict(served.classifier, pictures, top=3)
+    expected = list(predict_each(served.classifier, pictures, top=3))
     found = client.predict(*pictures, query="?top=3")
     assert found.status == 200
     entries = found.json["predictions"]
@@ -209,7 +209,7 @@ def test_concurrent_requests_share_batches(served, pictures):
         assert client.metric("dapt_batch_images_sum") == 9
     assert sum(slow.sizes) == 9
     assert max(slow.sizes) == 4, "as many as may be"
-    expected = predict(served.classifier, pictures[:9], top=3)
+    expected = list(predict_each(served.classifier, pictures[:9], top=3))
     for answer, one in zip(found, expected, strict=True):
         entry = answer.json["predictions"][0]
         assert ranking(entry) == pytest.approx(dict(one.classes), abs=1e-5)
@@ -704,7 +704,7 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
     browser.drop(pictures[0], bad)
     until(lambda: browser.evaluate("document.querySelectorAll('article ol').length") == 1)
     until(lambda: browser.evaluate("document.querySelectorAll('.error').length") == 1)
-    (best,) = predict(served.classifier, pictures[:1])
+    (best,) = predict_each(served.classifier, pictures[:1])
     shown = browser.evaluate("document.querySelector('article ol li').innerText").split("\n")
     assert shown[0] == best.classes[0][0]
     assert shown[-1] == f"{100 * best.classes[0][1]:.1f} %"

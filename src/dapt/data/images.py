@@ -82,11 +82,6 @@ def has_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether ``path`` is a file with the name of an image."""
-    return has_image_name(path.name) and path.is_file()
-
-
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as upright 8-bit RGB.
 

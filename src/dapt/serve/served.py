@@ -48,13 +48,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """A classifier with its class features made.
+    """A classifier and what is shown beside its answers.
 
     Attributes:
         name: the run's.
         method: its row in the table of methods; ``backbone``: its name.
         support: None where the run has no support images to show.
-        text_features: (C, D), as the classifier makes them.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Served:
     backbone: str
     classifier: Classifier
     support: Support | None
-    text_features: Tensor
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,7 +86,7 @@ class Served:
         batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode():
             features = self.classifier.image_features(batch)
-            logits = self.classifier.logits(features, self.text_features)
+            logits = self.classifier.logits(features, self.classifier.text_features())
             probabilities = logits.cpu().softmax(-1)
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
@@ -117,8 +115,7 @@ def load_served(
     reporter = reporter or Reporter()
     classifier = load_classifier(run, device=device)
     settings = run.read_settings()
-    with torch.inference_mode():
-        text = classifier.text_features()
+    classifier.text_features()  # made once, here rather than at the first request
     support = None
     if nearest:
         try:
@@ -126,7 +123,7 @@ def load_served(
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
     name = run.path.resolve().name
-    return Served(name, settings.method, backbone_name(settings), classifier, support, text)
+    return Served(name, settings.method, backbone_name(settings), classifier, support)
 
 
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:
