@@ -689,7 +689,8 @@ def browser(tmp_path):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
                                                    "google-chrome"))), None)  # fmt: skip
     if program is None:
-        pytest.skip("Chromium is not here")
+        missing = pytest.fail if os.environ.get("DAPT_BROWSER") == "required" else pytest.skip
+        missing("Chromium is not here")
     found = Browser(program, tmp_path / "profile")
     yield found
     found.close()
@@ -733,6 +734,37 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
     outside = [u for u in browser.requested() if not u.startswith((address, "blob:", "about:"))]
     assert not outside
     assert [c for c in browser.complaints() if "400" not in c] == []
+
+
+def test_answers_that_are_none_leave_a_sentence(browser, client, pictures):
+    """As of uvicorn with too many clients, or of an error: plain text."""
+    browser.open(f"http://127.0.0.1:{client.port}/")
+    until(lambda: browser.evaluate("document.querySelectorAll('#classes li').length") == 3)
+    browser.evaluate(
+        "window.bad = {}; const real = fetch; window.fetch = (path, options) => {"
+        "const status = bad[path.split(/[/?]/)[1]];"
+        "return status ? Promise.resolve(new Response('plain', {status})) : real(path, options) }"
+    )
+    said = "document.getElementById('problem').innerText"
+    for status, sentence in ((503, "The server is too busy (503)."),
+                             (500, "The server failed (500).")):  # fmt: skip
+        browser.evaluate(f"bad = {{classes: {status}}}; describe()")
+        until(lambda s=sentence: browser.evaluate(said).startswith(s))
+    browser.evaluate("bad = {}; describe()")
+    until(lambda: browser.evaluate(said) == "")
+    browser.evaluate("bad = {predict: 500}")
+    browser.drop(pictures[0])
+    error = "document.querySelector('.error')?.innerText || ''"
+    until(lambda: browser.evaluate(error).startswith("The server failed (500)."))
+    # Support images that did not come are asked for again.
+    seen = "[...document.querySelectorAll('.nearest img')].filter((i) => i.naturalWidth).length"
+    browser.evaluate("bad = {support: 503}")
+    browser.drop(pictures[0])
+    until(lambda: browser.evaluate("document.querySelectorAll('.nearest li').length") == 6)
+    assert browser.evaluate(seen) == 0
+    browser.evaluate("bad = {}")
+    browser.drop(pictures[0])
+    until(lambda: browser.evaluate(seen) == 6)
 
 
 def test_the_page_asks_for_the_token(browser, served, pictures):
