@@ -106,7 +106,9 @@ def load_served(
     Args:
         run: a finished one.
         device: to run on, if not the one it was tuned on.
-        nearest: encode its support images too; where they are not to be had, that is said.
+        nearest: encode its support images too; where they are not to be had, that is said. Those of
+            a run that `PromptClassifier` saved never are: their paths may lead anywhere on this
+            machine, and whoever made the run must not choose what a server shows of it.
         reporter: is told of progress.
 
     Raises:
