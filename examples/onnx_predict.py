@@ -1,5 +1,7 @@
 """Classify images with an ONNX file that 'dapt export' wrote; needs onnxruntime, numpy, Pillow.
 
+Reads images of 8 bits as 'dapt predict' does; greyscale of 16 bits is to be scaled to 8 before.
+
 python onnx_predict.py photos.onnx new/*.jpg
 """
 

@@ -24,12 +24,13 @@ from PIL import Image
 
 # Kind -> share of the requests, and the statuses that are right; 429 always is.
 KINDS = {
-    "valid": (0.6, {200}),
+    "valid": (0.56, {200}),
     "three valid": (0.1, {200}),
     "oversized": (0.06, {413}),
     "corrupt": (0.08, {400}),
     "truncated": (0.08, {400}),
     "bomb": (0.08, {413}),
+    "TIFF bomb": (0.04, {400}),  # a format that is not taken
 }
 
 
@@ -58,6 +59,17 @@ def bomb(side: int = 30_000) -> bytes:
     )
 
 
+def tiff_bomb(side: int = 16_384) -> bytes:
+    """A TIFF of 100 x 100 pixels in a tile of ``side`` x ``side``, which libtiff decodes whole."""
+    packer = zlib.compressobj(9)
+    tile = b"".join([*(packer.compress(bytes(3 * side)) for _ in range(side)), packer.flush()])
+    entries = 11
+    tags = {256: 100, 257: 100, 258: 8, 259: 8, 262: 2, 277: 3, 284: 1, 322: side, 323: side,
+            324: 8 + 2 + 12 * entries + 4, 325: len(tile)}  # fmt: skip
+    lines = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, entries) + lines + bytes(4) + tile
+
+
 def form(images: list[bytes]) -> bytes:
     """A multipart body with the boundary 'limit'."""
     lines: list[bytes] = []
@@ -79,6 +91,7 @@ def bodies() -> dict[str, list[bytes]]:
         "corrupt": [form([data[:3] + data[600:]]) for data in corrupt],
         "truncated": [form([data[: len(data) // 2]]) for data in photos],
         "bomb": [form([bomb()])],
+        "TIFF bomb": [form([tiff_bomb()])],
     }
 
 

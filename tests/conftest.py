@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,17 @@ def recorded(request, tmp_path_factory):
     return folder, weights
 
 
+def tiff_of_a_tile(side):
+    """A TIFF of 100 x 100 grey pixels within one packed tile, which is decoded whole."""
+    packer = zlib.compressobj()
+    tile = b"".join([*(packer.compress(bytes(side)) for _ in range(side)), packer.flush()])
+    size, grey, deflate = 100, 1, 8
+    tags = {256: size, 257: size, 258: 8, 259: deflate, 262: grey, 277: 1, 322: side, 323: side,
+            324: 8 + 2 + 10 * 12 + 4, 325: len(tile)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + tile
+
+
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory):
     """train/ and test/ with three classes of plainly coloured noise: easy, but not trivial."""
@@ -108,7 +121,8 @@ def browser(tmp_path):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
                                                    "google-chrome"))), None)  # fmt: skip
     if program is None:
-        pytest.skip("Chromium is not here")
+        missing = pytest.fail if os.environ.get("DAPT_BROWSER") == "required" else pytest.skip
+        missing("Chromium is not here")
     found = Browser(program, tmp_path / "profile")
     yield found
     found.close()

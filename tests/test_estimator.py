@@ -3,11 +3,14 @@
 import copy
 import json
 import pickle
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import csr_matrix, issparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -16,11 +19,13 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 from typer.testing import CliRunner
 
+from dapt.card import model_card
 from dapt.cli import app
 from dapt.errors import UserError
 from dapt.estimator import PromptClassifier
 from dapt.runs import RunDirectory
 from dapt.settings import make_settings
+from dapt.towers import TextEncoder
 from dapt.train import train
 
 runner = CliRunner()
@@ -117,11 +122,55 @@ def test_torch_and_hugging_face_datasets(new, photos, fitted):
         rows = {"image": [str(f) for f in files], "label": [names.index(w) for w in words]}
         return datasets.Dataset.from_dict(rows, features=features)
 
+    cut = [*range(0, len(paths), 2)]
+    for whole in (Pairs(), table(paths, labels)):
+        part = torch.utils.data.Subset(torch.utils.data.Subset(whole, cut), range(1, len(cut)))
+        half = new().fit(part)
+        assert half.class_names_ == tuple(names)
+        assert half.score(part) == half.score(
+            [paths[i] for i in cut[1:]], [labels[i] for i in cut[1:]]
+        )
+    rows = table(paths, labels)
+    assert cross_val_score(new(), rows["image"], rows["label"], cv=2).shape == (2,)
     made = new().fit(table(paths, labels))
     tested = table(others, truth)
     assert made.classes_.tolist() == names
     assert np.array_equal(made.predict_proba(tested), expected)
     assert made.score(tested) == fitted.score(others, truth)
+
+
+def test_rows_and_generators_bring_their_labels(new, photos, fitted):
+    paths, labels, others, truth = photos
+    expected = fitted.predict_proba(others)
+    pairs = list(zip(paths, labels, strict=True))
+    rows = [{"image": str(path), "label": label} for path, label in pairs]
+    for form in (pairs, iter(pairs), rows, iter(rows)):
+        assert np.array_equal(new().fit(form).predict_proba(others), expected)
+    told = zip(others, truth, strict=True)
+    assert fitted.score(told) == fitted.score(others, truth)
+
+
+def test_numbers_are_no_names(new, photos):
+    numbers = [len(label) for label in photos[1]]
+    with pytest.warns(UserWarning, match="prompts call the classes '4', '9' and so on"):
+        new(method="zero-shot").fit(photos[0], numbers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new(method="linear-probe").fit(photos[0], numbers)  # reads no names
+        new(method="zero-shot").fit(photos[0], photos[1])
+
+
+def test_weights_that_moved(new, photos, tiny_weights, tmp_path):
+    here = tmp_path / "here.safetensors"
+    shutil.copy(tiny_weights, here)
+    made = new().set_params(backbone=str(here)).fit(photos[0], photos[1])
+    made.save(tmp_path / "run")
+    here.unlink()
+    again = PromptClassifier.load(tmp_path / "run", backbone=str(tiny_weights))
+    expected = made.predict_proba(photos[2])
+    for one in (again, pickle.loads(pickle.dumps(again))):
+        assert np.array_equal(one.predict_proba(photos[2]), expected)
+    assert again.get_params()["backbone"] == str(tiny_weights)
 
 
 def test_score_and_labels_that_are_no_names(new, photos):
@@ -176,6 +225,7 @@ def test_labels_survive_save_and_load(new, photos, tmp_path):
     made = new(class_names=names).fit(photos[0], numbers)
     again = PromptClassifier.load(made.save(tmp_path / "run"))
     assert again.classes_.dtype.kind == "i"
+    assert clone(again).fit(photos[0], numbers).class_names_ == made.class_names_
     assert np.array_equal(again.predict(photos[2]), made.predict(photos[2]))
 
 
@@ -199,6 +249,26 @@ def test_add_classes_needs_no_tuning(new, photos, tmp_path):
         made.add_classes(["GREY"])
     with pytest.raises(UserError, match="linear probe"):
         new(method="linear-probe").fit(photos[0], photos[1]).add_classes(["grey"])
+    with pytest.raises(ValueError, match=r"write \['fox'\]"):
+        made.add_classes("fox")
+
+
+def test_added_classes_leave_no_metrics_of_fewer(photo_folder, tiny_weights, tmp_path):
+    given = {"dataset": str(photo_folder), "backbone": str(tiny_weights), "epochs": 1, "shots": 2}
+    run = train(make_settings(given), tmp_path / "run")
+    made = PromptClassifier.load(run.path).add_classes(["grey"])
+    assert run.metrics_file.is_file()
+    made.save(run.path, overwrite=True)
+    assert not run.metrics_file.exists()
+    card = model_card(run)
+    assert "Not evaluated" in card
+    assert "by its name alone: grey." in card
+
+
+def test_class_names_are_encoded_once(fitted, photos, monkeypatch):
+    expected = fitted.predict_proba(photos[2])
+    monkeypatch.setattr(TextEncoder, "forward", None)
+    assert np.array_equal(fitted.predict_proba(photos[2]), expected)
 
 
 def test_shots_and_seed_choose_the_support_set(new, photos):
@@ -248,6 +318,7 @@ def test_searches_and_pipelines(new, photos):
         (np.zeros((6, 8, 8, 3), np.int64), "must be uint8"),
         (np.zeros((6, 8, 8, 5), np.uint8), "is no image; give"),
         ([{"text": "x"}] * 6, "name the column 'image'"),
+        (csr_matrix((6, 4)), "sparse matrices hold no images"),
     ],
 )
 def test_what_is_no_image(new, images, sentence):
@@ -269,6 +340,9 @@ def test_wrong_labels_and_parameters(new, photos, fitted):
         new(settings={"dataset": "bundled"}).fit(photos[0], photos[1])
     with pytest.raises(UserError, match="does not exist"):
         fitted.predict(["nowhere.png"])
+    for use in (new().fit, fitted.score):
+        with pytest.raises(ValueError, match="does not exist"):
+            use(["nowhere.png", "nowhere else.png"], ["a", "b"])
     with pytest.raises(NotFittedError):
         new().predict(photos[0])
 
@@ -301,6 +375,8 @@ class OnRows(PromptClassifier):
 
     @staticmethod
     def _drawn(X):
+        if issparse(X):
+            return X  # refused as it stands
         rows = np.asarray(X, dtype=float)
         if rows.ndim != 2:
             return rows  # refused as it stands
@@ -309,17 +385,15 @@ class OnRows(PromptClassifier):
 
 
 ROWS = "about rows of features; images have no number of them"
-SPARSE = "images are no sparse matrices"
 NOT_FOR_IMAGES = {
     "check_n_features_in": ROWS,
     "check_n_features_in_after_fitting": ROWS,
     "check_estimators_empty_data_messages": ROWS,
     "check_fit2d_predict1d": ROWS,
     "check_estimators_nan_inf": "rows are drawn within 0 .. 1; what is not is refused",
-    "check_estimator_sparse_tag": SPARSE,
-    "check_estimator_sparse_array": SPARSE,
-    "check_estimator_sparse_matrix": SPARSE,
     "check_classifiers_train": "wants 83 % on points of a plane, of a backbone that saw images",
+}
+ON_SOME_CPUS = {
     "check_methods_subset_invariance": "wants 1e-7; fp32 products of other sizes round otherwise",
     "check_methods_sample_order_invariance": "wants 1e-7; some CPUs round by place in the batch",
 }
@@ -329,8 +403,13 @@ NOT_FOR_IMAGES = {
 def test_scikit_learn_checks(tiny_weights):
     estimator = OnRows(str(tiny_weights), method="coop")
     found = check_estimator(
-        estimator, expected_failed_checks=NOT_FOR_IMAGES, on_fail=None, on_skip=None
+        estimator,
+        expected_failed_checks={**NOT_FOR_IMAGES, **ON_SOME_CPUS},
+        on_fail=None,
+        on_skip=None,
     )
     failed = {r["check_name"]: r["exception"] for r in found if r["status"] == "failed"}
     assert failed == {}
+    excused = {r["check_name"] for r in found if r["status"] == "xfail"}
+    assert excused - ON_SOME_CPUS.keys() == NOT_FOR_IMAGES.keys()
     assert sum(r["status"] == "passed" for r in found) > 30

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import REPOSITORY
+from dapt.card import model_card
 from dapt.cli import app
 from dapt.evaluate import classify
 from dapt.exchange import read_published
+from dapt.runs import RunDirectory
 from dapt.settings import make_settings
 from dapt.shared import Shared
 from dapt.train import load_classifier, task_of, train
@@ -109,13 +113,69 @@ def test_metadata_is_all_that_is_needed_to_use_the_file(run, exported):
 
 
 @once
-def test_a_file_tells_nothing_of_the_machine_and_is_the_same_each_time(run, exported, tmp_path):
+def test_a_file_tells_nothing_of_the_machine_and_is_the_same_each_time(
+    run, exported, tiny_weights, photo_folder, tmp_path
+):
     again = tmp_path / "photos.onnx"
     assert dapt("export", run.path, "-o", again).exit_code == 0
     content = again.read_bytes()
     assert content == exported[0].read_bytes()
-    assert str(REPOSITORY).encode() not in content
-    assert str(run.path.parent).encode() not in content
+    card = again.with_suffix(".md").read_bytes()
+    assert run.read_settings().backbone == str(tiny_weights)
+    for file in (content, card):
+        assert tiny_weights.name.encode() in file
+        for place in (REPOSITORY, run.path.parent, tiny_weights.parent, photo_folder):
+            assert str(place).encode() not in file
+
+
+def test_all_bundled_test_images(tmp_path):
+    """What is said of exports is said of these, with the bundled backbone."""
+    quick = {"dataset": "bundled", "method": "zero-shot", "shots": 1}
+    run = train(make_settings(quick), tmp_path / "run")
+    assert dapt("export", run.path, "-o", tmp_path / "a.onnx").exit_code == 0
+    classifier, settings = load_classifier(run), run.read_settings()
+    task = task_of(settings)
+    store = Shared(classifier.backbone).store(task, task.test, settings)
+    expected = classify(classifier, store).softmax(-1).numpy()
+    images = classifier.backbone.normalize(store.test_views(range(len(store))))
+    graph = session(tmp_path / "a.onnx")
+    found = [graph.run(None, {"images": part.numpy()})[0] for part in images.split(100)]
+    assert len(expected) == 355
+    assert np.abs(np.concatenate(found) - expected).max() < 1e-4
+    assert "license: mit" in (tmp_path / "a.md").read_text()
+
+
+@once
+def test_names_in_a_card_are_text(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "run")
+    odd = RunDirectory(tmp_path / "run")
+    task = json.loads(odd.task_file.read_text())
+    names = ["a|b", "<img src=x>", "*c* `d`"]
+    odd.task_file.write_text(json.dumps({**task, "dataset": "<b>|x", "class_names": names}))
+    settings = json.loads(odd.settings_file.read_text())
+    odd.settings_file.write_text(json.dumps({**settings, "template": "a | {} <i>"}))
+    card = model_card(odd)
+    assert not re.search(r"<(b|i|img)\b", card)
+    assert r"a\|b, &lt;img src=x&gt;, \*c\* \`d\`" in card
+    cells = [re.split(r"(?<!\\)\|", line) for line in card.splitlines() if line[:2] == "| "]
+    assert "template" in {line[1].strip() for line in cells}
+    assert {len(line) for line in cells} == {4}
+
+
+@once
+def test_compared_on_noise_where_an_image_is_missing(run, photo_folder, tmp_path):
+    settings = json.loads(run.settings_file.read_text())
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    shutil.copytree(run.path, tmp_path / "run")
+    given = {**settings, "dataset": str(tmp_path / "photos")}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(given))
+    damaged = sorted((tmp_path / "photos" / "test").rglob("*.png"))[0]
+    damaged.write_bytes(b"x")
+    result = dapt("export", tmp_path / "run", "-o", tmp_path / "a.onnx")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "on 4 images of noise" in said
+    assert damaged.name in said
 
 
 def test_int8(run, exported, views, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dapt.cli import app
-from dapt.data import open_task
+from dapt.data import open_task, packed
 from dapt.errors import UserError
 from dapt.settings import make_settings
 from dapt.train import train
@@ -165,7 +166,7 @@ def test_unpacked_once_and_by_content(photo_folder, tmp_path, cache):
     first = open_task(str(file))
     stamp = first.image_path(first.train[0]).stat().st_mtime_ns
     assert open_task(str(file)).image_path(first.train[0]).stat().st_mtime_ns == stamp
-    assert [p.name for p in cache.iterdir()] == [first.source_sha256[:32]]
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == [first.source_sha256[:32]]
     shard(file, samples(rows[1:], TEXT))
     second = open_task(str(file))
     assert second.source_sha256 != first.source_sha256
@@ -242,7 +243,66 @@ def test_what_is_wrong_with_a_hugging_face_dataset(photo_folder, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be loaded"):
         open_task(str(path))
-    assert not list((tmp_path / "cache").glob("*")), "nothing half unpacked is left"
+    left = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert not left, "nothing half unpacked is left"
+
+
+@pytest.mark.parametrize("where", ["file", "split"])
+def test_no_record_leads_out_of_the_dataset(photo_folder, tmp_path, where):
+    """The library itself would open it."""
+    rows = photos(photo_folder, "train")
+    hugging_face(tmp_path / "private", {"": rows})
+    path = hugging_face(tmp_path / "data", {"train": rows, "test": rows})
+    if where == "file":
+        record = path / "train" / "state.json"
+        state = json.loads(record.read_text())
+        (arrow,) = (tmp_path / "private").glob("*.arrow")
+        state["_data_files"] = [{"filename": f"../../private/{arrow.name}"}]
+        record.write_text(json.dumps(state))
+    else:
+        (path / "dataset_dict.json").write_text(json.dumps({"splits": ["../private"]}))
+    with pytest.raises(UserError, match="no safe image path") as caught:
+        open_task(str(path))
+    assert "private" in str(caught.value)
+    record = path / ("train/state.json" if where == "file" else "dataset_dict.json")
+    for damaged in ("[]", "{}", "{", '{"splits": [3], "_data_files": [3]}'):
+        record.write_text(damaged)
+        with pytest.raises(UserError):
+            open_task(str(path))
+
+
+def test_the_fingerprint_is_made_once(photo_folder, tmp_path, cache, monkeypatch):
+    rows = photos(photo_folder, "train")
+    file = shard(tmp_path / "data.tar", samples(rows, TEXT))
+    first = open_task(str(file))
+    with monkeypatch.context() as patch:
+        patch.setattr("dapt.data.packed.file_digest", None)
+        assert open_task(str(file)) == first
+    (memory,) = cache.glob("*.sha256")
+    memory.write_text("damaged")
+    assert open_task(str(file)) == first
+    file.write_bytes(file.read_bytes().replace(b"blue", b"grey"))  # the size stays
+    os.utime(file, ns=(1, 1))
+    assert open_task(str(file)).source_sha256 != first.source_sha256
+
+
+def test_a_damaged_cache_is_a_sentence(photo_folder, tmp_path, cache):
+    file = shard(tmp_path / "data.tar", samples(photos(photo_folder, "train"), TEXT))
+    folder = cache / open_task(str(file)).source_sha256[:32]
+    (folder / "listing.json").unlink()
+    with pytest.raises(UserError, match="delete it, and it is unpacked anew"):
+        open_task(str(file))
+    shutil.rmtree(folder)
+    open_task(str(file))
+
+
+def test_an_image_too_large_to_be_one_is_not_cut_short(photo_folder, monkeypatch):
+    file = photos(photo_folder, "train")[0][0]
+    row = {"bytes": None, "path": str(file)}
+    assert packed._content(row, "row 0", photo_folder) == file.read_bytes()
+    monkeypatch.setattr(packed, "_LARGEST_IMAGE", 100)
+    with pytest.raises(UserError, match=r"row 0: its image .* cannot be read \(it is too large"):
+        packed._content(row, "row 0", photo_folder)
 
 
 @pytest.mark.parametrize("library", ["datasets", "webdataset"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dapt.cli import app
 from dapt.errors import UserError
-from dapt.predict import Prediction, Unreadable, find_images, named_in, predict, predict_each
+from dapt.predict import Prediction, Unreadable, find_images, named_in, predict_each
 from dapt.settings import make_settings
 from dapt.train import load_classifier, train
 
@@ -185,7 +185,7 @@ def test_a_list_without_end_is_read_a_few_batches_ahead(classifier, pictures):
 
 
 def test_batches_do_not_matter(classifier, pictures):
-    whole = predict(classifier, pictures, top=3)
+    whole = list(predict_each(classifier, pictures, top=3))
     for size in (1, 5):
         parts = list(predict_each(classifier, pictures, top=3, batch_size=size))
         for one, other in zip(parts, whole, strict=True):
@@ -194,14 +194,48 @@ def test_batches_do_not_matter(classifier, pictures):
             assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-5)
 
 
-def test_in_python_a_bad_image_raises_or_is_told(classifier, pictures, tmp_path):
+def test_in_python_a_bad_image_is_told(classifier, pictures, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"x")
     found = list(predict_each(classifier, [pictures[0], bad, pictures[1]]))
     assert [type(one) for one in found] == [Prediction, Unreadable, Prediction]
-    with pytest.raises(UserError, match=r"bad\.png cannot be read"):
-        predict(classifier, [pictures[0], bad])
-    assert predict(classifier, []) == []
+    assert "bad.png cannot be read" in found[1].reason
+    assert list(predict_each(classifier, [])) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs")
+@pytest.mark.parametrize("form", ["folder", "pattern"])
+def test_what_has_only_the_name_of_an_image_is_told(run, pictures, tmp_path, form):
+    shutil.copy(pictures[0], tmp_path / "good.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    odd = ["fifo.png", "link.png"]
+    if form == "folder":
+        (tmp_path / "folder.jpg").mkdir()
+        odd.append("folder.jpg")
+    given = tmp_path if form == "folder" else f"{tmp_path}/*"
+    result = dapt("predict", run.path, given, "--json")
+    assert result.exit_code == 1
+    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [
+        str(tmp_path / "good.png")
+    ]
+    said = " ".join(result.stderr.split())
+    assert all(f"skipped: image {tmp_path / name} " in said for name in odd)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of any bytes")
+def test_names_cannot_steer_a_terminal(run, pictures, tmp_path):
+    odd = tmp_path / "a\x1b[2J\nb\rc.png"
+    shutil.copy(pictures[0], odd)
+    lines = dapt("predict", run.path, odd).stdout
+    assert lines.startswith(f"{tmp_path}/a\\x1b[2J\\nb\\rc.png: ")
+    assert len(lines.splitlines()) == 1
+    assert "\x1b[2J" not in dapt("predict", run.path, odd, "-f", "table").stdout
+    assert json.loads(dapt("predict", run.path, odd, "--json").stdout)["path"] == str(odd)
+    (row,) = csv.DictReader(
+        io.StringIO(dapt("predict", run.path, odd, "-f", "csv").stdout, newline="")
+    )
+    assert row["path"] == str(odd)
 
 
 def test_names_that_are_no_text(run, tmp_path, pictures):

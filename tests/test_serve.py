@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import tiff_of_a_tile
 from dapt.cli import app
-from dapt.predict import predict
+from dapt.predict import predict_each
 from dapt.runs import RunDirectory
 from dapt.serve import server
 from dapt.serve.served import Served, load_served
@@ -177,7 +178,7 @@ def ranking(entry):
 
 
 def test_the_same_answers_as_predict(client, served, pictures):
-    expected = predict(served.classifier, pictures, top=3)
+    expected = list(predict_each(served.classifier, pictures, top=3))
     found = client.predict(*pictures, query="?top=3")
     assert found.status == 200
     entries = found.json["predictions"]
@@ -201,7 +202,7 @@ def test_concurrent_requests_share_batches(served, pictures):
         assert client.metric("dapt_batch_images_sum") == 9
     assert sum(slow.sizes) == 9
     assert max(slow.sizes) == 4, "as many as may be"
-    expected = predict(served.classifier, pictures[:9], top=3)
+    expected = list(predict_each(served.classifier, pictures[:9], top=3))
     for answer, one in zip(found, expected, strict=True):
         entry = answer.json["predictions"][0]
         assert ranking(entry) == pytest.approx(dict(one.classes), abs=1e-5)
@@ -254,6 +255,7 @@ def test_bad_images(client, pictures):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "known format"),
         (png_header(9_000, 9_000), 413, "9,000 x 9,000 pixels, more than the 50,000,000 allowed"),
         (huge, 413, "make it smaller"),
+        (tiff_of_a_tile(9_000), 400, "known format"),
     ):
         found = client.predict(data)
         assert (found.status, sentence in found.detail) == (status, True), found.detail
@@ -434,6 +436,17 @@ def test_names_of_other_hosts_are_refused(served):
             assert client.get("/classes", Host=host).status == 200
 
 
+def test_pages_of_other_servers_are_refused(client, pictures):
+    """As a form or script of any page could ask, without being able to read the answer."""
+    for origin in ("https://evil.example", "null", "", "http://localhost.evil.example:8000",
+                   "http://[", "http://evil.example@localhost.evil"):  # fmt: skip
+        found = client.predict(pictures[0], Origin=origin)
+        assert (found.status, "another server" in found.detail) == (403, True), origin
+        assert client.get("/classes", Origin=origin).status == 403
+    for origin in (f"http://127.0.0.1:{client.port}", "http://localhost", "http://[::1]:8000"):
+        assert client.predict(pictures[0], Origin=origin).status == 200
+
+
 def test_classes_health_and_metrics(client, served, pictures):
     found = client.get("/classes").json
     assert found["classes"] == list(served.class_names)
@@ -586,7 +599,7 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
     browser.drop(pictures[0], bad)
     until(lambda: browser.evaluate("document.querySelectorAll('article ol').length") == 1)
     until(lambda: browser.evaluate("document.querySelectorAll('.error').length") == 1)
-    (best,) = predict(served.classifier, pictures[:1])
+    (best,) = predict_each(served.classifier, pictures[:1])
     shown = browser.evaluate("document.querySelector('article ol li').innerText").split("\n")
     assert shown[0] == best.classes[0][0]
     assert shown[-1] == f"{100 * best.classes[0][1]:.1f} %"
@@ -614,6 +627,37 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
     outside = [u for u in browser.requested() if not u.startswith((address, "blob:", "about:"))]
     assert not outside
     assert [c for c in browser.complaints() if "400" not in c] == []
+
+
+def test_answers_that_are_none_leave_a_sentence(browser, client, pictures):
+    """As of uvicorn with too many clients, or of an error: plain text."""
+    browser.open(f"http://127.0.0.1:{client.port}/")
+    until(lambda: browser.evaluate("document.querySelectorAll('#classes li').length") == 3)
+    browser.evaluate(
+        "window.bad = {}; const real = fetch; window.fetch = (path, options) => {"
+        "const status = bad[path.split(/[/?]/)[1]];"
+        "return status ? Promise.resolve(new Response('plain', {status})) : real(path, options) }"
+    )
+    said = "document.getElementById('problem').innerText"
+    for status, sentence in ((503, "The server is too busy (503)."),
+                             (500, "The server failed (500).")):  # fmt: skip
+        browser.evaluate(f"bad = {{classes: {status}}}; describe()")
+        until(lambda s=sentence: browser.evaluate(said).startswith(s))
+    browser.evaluate("bad = {}; describe()")
+    until(lambda: browser.evaluate(said) == "")
+    browser.evaluate("bad = {predict: 500}")
+    browser.drop(pictures[0])
+    error = "document.querySelector('.error')?.innerText || ''"
+    until(lambda: browser.evaluate(error).startswith("The server failed (500)."))
+    # Support images that did not come are asked for again.
+    seen = "[...document.querySelectorAll('.nearest img')].filter((i) => i.naturalWidth).length"
+    browser.evaluate("bad = {support: 503}")
+    browser.drop(pictures[0])
+    until(lambda: browser.evaluate("document.querySelectorAll('.nearest li').length") == 6)
+    assert browser.evaluate(seen) == 0
+    browser.evaluate("bad = {}")
+    browser.drop(pictures[0])
+    until(lambda: browser.evaluate(seen) == 6)
 
 
 def test_the_page_asks_for_the_token(browser, served, pictures):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
 from dapt import __version__
-from dapt.errors import UserError
+from dapt.backbone import BUNDLED
+from dapt.errors import UserError, printable
 from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.runs import RunDirectory
-from dapt.settings import FITTED, IMPORTED, Settings
+from dapt.settings import FITTED, IMPORTED, Settings, backbone_name
 
 # By this a card is known for one of ours, which may be replaced.
 _START = "---\nlibrary_name: dapt\n"
@@ -40,29 +43,34 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     support = read_json(run.support_file, "support set of the run")
     method = get_method(settings.method)
     data = {IMPORTED: "not recorded", FITTED: "images given in Python"}.get(dataset, dataset)
-    known = (
-        "backbone",
-        "backbone_sha256",
-        *(("imported_sha256",) if "imported_from" in environment else ()),
-    )
+    known = ("backbone_sha256", *(("imported_sha256",) if "imported_from" in environment else ()))
     images = support.get("train") if isinstance(support, dict) else None
-    if not all(isinstance(environment.get(k), str) for k in known) or not isinstance(images, list):
+    if (
+        not all(isinstance(environment.get(k), str) for k in known)
+        or not isinstance(images, list)
+        or not all(isinstance(image, dict) for image in images)
+    ):
         raise UserError(f"{run.path} is damaged: its environment or support set is incomplete")
     if "imported_from" in environment:
         made = (
-            f"The prompts were read from the checkpoint `{environment['imported_from']}` "
-            f"(SHA-256 `{environment['imported_sha256']}`), tuned by other code; the settings are "
-            "those given at import, and the images they were tuned on are not known."
+            f"The prompts were read from the checkpoint {_plain(environment['imported_from'])} "
+            f"(SHA-256 {_plain(environment['imported_sha256'])}), tuned by other code; the "
+            "settings are those given at import, and the images they were tuned on are not known."
         )
     else:
         made = (
             f"Tuned on {len(images)} images, at most {settings.shots} a class, seed "
             f"{settings.seed}."
         )
+        tuned = {str(image.get("class_name")) for image in images}
+        if added := [_plain(name) for name in names if name not in tuned]:
+            made += f" Known by {'its' if len(added) == 1 else 'their'} name alone: "
+            made += f"{', '.join(added)}."
     told = {k: v for k, v in settings.model_dump().items() if k not in _NOT_TOLD and v is not None}
-    listed = "\n".join(f"| {name} | {value} |" for name, value in told.items())
-    return f"""{_START}license: other
-license_name: see-below
+    listed = "\n".join(f"| {name} | {_plain(value)} |" for name, value in told.items())
+    data, backbone_licence, data_licence = _plain(data), *_licences(settings, dataset)
+    mit = backbone_licence.startswith(_MIT) and data_licence.startswith(_MIT)
+    return f"""{_START}license: {"mit" if mit else "other"}{"" if mit else _SEE_BELOW}
 tags:
 - clip
 - prompt-tuning
@@ -77,15 +85,16 @@ into the classes listed below.
 
 ## Backbone
 
-`{environment["backbone"]}`, SHA-256 of its weights `{environment["backbone_sha256"]}`. Prompts fit
-these weights and no others.
+{_plain(backbone_name(settings))}. Prompts fit its weights, of SHA-256
+{_plain(environment["backbone_sha256"])}, and no others.
 
 ## Data
 
 Dataset: {data}. {made}
 
-Classes, in label order: {", ".join(names)}. Template for class names without a learned text
-prompt: "{settings.template or template}".
+Classes, in label order: {", ".join(map(_plain, names))}.
+
+Template for class names without a learned text prompt: "{_plain(settings.template or template)}".
 
 ## Settings
 
@@ -99,9 +108,9 @@ prompt: "{settings.template or template}".
 
 ## Licence
 
-- Backbone: {_backbone_licence(settings)}
-- Prompts and this file: whoever tuned them decides; the licence of the images may bind them.
-- Images of {data}: {_data_licence(dataset)}
+- Backbone: {backbone_licence}
+- Prompts and this file: {_PROMPTS_MIT if mit else _PROMPTS_OTHER}
+- Images of {data}: {data_licence}
 
 ## Intended use and limits
 
@@ -136,16 +145,31 @@ def _metrics(run: RunDirectory) -> str:
     return "\n".join([f"On {test['images']:,} test images:", "", "| | |", "|---|---|", *rows])
 
 
-def _backbone_licence(settings: Settings) -> str:
-    if settings.backbone == "bundled":
-        return "MIT (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
+_MIT = "MIT"
+_SEE_BELOW = "\nlicense_name: see-below"
+_PROMPTS_MIT = "MIT, as what they were made from, unless whoever tuned them says otherwise."
+_PROMPTS_OTHER = "whoever tuned them decides; the licence of the images may bind them."
+
+
+def _licences(settings: Settings, dataset: str) -> tuple[str, str]:
+    """Of the backbone and of the images, in words that start with the licence where it is known."""
+    backbone = "not known to dapt; see where the weights come from."
     openai = "/" not in settings.backbone and settings.pretrained in (None, "openai")
-    if openai and not Path(settings.backbone).suffix:
-        return "MIT (OpenAI's CLIP)."
-    return "not known to dapt; see where the weights come from."
+    if settings.backbone == BUNDLED:
+        backbone = (
+            f"{_MIT} (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
+        )
+    elif openai and not Path(settings.backbone).suffix:
+        backbone = f"{_MIT} (OpenAI's CLIP)."
+    images = "not known to dapt; see where they come from."
+    if dataset == "bundled:streamline-emojis":
+        images = "CC BY 4.0 (Streamline Emojis; see dapt's LICENSES.md)."
+    elif dataset.partition(":")[0] == BUNDLED:
+        images = f"{_MIT} (Fluent Emoji; see dapt's LICENSES.md)."
+    return backbone, images
 
 
-def _data_licence(dataset: str) -> str:
-    if dataset.partition(":")[0] == "bundled":
-        return "MIT; the style streamline-emojis CC BY 4.0 (see dapt's LICENSES.md)."
-    return "not known to dapt; see where they come from."
+def _plain(value: Any) -> str:
+    """A value as text that Markdown and HTML take for nothing else, on one line."""
+    text = html.escape(printable(str(value)), quote=False)
+    return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)

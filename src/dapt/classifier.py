@@ -60,13 +60,14 @@ class PromptedClassifier(nn.Module):
         return self.prompts.count
 
     def text_features(self) -> Tensor:
-        """(C, D) normalised class features in fp32; computed once where no context is learned."""
-        if self.prompts.text is not None:
-            return F.normalize(self.text_encoder(self.prompts.text), dim=-1)
+        """(C, D) normalised class features in fp32; computed once unless a context is learned."""
+        context = self.prompts.text
+        if context is not None and context.requires_grad:
+            return F.normalize(self.text_encoder(context), dim=-1)
         if self._fixed_text_features is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
-                self._fixed_text_features = F.normalize(self.text_encoder(None), dim=-1)
+                self._fixed_text_features = F.normalize(self.text_encoder(context), dim=-1)
         return self._fixed_text_features
 
     def image_features(

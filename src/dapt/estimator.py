@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +18,13 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt.backbone import Backbone
 from dapt.classifier import Classifier
-from dapt.data import ImageStore, Item, Task, draw_support_set
+from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
 from dapt.data.items import check_class_names
 from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.errors import UserError
 from dapt.evaluate import classify
-from dapt.files import read_json, write_atomic
+from dapt.files import read_json, write_atomic, write_json
+from dapt.methods import get_method
 from dapt.pictures import InputError, as_sequence, labels_of, read_picture
 from dapt.progress import Reporter, RichReporter
 from dapt.runs import RunDirectory
@@ -36,7 +38,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or floating point
     in 0 .. 1), or a torch or Hugging Face dataset. Labels are class names, or anything else with
-    ``class_names``; they may be left out for datasets that have them.
+    ``class_names``; they may be left out for datasets, rows and pairs that have them. (Model
+    selection picks rows as of an array, which a Hugging Face dataset is not: give it
+    ``dataset["image"]`` and ``dataset["label"]``.)
 
     Args:
         backbone: 'bundled', an open_clip name, a hub id, or a file.
@@ -116,12 +120,21 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             UserError: an image, label or parameter that cannot be used (a ValueError too, where
                 ``X`` or ``y`` is to blame).
+
+        Warns where labels are numbers and nothing says what they mean, unless no prompt reads it.
         """
         images = as_sequence(X)
-        classes, codes = _classes(labels_of(X) if y is None else y, len(images))
+        classes, codes = _classes(labels_of(images) if y is None else y, len(images))
         names = _names(self.class_names, classes)
         shots = int(np.bincount(codes).max()) if self.shots is None else self.shots
         settings = self._settings(shots)
+        numbers = not any(isinstance(label, str) for label in classes.tolist())
+        if numbers and self.class_names is None and not get_method(settings.method).probe:
+            warnings.warn(
+                f"prompts call the classes {names[0]!r}, {names[1]!r} and so on, for want of "
+                "names; give class_names, such as {0: 'cat', 1: 'dog'}",
+                stacklevel=2,
+            )
         reporter = RichReporter() if self.verbose else Reporter()
         with tempfile.TemporaryDirectory(prefix="dapt-fit-") as place:
             # Only images that are drawn are looked at, and those that are no files are written.
@@ -141,6 +154,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 )
             except Interrupted:
                 raise KeyboardInterrupt from None
+            except BadImage as error:
+                raise InputError(str(error)) from error
             run.add_to_environment(labels=_as_json(classes))
             self._adopt(run, classes)
         return self
@@ -154,7 +169,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """(n, C) probabilities of n images, columns in the order of ``classes_``.
 
         Raises:
-            UserError: an image cannot be read.
+            InputError: an image cannot be read.
             sklearn.exceptions.NotFittedError: before `fit` or `load`.
         """
         check_is_fitted(self, "files_")
@@ -171,10 +186,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
-        return float(super().score(X, labels_of(X) if y is None else y, sample_weight))
+        if y is None:
+            X = as_sequence(X)
+            y = labels_of(X)
+        return float(super().score(X, y, sample_weight))
 
     def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
         """Tell apart further classes by the tuned context, without tuning again.
+
+        Metrics that came with the run are dropped: they are those of fewer classes.
 
         Args:
             names: class names, or a mapping from labels to them where labels are no names.
@@ -184,6 +204,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 only the classes it was fitted on.
         """
         check_is_fitted(self, "files_")
+        if isinstance(names, str):
+            raise InputError(f"add_classes takes a list of class names; write [{names!r}]")
         given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         classes = np.asarray([*self.classes_.tolist(), *given])
         if len(set(classes.tolist())) != len(self.classes_) + len(given) or any(
@@ -200,9 +222,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             backbone = self._loaded().backbone
             load_classifier(run, everything, backbone=backbone)  # refuses what does not fit
             task = read_json(run.task_file, "task of the run")
-            added = task.get("added_classes", []) + list(everything[len(self.class_names_) :])
-            record = {**task, "class_names": list(everything), "added_classes": added}
-            write_atomic(run.task_file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            write_json(run.task_file, {**task, "class_names": list(everything)})
+            run.metrics_file.unlink(missing_ok=True)
             run.add_to_environment(labels=_as_json(classes))
             self._adopt(run, classes)
         return self
@@ -224,8 +245,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return run.path
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto") -> PromptClassifier:
+    def load(
+        cls, path: Path | str, *, device: str = "auto", backbone: str | None = None
+    ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
+
+        Args:
+            path: its directory.
+            device: to run on.
+            backbone: where the weights it was tuned on are now, if they have moved.
 
         Raises:
             UserError: there is no finished run, or its backbone is not what it was tuned on.
@@ -233,15 +261,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         run = RunDirectory(path)
         run.require()
         settings = run.read_settings()
+        if backbone is not None:
+            moved = absolute_paths({"backbone": backbone})
+            settings = settings.model_copy(update={**moved, "pretrained": None})
         values = settings.model_dump(exclude_defaults=True)
         found = cls(
             **{name: getattr(settings, name) for name in _OWN if name != "device"},
             device=device,
             settings={name: values[name] for name in _FREE & values.keys()} or None,
         )
-        labels = run.read_environment().get("labels")
-        _, names, _ = run.read_task()
-        found._adopt(run, np.asarray(names if labels is None else labels))
+        names = list(run.read_task()[1])
+        labels = _from_json(run, names)
+        if labels != names:
+            found.class_names = dict(zip(labels, names, strict=True))
+        found._adopt(run, np.asarray(labels), settings)
         return found
 
     def _settings(self, shots: int) -> Settings:
@@ -255,26 +288,31 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
-    def _adopt(self, run: RunDirectory, classes: np.ndarray) -> None:
-        """Become what a run directory holds."""
-        self._classifier = load_classifier(run, backbone=_backbone(self._placed(run)))
+    def _adopt(
+        self, run: RunDirectory, classes: np.ndarray, settings: Settings | None = None
+    ) -> None:
+        """Become what a run directory holds, with other settings than its own if given."""
+        settings = settings or run.read_settings()
+        self._classifier = load_classifier(run, backbone=self._backbone(settings))
         self.files_ = {
             file.name: file.read_bytes()
             for file in (run.settings_file, run.environment_file, run.task_file, run.support_file,
                          run.log_file, run.prompts_file, run.metrics_file)
             if file.is_file()
         }  # fmt: skip
+        self.files_[run.settings_file.name] = json.dumps(settings.model_dump(), indent=1).encode()
         self.classes_, self.class_names_ = classes, run.read_task()[1]
 
-    def _placed(self, run: RunDirectory) -> Settings:
-        return run.read_settings().model_copy(update={"device": self.device})
+    def _backbone(self, settings: Settings) -> Backbone:
+        return _backbone(settings.model_copy(update={"device": self.device}))
 
     def _loaded(self) -> Classifier:
         """The classifier, built anew from the run's files after unpickling."""
         if getattr(self, "_classifier", None) is None:
             with tempfile.TemporaryDirectory(prefix="dapt-load-") as place:
                 run = _written(self.files_, Path(place) / "run")
-                self._classifier = load_classifier(run, backbone=_backbone(self._placed(run)))
+                backbone = self._backbone(run.read_settings())
+                self._classifier = load_classifier(run, backbone=backbone)
         return self._classifier
 
     def __getstate__(self) -> dict[str, Any]:
@@ -356,7 +394,24 @@ def _written(files: dict[str, bytes], folder: Path) -> RunDirectory:
     return RunDirectory(folder)
 
 
+_IN_JSON = (str, int, float)
+
+
 def _as_json(classes: np.ndarray) -> list[Any] | None:
     """Labels for a JSON record, None where class names or nothing JSON can hold."""
     values = classes.tolist()
-    return values if all(isinstance(v, (str, int, float)) for v in values) else None
+    return values if all(isinstance(v, _IN_JSON) for v in values) else None
+
+
+def _from_json(run: RunDirectory, names: list[str]) -> list[Any]:
+    """What `_as_json` recorded of a run's classes; their names where it recorded nothing."""
+    labels = run.read_environment().get("labels")
+    if labels is None:
+        return names
+    if (
+        not isinstance(labels, list)
+        or len(set(map(repr, labels))) != len(names)
+        or not all(isinstance(v, _IN_JSON) for v in labels)
+    ):
+        raise UserError(f"{run.environment_file} is damaged: its labels are not those of classes")
+    return labels

@@ -23,9 +23,8 @@ from dapt.backbone import Backbone, load_backbone
 from dapt.classifier import PromptedClassifier
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
-from dapt.data.tasks import DEFAULT_TEMPLATE
+from dapt.data.tasks import DEFAULT_TEMPLATE, read_class_names
 from dapt.errors import UserError
-from dapt.files import read_json, user_path
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.prompts import Prompts, check_prompt
@@ -182,7 +181,8 @@ def import_checkpoint(
             "prompt); leave --method out, or give one that does"
         )
     _check_free(run, settings, overwrite)
-    task = _named_task(settings.class_names) if settings.dataset == IMPORTED else task_of(settings)
+    named = settings.dataset == IMPORTED
+    task = _named_task(Path(str(settings.class_names))) if named else task_of(settings)
     backbone = backbone or load_backbone(
         settings.backbone,
         settings.pretrained,
@@ -262,14 +262,10 @@ def published_bytes(run: RunDirectory) -> bytes:
     return file.getvalue()
 
 
-def _named_task(file: str | None) -> Task:
+def _named_task(file: Path) -> Task:
     """A task of class names alone."""
-    value = read_json(user_path(str(file)), "class name file")
+    value = read_class_names(file)
     names = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise UserError(
-            f"class name file {file} must hold a JSON list of class names in label order"
-        )
     # Published label lists do have two classes of one name.
     check_class_names(names, f"class name file {file}", distinct=False)
     return Task(IMPORTED, Path(), tuple(names), (), (), (), DEFAULT_TEMPLATE)

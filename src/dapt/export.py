@@ -32,13 +32,14 @@ from dapt.exchange import published_bytes
 from dapt.files import write_atomic
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
+from dapt.settings import backbone_name
 from dapt.shared import Shared, backbone_of
 from dapt.towers import run_image_tower
 from dapt.train import load_classifier, task_of
 
 FORMATS = ("onnx", "torch", "coop")
 # Largest difference of a probability between a file and its classifier.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 # Images a file is compared on; they are not chosen by anything.
 _COMPARED = 16
 # A protobuf message, which an ONNX file is, cannot be larger.
@@ -201,8 +202,8 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
         items = task.test[:: max(1, len(task.test) // _COMPARED)][:_COMPARED]
         store = Shared(classifier.backbone).store(task, items, settings)
         views = store.test_views(range(len(items)))
-    except UserError:  # the images are elsewhere
-        return noise, f"{len(noise)} images of noise (the dataset's are not here)"
+    except UserError as error:  # the images are elsewhere, or one is damaged
+        return noise, f"{len(noise)} images of noise, as the run's are not to be had: {error}"
     return torch.cat([views, noise]), f"{len(views)} test images and {len(noise)} of noise"
 
 
@@ -218,7 +219,7 @@ def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, s
             "run": run.path.resolve().name,
             "method": settings.method,
             "dataset": dataset,
-            "backbone": classifier.backbone.name,
+            "backbone": backbone_name(settings),
             "backbone_sha256": classifier.backbone.fingerprint,
             "int8": int8,
         },

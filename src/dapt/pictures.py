@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.sparse import issparse
 
-from dapt.data import decode_image, open_image, upright_rgb
+from dapt.data import BadImage, decode_image, open_image, upright_rgb
 from dapt.data.packed import IMAGE_COLUMNS, LABEL_COLUMNS
 from dapt.errors import UserError
 
@@ -29,8 +30,15 @@ def read_picture(value: Any) -> Image.Image:
             Hugging Face dataset; or a pair of any of these and a label.
 
     Raises:
-        UserError: it is none of these, or cannot be read.
+        InputError: it is none of these, or cannot be read.
     """
+    try:
+        return _read(value)
+    except BadImage as error:
+        raise InputError(str(error)) from error
+
+
+def _read(value: Any) -> Image.Image:
     if isinstance(value, (str, os.PathLike)):
         return open_image(os.fspath(value))
     if isinstance(value, bytes):
@@ -38,12 +46,12 @@ def read_picture(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         try:
             return upright_rgb(value)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # one from a file is decoded only now; see `decode_image`
             raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
     if isinstance(value, Mapping):
-        return read_picture(_of_row(value))
+        return _read(_of_row(value))
     if isinstance(value, tuple) and len(value) == 2:
-        return read_picture(value[0])
+        return _read(value[0])
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.ndim > 0:
@@ -88,8 +96,10 @@ def as_sequence(images: Any) -> Sequence[Any]:
     """``images`` if they can be counted and picked from, as a list where they cannot.
 
     Raises:
-        UserError: it is one image, no collection of images, or empty.
+        InputError: it is one image, no collection of images, or empty.
     """
+    if issparse(images):  # some are mappings too
+        raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise InputError(f"give a list of images, not one {type(images).__name__}")
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim in (0, 2):
@@ -102,30 +112,51 @@ def as_sequence(images: Any) -> Sequence[Any]:
             images = list(images)
         except TypeError as error:
             raise InputError(f"{type(images).__name__} is no collection of images") from error
-    if hasattr(images, "iloc"):  # a pandas column: its own index need not count from 0
-        images = list(images)
+    if hasattr(images, "iloc"):  # pandas, whose own index need not count from 0
+        images = images.to_dict("records") if images.ndim == 2 else list(images)
     if len(images) == 0:
         raise InputError("found array with 0 sample(s) (no images) while a minimum of 1 is needed")
     return images
 
 
-def labels_of(images: Any) -> list[Any]:
-    """Labels that come with a Hugging Face or torch dataset, as class names where it has them.
+def labels_of(images: Sequence[Any]) -> list[Any]:
+    """Labels that come with a dataset, or with rows or pairs; as class names where it has them.
+
+    Args:
+        images: as `as_sequence` gives them.
 
     Raises:
-        UserError: ``images`` holds no labels.
+        InputError: ``images`` holds no labels.
     """
-    columns = getattr(images, "column_names", None)
-    if columns is not None:
-        name = next((n for n in LABEL_COLUMNS if n in columns), None)
-        if name is not None:
-            return _named(list(images[name]), getattr(images.features[name], "names", None))
-    elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and len(images):
-        if getattr(images, "targets", None) is not None:
-            return _named([int(t) for t in images.targets], getattr(images, "classes", None))
-        if isinstance(images[0], tuple) and len(images[0]) == 2:
-            labels = [_plain(images[i][1]) for i in range(len(images))]
-            return _named(labels, getattr(images, "classes", None))
+    whole, places = _whole(images)
+    columns = getattr(whole, "column_names", None) or ()
+    column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if column is not None:
+        names = getattr(whole.features[column], "names", None)
+        labels = list(whole[column])
+        return _named([labels[i] for i in places], names)
+    names = getattr(whole, "classes", None)
+    if (targets := getattr(whole, "targets", None)) is not None:
+        return _named([_plain(targets[i]) for i in places], names)
+    return _named([_plain(_label_of(images[i])) for i in range(len(images))], names)
+
+
+def _whole(images: Any) -> tuple[Any, Sequence[int]]:
+    """The dataset of which this is a part (torch's ``Subset``), and the places of the part."""
+    places: Sequence[int] = range(len(images))
+    while hasattr(images, "dataset") and hasattr(images, "indices"):
+        places = [int(images.indices[i]) for i in places]
+        images = images.dataset
+    return images, places
+
+
+def _label_of(row: Any) -> Any:
+    if isinstance(row, tuple) and len(row) == 2:
+        return row[1]
+    if isinstance(row, Mapping):
+        for name in LABEL_COLUMNS:
+            if name in row:
+                return row[name]
     raise InputError(
         "requires y to be passed, but the target y is None: give labels, or a dataset that has "
         f"them (a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label)"
@@ -141,4 +172,5 @@ def _named(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
 
 
 def _plain(label: Any) -> Any:
-    return label.item() if isinstance(label, torch.Tensor) else label
+    """A Python value, of a scalar of numpy or torch too."""
+    return label.item() if isinstance(label, torch.Tensor | np.generic) else label

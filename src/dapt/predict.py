@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dapt.classifier import Classifier
-from dapt.data import ImageStore, is_image_file, open_image
+from dapt.data import ImageStore, has_image_name, images_below, open_image
 from dapt.errors import UserError
 from dapt.files import user_path
-from dapt.progress import Advance, nothing
 
 
 @dataclass(frozen=True)
@@ -37,35 +36,6 @@ class Unreadable:
     reason: str
 
 
-def predict(
-    classifier: Classifier,
-    paths: Sequence[Path | str],
-    *,
-    top: int = 1,
-    batch_size: int = 100,
-    advance: Advance = nothing,
-) -> list[Prediction]:
-    """Classify image files.
-
-    Args:
-        classifier: from `load_classifier`.
-        paths: image files.
-        top: how many classes to name for each, best first.
-        batch_size: images a batch.
-        advance: is told how many more are done.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
-    found = []
-    for one in predict_each(classifier, paths, top=top, batch_size=batch_size):
-        if isinstance(one, Unreadable):
-            raise UserError(one.reason)
-        found.append(one)
-        advance(1)
-    return found
-
-
 def predict_each(
     classifier: Classifier,
     paths: Iterable[Path | str],
@@ -78,8 +48,10 @@ def predict_each(
     Files are named, read and decoded a few batches ahead of the model, in other threads.
 
     Args:
-        classifier, top, batch_size: as in `predict`.
+        classifier: from `load_classifier`.
         paths: image files; may be an iterator that has no end.
+        top: how many classes to name for each, best first.
+        batch_size: images a batch.
     """
     seen, names = classifier.backbone.preprocessing, classifier.class_names
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
@@ -99,11 +71,10 @@ def predict_each(
         resize_mode=seen.resize_mode,
         read=lambda index: open_image(ahead[index]),
     )
-    done, text = 0, None
+    done = 0
     for views in store.batches(batches(), unreadable=reasons):
         with torch.inference_mode():
-            text = classifier.text_features() if text is None else text
-            logits = classifier.logits(classifier.image_features(views), text).cpu()
+            logits = classifier(views).cpu()
         for classes in best_classes(logits.softmax(-1), names, top):
             path, reason = ahead.pop(done), reasons.pop(done, None)
             done += 1
@@ -125,7 +96,8 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     """Image files that arguments mean: files, folders (searched through), and patterns.
 
     A pattern is one of `glob`, with ``**`` for any folders; a file of that very name goes first.
-    Each argument's images are in sorted order; hidden ones in folders are left out.
+    Each argument's images are in sorted order; hidden ones in folders are left out. What has an
+    image's name and is none comes along: that it cannot be read is told, not passed over.
 
     Raises:
         UserError: a path does not exist, a folder holds no image, or nothing matches a pattern.
@@ -134,12 +106,14 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     for argument in arguments:
         path = user_path(argument)
         if path.is_dir():
-            found += _inside(path)
+            if not (names := images_below(path)):
+                raise UserError(f"folder {path} holds no images; give one that does")
+            found += sorted(path / name for name in names)
         elif path.exists():
             found.append(path)
         elif glob.has_magic(str(path)):
             matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-            images = [match for match in matches if is_image_file(match)]
+            images = [m for m in matches if has_image_name(m.name) and not m.is_dir()]
             if not images:
                 raise UserError(f"no image matches {path}; check the pattern")
             found += images
@@ -148,16 +122,6 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     if not found:
         raise UserError("no images given; name image files or folders")
     return found
-
-
-def _inside(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in files if is_image_file(path := Path(place) / name)]
-    if not found:
-        raise UserError(f"folder {folder} holds no images; give one that does")
-    return sorted(found)
 
 
 def named_in(file: BinaryIO, end: bytes = b"\n") -> Iterator[Path]:

@@ -144,6 +144,16 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def backbone_name(settings: Settings) -> str:
+    """The backbone as others may be told of it: of a local file, its name alone."""
+    given = (settings.backbone, settings.pretrained)
+    return "/".join(_without_folder(source) for source in given if source is not None)
+
+
+def _without_folder(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def loss_weights(settings: Settings) -> dict[str, float]:
     """Weight of each of the method's loss terms."""
     weights = {}

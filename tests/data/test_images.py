@@ -14,12 +14,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from conftest import tiff_of_a_tile
 from dapt.data import (
     Allowance,
     ImageStore,
+    TooManyPixels,
     centre_view,
     decode_image,
-    is_image_file,
+    has_image_name,
     open_image,
 )
 from dapt.data import images as images_module
@@ -163,10 +165,19 @@ def test_what_cannot_be_read(tmp_path, monkeypatch):
     refused(tmp_path / "bomb.png", "decompression bomb")
 
 
+@pytest.mark.parametrize(("side", "limit"), [(400, 100_000), (19_000, None)])
+def test_a_tiffs_tiles_count_as_pixels(side, limit, monkeypatch):
+    """100 x 100 pixels in one tile: libtiff would decode all of it."""
+    file = io.BytesIO(tiff_of_a_tile(side))
+    monkeypatch.setattr(Image.Image, "load", None)  # nothing may be decoded
+    with pytest.raises(TooManyPixels, match=f"a tile of {side:,} x {side:,} pixels"):
+        decode_image(file, "a.tif", max_pixels=limit)
+
+
 def test_postscript_is_not_run(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     refused(tmp_path / "a.eps", "not an image in a known format")
-    assert not is_image_file(tmp_path / "a.eps")
+    assert not has_image_name("a.eps")
 
 
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP"]), st.integers(0, 200))
@@ -181,16 +192,11 @@ def test_damaged_bytes_are_read_or_refused(noise_bytes, kind, place):
         assert str(error).startswith("image upload cannot be read: ")  # noqa: PT017
 
 
-def test_names_of_images(tmp_path):
+def test_names_of_images():
     for name in ("a.jpg", "b.JPEG", "c.png", "d.WebP", "e.tif", "f.gif", "g.bmp"):
-        (tmp_path / name).touch()
-        assert is_image_file(tmp_path / name)
+        assert has_image_name(name)
     for name in (".a.jpg", "b.txt", "c.pdf", "jpg", "d.h5"):
-        (tmp_path / name).touch()
-        assert not is_image_file(tmp_path / name)
-    (tmp_path / "folder.png").mkdir()
-    assert not is_image_file(tmp_path / "folder.png")
-    assert not is_image_file(tmp_path / "none.png")
+        assert not has_image_name(name)
 
 
 # -- views -----------------------------------------------------------------------------------

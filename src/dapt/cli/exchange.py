@@ -112,8 +112,8 @@ def export(
 
     onnx and torch: normalised images in, probabilities out, batches of any size; labels,
     preprocessing and provenance are in the file's metadata. The file is compared with the run's
-    classifier and not left if a probability differs by more than 0.001. coop: the prompts alone, as
-    CoOp's code and its descendants save them.
+    classifier and not left if a probability differs by more than 0.0001. coop: the prompts alone,
+    as CoOp's code and its descendants save them.
 
     **Examples**
 
@@ -153,8 +153,9 @@ def push(
 ) -> None:
     """Upload a run and its model card to the Hugging Face hub, in one commit.
 
-    settings.json and environment.json go along as they are: paths on this machine can be read in
-    them. Log in first, with 'hf auth login'.
+    Paths on this machine can be read in settings.json, environment.json and support_set.json, which
+    lists the images it was tuned on; they go along as they are. Log in first, with 'hf auth login'.
+    So far this was tried against a stub of the hub only.
 
     **Examples**
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.markup import escape
 from rich.table import Column, Table
 
+from dapt.errors import printable
 from dapt.progress import console
 
 if TYPE_CHECKING:  # it brings torch along, which --help should not wait for
@@ -49,7 +50,7 @@ class Lines:
         ranked = ", ".join(f"{name} {p:.1%}" for name, p in prediction.classes)
         if self.is_unknown(prediction):
             ranked = f"unknown ({ranked})"
-        self.write(f"{_shown(prediction.path)}: {ranked}")
+        self.write(printable(f"{_shown(prediction.path)}: {ranked}"))
 
     def write(self, line: str) -> None:
         """Print one line, at once."""
@@ -93,8 +94,8 @@ class Csv(Lines):
 
     def _row(self, cells: list[Any]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="").writerow(cells)
-        self.write(text.getvalue())
+        csv.writer(text).writerow(cells)  # its line end is what makes it quote those in a name
+        self.write(text.getvalue().removesuffix("\r\n"))
 
 
 class Aligned(Lines):
@@ -114,7 +115,7 @@ class Aligned(Lines):
             cells += [name, f"{probability:.1%}"]
         if self.is_unknown(prediction):
             cells[1] = f"unknown ({cells[1]})"
-        self.table.add_row(*map(escape, cells))
+        self.table.add_row(*(escape(printable(cell)) for cell in cells))
 
     def close(self) -> None:
         """Print the table."""

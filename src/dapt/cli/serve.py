@@ -21,7 +21,7 @@ def serve(
         typer.Option(envvar="DAPT_TOKEN", help="That clients must send as a Bearer token."),
     ] = None,
     nearest: Annotated[
-        bool, typer.Option(help="Show the support images nearest to a photo.")
+        bool, typer.Option(help="Show the support images nearest to a photo, if they are here.")
     ] = True,
     max_upload: Annotated[float, typer.Option(min=0.01, help="MB of a request.")] = 20,
     max_pixels: Annotated[float, typer.Option(min=0.01, help="Megapixels of an image.")] = 50,

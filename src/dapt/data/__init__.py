@@ -1,13 +1,15 @@
 """Tasks (bundled, benchmarks, folders, tables), support sets, and images."""
 
 from dapt.data.benchmarks import BENCHMARKS, Benchmark
+from dapt.data.folders import images_below
 from dapt.data.images import (
     Allowance,
+    BadImage,
     ImageStore,
     TooManyPixels,
     centre_view,
     decode_image,
-    is_image_file,
+    has_image_name,
     open_image,
     upright_rgb,
 )
@@ -24,6 +26,7 @@ from dapt.data.tasks import bundled_domains, open_task
 __all__ = [
     "BENCHMARKS",
     "Allowance",
+    "BadImage",
     "Benchmark",
     "ImageStore",
     "Item",
@@ -34,8 +37,9 @@ __all__ = [
     "centre_view",
     "decode_image",
     "draw_support_set",
+    "has_image_name",
+    "images_below",
     "images_in_both",
-    "is_image_file",
     "load_support_set",
     "open_image",
     "open_task",

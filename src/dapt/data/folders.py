@@ -115,15 +115,25 @@ def _is_empty(place: str, name: str) -> bool:
         return False
 
 
-def _images(root: Path, folder: Path) -> list[str]:
-    """Image files in and below ``folder``, relative to ``root``, sorted; hidden ones left out."""
+def images_below(folder: Path) -> list[str]:
+    """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
+
+    What has the name and is no image is found out, and told, when it is read.
+    """
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(place).relative_to(root).as_posix()
-        # What has an image's name and is none is found out, and told, when it is read.
+        inside = Path(place).relative_to(folder)
         empty = [name for name in folders if has_image_name(name) and _is_empty(place, name)]
-        found += [f"{inside}/{name}" for name in (*files, *empty) if has_image_name(name)]
+        names = [name for name in (*files, *empty) if has_image_name(name)]
+        found += [(inside / name).as_posix() for name in names]
+    return found
+
+
+def _images(root: Path, folder: Path) -> list[str]:
+    """`images_below` a class's folder, relative to ``root``, sorted."""
+    inside = folder.relative_to(root)
+    found = [(inside / path).as_posix() for path in images_below(folder)]
     if not found:
         raise UserError(f"class folder {folder} holds no images; add some, or take it out")
     return sorted(check_path(path, f"folder {root}") for path in found)

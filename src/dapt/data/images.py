@@ -52,6 +52,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# A TIFF's tile is decoded whole, however little of it lies within the image.
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
+
 # Longer strips than this are cut to their middle before the short side is resized, or a strip of
 # a few bytes would become gigabytes. What is cut lies far outside the centre crop.
 _MAX_ASPECT = 16
@@ -80,11 +83,6 @@ def has_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether ``path`` is a file with the name of an image."""
-    return has_image_name(path.name) and path.is_file()
-
-
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as upright 8-bit RGB.
 
@@ -92,19 +90,23 @@ def open_image(path: Path | str) -> Image.Image:
     and of an animation the first frame is taken.
 
     Raises:
-        UserError: the file is missing, empty, damaged, no image, no ordinary file, or so large
+        BadImage: the file is missing, empty, damaged, no image, no ordinary file, or so large
             that PIL suspects a decompression bomb.
     """
     try:
         with open_regular(path) as file:
             return decode_image(file, str(path))
     except FileNotFoundError as error:
-        raise UserError(f"image {path} does not exist; check the path") from error
+        raise BadImage(f"image {path} does not exist; check the path") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"image {path} cannot be opened ({error}); check the path") from error
+        raise BadImage(f"image {path} cannot be opened ({error}); check the path") from error
 
 
-class TooManyPixels(UserError):
+class BadImage(UserError):
+    """An image cannot be read."""
+
+
+class TooManyPixels(BadImage):
     """An image is larger than is allowed; nothing of it was decoded."""
 
 
@@ -120,21 +122,19 @@ def decode_image(
     Args:
         file, name: the image.
         formats: PIL's names of those to accept; all that are safe, if not given.
-        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case.
+        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case. What
+            a TIFF's tile tags say counts too, as far as PIL understands them, which is not as far
+            as libtiff does: strangers who may not exceed a limit should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more.
-        UserError: as `open_image`, once the file is open.
+        BadImage: as `open_image`, once the file is open.
     """
     # Of those asked for, this PIL may lack some.
     known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
     try:
         with Image.open(file, formats=known) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixels(
-                    f"image {name} has {image.width:,} x {image.height:,} pixels, more than the "
-                    f"{max_pixels:,} allowed; make it smaller"
-                )
+            _check_pixels(image, name, max_pixels)
             image.load()
             if min(image.size) < 1:
                 raise ValueError("it has no pixels")
@@ -146,10 +146,23 @@ def decode_image(
     except UnidentifiedImageError as error:
         file.seek(0)
         reason = "not an image in a known format" if file.read(1) else "the file is empty"
-        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+        raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
     except Exception as error:  # decoders fail on damaged files in whatever way
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
+        raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
+
+
+def _check_pixels(image: Image.Image, name: str, limit: int | None) -> None:
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; PIL knows nothing of its tiles yet
+    tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
+    if limit is None and Image.MAX_IMAGE_PIXELS is not None:
+        limit = 2 * Image.MAX_IMAGE_PIXELS  # where PIL refuses
+    for what, (width, height) in (("", image.size), ("a tile of ", tile)):
+        if limit is not None and width * height > limit:
+            raise TooManyPixels(
+                f"image {name} has {what}{width:,} x {height:,} pixels, more than the {limit:,} "
+                "allowed; make it smaller"
+            )
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +37,7 @@ from dapt.files import (
     parse_json,
     read_json,
     read_text,
+    write_atomic,
     write_json,
 )
 
@@ -120,7 +122,10 @@ def cache_folder() -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of all files of a source."""
+    """SHA-256 over the names and contents of all files of a source.
+
+    It is remembered in the cache by the files' places, sizes and times: making it reads them all.
+    """
     if path.is_file():
         files = [path]
     elif is_hugging_face(path):
@@ -130,14 +135,25 @@ def _fingerprint(path: Path) -> str:
     else:
         names = path / _NAMES_FILE
         files = [*_shards(path), *([names] if names.is_file() else [])]
-    total = hashlib.sha256()
+    total, seen = hashlib.sha256(), hashlib.sha256()
     try:
+        for file in sorted(files):
+            stat = file.stat()
+            known = (os.fsencode(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            seen.update(repr(known).encode())
+        memory = cache_folder() / f"{seen.hexdigest()[:32]}.sha256"
+        with suppress(OSError, ValueError):
+            if re.fullmatch("[0-9a-f]{64}", remembered := read_text(memory)):
+                return remembered
         for file in sorted(files):
             name = file.name if path.is_file() else file.relative_to(path).as_posix()
             one = file_digest(file)
             total.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + one)
     except OSError as error:
         raise UserError(f"dataset {path} cannot be read ({error}); check it") from error
+    with suppress(OSError):  # a cache that is only read still serves
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, total.hexdigest())
     return total.hexdigest()
 
 
@@ -174,9 +190,11 @@ def _unpack(path: Path, folder: Path) -> None:
             os.sync()
         try:
             place.rename(folder)
-        except OSError:
+        except OSError as error:
             if not (folder / _LISTING).is_file():  # not just another process that was faster
-                raise
+                raise UserError(
+                    f"{folder} cannot be written ({error}); delete it, and it is unpacked anew"
+                ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -192,6 +210,7 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             f"{path} is a Hugging Face dataset, which needs {error.name}: pip install "
             "'dapt[sources]'"
         ) from error
+    _check_names(path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # Arrow's errors are a wide family
@@ -216,6 +235,32 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             yield _PARTS.get(part, ""), _named(row[label], names, line), content
 
 
+def _check_names(path: Path) -> None:
+    """Raise `UserError` where a dataset's records name files outside its folder.
+
+    The library opens whatever they name.
+    """
+    places = [path]
+    if (path / "dataset_dict.json").is_file():
+        record = read_json(path / "dataset_dict.json", "list of splits")
+        names = record.get("splits") if isinstance(record, dict) else None
+        if not isinstance(names, list):
+            raise UserError(f"dataset {path}: dataset_dict.json lists no splits; save it anew")
+        places = [path / _inside(name, path) for name in names]
+    for place in places:
+        record = read_json(place / "state.json", "state of the dataset")
+        files = record.get("_data_files") if isinstance(record, dict) else None
+        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+            raise UserError(f"{place / 'state.json'} lists no data files; save the dataset anew")
+        for file in files:
+            _inside(file.get("filename"), place)
+
+
+def _inside(name: Any, place: Path) -> str:
+    """A name from a record, if it leads to what lies in a folder."""
+    return check_path(name if isinstance(name, str) else "", f"dataset {place}")
+
+
 def _column(rows: Any, known: tuple[str, ...], where: str, what: str) -> str:
     for name in known:
         if name in rows.column_names:
@@ -236,7 +281,9 @@ def _content(value: Any, where: str, root: Path) -> bytes:
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("it is not in the dataset's folder")
         with open_regular(file) as opened:
-            return opened.read(_LARGEST_IMAGE)
+            if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
+                raise OSError("it is too large")
+            return opened.read()
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} has no image; take the row out") from error
     except (OSError, ValueError) as error:

@@ -140,13 +140,7 @@ def _renamed(names: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Class names after the user's mapping or list."""
     if file is None:
         return names
-    given = read_json(user_path(file), "class name file")
-    values = list(given.values()) if isinstance(given, dict) else given
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UserError(
-            f"class name file {file} must hold a JSON object of folder name to class name, or a "
-            "list of class names in label order"
-        )
+    given = read_class_names(file)
     if isinstance(given, dict):
         for name in given:
             if name not in names:
@@ -155,9 +149,25 @@ def _renamed(names: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
                     f"{nearest(name, names)}; take it out"
                 )
         return tuple(given.get(name, name) for name in names)
-    if len(values) != len(names):
+    if len(given) != len(names):
         raise UserError(
-            f"class name file {file} lists {len(values)} names, but the dataset has {len(names)} "
+            f"class name file {file} lists {len(given)} names, but the dataset has {len(names)} "
             "classes; list one for each, in label order"
         )
-    return tuple(values)
+    return tuple(given)
+
+
+def read_class_names(file: Path) -> list[str] | dict[str, str]:
+    """Class names in label order, or an object from listed names to better ones.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else or nothing.
+    """
+    given = read_json(user_path(file), "class name file")
+    values = list(given.values()) if isinstance(given, dict) else given
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
+        raise UserError(
+            f"class name file {file} must hold a JSON object of folder name to class name, or a "
+            "list of class names in label order"
+        )
+    return given

@@ -116,7 +116,7 @@ _BODY = {
                         FIELD: {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
-                            "description": "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF files.",
+                            "description": "JPEG, PNG, WebP, GIF, BMP or AVIF files.",
                         }
                     },
                 }

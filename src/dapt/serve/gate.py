@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
@@ -70,7 +71,8 @@ class Gate:
         token: that ``Authorization: Bearer`` must bring, if one is asked for.
         hosts: names of this server that a request may call it by, in lower case; any, if empty.
             A page elsewhere that has its own name point to a loopback address (DNS rebinding)
-            would otherwise read what only this machine should.
+            would otherwise read what only this machine should. Nor may a browser ask on behalf of
+            a page from elsewhere: it could not read the answer, but have work done.
     """
 
     def __init__(
@@ -118,6 +120,9 @@ class Gate:
                 "this server does not go by that name; start it with --allow-host NAME, or with "
                 "a token",
             )
+        origin = headers.get("origin")  # sent by browsers, "null" for a file or a sandboxed page
+        if self.hosts and origin is not None and not self._is_own(origin):
+            return _sentence(403, "this server answers to no page of another server")
         path: str = scope["path"]
         if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDER):
             return None
@@ -129,6 +134,12 @@ class Gate:
             "this server asks for a token; send it as 'Authorization: Bearer TOKEN'",
             {"www-authenticate": "Bearer"},
         )
+
+    def _is_own(self, origin: str) -> bool:
+        try:
+            return _host_name(urlsplit(origin).netloc) in self.hosts
+        except ValueError:  # a bracket that is not closed
+            return False
 
 
 def _equal(given: str, expected: str) -> bool:

@@ -18,10 +18,12 @@ from dapt.errors import UserError
 from dapt.evaluate import chunks
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
+from dapt.settings import backbone_name
 from dapt.train import load_classifier, task_of
 
-# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
+# a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
 # Support images are shown this small, px a side.
 _SHOWN = 160
@@ -46,13 +48,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """A classifier with its class features made.
+    """A classifier and what is shown beside its answers.
 
     Attributes:
         name: the run's.
         method: its row in the table of methods; ``backbone``: its name.
         support: None where the run has no support images to show.
-        text_features: (C, D), as the classifier makes them.
     """
 
     name: str
@@ -60,7 +61,6 @@ class Served:
     backbone: str
     classifier: Classifier
     support: Support | None
-    text_features: Tensor
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Served:
         batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode():
             features = self.classifier.image_features(batch)
-            logits = self.classifier.logits(features, self.text_features)
+            logits = self.classifier.logits(features, self.classifier.text_features())
             probabilities = logits.cpu().softmax(-1)
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
@@ -106,7 +106,9 @@ def load_served(
     Args:
         run: a finished one.
         device: to run on, if not the one it was tuned on.
-        nearest: encode its support images too; where they are not to be had, that is said.
+        nearest: encode its support images too; where they are not to be had, that is said. Those of
+            a run that `PromptClassifier` saved never are: their paths may lead anywhere on this
+            machine, and whoever made the run must not choose what a server shows of it.
         reporter: is told of progress.
 
     Raises:
@@ -115,8 +117,7 @@ def load_served(
     reporter = reporter or Reporter()
     classifier = load_classifier(run, device=device)
     settings = run.read_settings()
-    with torch.inference_mode():
-        text = classifier.text_features()
+    classifier.text_features()  # made once, here rather than at the first request
     support = None
     if nearest:
         try:
@@ -124,7 +125,7 @@ def load_served(
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
     name = run.path.resolve().name
-    return Served(name, settings.method, settings.backbone, classifier, support, text)
+    return Served(name, settings.method, backbone_name(settings), classifier, support)
 
 
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:

@@ -24,6 +24,17 @@ function problem(text) {
   $("problem").hidden = !text;
 }
 
+// What the server says. Before the application has a word, as with too many clients or an error in
+// it, that is no JSON.
+async function content(response) {
+  try {
+    return await response.json();
+  } catch {
+    const why = [429, 503].includes(response.status) ? "is too busy" : "failed";
+    return { detail: `The server ${why} (${response.status}). Try again later.` };
+  }
+}
+
 async function describe() {
   let response;
   try {
@@ -31,7 +42,7 @@ async function describe() {
   } catch {
     return problem("The server does not answer. Reload the page once it is back.");
   }
-  const found = await response.json();
+  const found = await content(response);
   locked = response.status === 401;
   $("token-form").hidden = !locked;
   $("drop").hidden = locked;
@@ -57,7 +68,7 @@ function add(files) {
     picture.src = URL.createObjectURL(file);
     picture.alt = "";
     picture.onload = () => URL.revokeObjectURL(picture.src);
-    picture.onerror = () => { picture.hidden = true; };  // such as TIFF, which browsers do not show
+    picture.onerror = () => { picture.hidden = true; };  // what browsers do not show
     body.append(element("h2", file.name || "pasted photo"), element("p", "waiting …"));
     card.append(picture, body);
     cards.push(card);
@@ -101,12 +112,7 @@ async function classified(file) {
       await sleep(Number(response.headers.get("Retry-After") || 1) * tries);
       continue;
     }
-    let found;
-    try {
-      found = await response.json();
-    } catch {
-      throw new Error(`The server is too busy (${response.status}). Try again later.`);
-    }
+    const found = await content(response);
     if (!response.ok) throw new Error(String(found.detail));
     return ranked(found.predictions[0]);
   }
@@ -134,14 +140,22 @@ function ranked(prediction) {
   return [list, element("h3", "Why: the most similar of the images it was tuned on (cosine)"), strip];
 }
 
-const pictures = new Map();  // by path, so that each is fetched once
+const pictures = new Map();  // addresses by path, so that each is fetched once
 
 async function show(picture, path) {
-  if (!pictures.has(path)) {
-    pictures.set(path, request(path).then((r) => (r.ok ? r.blob() : null)).catch(() => null));
+  if (!pictures.has(path)) pictures.set(path, fetched(path));
+  const address = await pictures.get(path);
+  if (address) picture.src = address;
+  else pictures.delete(path);  // the next photo it is near to tries again
+}
+
+async function fetched(path) {
+  try {
+    const response = await request(path);
+    return response.ok ? URL.createObjectURL(await response.blob()) : null;
+  } catch {
+    return null;
   }
-  const blob = await pictures.get(path);
-  if (blob) picture.src = URL.createObjectURL(blob);
 }
 
 $("files").addEventListener("change", (event) => {
