@@ -1,6 +1,8 @@
 """What tests share: the material beside the repository, where it is, and a tiny backbone."""
 
+import contextlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,27 @@ def fuzzed(examples):
     return settings(
         max_examples=max(examples, asked), suppress_health_check=list(HealthCheck), deadline=None
     )
+
+
+@contextlib.contextmanager
+def frugal(megabytes=300, seconds=10):
+    """What happens inside takes no more memory than this (where that can be told) and no longer."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(kind):
+        line = next(x for x in status.read_text().splitlines() if x.startswith(kind))
+        return int(line.split()[1]) / 1024
+
+    before, started = 0.0, time.monotonic()
+    if reset.exists():
+        reset.write_text("5")  # the highest so far is what there is now
+        before = resident("VmRSS")
+    yield
+    spent = time.monotonic() - started
+    assert spent < seconds, f"{spent:.1f} s"
+    if reset.exists():
+        grown = resident("VmHWM") - before
+        assert grown < megabytes, f"{grown:.0f} MB"
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -7,12 +7,12 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_config
+from conftest import fuzzed, tiny_config
 from dapt.backbone import config_from_shapes, load_backbone
 from dapt.errors import UserError
 from dapt.weights import read_state_dict
@@ -85,7 +85,8 @@ def test_state_dicts_of_anything_else(tmp_path):
             read_state_dict(file)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@fuzzed(150)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(tmp_path, data):
     """A few bytes changed anywhere in each kind of file: a state dict or one sentence."""
