@@ -203,7 +203,7 @@ def test_json_is_refused_before_it_fills_memory(tmp_path):
         read_json(tmp_path / "fifo.json", "split file")
 
 
-@pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": 1, "a": 2}', "[Infinity]"])
+@pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": 1, "a": 2}', "[Infinity]", "[-1e999]"])
 def test_json_of_two_meanings_is_refused(tmp_path, content):
     file = tmp_path / "a.json"
     file.write_text(content)
