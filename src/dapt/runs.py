@@ -83,7 +83,7 @@ class RunDirectory:
 
         Raises:
             InUse: another process holds it.
-            UserError: the directory cannot be made.
+            UserError: the directory cannot be made, or not locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,6 +99,10 @@ class RunDirectory:
             raise InUse(
                 f"run directory {self.path} is in use by another process; wait for it or choose "
                 "another with --output"
+            ) from error
+        except OSError as error:  # a link, which is not followed, or a folder
+            raise UserError(
+                f"{lock.lock_file} cannot be locked ({error.strerror}); delete it"
             ) from error
         try:
             yield

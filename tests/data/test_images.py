@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from conftest import fuzzed
 from dapt.data import ImageStore, centre_view, decode_image, is_image_file, open_image
 from dapt.data import images as images_module
 from dapt.data.images import crop_box, train_view
@@ -162,6 +163,8 @@ def test_postscript_is_not_run(tmp_path):
     assert not is_image_file(tmp_path / "a.eps")
 
 
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP"]), st.integers(0, 200))
 def test_damaged_bytes_are_read_or_refused(noise_bytes, kind, place):
     content = io.BytesIO()
