@@ -5,12 +5,10 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from open_clip.model import CLIP
-from PIL import Image
+from miniatures import make_photos, make_weights
 from safetensors.torch import load_file, save_file
 
 # Time limits a single example would break on a busy machine say nothing about the code.
@@ -59,32 +57,11 @@ def shared():
     return folder
 
 
-def tiny_config(**changes):
-    """Configuration of a CLIP that is fast enough to be tuned in a test."""
-    config = {
-        "embed_dim": 32,
-        "quick_gelu": True,
-        "vision_cfg": {"layers": 2, "width": 64, "head_width": 64, "patch_size": 8,
-                       "image_size": 32},
-        "text_cfg": {"layers": 2, "width": 64, "heads": 1, "context_length": 77,
-                     "vocab_size": 49408},
-    }  # fmt: skip
-    for key, value in changes.items():
-        part, _, name = key.partition("__")
-        if name:
-            config[part][name] = value
-        else:
-            config[part] = value
-    return config
-
-
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     """A safetensors file with OpenAI's key names: an untrained CLIP of 64-wide towers."""
-    torch.manual_seed(7)
-    model = CLIP(**tiny_config())
     file = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    make_weights(file)
     return file
 
 
@@ -111,14 +88,5 @@ def recorded(request, tmp_path_factory):
 def photo_folder(tmp_path_factory):
     """train/ and test/ with three classes of plainly coloured noise: easy, but not trivial."""
     root = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    colours = {"red_thing": (200, 60, 60), "green thing": (60, 200, 60), "blue": (60, 60, 200)}
-    for part, count in (("train", 6), ("test", 4)):
-        for name, colour in colours.items():
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = generator.normal(0, 40, (40, 48, 3))
-                pixels = np.clip(noise + colour, 0, 255).astype("uint8")
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    make_photos(root)
     return root

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from miniatures import tiny_config
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-from conftest import frugal, fuzzed, tiny_config
+from conftest import frugal, fuzzed
 from dapt.backbone import config_from_shapes, load_backbone
 from dapt.errors import UserError
 from dapt.weights import read_state_dict

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fuzz import CORPUS, TARGETS, read_or_refused
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -91,16 +92,23 @@ def damaged(draw, content):
     return bytes(content)
 
 
-@contextlib.contextmanager
-def read_or_refused():
-    """Nothing but `UserError` may come of a file; it is one printable line."""
-    try:
-        yield
-    except UserError as error:
-        said = str(error)
-        assert said.isprintable() or said.replace("\u3000", "").strip()
-        assert "\n" not in said
-        assert len(said) < 7000
+# -------------------------------------------------------------------------------- the corpus
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.mark.parametrize("kept", sorted(f"{p.parent.name}/{p.name}" for p in CORPUS.glob("*/*")))
+def test_kept_input(kept, place):
+    """What ``make fuzz`` starts from, and what it found: read or refused, soon, in little room."""
+    kind = kept.partition("/")[0]
+    if kind == "shard":
+        pytest.importorskip("webdataset")
+    TARGETS[kind](b"", place)  # what is loaded or made but once is no fault of the input
+    with frugal():
+        TARGETS[kind]((CORPUS / kept).read_bytes(), place)
 
 
 # ------------------------------------------------------------------------ settings, suites
