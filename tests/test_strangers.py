@@ -507,8 +507,23 @@ def test_a_header_that_promises_more_than_it_holds(tmp_path):
     header = json.dumps(
         {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     ).encode()
-    file = tmp_path / "a.safetensors"
+    file = tmp_path / "prompts.safetensors"
     for length in (len(header), 2**63, 2**64 - 1):
         file.write_bytes(struct.pack("<Q", length) + header + bytes(64))
         with pytest.raises(UserError, match="could not be read as weights"):
             read_state_dict(file)
+
+
+def test_a_header_of_a_hundred_thousand_names(tmp_path):
+    """Ten megabytes of names of nothing, for each of which there would be an object."""
+    from dapt.weights import read_state_dict
+
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": nothing for i in range(100_000)}).encode()
+    file = tmp_path / "prompts.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with frugal(20, 5):
+        with pytest.raises(UserError, match="its list of tensors has"):
+            read_state_dict(file)
+        with pytest.raises(UserError, match="its list of tensors has"):
+            RunDirectory(tmp_path).read_tensors(file)

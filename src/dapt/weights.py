@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError
+from dapt.files import open_regular
 from dapt.unpickle import (
     MAX_HEADER,
     MAX_NAME,
@@ -115,8 +116,7 @@ def read_checkpoint(
 def _open(path: Path, stack: ExitStack) -> tuple[Any, ReadBytes | None]:
     """A file's value, and what reads the tensors described in it, if it is not read already."""
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            _check_header(int.from_bytes(file.read(8), "little"))
+        check_safetensors(path)
         return load_file(path), None
     if _is_zip(path):
         return read_zip(stack.enter_context(_zip(path)))
@@ -203,6 +203,18 @@ def _zip(path: Path) -> zipfile.ZipFile:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     _check_header(end[zipfile._ECD_SIZE] if end else 0)  # type: ignore[attr-defined]
     return zipfile.ZipFile(path)
+
+
+def check_safetensors(path: Path) -> None:
+    """See that a safetensors file is an ordinary one and lists no more tensors than a model has.
+
+    The library would make an object of each, a hundred megabytes of names if need be.
+
+    Raises:
+        OSError, ValueError: it is not.
+    """
+    with open_regular(path) as file:
+        _check_header(int.from_bytes(file.read(8), "little"))
 
 
 def _check_header(size: int) -> None:
