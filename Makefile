@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint torture lowest pretrain clean
+.PHONY: demo test lint torture fuzz lowest pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -19,6 +19,13 @@ lint: $(VENV)/.installed-test
 # Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
 torture: $(VENV)/.installed-test
 	$(BIN)/python tests/torture.py --kills 240 --fuzz 2000 --json build/torture.json
+
+# Each kind of file that strangers may send, for two minutes (SECONDS) under atheris, which needs
+# CPython 3.11 to 3.13; finds are kept in tests/corpus.
+SECONDS ?= 120
+fuzz: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 # The tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 lowest:

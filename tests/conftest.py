@@ -1,18 +1,18 @@
 """What tests share: the material beside the repository, where it is, and a tiny backbone."""
 
+import contextlib
 import os
 import shutil
 import struct
+import time
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from browser import Browser
 from hypothesis import HealthCheck, settings
-from open_clip.model import CLIP
-from PIL import Image
+from miniatures import make_photos, make_weights
 from safetensors.torch import load_file, save_file
 
 # Time limits a single example would break on a busy machine say nothing about the code.
@@ -28,6 +28,27 @@ def fuzzed(examples):
     )
 
 
+@contextlib.contextmanager
+def frugal(megabytes=300, seconds=10):
+    """What happens inside takes no more memory than this (where that can be told) and no longer."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(kind):
+        line = next(x for x in status.read_text().splitlines() if x.startswith(kind))
+        return int(line.split()[1]) / 1024
+
+    before, started = 0.0, time.monotonic()
+    if reset.exists():
+        reset.write_text("5")  # the highest so far is what there is now
+        before = resident("VmRSS")
+    yield
+    spent = time.monotonic() - started
+    assert spent < seconds, f"{spent:.1f} s"
+    if reset.exists():
+        grown = resident("VmHWM") - before
+        assert grown < megabytes, f"{grown:.0f} MB"
+
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -40,32 +61,11 @@ def shared():
     return folder
 
 
-def tiny_config(**changes):
-    """Configuration of a CLIP that is fast enough to be tuned in a test."""
-    config = {
-        "embed_dim": 32,
-        "quick_gelu": True,
-        "vision_cfg": {"layers": 2, "width": 64, "head_width": 64, "patch_size": 8,
-                       "image_size": 32},
-        "text_cfg": {"layers": 2, "width": 64, "heads": 1, "context_length": 77,
-                     "vocab_size": 49408},
-    }  # fmt: skip
-    for key, value in changes.items():
-        part, _, name = key.partition("__")
-        if name:
-            config[part][name] = value
-        else:
-            config[part] = value
-    return config
-
-
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
     """A safetensors file with OpenAI's key names: an untrained CLIP of 64-wide towers."""
-    torch.manual_seed(7)
-    model = CLIP(**tiny_config())
     file = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    make_weights(file)
     return file
 
 
@@ -103,16 +103,7 @@ def tiff_of_a_tile(side):
 def photo_folder(tmp_path_factory):
     """train/ and test/ with three classes of plainly coloured noise: easy, but not trivial."""
     root = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    colours = {"red_thing": (200, 60, 60), "green thing": (60, 200, 60), "blue": (60, 60, 200)}
-    for part, count in (("train", 6), ("test", 4)):
-        for name, colour in colours.items():
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = generator.normal(0, 40, (40, 48, 3))
-                pixels = np.clip(noise + colour, 0, 255).astype("uint8")
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    make_photos(root)
     return root
 
 

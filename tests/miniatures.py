@@ -1,8 +1,12 @@
-"""Benchmarks of a few images each, laid out and listed as the real ones are."""
+"""Small things for tests: benchmarks listed as the real ones are, photos, a backbone."""
 
 import json
 
+import numpy as np
+import torch
+from open_clip.model import CLIP
 from PIL import Image
+from safetensors.torch import save_file
 
 from dapt.data import BENCHMARKS
 
@@ -16,6 +20,46 @@ CLASSES = {
     "n04008634": "missile", "n04251144": "snorkel", "n07753592": "banana",
 }  # fmt: skip
 WNIDS, WORDS = tuple(CLASSES), tuple(CLASSES.values())
+
+
+def tiny_config(**changes):
+    """Configuration of a CLIP that is fast enough to be tuned in a test."""
+    config = {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {"layers": 2, "width": 64, "head_width": 64, "patch_size": 8,
+                       "image_size": 32},
+        "text_cfg": {"layers": 2, "width": 64, "heads": 1, "context_length": 77,
+                     "vocab_size": 49408},
+    }  # fmt: skip
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            config[part][name] = value
+        else:
+            config[part] = value
+    return config
+
+
+def make_weights(file, vocabulary=49408):
+    """A safetensors file with OpenAI's key names: an untrained CLIP of 64-wide towers."""
+    torch.manual_seed(7)
+    model = CLIP(**tiny_config(text_cfg__vocab_size=vocabulary))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+
+
+def make_photos(root):
+    """train/ and test/ with three classes of plainly coloured noise: easy, but not trivial."""
+    generator = np.random.default_rng(0)
+    colours = {"red_thing": (200, 60, 60), "green thing": (60, 200, 60), "blue": (60, 60, 200)}
+    for part, count in (("train", 6), ("test", 4)):
+        for name, colour in colours.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.normal(0, 40, (40, 48, 3))
+                pixels = np.clip(noise + colour, 0, 255).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
 def put_image(path, size=(8, 8)):

@@ -7,12 +7,13 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from miniatures import tiny_config
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_config
+from conftest import frugal, fuzzed
 from dapt.backbone import config_from_shapes, load_backbone, usable_precision
 from dapt.errors import UserError
 from dapt.weights import read_state_dict
@@ -85,7 +86,8 @@ def test_state_dicts_of_anything_else(tmp_path):
             read_state_dict(file)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.fuzz
+@fuzzed(150)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(tmp_path, data):
     """A few bytes changed anywhere in each kind of file: a state dict or one sentence."""
@@ -291,3 +293,129 @@ def test_bf16_is_fp16_on_gpus_without_it(monkeypatch):
         assert usable_precision("bf16", torch.device("cuda")) == found
         assert usable_precision("bf16", torch.device("cpu")) == "bf16"
         assert usable_precision("fp32", torch.device("cuda")) == "fp32"
+
+
+# ------------------------------------------------------------------- backbones from strangers
+
+
+def folder_of(place, state, **changes):
+    """A backbone directory; a change is named as in `tiny_config`."""
+    place.mkdir(exist_ok=True)
+    save_file(state, place / "open_clip_model.safetensors")
+    config = tiny_config(**changes)
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return place
+
+
+HANDED_ON = [
+    ("text_cfg__tokenizer_kwargs", {"trust_remote_code": True}, "tokenizer_kwargs.trust_remote_co"),
+    ("text_cfg__tokenizer_kwargs", {"bpe_path": "/etc/passwd"}, "tokenizer_kwargs.bpe_path"),
+    ("text_cfg__hf_model_name", "somebody/model", "hf_model_name"),
+    ("vision_cfg__timm_model_name", "hf-hub:somebody/model", "timm_model_name"),
+    ("vision_cfg__timm_model_name", "local-dir:/tmp", "timm_model_name"),
+    ("vision_cfg__norm_kwargs", {"device": "cpu"}, "norm_kwargs.device"),
+]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What open_clip's tokenizer is asked for; nothing else of the hub's may be."""
+    import open_clip
+
+    asked, tokenizer = [], open_clip.get_tokenizer
+
+    def get(source, **given):
+        asked.append(given)
+        return tokenizer("ViT-B-16")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", get)
+    return asked
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize(("place", "value", "named"), HANDED_ON)
+def test_a_strangers_configuration_is_not_handed_on(
+    state, tmp_path, monkeypatch, asked, place, value, named, hub
+):
+    folder, name = folder_of(tmp_path / "b", state, **{place: value}), str(tmp_path / "b")
+    if hub:
+        monkeypatch.setattr("dapt.backbone.snapshot_download", lambda *_, **__: str(folder))
+        monkeypatch.setattr("dapt.backbone.download_pretrained_from_hf", lambda *_: None)
+        name = "somebody/backbone"
+    with pytest.raises(UserError, match=f"asks for '{named}"):
+        load_backbone(name)
+    assert not asked
+
+
+def test_what_lies_beside_a_vocabulary_is_never_run(state, tmp_path, asked):
+    changes = {"text_cfg__hf_tokenizer_name": "x", "text_cfg__tokenizer_kwargs": {"clean": "lower"}}
+    load_backbone(str(folder_of(tmp_path, state, **changes)))
+    assert asked == [{"trust_remote_code": False}]
+
+
+def test_from_the_hub_comes_what_a_folder_holds(state, tmp_path, monkeypatch, tiny_weights):
+    fetched = []
+    folder = folder_of(tmp_path, state)
+    monkeypatch.setattr(
+        "dapt.backbone.snapshot_download", lambda *a, **k: fetched.append(a) or str(folder)
+    )
+    monkeypatch.setattr("dapt.backbone.download_pretrained_from_hf", lambda *a: fetched.append(a))
+    for name in ("hf-hub:org/repo", "org/repo"):
+        assert load_backbone(name).fingerprint == load_backbone(str(folder)).fingerprint
+    assert fetched == [("org/repo",)] * 4
+    monkeypatch.setattr("dapt.backbone.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="'org/repo' is no local file and could not be fetched"):
+        load_backbone("org/repo")
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "said"),
+    [
+        ("text_cfg__layers", 10**9, "do not make 1,000,000,002 layers"),
+        ("vision_cfg__layers", [10**9, 1, 1, 1], "do not make 1,000,000,005 layers"),
+        ("text_cfg__context_length", 10**6, "longer than 1024 tokens"),
+        ("text_cfg__vocab_size", 10**12, "do not fit"),
+        ("vision_cfg__width", 2**20, "do not fit"),
+        ("vision_cfg__image_size", 2**20, "larger than 2048 px"),
+        ("vision_cfg__pos_embed_type", "sin_cos_2d", "only learned"),
+        ("vision_cfg__mlp_ratio", 1e9, "do not fit"),
+        ("vision_cfg__timm_model_name", "vit_giant_patch14_224", "do not fit"),
+        ("vision_cfg__head_width", 0, "do not fit"),
+        ("vision_cfg", 3, "do not fit"),
+        ("text_cfg", [], "do not fit"),
+    ],
+)
+def test_no_more_is_built_than_the_weights_hold(state, tmp_path, change, value, said):
+    folder = folder_of(tmp_path, state, **{change: value})
+    with frugal(100, 10), pytest.raises(UserError, match=said):
+        load_backbone(str(folder))
+
+
+def test_shapes_that_no_clip_has(state, tmp_path):
+    file = tmp_path / "a.safetensors"
+    for changes, said in [
+        ({"token_embedding.weight": torch.zeros(2**20, 0)}, "a tensor without numbers"),
+        ({"positional_embedding": torch.zeros(10**5, 1)}, "longer than 1024 tokens"),
+        ({"visual.conv1.weight": torch.zeros(64)}, r"'visual.conv1.weight' has shape \(64,\)"),
+        ({"text_projection": torch.zeros(64, 33)}, "do not fit their model"),
+        ({"ln_final.weight": torch.full((64,), float("nan"))}, "are not finite"),
+    ]:
+        save_file({**state, **changes}, file)
+        with frugal(100, 10), pytest.raises(UserError, match=said):
+            load_backbone(str(file))
+    save_file({**state, "token_embedding.weight": torch.zeros(100, 64)}, file)
+    with pytest.raises(UserError, match="knows 100 tokens, and its tokenizer more"):
+        load_backbone(str(file)).tokenize(["a"])
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [3, {"mean": 1}, {"mean": [0.5, 0.5]}, {"std": [0, 1, 1]}, {"std": [1e999, 1, 1]},
+     {"mean": ["a", "b", "c"]}],
+)  # fmt: skip
+def test_preprocessing_that_cannot_be(state, tmp_path, seen):
+    folder = folder_of(tmp_path, state)
+    config = {"model_cfg": tiny_config(), "preprocess_cfg": seen}
+    (folder / "open_clip_config.json").write_text(json.dumps(config).replace("Infinity", "1e999"))
+    with pytest.raises(UserError, match=r"open_clip_config\.json"):
+        load_backbone(str(folder))

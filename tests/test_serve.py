@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 
 import pytest
 from browser import until
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import tiff_of_a_tile
+from conftest import fuzzed, tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict_each
 from dapt.runs import RunDirectory
@@ -294,7 +294,8 @@ def test_bad_requests(client, pictures):
     assert odd == "<b>"
 
 
-@settings(max_examples=60)
+@pytest.mark.fuzz
+@fuzzed(60)
 @given(st.data())
 def test_no_bytes_bring_it_down(client, pictures, data):
     """Damaged images, and damaged forms around them, are answered with a sentence."""
@@ -314,7 +315,8 @@ def test_no_bytes_bring_it_down(client, pictures, data):
         assert len(found.detail.splitlines()) == 1
 
 
-@settings(max_examples=100)
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=20))
 def test_no_other_token_is_right(closed, token):
     for value in (token, f"Bearer {token}", f"Bearer a secret.{token}"):

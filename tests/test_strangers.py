@@ -5,6 +5,7 @@ with thousands of examples. Input that once did harm is kept below as an explici
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fuzz import CORPUS, TARGETS, read_or_refused
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import fuzzed
+from conftest import frugal, fuzzed
 from dapt.card import model_card
 from dapt.errors import UserError
 from dapt.experiment import make_plan, read_suite
@@ -90,16 +92,23 @@ def damaged(draw, content):
     return bytes(content)
 
 
-@contextlib.contextmanager
-def read_or_refused():
-    """Nothing but `UserError` may come of a file; it is one printable line."""
-    try:
-        yield
-    except UserError as error:
-        said = str(error)
-        assert said.isprintable() or said.replace("\u3000", "").strip()
-        assert "\n" not in said
-        assert len(said) < 7000
+# -------------------------------------------------------------------------------- the corpus
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.mark.parametrize("kept", sorted(f"{p.parent.name}/{p.name}" for p in CORPUS.glob("*/*")))
+def test_kept_input(kept, place):
+    """What ``make fuzz`` starts from, and what it found: read or refused, soon, in little room."""
+    kind = kept.partition("/")[0]
+    if kind == "shard":
+        pytest.importorskip("webdataset")
+    TARGETS[kind](b"", place)  # what is loaded or made but once is no fault of the input
+    with frugal():
+        TARGETS[kind]((CORPUS / kept).read_bytes(), place)
 
 
 # ------------------------------------------------------------------------ settings, suites
@@ -203,7 +212,7 @@ def test_json_is_refused_before_it_fills_memory(tmp_path):
         read_json(tmp_path / "fifo.json", "split file")
 
 
-@pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": 1, "a": 2}', "[Infinity]"])
+@pytest.mark.parametrize("content", ['{"a": NaN}', '{"a": 1, "a": 2}', "[Infinity]", "[-1e999]"])
 def test_json_of_two_meanings_is_refused(tmp_path, content):
     file = tmp_path / "a.json"
     file.write_text(content)
@@ -346,6 +355,16 @@ def test_prompts_of_another_kind_are_refused(good, backbone, tmp_path_factory):
             load_classifier(RunDirectory(run), backbone=backbone)
 
 
+def test_a_link_for_a_lock_is_not_followed(good, tmp_path_factory, tmp_path):
+    run, precious = copy_of(good, "dapt", tmp_path_factory), tmp_path / "precious"
+    precious.write_text("kept")
+    (run / ".lock").unlink(missing_ok=True)
+    (run / ".lock").symlink_to(precious)
+    with pytest.raises(UserError, match=r"\.lock cannot be locked"), RunDirectory(run).locked():
+        pass
+    assert precious.read_text() == "kept"
+
+
 # ------------------------------------------------------------------------- packed datasets
 
 
@@ -399,6 +418,55 @@ def test_a_tar_that_promises_more_than_it_holds(shard, tmp_path, monkeypatch):
         open_task(str(tmp_path / "a.tar"))
 
 
+def test_a_tar_is_not_unpacked_as_what_it_looks_like(tmp_path, monkeypatch):
+    """Its first name can be the start of a compressed file, of whatever size that becomes."""
+    from dapt.data import open_task
+
+    monkeypatch.setenv("DAPT_CACHE", str(tmp_path / "cache"))
+    bomb = gzip.compress(tar_of([("1.png", bytes(2**28))]))
+    # The compressed file has a field of 600 bytes first, in which the tar's first header ends.
+    header = tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)
+    start = bytearray(b"\x1f\x8b\x08\x04" + bytes(6) + struct.pack("<H", 600) + header[12:])
+    start[148:156] = b" " * 8
+    start[124:136] = b"%011o\0" % 2**20
+    start[148:156] = b"%06o\0 " % sum(start)
+    content = bytes(start) + bytes(612 - 512) + bomb[10:]
+    (tmp_path / "a.tar").write_bytes(content + bytes(2**20 + 10240 - len(content) % 512))
+    assert gzip.decompress(content)[:5] == b"1.png"
+    with frugal(100, 20), pytest.raises(UserError, match="no images"):
+        open_task(str(tmp_path / "a.tar"))
+
+
+def test_links_in_a_tar_lead_nowhere(shard, photo_folder, tmp_path, monkeypatch):
+    """They are no files, so what they point at is no image of any sample."""
+    from dapt.data import open_task
+
+    monkeypatch.setenv("DAPT_CACHE", str(tmp_path / "cache"))
+    secret = photo_folder / "train" / "blue" / "0.png"
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            with tarfile.open(fileobj=io.BytesIO(shard)) as good:
+                for member in good:
+                    archive.addfile(member, good.extractfile(member))
+            link = tarfile.TarInfo("99.png")
+            link.type, link.linkname = kind, str(secret)
+            archive.addfile(link)
+            label = tarfile.TarInfo("99.cls")
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"1"))
+        with pytest.raises(UserError, match="sample 99 has no image"):
+            open_task(str(tmp_path / "a.tar"))
+
+
+def test_links_in_a_folder_are_followed(photo_folder, tmp_path):
+    from dapt.data import open_task
+
+    (tmp_path / "set").mkdir()
+    for folder in (photo_folder / "train").iterdir():
+        (tmp_path / "set" / folder.name).symlink_to(folder)
+    assert len(open_task(str(tmp_path / "set")).class_names) == 3
+
+
 def test_a_dataset_may_not_name_files_outside_it(photo_folder, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     from dapt.data import open_task
@@ -439,8 +507,23 @@ def test_a_header_that_promises_more_than_it_holds(tmp_path):
     header = json.dumps(
         {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     ).encode()
-    file = tmp_path / "a.safetensors"
+    file = tmp_path / "prompts.safetensors"
     for length in (len(header), 2**63, 2**64 - 1):
         file.write_bytes(struct.pack("<Q", length) + header + bytes(64))
         with pytest.raises(UserError, match="could not be read as weights"):
             read_state_dict(file)
+
+
+def test_a_header_of_a_hundred_thousand_names(tmp_path):
+    """Ten megabytes of names of nothing, for each of which there would be an object."""
+    from dapt.weights import read_state_dict
+
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": nothing for i in range(100_000)}).encode()
+    file = tmp_path / "prompts.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with frugal(20, 5):
+        with pytest.raises(UserError, match="its list of tensors has"):
+            read_state_dict(file)
+        with pytest.raises(UserError, match="its list of tensors has"):
+            RunDirectory(tmp_path).read_tensors(file)

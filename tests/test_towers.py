@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from miniatures import tiny_config
 from open_clip.model import CustomTextCLIP
 
-from conftest import tiny_config
 from dapt.backbone import Backbone, Preprocessing, load_backbone
 from dapt.classifier import PromptedClassifier
 from dapt.errors import UserError

@@ -12,12 +12,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 import open_clip
+import timm
 import torch
+from huggingface_hub import snapshot_download
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import (
     LayerNorm,
@@ -29,7 +33,7 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from dapt.errors import UserError, nearest
+from dapt.errors import UserError, nearest, shown
 from dapt.files import parse_json, read_text, user_path
 from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
 
@@ -37,6 +41,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 BUNDLED = "bundled"
 # OpenAI's CLIP, and every state dict with its key names, has heads 64 wide.
 _HEAD_WIDTH = 64
+# Of what open_clip hands on to other libraries, the part that its own configurations use.
+_HANDED_ON = {
+    "tokenizer_kwargs": {"clean", "strip_sep_token"},
+    "norm_kwargs": {"eps"},
+    "act_kwargs": {"approximate"},
+}
+# Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
+_LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
 
 Loaded = tuple[nn.Module, Any, "Preprocessing"]
 
@@ -183,6 +195,11 @@ class Backbone(nn.Module):
                     f"text '{text}' is longer than the {self.context_length} tokens of the "
                     f"text tower of '{self.name}'; shorten the class name"
                 )
+            if 0 < self.text.vocab_size <= max(row):
+                raise UserError(
+                    f"the text tower of '{self.name}' knows {self.text.vocab_size:,} tokens, and "
+                    "its tokenizer more; its weights are not those of a CLIP with this vocabulary"
+                )
             rows.append(row)
         return rows
 
@@ -312,10 +329,25 @@ def _from_directory(path: Path) -> Loaded:
     )
     if not weights:
         raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
-    # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
-    tokenizer = _tokenizer(f"local-dir:{path}")
     model = _build(model_config, read_state_dict(weights[0]), weights[0])
-    return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}))
+    # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
+    tokenizer = _tokenizer(f"local-dir:{path}", model_config)
+    return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
+
+
+def _from_hub(repo: str) -> Loaded:
+    """What open_clip put on the hub is, fetched into the hub's cache, such a directory."""
+    try:
+        # First what is small: configuration and vocabulary. The weights arrive beside them.
+        folder = _quietly(snapshot_download, repo, allow_patterns=["*.json", "*.txt", "*.model"])
+        _quietly(download_pretrained_from_hf, repo)
+    except Exception as error:  # the hub's client raises a wide family
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"'{repo}' is no local file and could not be fetched from the hub ({reason}); "
+            "check the name and the connection"
+        ) from error
+    return _from_directory(Path(folder))
 
 
 def _from_file(path: Path) -> Loaded:
@@ -332,7 +364,7 @@ def _from_file(path: Path) -> Loaded:
         )
     model = _build(config_from_shapes(state), state, path)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    return model, tokenizer, _preprocessing(model, {})
+    return model, tokenizer, _preprocessing(model, {}, path)
 
 
 def config_from_shapes(state: StateDict) -> dict[str, Any]:
@@ -341,10 +373,16 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
     What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
     """
 
-    needed = ("visual.positional_embedding", "positional_embedding", "token_embedding.weight",
-              "ln_final.weight")  # fmt: skip
+    needed = {"visual.conv1.weight": 4, "visual.positional_embedding": 2,
+              "positional_embedding": 2, "token_embedding.weight": 2, "ln_final.weight": 1,
+              "text_projection": 2}  # fmt: skip
     if missing := [k for k in needed if k not in state]:
         raise UserError(f"the weights lack '{missing[0]}'; give the whole state dict of a CLIP")
+    if odd := [k for k, dimensions in needed.items() if state[k].ndim != dimensions]:
+        raise UserError(
+            f"the weights' '{odd[0]}' has shape {tuple(state[odd[0]].shape)}, where a CLIP's has "
+            f"{needed[odd[0]]} dimensions"
+        )
 
     def layers(prefix: str) -> int:
         return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
@@ -378,11 +416,23 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
 
 
 def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
+    """The model that a configuration describes, with the weights that belong to it.
+
+    Either may be a stranger's: the model is laid out without memory first, and made only if the
+    weights fill it.
+    """
     config.pop("custom_text", None)
     try:
+        _check_config(config, state, source)
+        if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
+            raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
+        state = convert_to_custom_text_state_dict(state)
+        with torch.device("meta"):
+            CustomTextCLIP(**config).load_state_dict(
+                {k: v.to("meta") for k, v in state.items()}, assign=True
+            )
         model = CustomTextCLIP(**config)
-        state = {k: v.float() for k, v in convert_to_custom_text_state_dict(state).items()}
-        model.load_state_dict(state)
+        model.load_state_dict({k: v.float() for k, v in state.items()})
     except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
             AttributeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
@@ -390,20 +440,58 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
     return model
 
 
+def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> None:
+    """Refuse an open_clip configuration that would run or fetch something, or be too large.
+
+    open_clip hands ``tokenizer_kwargs`` on to transformers, which takes ``trust_remote_code``
+    there, and model names to timm and transformers, which fetch those that are not their own.
+
+    Raises:
+        UserError: the configuration asks for something else than weights and their tokenizer.
+        Exception: it is none, in one of many ways.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    refused = [
+        f"{setting}.{key}"
+        for setting, known in _HANDED_ON.items()
+        for part in (vision, text)
+        for key in (part.get(setting) or {}).keys() - known
+    ]
+    if (hf_name := text.get("hf_model_name")) and hf_name not in _hf_models():
+        refused.append("hf_model_name")
+    if (timm_name := vision.get("timm_model_name")) and not timm.is_model(timm_name):
+        refused.append("timm_model_name")
+    if refused:
+        raise UserError(
+            f"the configuration that came with {source} asks for '{refused[0]}', by which others' "
+            "code or files may be fetched or run; take it out if the model does without"
+        )
+    vision["timm_model_pretrained"] = text["hf_model_pretrained"] = False  # weights are here
+    # What takes time or memory even where a model is laid out without memory.
+    deep = [n for part in (vision, text) for n in _numbers(part.get("layers", 0))]
+    if sum(deep) > len(state):
+        raise ValueError(f"{len(state)} tensors do not make {sum(deep):,} layers")
+    if text.get("context_length", 0) > _LONGEST_CONTEXT:
+        raise ValueError(f"its texts are longer than {_LONGEST_CONTEXT} tokens")
+    if max(_numbers(vision.get("image_size", 0))) > _LARGEST_IMAGE:
+        raise ValueError(f"its images are larger than {_LARGEST_IMAGE} px")
+    if vision.get("pos_embed_type", "learnable") != "learnable":
+        raise ValueError("its positions are computed; only learned ones are known here")
+
+
+def _hf_models() -> set[Any]:
+    """Text towers of transformers that open_clip's own configurations name."""
+    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
+    return {config["text_cfg"].get("hf_model_name") for config in configs}
+
+
+def _numbers(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     if name.startswith("hf-hub:") or "/" in name:
-        source = name if name.startswith("hf-hub:") else f"hf-hub:{name}"
-        try:
-            model = _quietly(open_clip.create_model, source, force_custom_text=True)
-            tokenizer = _quietly(open_clip.get_tokenizer, source)
-        except Exception as error:  # the hub's client raises a wide family
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(
-                f"'{name}' is no local file and could not be fetched from the hub ({reason}); "
-                "check the name and the connection"
-            ) from error
-        return model, tokenizer, _preprocessing(model, model.visual.preprocess_cfg)
-
+        return _from_hub(name.removeprefix("hf-hub:"))
     if open_clip.get_model_config(name) is None:
         known = open_clip.list_models()
         raise UserError(
@@ -448,30 +536,43 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
             f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use one of "
             f"{', '.join(tags)}, a weights file, or 'random'"
         )
-    tokenizer = _tokenizer(name)
-    return model, tokenizer, _preprocessing(model, getattr(model.visual, "preprocess_cfg", {}))
+    tokenizer = _tokenizer(name, open_clip.get_model_config(name))
+    seen = getattr(model.visual, "preprocess_cfg", {})
+    return model, tokenizer, _preprocessing(model, seen, name)
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(source: str, config: dict[str, Any]) -> Any:
+    # transformers would ask on the terminal whether it may run what lies beside a vocabulary.
+    never = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
     try:
-        return _quietly(open_clip.get_tokenizer, name)
+        return _quietly(open_clip.get_tokenizer, source, **never)
     except Exception as error:  # transformers missing, or its files out of reach
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"the tokenizer of '{name}' could not be loaded ({reason}); it needs "
+            f"the tokenizer of '{source}' could not be loaded ({reason}); it needs "
             "'pip install transformers sentencepiece' and, once, a connection to the model hub"
         ) from error
 
 
-def _preprocessing(model: nn.Module, config: dict[str, Any]) -> Preprocessing:
-    merged = merge_preprocess_dict(PreprocessCfg(), config)
-    visual = cast(nn.Module, model.visual)
-    size = getattr(visual, "image_size", merged["size"])
-    side = size[0] if isinstance(size, list | tuple) else size
+def _preprocessing(model: nn.Module, config: Any, source: Path | str) -> Preprocessing:
+    try:
+        merged = merge_preprocess_dict(PreprocessCfg(), config)
+        visual = cast(nn.Module, model.visual)
+        size = getattr(visual, "image_size", merged["size"])
+        side = int(cast(int, size[0] if isinstance(size, list | tuple) else size))
+        mean, std = (tuple(float(x) for x in merged[k]) for k in ("mean", "std"))
+        finite = all(map(isfinite, mean + std)) and min(std) > 0
+        if not 0 < side <= _LARGEST_IMAGE or not finite or not len(mean) == len(std) == 3:
+            raise ValueError(f"size {side}, mean {mean}, std {std}")
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UserError(
+            f"{source} says of images what cannot be ({shown(str(error))}); three finite means "
+            f"and positive deviations are needed, and a size of at most {_LARGEST_IMAGE}"
+        ) from error
     return Preprocessing(
-        size=int(cast(int, side)),
-        mean=tuple(merged["mean"]),
-        std=tuple(merged["std"]),
+        size=side,
+        mean=mean,
+        std=std,
         interpolation=merged["interpolation"],
         resize_mode=merged["resize_mode"],
     )

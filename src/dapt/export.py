@@ -2,7 +2,8 @@
 
 Images in, probabilities out. Visual prompt and class features are constants of the graph, so the
 text tower stays behind. Every file is compared with the classifier it was made from before it is
-put in place.
+put in place. No file but those just written is ever opened here: to read a stranger's ONNX or
+PyTorch program is not among the things that dapt does.
 """
 
 from __future__ import annotations

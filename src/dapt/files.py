@@ -11,6 +11,7 @@ import stat
 import tempfile
 import time
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,7 +147,9 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError, RecursionError: it is no such text, or nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+    return json.loads(
+        text, object_pairs_hook=_distinct, parse_constant=_no_number, parse_float=_finite
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -235,6 +238,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    if not isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:80]} is too large for a number")
+    return number
 
 
 def _umask() -> int:

@@ -41,8 +41,9 @@ from dapt.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.files import open_regular, read_json, read_text, write_atomic, write_json
+from dapt.files import read_json, read_text, write_atomic, write_json
 from dapt.settings import Settings, make_settings
+from dapt.weights import check_safetensors
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 
@@ -83,7 +84,7 @@ class RunDirectory:
 
         Raises:
             InUse: another process holds it.
-            UserError: the directory cannot be made.
+            UserError: the directory cannot be made, or not locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,10 @@ class RunDirectory:
             raise InUse(
                 f"run directory {self.path} is in use by another process; wait for it or choose "
                 "another with --output"
+            ) from error
+        except OSError as error:  # a link, which is not followed, or a folder
+            raise UserError(
+                f"{lock.lock_file} cannot be locked ({error.strerror}); delete it"
             ) from error
         try:
             yield
@@ -314,7 +319,7 @@ class RunDirectory:
             UserError: the file is missing or damaged, or a tensor is none of finite numbers.
         """
         try:
-            open_regular(path).close()
+            check_safetensors(path)
             with safe_open(path, "pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}
                 metadata = file.metadata() or {}

@@ -1,56 +1,64 @@
 """Tensors out of pickles, with nothing in a pickle imported, called or given behaviour.
 
 PyTorch's files are pickles that describe tensors, with the tensors' bytes beside them: entries of
-a zip, or, before PyTorch 1.6, simply what follows in the file. A pickle may name any function and
-ask for it to be called. Here each name stands for one of a few makers of our own or, in
-checkpoints of other people's training code, for an inert stand-in; nothing is ever imported.
+a zip, or, before PyTorch 1.6, simply what follows in the file. A pickle is a program for a small
+machine, which may name any function and ask for it to be called. This is that machine without
+functions: `pickletools` takes a pickle apart, and of its steps those are carried out that describe
+tensors and plain containers. A name is no more than its text.
+
+Whatever a pickle says, each step takes about the same small time and memory, and there are at most
+`_MAX_STEPS`: nothing is copied, compared or hashed but text and small numbers.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A pickle of names and shapes; the tensors' bytes are elsewhere.
-_MAX_PICKLE = 2**26
+# A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
+# 100 KB and 30,000 steps.
+MAX_HEADER = 2**22
+_MAX_STEPS = 2**19
+MAX_TENSORS = 2**16
+_MAX_DIMENSIONS = 64
+_MAX_ARGUMENTS = 16
+MAX_NAME = 1000
 
 _DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch DoubleStorage": torch.float64,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
 }
 
 
-class AsksToRun(pickle.UnpicklingError):
+class AsksToRun(UnpicklingError):
     """The pickle wants something called; its message is the name of that, such as posix.system."""
 
 
+@dataclass(frozen=True)
 class Storage:
     """A tensor's bytes, not read yet: dtype, key of the place they are at, number of elements."""
 
-    __slots__ = ("dtype", "key", "numel")
-
-    def __init__(self, dtype: torch.dtype, key: str, numel: int) -> None:
-        self.dtype, self.key, self.numel = dtype, key, numel
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it tries to change what was checked")
+    dtype: torch.dtype
+    key: str
+    numel: int
 
     @property
     def nbytes(self) -> int:
@@ -63,216 +71,314 @@ ReadBytes = Callable[[Storage], bytes]
 
 
 class Described:
-    """A tensor as the pickle describes it; built only once the pickle is read."""
+    """A tensor as the pickle describes it: a view of a storage, and inside it."""
 
     __slots__ = ("offset", "size", "storage", "stride")
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
-        numbers = [offset, *size, *stride]
-        if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise pickle.UnpicklingError("it describes a tensor that cannot be")
-        self.storage, self.offset = storage, offset
-        self.size, self.stride = tuple(size), tuple(stride)
+        shaped = type(size) is type(stride) is tuple and len(size) == len(stride) <= _MAX_DIMENSIONS
+        if not isinstance(storage, Storage) or not shaped:
+            raise UnpicklingError("it describes a tensor that cannot be")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+            raise UnpicklingError("it describes a tensor that cannot be")
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        elements = prod(size)
+        if elements > storage.numel or (elements and last >= storage.numel):
+            raise UnpicklingError(f"its storage {storage.key} does not hold its tensor")
+        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
 
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it tries to change what was checked")
-
-    def build(self, read: ReadBytes) -> Tensor:
-        """Give the bytes their shape; never more elements than the storage has."""
-        storage, size = self.storage, self.size
-        last = self.offset + sum((n - 1) * s for n, s in zip(size, self.stride, strict=True))
-        inside = prod(size) == 0 or last < storage.numel
-        if not inside or prod(size) > storage.numel:
-            raise pickle.UnpicklingError(f"its storage {storage.key} does not hold its tensor")
-        raw = bytearray(read(storage))
-        if prod(size) == 0:
-            return torch.empty(size, dtype=storage.dtype)
-        flat = torch.frombuffer(raw, dtype=storage.dtype, count=storage.numel)
-        return flat.as_strided(size, self.stride, self.offset).clone()
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor on its own."""
+        return prod(self.size) * self.storage.dtype.itemsize
 
 
 class Record:
     """Stands in for an object of a TorchScript archive: its attributes, no behaviour."""
 
-    def __setstate__(self, state: Any) -> None:
-        self.fields = state if isinstance(state, dict) else {}
+    __slots__ = ("fields",)
+
+    def __init__(self) -> None:
+        self.fields: dict[Any, Any] = {}
 
 
-class _Mapping(dict[Any, Any]):
-    """Any kind of dictionary; attributes it had as an object (a state dict's metadata) are lost."""
+class _Name:
+    """A name in the pickle: module and attribute with a space between."""
 
-    __slots__ = ()
+    __slots__ = ("text",)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _ForeignName(type):
-    """A name that means nothing here; to call it is to run something, whatever it is."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise AsksToRun(cls.__name__)
+    def __init__(self, text: str) -> None:
+        self.text = text
 
 
-class _Foreign:
-    """Stands in for a foreign object: takes whatever the pickle gives it and keeps nothing."""
+class _Nothing:
+    """Stands in for every other object: takes whatever the pickle gives it and keeps nothing."""
 
     __slots__ = ()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Keep nothing."""
-
-    def extend(self, values: Any) -> None:
-        """Keep nothing."""
-
-    add = append
-
-
-class _Maker:
-    """What a name in the pickle stands for: callable, and nothing else can be done to it."""
-
-    __slots__ = ("make",)
-    make: Any
-
-    def __init__(self, make: Any) -> None:
-        object.__setattr__(self, "make", make)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.make(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError("it tries to change what reads it")
+_NOTHING, _MARK = _Nothing(), object()
 
 
 def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds descriptions of tensors and plain containers; refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Maker(Described)
-        if (module, name) == ("collections", "OrderedDict"):
-            return _Maker(_Mapping)
-        return self.find_other(module, name)
-
-    def find_other(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
-
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _device, numel, *view = pid
-        fits = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
-        if not fits or type(numel) is not int or numel < 0 or any(v is not None for v in view):
-            raise pickle.UnpicklingError("it holds an unknown kind of storage")
-        return Storage(dtype, key, numel)
-
-
-class ArchiveUnpickler(_Unpickler):
-    """For TorchScript archives, whose classes only exist inside them: these become records."""
-
-    def find_other(self, module: str, name: str) -> Any:
-        """A record, or a typed list or tag as its content."""
-        if module.startswith("__torch__"):
-            return type("Record", (Record,), {})  # a fresh class: nothing done to it lasts
-        if module == "torch.jit._pickle":
-            return _Maker(_first)
-        return super().find_other(module, name)
-
-
-# What the pickles of ordinary objects (optimisers, schedulers, numbers) call to make them. Only
-# what may lead to a tensor is made; the others leave a stand-in.
-_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("collections", "defaultdict"): lambda *_: _Mapping(),
-    ("collections", "Counter"): _Mapping,
+# What the pickles of state dicts and of ordinary objects (optimisers, schedulers, numbers) call
+# to make them. Only what may lead to a tensor is made.
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils _rebuild_tensor_v2": Described,
+    "torch._utils _rebuild_parameter": _first,
+    "torch._utils _rebuild_parameter_with_state": _first,
+    "collections defaultdict": lambda *_: {},
 }
+_MAPPINGS = {"collections OrderedDict", "collections Counter"}
 _NAMES_OF_VALUES = {
-    *((module, "_reconstructor") for module in ("copyreg", "copy_reg")),
-    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+    *(f"{module} _reconstructor" for module in ("copyreg", "copy_reg")),
+    *(f"{module} {kind}" for module in ("builtins", "__builtin__")
+      for kind in ("set", "frozenset")),
+    *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core")
       for name in ("scalar", "_reconstruct")),
-    ("numpy", "dtype"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("_codecs", "encode"),
+    "numpy dtype",
+    "torch Size",
+    "torch device",
+    "_codecs encode",
+}  # fmt: skip
+
+_LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
 }  # fmt: skip
 
 
-class CheckpointUnpickler(_Unpickler):
-    """For what training code saves beside its tensors: foreign objects become stand-ins.
+class _Machine:
+    """Carries out the pickles of one file (protocol 2 and later, as PyTorch writes them).
 
-    Objects are made from their class and attributes, which runs nothing here. A call of anything
-    else raises `AsksToRun`.
+    Attributes:
+        storages: those that it named, by their keys.
     """
 
-    def find_other(self, module: str, name: str) -> Any:
-        """A maker, a maker of stand-ins, or the class of stand-ins for this name."""
-        if (module, name) in _MAKERS:
-            return _Maker(_MAKERS[module, name])
-        if (module, name) in _NAMES_OF_VALUES:
-            return _Maker(lambda *_: object.__new__(_Foreign))
-        said = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}")
-        return _ForeignName(said[:100], (_Foreign,), {"__slots__": ()})
+    def __init__(self, stream: io.BytesIO) -> None:
+        self.stream, self.left = stream, _MAX_STEPS
+        self.stack: list[Any] = []
+        self.storages: dict[str, Storage] = {}
+
+    def run(self) -> Any:
+        """The value of the pickle where the stream is; the stream is left behind it."""
+        memo: dict[int, Any] = {}
+        push, pop = self.stack.append, self.pop
+        steps: Iterable[tuple[pickletools.OpcodeInfo, Any, Any]] = pickletools.genops(self.stream)
+        for opcode, argument, _ in steps:
+            self.spend(1)
+            name = opcode.name
+            if name in _LITERALS:
+                push(argument)
+                continue
+            match name:
+                case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                    memo[len(memo) if argument is None else argument] = self.top()
+                case "BINGET" | "LONG_BINGET":
+                    push(memo[argument])
+                case "MARK":
+                    push(_MARK)
+                case "NONE":
+                    push(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    push(name == "NEWTRUE")
+                case "EMPTY_TUPLE":
+                    push(())
+                case "TUPLE":
+                    push(tuple(self.pop_to_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    push(tuple([pop() for _ in range(int(name[-1]))][::-1]))
+                case "EMPTY_LIST":
+                    push([])
+                case "APPEND":
+                    value = pop()
+                    self.extend([value])
+                case "APPENDS":
+                    self.extend(self.pop_to_mark())
+                case "EMPTY_DICT":
+                    push({})
+                case "SETITEM":
+                    value, key = pop(), pop()
+                    self.update([key, value])
+                case "SETITEMS":
+                    self.update(self.pop_to_mark())
+                case "EMPTY_SET":
+                    push(_NOTHING)
+                case "ADDITEMS":
+                    self.extend(self.pop_to_mark())
+                case "FROZENSET":
+                    self.pop_to_mark()
+                    push(_NOTHING)
+                case "GLOBAL":
+                    push(_Name(argument))
+                case "STACK_GLOBAL":
+                    attribute, module = pop(), pop()
+                    if not isinstance(module, str) or not isinstance(attribute, str):
+                        raise UnpicklingError("it holds a name that is no text")
+                    push(_Name(f"{module[:MAX_NAME]} {attribute[:MAX_NAME]}"))
+                case "REDUCE":
+                    arguments, called = pop(), pop()
+                    push(self.call(called, arguments))
+                case "NEWOBJ" | "NEWOBJ_EX":
+                    for _argument in range(1 if name == "NEWOBJ" else 2):
+                        pop()
+                    push(self.new(pop()))
+                case "BUILD":
+                    state = pop()
+                    self.build(self.top(), state)
+                case "BINPERSID":
+                    push(self.storage(pop()))
+                case "POP":
+                    self.stack.pop()
+                case "POP_MARK":
+                    self.pop_to_mark()
+                case "FRAME":
+                    if argument > len(self.stream.getbuffer()) - self.stream.tell():
+                        raise UnpicklingError("it ends before it should")
+                case "PROTO":
+                    pass
+                case "STOP":
+                    break
+                case _:
+                    raise UnpicklingError(f"it has a step, {name}, that no tensor needs")
+        value = pop()
+        if self.stack:
+            raise UnpicklingError("it leaves something over")
+        return value
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise UnpicklingError(f"it takes more than {_MAX_STEPS:,} steps to read")
+
+    def top(self) -> Any:
+        if not self.stack or self.stack[-1] is _MARK:
+            raise UnpicklingError("it takes what is not there")
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        value = self.top()
+        self.stack.pop()
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        place = len(self.stack) - 1
+        while place >= 0 and self.stack[place] is not _MARK:
+            place -= 1
+        if place < 0:
+            raise UnpicklingError("it takes what is not there")
+        values = self.stack[place + 1 :]
+        del self.stack[place:]
+        return values
+
+    def extend(self, values: list[Any]) -> None:
+        container = self.top()
+        if isinstance(container, list):
+            container.extend(values)
+        elif container is not _NOTHING:
+            raise UnpicklingError("it adds to what is no list")
+
+    def update(self, items: list[Any]) -> None:
+        """Put keys and values, in turns, into what is on top."""
+        container = self.top()
+        if container is _NOTHING:
+            return
+        if not isinstance(container, dict) or len(items) % 2:
+            raise UnpicklingError("it sets items of what is no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Of other keys, which no tensor is found by, nothing but that they are there is kept:
+            # hashing them may take as long as whoever made them likes.
+            plain = type(key) is str or (type(key) is int and abs(key) < 2**64)
+            if plain and key in container:
+                raise UnpicklingError(f"the key {str(key)[:80]!r} is there twice")
+            container[key if plain else object()] = value
+
+    def call(self, called: Any, arguments: Any) -> Any:
+        few = type(arguments) is tuple and len(arguments) <= _MAX_ARGUMENTS
+        if not isinstance(called, _Name) or not few:
+            raise UnpicklingError("it calls what is no function")
+        if called.text in _MAKERS:
+            return _MAKERS[called.text](*arguments)
+        if called.text in _MAPPINGS:
+            return self.mapping(*arguments)
+        if called.text in _NAMES_OF_VALUES:
+            return _NOTHING
+        if called.text.startswith("torch.jit._pickle "):  # a typed list or tag: its content
+            return _first(*arguments)
+        said = "".join(c if c.isprintable() else "?" for c in called.text.replace(" ", ".", 1))
+        raise AsksToRun(said[:100])
+
+    def new(self, kind: Any) -> Any:
+        """An object of a class, as it is before it gets its attributes."""
+        if not isinstance(kind, _Name):
+            raise UnpicklingError("it makes an object of what is no class")
+        return Record() if kind.text.startswith("__torch__") else _NOTHING
+
+    def mapping(self, items: Any = (), *_: Any) -> dict[Any, Any]:
+        """A dictionary of pairs, as Python 2 wrote them, or the one that it is given."""
+        if isinstance(items, dict):
+            return items
+        if not isinstance(items, list | tuple):
+            raise UnpicklingError("it makes a dictionary of something else")
+        self.spend(len(items))
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in items):
+            raise UnpicklingError("it makes a dictionary of something else")
+        self.stack.append({})
+        self.update([part for pair in items for part in pair])
+        return self.pop()
+
+    def build(self, thing: Any, state: Any) -> None:
+        """Give an object its attributes; those of dictionaries (a state dict's metadata) go."""
+        if isinstance(thing, Record) and isinstance(state, dict):
+            thing.fields = state
+        elif not isinstance(thing, Record | dict | _Nothing):
+            raise UnpicklingError("it tries to change what was checked")
+
+    def storage(self, pid: Any) -> Storage:
+        few = type(pid) is tuple and 5 <= len(pid) <= 6
+        if not few or not isinstance(pid[1], _Name):
+            raise UnpicklingError("it holds an unknown kind of storage")
+        kind, named, key, _device, numel, *view = pid
+        dtype = _DTYPES.get(named.text)
+        if (
+            dtype is None
+            or (kind, view) not in (("storage", []), ("storage", [None]))
+            or not (type(key) is str and len(key) <= MAX_NAME)
+            or not (type(numel) is int and 0 <= numel < 2**63)
+        ):
+            raise UnpicklingError("it holds an unknown kind of storage")
+        storage = Storage(dtype, key, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise UnpicklingError(f"its storage {key} has two sizes")
+        return storage
 
 
-def unpickle(raw: bytes, kind: type[_Unpickler]) -> Any:
-    """The value of one pickle.
+def read_zip(archive: zipfile.ZipFile) -> tuple[Any, ReadBytes]:
+    """The value in a PyTorch zip, and what reads its storages; no entry is ever extracted.
 
     Raises:
-        AsksToRun: it asks for a call that `CheckpointUnpickler` does not know.
-        Exception: it is damaged, in one of many ways.
+        AsksToRun: its pickle asks for a call.
+        Exception: it is no such zip, or damaged, in one of many ways.
     """
-    return _next_pickle(io.BytesIO(raw), kind)
-
-
-def _next_pickle(stream: io.BytesIO, kind: type[_Unpickler]) -> Any:
-    """The value of the pickle that starts where the stream is; leaves the stream behind it."""
-    start = stream.tell()
-    # Read without effect first. Lengths beyond the end are found here, and so are numbers of
-    # memo slots, for which the unpickler would reserve memory up to the highest.
-    for opcode, argument, position in pickletools.genops(stream):
-        slot = int(argument or 0) if opcode.name.endswith("PUT") else 0
-        if not 0 <= slot <= (position or 0):
-            raise pickle.UnpicklingError("it numbers more objects than it can hold")
-    end = stream.tell()
-    stream.seek(start)
-    value = kind(io.BytesIO(stream.read(end - start))).load()
-    stream.seek(end)
-    return value
-
-
-def read_zip(archive: zipfile.ZipFile) -> tuple[bytes, ReadBytes]:
-    """The pickle in a PyTorch zip, and what reads its storages; no entry is ever extracted.
-
-    Raises:
-        Exception: it is no such zip.
-    """
-    names = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
-    if not names or names[0] == "/data.pkl" or archive.getinfo(names[0]).file_size > _MAX_PICKLE:
-        raise pickle.UnpicklingError("it has no data.pkl of a sensible size")
-    prefix = names[0].rsplit("/", 1)[0]
+    names = archive.namelist()
+    if len(set(names)) < len(names):
+        raise UnpicklingError("it has two entries of one name")
+    found = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+    if not found or found[0] == "/data.pkl" or archive.getinfo(found[0]).file_size > MAX_HEADER:
+        raise UnpicklingError("it has no data.pkl of a sensible size")
+    prefix = found[0].rsplit("/", 1)[0]
 
     def read(storage: Storage) -> bytes:
         entry = archive.getinfo(f"{prefix}/data/{storage.key}")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < storage.nbytes:
-            raise pickle.UnpicklingError(f"its storage {storage.key} does not hold its tensor")
-        return archive.read(entry)
+            raise UnpicklingError(f"its storage {storage.key} does not hold its tensor")
+        with archive.open(entry) as file:
+            return file.read(storage.nbytes)
 
-    return archive.read(names[0]), read
+    return _Machine(io.BytesIO(archive.read(found[0]))).run(), read
 
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -285,40 +391,65 @@ def read_legacy(path: Path) -> tuple[Any, ReadBytes]:
     storages' keys in order), then for each key the number of elements and the bytes.
 
     Raises:
-        AsksToRun: as `unpickle`.
-        Exception: it is no such file, or damaged.
+        AsksToRun: its pickle asks for a call.
+        Exception: it is no such file, or damaged, in one of many ways.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        stream = io.BytesIO(file.read(_MAX_PICKLE))
-    if _next_pickle(stream, _Unpickler) != _LEGACY_MAGIC:
-        raise pickle.UnpicklingError("it is no PyTorch file")
-    _version, machine = (_next_pickle(stream, _Unpickler) for _ in range(2))
+        stream = io.BytesIO(file.read(MAX_HEADER))
+    pickles = _Machine(stream)
+    magic, _version, machine = (pickles.run() for _ in range(3))
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
+        raise UnpicklingError("it is no PyTorch file")
     if not machine["little_endian"]:
-        raise pickle.UnpicklingError("it was written on a big-endian machine")
-    storages: dict[str, Storage] = {}
-
-    class Unpickler(CheckpointUnpickler):
-        def persistent_load(self, pid: Any) -> Storage:
-            storage = super().persistent_load(pid)
-            return storages.setdefault(storage.key, storage)
-
-    value = _next_pickle(stream, Unpickler)
-    keys = _next_pickle(stream, _Unpickler)
-    if not isinstance(keys, list) or set(keys) != set(storages):
-        raise pickle.UnpicklingError("its list of storages is not that of its tensors")
+        raise UnpicklingError("it was written on a big-endian machine")
+    value, storages, keys = pickles.run(), pickles.storages, pickles.run()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UnpicklingError("its list of storages is no list of names")
+    if len(keys) != len(storages) or set(keys) != set(storages):
+        raise UnpicklingError("its list of storages is not that of its tensors")
     places, position = dict[str, int](), stream.tell()
     for key in keys:
-        places[key] = position + 8
+        places[key] = position
         position += 8 + storages[key].nbytes
     if position > size:
-        raise pickle.UnpicklingError("it ends before its tensors do")
+        raise UnpicklingError("it ends before its tensors do")
 
     def read(storage: Storage) -> bytes:
         with path.open("rb") as file:
-            file.seek(places[storage.key] - 8)
+            file.seek(places[storage.key])
             if int.from_bytes(file.read(8), "little") != storage.numel:
-                raise pickle.UnpicklingError(f"its storage {storage.key} has another size")
+                raise UnpicklingError(f"its storage {storage.key} has another size")
             return file.read(storage.nbytes)
 
     return value, read
+
+
+def build(described: Mapping[str, Described], read: ReadBytes, size: int) -> dict[str, Tensor]:
+    """Give descriptions their bytes; each storage is read once.
+
+    Args:
+        described: what is wanted, by name.
+        read: gives the bytes of a storage.
+        size: of the file. Views may overlap: no more than its bytes is built of them.
+
+    Raises:
+        UnpicklingError: it describes more than it holds.
+    """
+    storages = {d.storage.key: d.storage for d in described.values() if d.nbytes}
+    held = max(sum(d.nbytes for d in described.values()), sum(s.nbytes for s in storages.values()))
+    if held > size or len(described) > MAX_TENSORS:
+        raise UnpicklingError("it describes more than it holds")
+    flat = {
+        key: torch.frombuffer(bytearray(read(s)), dtype=s.dtype, count=s.numel)
+        for key, s in storages.items()
+    }
+    built = {}
+    for name, d in described.items():
+        if not d.nbytes:
+            built[name] = torch.empty(d.size, dtype=d.storage.dtype)
+            continue
+        view = flat[d.storage.key].as_strided(d.size, d.stride, d.offset)
+        # A part would keep all of its storage.
+        built[name] = view if d.nbytes == d.storage.nbytes else view.clone()
+    return built

@@ -1,21 +1,18 @@
 """State dicts from files, read without running anything that is inside them.
 
-Three containers hold CLIP weights in the wild: safetensors, PyTorch's zip files and OpenAI's
-TorchScript archives. The last is a zip whose ``data.pkl`` names classes that only exist inside
-the archive, so ``weights_only`` loading refuses it and ``torch.jit.load`` would compile the
-code that comes along. Checkpoints of training code are a fourth: pickles full of foreign objects.
-Both are read by `dapt.unpickle`, which knows tensors and plain containers and nothing else.
+Four containers hold CLIP weights in the wild: safetensors, PyTorch's zip files, its older files,
+and OpenAI's TorchScript archives, zips whose pickle names classes that only exist inside them.
+Checkpoints of training code are such files too, full of foreign objects. All but safetensors hold
+pickles, which `dapt.unpickle` reads; it knows tensors and plain containers and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError
+from dapt.files import open_regular
 from dapt.unpickle import (
-    ArchiveUnpickler,
+    MAX_HEADER,
+    MAX_NAME,
     AsksToRun,
-    CheckpointUnpickler,
     Described,
     ReadBytes,
     Record,
+    build,
     read_legacy,
     read_zip,
-    unpickle,
 )
 
 StateDict = dict[str, Tensor]
@@ -53,39 +51,106 @@ class Checkpoint:
 def read_state_dict(path: Path) -> StateDict:
     """Read the weights in ``path`` as a flat mapping from name to tensor, on the CPU.
 
-    Accepts ``.safetensors``, PyTorch zip files (``.pt``, ``.pth``, ``.bin``; a nested
+    Accepts ``.safetensors``, PyTorch's files (``.pt``, ``.pth``, ``.bin``; a nested
     ``state_dict`` and a ``module.`` prefix are unwrapped) and TorchScript archives.
 
     Raises:
-        UserError: the file is missing, is none of these, or holds anything but tensors.
+        UserError: the file is missing, is none of these, holds anything but tensors, or an empty
+            one, or asks for something to be run.
+    """
+    state = read_checkpoint(path, _DESCRIPTIONS, what="weights").state
+    if not state:
+        raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
+    return state
+
+
+def read_checkpoint(
+    path: Path, ignore: Container[str] = (), *, what: str = "a checkpoint"
+) -> Checkpoint:
+    """Read the state dict of a checkpoint that other people's training code saved.
+
+    Args:
+        path: the file; ``{"state_dict": ..., "epoch": ...}`` or a state dict alone.
+        ignore: last parts of the names of tensors not to read.
+        what: the file's role, for messages.
+
+    Raises:
+        UserError: it is missing or damaged, holds no state dict, something else than tensors in
+            it, or an empty one, or asks for something to be run.
     """
     if not path.is_file():
-        raise UserError(f"weights file {path} does not exist; give the path of a file")
+        raise UserError(f"{path} does not exist; give the path of a file that holds {what}")
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        elif is_torchscript(path):
-            state = _read_torchscript(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError):
+        with ExitStack() as stack:
+            value, read = _open(path, stack)
+            epoch = value.get("epoch") if isinstance(value, dict) else None
+            state = _state_of(value)
+            if state is None:
+                raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
+            wanted = {
+                name.removeprefix("module."): v
+                for name, v in state.items()
+                if name.rpartition(".")[2] not in ignore
+            }
+            described = {name: v for name, v in wanted.items() if isinstance(v, Described)}
+            if read is not None:
+                wanted.update(build(described, read, path.stat().st_size))
+    except (UserError, MemoryError, PermissionError):
         raise
+    except AsksToRun as error:
+        raise UserError(
+            f"{path} could not be read as {what}: it asks for {error} to be run, which no tensors "
+            "need; nothing in it was executed, and it should not be trusted"
+        ) from error
     except Exception as error:  # damaged files fail in whatever way
-        raise UserError(f"{path} could not be read as weights: {_reason(path, error)}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
-    if not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
-    state = {
-        k.removeprefix("module."): v
-        for k, v in state.items()
-        if k.rpartition(".")[2] not in _DESCRIPTIONS
-    }
-    odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if odd:
-        raise UserError(f"{path} holds '{odd[0]}', which is no tensor; save only weights in it")
+        raise UserError(f"{path} could not be read as {what}: {_reason(path, error)}") from error
+    for name, tensor in wanted.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path} holds '{name}', which is no tensor; save only tensors there")
+        if not tensor.numel():
+            shape = tuple(tensor.shape)
+            raise UserError(f"{path} holds '{name}' of shape {shape}, a tensor without numbers")
+    return Checkpoint(wanted, epoch if type(epoch) is int and 0 < epoch < 2**31 else None)
+
+
+def _open(path: Path, stack: ExitStack) -> tuple[Any, ReadBytes | None]:
+    """A file's value, and what reads the tensors described in it, if it is not read already."""
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+        return load_file(path), None
+    if _is_zip(path):
+        return read_zip(stack.enter_context(_zip(path)))
+    return read_legacy(path)
+
+
+def _state_of(value: Any) -> dict[str, Any] | None:
+    """The state dict in what was read."""
+    if isinstance(value, Record):
+        return _flat(value)
+    state = value.get("state_dict", value) if isinstance(value, dict) else None
+    if isinstance(state, Tensor | Described):  # one tensor of that name
+        state = value
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        return None
+    return state
+
+
+def _flat(module: Record) -> dict[str, Described]:
+    """The tensors of a TorchScript module and of those inside it, by their dotted names."""
+    state: dict[str, Described] = {}
+    waiting, seen = [("", module)], set[int]()
+    while waiting:
+        place, record = waiting.pop()
+        if id(record.fields) in seen:  # shared, or a ring: once is enough
+            continue
+        seen.add(id(record.fields))
+        for name, value in record.fields.items():
+            if not isinstance(name, str) or len(place) + len(name) > MAX_NAME:
+                raise ValueError("it has a name that no module has")
+            if isinstance(value, Described):
+                state[f"{place}{name}"] = value
+            elif isinstance(value, Record):
+                waiting.append((f"{place}{name}.", value))
     return state
 
 
@@ -110,8 +175,6 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is a git-lfs pointer; fetch the file itself with 'git lfs pull'"
     if path.suffix != ".safetensors" and not _is_zip(path) and start[:1] != b"\x80":
         return "it is no PyTorch file; give safetensors or a saved state dict"
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return "it holds more than tensors; save only the model's state dict"
     first = " ".join(str(error).split())[:120] or type(error).__name__
     return f"{first}; save it as safetensors or as a plain state dict"
 
@@ -121,9 +184,9 @@ def is_torchscript(path: Path) -> bool:
     if not _is_zip(path):
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _zip(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # whoever reads it says so
+    except (ValueError, zipfile.BadZipFile):  # whoever reads it says so
         return False
 
 
@@ -134,73 +197,26 @@ def _is_zip(path: Path) -> bool:
         return True
 
 
-def read_checkpoint(path: Path, ignore: Container[str] = ()) -> Checkpoint:
-    """Read the state dict of a checkpoint that other people's training code saved.
+def _zip(path: Path) -> zipfile.ZipFile:
+    """A zip whose directory is small enough to be listed, which `ZipFile` does whatever it is."""
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    _check_header(end[zipfile._ECD_SIZE] if end else 0)  # type: ignore[attr-defined]
+    return zipfile.ZipFile(path)
 
-    Such files hold optimisers and schedulers too, so ``weights_only`` loading refuses them. Zip
-    files and those of PyTorch before 1.6 are read, and safetensors for completeness.
 
-    Args:
-        path: the file; ``{"state_dict": ..., "epoch": ...}`` or a state dict alone.
-        ignore: tensors not to read.
+def check_safetensors(path: Path) -> None:
+    """See that a safetensors file is an ordinary one and lists no more tensors than a model has.
+
+    The library would make an object of each, a hundred megabytes of names if need be.
 
     Raises:
-        UserError: it is missing or damaged, holds no state dict, or asks for something to be run.
+        OSError, ValueError: it is not.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; check the path")
-    size = path.stat().st_size
-    try:
-        with ExitStack() as stack:
-            read: ReadBytes | None = None
-            if path.suffix == ".safetensors":
-                value: Any = load_file(path)
-            elif _is_zip(path):
-                pickled, read = read_zip(stack.enter_context(zipfile.ZipFile(path)))
-                value = unpickle(pickled, CheckpointUnpickler)
-            else:
-                value, read = read_legacy(path)
-            state = value.get("state_dict", value) if isinstance(value, dict) else None
-            if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-                raise UserError(f"checkpoint {path} holds no state dict; give one that does")
-            wanted = {k.removeprefix("module."): v for k, v in state.items()}
-            wanted = {k: v for k, v in wanted.items() if k not in ignore}
-            described = [v for v in wanted.values() if isinstance(v, Described)]
-            if sum(prod(v.size) * v.storage.dtype.itemsize for v in described) > size:
-                raise pickle.UnpicklingError("it describes more than it holds")
-            for name, tensor in wanted.items():
-                if isinstance(tensor, Described) and read is not None:
-                    wanted[name] = tensor.build(read)
-    except (UserError, MemoryError, PermissionError):
-        raise
-    except AsksToRun as error:
-        raise UserError(
-            f"checkpoint {path} asks for {error} to be run, which no prompts need; nothing in it "
-            "was executed, and it should not be trusted"
-        ) from error
-    except Exception as error:  # damaged files fail in whatever way
-        raise UserError(
-            f"{path} could not be read as a checkpoint: {_reason(path, error)}"
-        ) from error
-    if odd := [k for k, v in wanted.items() if not isinstance(v, Tensor)]:
-        raise UserError(f"the state dict in {path} holds '{odd[0]}', which is no tensor")
-    epoch = value.get("epoch")
-    return Checkpoint(wanted, epoch if type(epoch) is int and epoch > 0 else None)
+    with open_regular(path) as file:
+        _check_header(int.from_bytes(file.read(8), "little"))
 
 
-def _read_torchscript(path: Path) -> StateDict:
-    state: StateDict = {}
-    with zipfile.ZipFile(path) as archive:
-        pickled, read = read_zip(archive)
-        waiting, seen = [("", unpickle(pickled, ArchiveUnpickler))], set[int]()
-        while waiting:
-            place, record = waiting.pop()
-            if id(record) in seen:  # shared, or a ring: once is enough
-                continue
-            seen.add(id(record))
-            for name, value in getattr(record, "fields", {}).items():
-                if isinstance(value, Described):
-                    state[f"{place}{name}"] = value.build(read)
-                elif isinstance(value, Record):
-                    waiting.append((f"{place}{name}.", value))
-    return state
+def _check_header(size: int) -> None:
+    if size > MAX_HEADER:
+        raise ValueError(f"its list of tensors has {size:,} bytes, and {MAX_HEADER:,} are read")

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from conftest import tiff_of_a_tile
+from conftest import fuzzed, tiff_of_a_tile
 from dapt.data import (
     Allowance,
     ImageStore,
@@ -180,6 +180,8 @@ def test_postscript_is_not_run(tmp_path):
     assert not has_image_name("a.eps")
 
 
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP"]), st.integers(0, 200))
 def test_damaged_bytes_are_read_or_refused(noise_bytes, kind, place):
     content = io.BytesIO()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import fuzzed
 from dapt.data import Item, SupportSet, Task, draw_support_set, load_support_set
 from dapt.errors import UserError
 
@@ -109,6 +110,8 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(json_values)
 def test_any_json_is_loaded_or_refused(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "any.json"

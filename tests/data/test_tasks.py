@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import fuzzed
 from dapt.data import (
     BENCHMARKS,
     bundled_domains,
@@ -361,6 +362,8 @@ entries = st.lists(
 split_values = st.dictionaries(st.sampled_from(["train", "val", "test"]), entries | st.text())
 
 
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(split_values | entries)
 def test_any_split_is_read_or_refused(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "split.json"
@@ -370,6 +373,8 @@ def test_any_split_is_read_or_refused(tmp_path_factory, value):
         assert {label for _, label in listing.train} == set(range(len(listing.class_names)))
 
 
+@pytest.mark.fuzz
+@fuzzed(100)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_as_a_split(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "bytes.json"

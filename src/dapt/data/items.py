@@ -97,6 +97,9 @@ class Listing:
 def check_path(text: str, where: str) -> str:
     """Return ``text`` if it is a relative path that stays below its root.
 
+    Links on disk are followed, wherever they lead: datasets are laid out with them. What is at
+    their end is read as an image, or named in a warning, and goes nowhere else.
+
     Raises:
         UserError: it is empty, absolute, or has a '..' step; ``where`` tells where it was read.
     """

@@ -51,6 +51,7 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "p
 _NAMES_FILE = "classnames.txt"
 _LISTING = "listing.json"
 _LARGEST_IMAGE = 2**30  # bytes of a file
+_META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
 
 # part (or "" where nothing is split), class name, bytes of an image file
 _Image = tuple[str, str, bytes]
@@ -311,7 +312,7 @@ def _part_of(shard: Path, root: Path) -> str:
 
 def _webdataset(path: Path) -> Iterator[_Image]:
     try:
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
     except ImportError as error:
         raise UserError(
             f"{path} is read as WebDataset shards, which needs {error.name}: pip install "
@@ -323,9 +324,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
         # The file is opened here: the library would take some names for commands or addresses.
         try:
             with open_regular(shard) as stream:
-                _check_members(stream)
-                files = tar_file_expander([{"url": shard.name, "stream": stream}])
-                for sample in group_by_keys(files):
+                for sample in group_by_keys(_members(stream)):
                     where = f"shard {shard}, sample {sample['__key__']}"
                     image = next((sample[s] for s in _IMAGE_SUFFIXES if s in sample), None)
                     if image is None:
@@ -341,13 +340,22 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             ) from error
 
 
-def _check_members(stream: BinaryIO) -> None:
-    """Raise `ValueError` where a tar's headers promise more than it holds, or it is packed."""
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
+def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The files in a tar that is not compressed, as webdataset's own reader gives them.
+
+    That one would unpack what looks compressed, however much it becomes.
+
+    Raises:
+        ValueError: a header promises more than an image has.
+    """
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
             if member.issparse() or member.size > _LARGEST_IMAGE:
                 raise ValueError(f"{member.name[:80]!r} has {member.size:,} bytes")
-    stream.seek(0)
+            content = archive.extractfile(member) if member.isreg() else None  # links lead nowhere
+            if content is not None and not _META.match(member.name):
+                yield {"fname": member.name, "data": content.read(), "__url__": ""}
 
 
 def _names_beside(folder: Path) -> list[str] | None:
