@@ -232,11 +232,37 @@ def test_a_finished_run_has_everything(given, tmp_path, monkeypatch):
 
 def test_the_last_step_may_diverge_too(given, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match="smaller --lr"):
-        train(make_settings({**given, "lr": 1e38, "epochs": 2, "batch_size": 12}), run.path)
+    settings = make_settings({**given, "lr": 1e30, "epochs": 2, "batch_size": 12})
+    with pytest.raises(UserError, match=r"features are no longer finite at step 1 .*smaller --lr"):
+        train(settings, run.path)  # the prompts are, and no step after them would tell
     assert not run.prompts_file.exists()
-    for file in run.path.glob("checkpoint*"):
-        assert all(t.isfinite().all() for t in load_file(file).values())
+    assert not run.finished
+    state, step, _ = run.read_checkpoint()
+    assert step == 1
+    assert max(t.abs().max() for t in state.values()) < 1e3
+
+
+@pytest.mark.parametrize("change", [{"beta_text": 1e30}, {"weight_decay": 1e30}, "weights"])
+def test_what_diverges_before_the_learning_rate_is_due_is_not_blamed_on_it(
+    given, tmp_path, tiny_weights, change
+):
+    if change == "weights":
+        state = load_file(tiny_weights)
+        state["ln_final.weight"][0] = float("nan")
+        save_file(state, tmp_path / "damaged.safetensors")
+        change = {"backbone": str(tmp_path / "damaged.safetensors")}
+    with pytest.raises(UserError, match=r"at step [0-3] .*loss weights .*weight_decay") as caught:
+        train(make_settings({**given, **change}), tmp_path / "run")
+    assert "smaller --lr" not in str(caught.value)
+    assert not (tmp_path / "run" / "prompts.safetensors").exists()
+
+
+def test_no_figure_that_is_none_is_recorded(tmp_path):
+    from dapt.files import write_json
+
+    with pytest.raises(UserError, match=r"metrics\.json is not written: a figure in it"):
+        write_json(tmp_path / "metrics.json", {"ece": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_support_set_says_its_shots(given, tmp_path):
@@ -254,8 +280,15 @@ def test_a_directory_in_use_is_refused(given, tmp_path):
 
 
 def test_divergence_names_the_step(given, tmp_path):
-    with pytest.raises(UserError, match=r"loss became nan at step \d+ with learning rate"):
-        train(make_settings({**given, "lr": 1e30, "epochs": 20}), tmp_path / "run")
+    """As log.csv counts them."""
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"loss became nan at step (\d+) of log.csv") as caught:
+        train(make_settings({**given, "lr": 1e30, "epochs": 20}), run.path)
+    with run.log_file.open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["loss"] == "nan"
+    assert f"at step {last['step']} " in str(caught.value)
+    assert f"learning rate {float(last['lr']):g} " in str(caught.value)
 
 
 def test_prompts_only_fit_their_backbone(given, tmp_path, tiny_weights):
@@ -299,26 +332,30 @@ def test_divergence_keeps_the_last_good_checkpoint(given, tmp_path, capsys):
     from dapt.progress import RichReporter
 
     run = RunDirectory(tmp_path / "run")
-    settings = make_settings({**given, "lr": 3e38, "epochs": 30})
+    settings = make_settings({**given, "lr": 1e30, "epochs": 30})
     with pytest.raises(
-        UserError, match=r"at step (\d+) .* \(the checkpoint of step 2 is kept in .*such as 3e\+37"
+        UserError,
+        match=r"at step (\d+) .* \(the checkpoint after 2 steps is kept in .*such as 1e\+29",
     ):
         train(settings, run.path)
     state, step, _ = run.read_checkpoint()
     assert step == 2
     assert all(t.isfinite().all() for t in state.values())
     assert not run.finished
-    with pytest.raises(UserError, match="checkpoint of step 2"):  # again, to the same end
+    with pytest.raises(UserError, match="checkpoint after 2 steps"):  # again, to the same end
         train(settings, run.path, resume=True)
     train(settings.model_copy(update={"lr": 0.01}), run.path, overwrite=True)
     assert run.finished
     capsys.readouterr()
     # Finite, but worse and worse.
     high = {**given, "lr": 2000.0, "epochs": 8, "method": "vpt", "shots": 6}
-    train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
+    astray = train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
     assert "cross-entropy rose from" in capsys.readouterr().err.replace("\n", " ")
-    train(make_settings(given), tmp_path / "good", reporter=RichReporter())
+    rose = astray.read_metrics()["rose"]
+    assert rose["last"] > rose["first"] > 0
+    good = train(make_settings(given), tmp_path / "good", reporter=RichReporter())
     assert "rose" not in capsys.readouterr().err
+    assert good.read_metrics()["rose"] is None
 
 
 def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_folder, capsys):
@@ -334,7 +371,7 @@ def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_fold
     run = train(make_settings(given), tmp_path / "run", reporter=RichReporter())
     found = json.loads(run.metrics_file.read_text())["also_tested"]
     assert found == [{"support": "train/blue/1.png", "test": "test/blue/other name.png"}]
-    assert "1 of 18 support images are test images too" in capsys.readouterr().err
+    assert "1 of 18 support images are test images of 'photos' too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", list(METHODS))
