@@ -133,7 +133,8 @@ def _images(task: Task, items: list[Item], level: str, advance: Advance) -> Iter
 
 def _missing(task: Task, item: Item) -> Problem:
     path = task.image_path(item)
-    return Problem("missing", item.path, f"image {path} does not exist")
+    what = "is no ordinary file" if path.exists() else "does not exist"
+    return Problem("missing", item.path, f"image {path} {what}")
 
 
 def _existing(root: Path, items: Iterable[Item]) -> set[str]:
@@ -162,7 +163,7 @@ def _glance(path: Path) -> str | None:
             file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
             tail = file.read(_TAIL)
     except OSError as error:
-        return f"image {path} cannot be opened ({error.strerror})"
+        return f"image {path} cannot be opened ({error.strerror or error})"
     if any(head.startswith(start) and end in tail for start, end in _WHOLE):
         return None
     return _decode(path)

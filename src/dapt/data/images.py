@@ -5,6 +5,7 @@ Normalisation by a mean and standard deviation is the backbone's, not done here.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,6 +61,17 @@ _MAX_ASPECT = 16
 _CHUNK = 8
 
 
+# A photo of the largest cameras; its transparency and turning may take 2 GB.
+MAX_PIXELS = 2**27
+
+# Of images of more pixels, one is decoded at a time, whatever the number of threads.
+_LARGE = 2**24
+_one_large = threading.Lock()
+
+# Faults of the machine, not of an image: another may do no better.
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+
+
 # -- reading one file ------------------------------------------------------------------------
 
 
@@ -91,8 +104,9 @@ def open_image(path: Path | str) -> Image.Image:
     and of an animation the first frame is taken.
 
     Raises:
-        UserError: the file is missing, empty, damaged, no image, no ordinary file, or so large
-            that PIL suspects a decompression bomb.
+        UserError: the file is missing, empty, damaged, no image, no ordinary file, or has more
+            than `MAX_PIXELS`.
+        OSError, MemoryError: the machine is at fault, not the image.
     """
     try:
         with open_regular(path) as file:
@@ -100,6 +114,9 @@ def open_image(path: Path | str) -> Image.Image:
     except FileNotFoundError as error:
         raise UserError(f"image {path} does not exist; check the path") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            error.filename = error.filename or str(path)
+            raise
         raise UserError(f"image {path} cannot be opened ({error}); check the path") from error
 
 
@@ -112,14 +129,14 @@ def decode_image(
     name: str,
     *,
     formats: tuple[str, ...] | None = None,
-    max_pixels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
     Args:
         file, name: the image.
         formats: PIL's names of those to accept; all that are safe, if not given.
-        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case.
+        max_pixels: most of width x height that is decoded.
 
     Raises:
         TooManyPixels: the file's header tells of more.
@@ -129,16 +146,18 @@ def decode_image(
     known = _formats() if formats is None else tuple(f for f in _formats() if f in formats)
     try:
         with Image.open(file, formats=known) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise TooManyPixels(
                     f"image {name} has {image.width:,} x {image.height:,} pixels, more than the "
                     f"{max_pixels:,} allowed; make it smaller"
                 )
-            image.load()
-            if min(image.size) < 1:
-                raise ValueError("it has no pixels")
-            return upright_rgb(image)
-    except TooManyPixels:
+            with _one_large if pixels > _LARGE else nullcontext():
+                image.load()
+                if min(image.size) < 1:
+                    raise ValueError("it has no pixels")
+                return upright_rgb(image)
+    except (TooManyPixels, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"image {name} cannot be read: {error}; make it smaller") from error
@@ -147,6 +166,8 @@ def decode_image(
         reason = "not an image in a known format" if file.read(1) else "the file is empty"
         raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
     except Exception as error:  # decoders fail on damaged files in whatever way
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"image {name} cannot be read: {reason}; replace it") from error
 
