@@ -97,6 +97,47 @@ def test_same_settings_same_bits(given, tmp_path):
     assert results(first)[0] != results(other)[0]
 
 
+def test_the_number_of_threads_changes_last_bits_at_most(given, tmp_path):
+    """The documented exception: sums are split, and added up, otherwise."""
+    settings = make_settings({**given, "epochs": 8, "method": "dapt"})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(train(settings, tmp_path / str(threads)))
+            again = train(settings, tmp_path / f"{threads} again")
+            assert results(again) == results(found[-1])
+    finally:
+        torch.set_num_threads(before)
+    one, two = (load_file(run.prompts_file) for run in found)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    one, two = (run.read_metrics()["test"] for run in found)
+    assert abs(one["accuracy"] - two["accuracy"]) <= 1 / one["images"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "told"),
+    [
+        ("threads", 1000, "threads was 1000, is"),
+        ("cpu", "an abacus (DEFAULT)", "cpu was an abacus"),
+        ("versions", {"torch": "0.1"}, "torch was 0.1, is"),
+        ("commit", "another", None),
+    ],
+)
+def test_a_resume_elsewhere_is_told(given, tmp_path, entry, value, told, capsys):
+    from dapt.progress import RichReporter
+
+    run = unfinished({**given, "method": "zero-shot"}, tmp_path / "run")
+    environment = json.loads(run.environment_file.read_text())
+    assert entry in environment
+    run.environment_file.write_text(json.dumps({**environment, entry: value}))
+    settings = run.read_settings()
+    train(settings, run.path, resume=True, reporter=RichReporter())
+    said = capsys.readouterr().err
+    assert told in said if told else "last bits" not in said
+
+
 SCRIPT = """
 import json, sys
 from dapt.settings import make_settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,10 @@ _STORAGE: dict[int | None, str] = {
     errno.EACCES: "permission is denied; change it, or use another path",
     errno.EPERM: "permission is denied; change it, or use another path",
 }
+
+
+# PIL's warning of a large image: whether it is too large, dapt says itself.
+warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
 
 
 @contextmanager

@@ -132,12 +132,13 @@ def summary(run: PlannedRun) -> str:
             records.append(read_json(file, "evaluation"))
             accuracy = records[-1]["test"]["accuracy"]
             parts.append(f"{file.stem.removeprefix('eval-')} {accuracy:.1%}")
-    skipped = [*(metrics.get("skipped") or ()), *(i for r in records for i in r["test"]["skipped"])]
+    skipped = list(metrics.get("skipped") or ())
+    skipped += [image for record in records for image in record["test"].get("skipped") or ()]
     twice = [pair for record in records for pair in record.get("also_tested") or ()]
     if skipped:
-        parts.append(f"{len({entry['image'] for entry in skipped}):,} images skipped")
+        parts.append(f"images skipped: {len({entry['image'] for entry in skipped}):,}")
     if twice:
-        parts.append(f"{len({pair['support'] for pair in twice}):,} support images tested too")
+        parts.append(f"support images tested too: {len({pair['support'] for pair in twice}):,}")
     if metrics.get("rose"):
         parts.append("its loss rose")
     return ", ".join(parts)
