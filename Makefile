@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-test
 
 # Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
 torture: $(VENV)/.installed-test
-	$(BIN)/python tests/torture.py --kills 240 --fuzz 2000 --json build/torture.json
+	$(BIN)/python tests/torture.py --kills 220 --fuzz 2000 --json build/torture.json
 
 # The tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 lowest:

@@ -1,13 +1,16 @@
 """Runs from the outside: what they leave, that they repeat and resume to the bit."""
 
 import csv
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,6 +333,79 @@ def test_divergence_names_the_step(given, tmp_path):
     assert last["loss"] == "nan"
     assert f"at step {last['step']} " in str(caught.value)
     assert f"learning rate {float(last['lr']):g} " in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_a_checkpoint(given, tmp_path, monkeypatch, number):
+    """The one before it is whole, and the run goes on from it to the same bits."""
+    settings = make_settings(given)
+    undisturbed = train(settings, tmp_path / "undisturbed")
+    run, kept, write = RunDirectory(tmp_path / "run"), [], RunDirectory.write_checkpoint
+
+    def fail(_handle):
+        raise OSError(number, os.strerror(number))
+
+    def write_or_fail(self, state, step, seconds):
+        with monkeypatch.context() as patch:
+            if step == 6:
+                kept.append(self.checkpoint_file.read_bytes())
+                patch.setattr("dapt.files.os.fsync", fail)
+            write(self, state, step, seconds)
+
+    monkeypatch.setattr(RunDirectory, "write_checkpoint", write_or_fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        train(settings, run.path)
+    monkeypatch.undo()
+    assert [run.checkpoint_file.read_bytes()] == kept
+    assert run.read_checkpoint()[1] == 4
+    assert not list(run.path.glob("*.dapt-part"))
+    assert not list(run.path.glob(".*.dapt-part"))
+    train(settings, run.path, resume=True)
+    assert results(run) == results(undisturbed)
+
+
+@pytest.fixture
+def read_only():
+    """A folder that this process may look at and not write to."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("needs POSIX permissions")
+    folder, root = Path(tempfile.mkdtemp()), os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_that_may_not_be_written_to(read_only):
+    with (
+        pytest.raises(UserError, match=r"run cannot be made \(Permission denied\)"),
+        RunDirectory(read_only / "run").locked(),
+    ):
+        pass
+    with pytest.raises(PermissionError), RunDirectory(read_only).locked():
+        pass
+    assert list(read_only.iterdir()) == []
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    from dapt.files import write_json
+
+    for mode in (0o600, 0o664):
+        file = tmp_path / f"{mode}.json"
+        file.touch()
+        file.chmod(mode)
+        write_json(file, 1)
+        assert (file.read_text(), file.stat().st_mode & 0o777) == ("1\n", mode)
+    plain, ours = tmp_path / "plain", tmp_path / "new.json"
+    plain.touch()
+    write_json(ours, 1)
+    assert ours.stat().st_mode == plain.stat().st_mode
 
 
 def test_prompts_only_fit_their_backbone(given, tmp_path, tiny_weights):
