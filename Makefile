@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint torture fuzz lowest pretrain clean
+.PHONY: demo test lint torture fuzz lowest audit package pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-test
 
 # Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
 torture: $(VENV)/.installed-test
-	$(BIN)/python tests/torture.py --kills 240 --fuzz 2000 --json build/torture.json
+	$(BIN)/python tests/torture.py --kills 220 --fuzz 2000 --json build/torture.json
 
 # Each kind of file that strangers may send, for two minutes (SECONDS) under atheris, which needs
 # CPython 3.11 to 3.13; finds are kept in tests/corpus.
@@ -27,14 +27,34 @@ fuzz: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
-# The tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+# The tests with the lowest versions that pyproject.toml allows, in an environment of their own
+# (6 GB on Linux, where torch brings CUDA along).
 lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install --quiet uv
 	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest/bin/python \
-	    --resolution lowest-direct --editable '.[tensorboard]' 'hypothesis>=6.100' 'pytest>=8.0' \
-	    'pytest-timeout>=2.3'
+	    --resolution lowest-direct --compile-bytecode --editable '.[test]'
 	$(VENV)-lowest/bin/python -m pytest
+
+# Known vulnerabilities of what 'make test' installed; asks PyPI's database.
+audit: $(VENV)/.installed-test
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip freeze --exclude-editable > $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)-audit/installed.txt
+
+# Wheel and sdist: the demo runs from the wheel alone, outside the checkout, and the sdist's tests
+# are whole.
+package:
+	rm -rf build/package && mkdir -p build/package
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/pip install --quiet build
+	build/package/venv/bin/python -m build --outdir build/package/dist .
+	build/package/venv/bin/pip install --quiet "$$(echo build/package/dist/*.whl)[test]"
+	place=$$(mktemp -d) && python=$$PWD/build/package/venv/bin/python && \
+	    tar -xzf build/package/dist/*.tar.gz --strip-components 1 -C $$place && rm -r $$place/src && \
+	    cd $$place && $$python -m dapt.cli demo --epochs 2 --output $$place/demo && \
+	    $$python -m pytest --collect-only > collected.txt && wc -l collected.txt && rm -r $$place
 
 # Trains the bundled backbone anew, about 65 minutes on two cores; needs npm, see pretrain/README.md.
 pretrain: $(VENV)/.installed
@@ -52,4 +72,4 @@ $(VENV)/.installed-test: pyproject.toml
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-audit build dist demo

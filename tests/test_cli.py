@@ -1,6 +1,8 @@
 """The command as a user types it: results, help, one-sentence errors with exit code 2."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -168,6 +170,8 @@ def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
     fails("is no run directory", "predict", tmp_path, photo_folder)
     fails("does not exist", "predict", run, tmp_path / "none.jpg")
     fails("is no run directory", "eval", tmp_path)
+    fails("is too long for a path", "train", *options, "-o", tmp_path / ("x" * 300))
+    fails("is too long for a path", "eval", tmp_path / ("x" * 300))
     assert not new.exists()
 
     bad = tmp_path / "photos"
@@ -188,6 +192,37 @@ def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
     for i in range(3):
         Image.new("RGB", (9, 9)).save(long / f"{i}.png")
     fails("longer than the 77 tokens", "train", *arguments, "-o", tmp_path / "newer")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_of_any_bytes_are_printed(photo_folder, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    odd = photos / "train" / "blue" / os.fsdecode(b"\xff\t.png")
+    (photos / "train" / "blue" / "1.png").rename(odd)
+    arguments = ["data", "support-set", photos, "--shots", 50]
+    printed = dapt(*arguments, "--json")
+    assert printed.exit_code == 0, printed.exception
+    assert str(odd.relative_to(photos)) in {i["path"] for i in json.loads(printed.stdout)["train"]}
+    printed = dapt(*arguments)
+    assert printed.exit_code == 0, printed.exception
+    assert "train\t0\tblue\ttrain/blue/\\udcff\\t.png\n" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "a/b: the disk quota is used up"),
+        (OSError(errno.EMFILE, "Too many open files"), "dapt: too many open files"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(monkeypatch, tmp_path, error, told):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("dapt.data.open_task", fail)
+    fails(told, "data", "support-set", "bundled")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of file size are Linux's here")

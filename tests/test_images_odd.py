@@ -1,10 +1,13 @@
 """Odd and broken images among good ones: each is used rightly, or named, left out and counted."""
 
+import errno
 import io
 import json
 import os
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,8 +40,8 @@ def noise(width=40, height=30, mode="RGB"):
     return Image.fromarray(pixels).convert(mode)
 
 
-def bomb():
-    """A PNG whose header promises 400 megapixels, of which nothing follows."""
+def bomb(side):
+    """A PNG whose header promises a large square, of which nothing follows."""
     import struct
     import zlib
 
@@ -46,7 +49,7 @@ def bomb():
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
-    size = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
     return start + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
@@ -92,7 +95,8 @@ BAD = {
     "cut.png": encoded(noise(), "PNG")[:200],
     "empty.png": b"",
     "text.jpg": b"<html>404 not found</html>",
-    "bomb.png": bomb(),
+    "bomb.png": bomb(20_000),  # PIL's own limit
+    "large.png": bomb(11_700),  # ours
     "nan.tif": encoded(Image.fromarray(NAN), "TIFF"),
     os.fsdecode(b"cut\n\xff.png"): encoded(noise(), "PNG")[:100],
 }
@@ -174,6 +178,39 @@ def given(photo_folder, tiny_weights, tmp_path):
 
 def read(run):
     return json.loads(run.metrics_file.read_text())
+
+
+@pytest.mark.parametrize("where", ["open_regular", "upright_rgb"])
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), MemoryError()])
+def test_the_machine_is_not_taken_for_a_damaged_image(given, tmp_path, monkeypatch, where, error):
+    """No image is left out because there were too few file handles, or too little memory."""
+    _, settings = given
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"dapt.data.images.{where}", fail)
+    with pytest.raises(type(error)):
+        train(make_settings(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("dapt.data.images._LARGE", 100)
+    place, inside, most = tmp_path / "a.png", [0], [0]
+    noise().save(place)
+
+    def slow(image):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return image.copy()
+
+    monkeypatch.setattr("dapt.data.images.upright_rgb", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_image, [place] * 4))
+    assert most[0] == 1
 
 
 def names_of(record):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 
@@ -171,6 +172,20 @@ def test_unpacked_once_and_by_content(photo_folder, tmp_path, cache):
     second = open_task(str(file))
     assert second.source_sha256 != first.source_sha256
     assert len(second.train + second.test) == len(rows) - 1
+
+
+def test_unpacked_by_several_at_once(photo_folder, tmp_path, cache):
+    file = shard(tmp_path / "data.tar", samples(photos(photo_folder, "train"), TEXT))
+    code = "import sys; from dapt.data import open_task; print(open_task(sys.argv[1]))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, file], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = {process.communicate(timeout=120)[0] for process in started}
+    assert [process.returncode for process in started] == [0, 0, 0]
+    task = open_task(str(file))
+    assert said == {f"{task}\n"}
+    assert [p.name for p in cache.iterdir()] == [task.source_sha256[:32]]
 
 
 def test_no_name_in_a_shard_becomes_a_path(photo_folder, tmp_path, cache):

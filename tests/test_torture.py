@@ -20,5 +20,5 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(summary.read_text())
-    assert (found["tried"] >= 12, found["lost"]) == (True, 0)
-    assert sum(attack["hit"] for attack in found["attacks"].values()) >= 6
+    assert found["lost"] == 0
+    assert sum(attack["hit"] for attack in found["attacks"].values()) >= 12

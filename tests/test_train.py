@@ -1,13 +1,16 @@
 """Runs from the outside: what they leave, that they repeat and resume to the bit."""
 
 import csv
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +98,47 @@ def test_same_settings_same_bits(given, tmp_path):
     assert results(first) == results(second)
     other = train(settings.model_copy(update={"seed": 2}), tmp_path / "c")
     assert results(first)[0] != results(other)[0]
+
+
+def test_the_number_of_threads_changes_last_bits_at_most(given, tmp_path):
+    """The documented exception: sums are split, and added up, otherwise."""
+    settings = make_settings({**given, "epochs": 8, "method": "dapt"})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(train(settings, tmp_path / str(threads)))
+            again = train(settings, tmp_path / f"{threads} again")
+            assert results(again) == results(found[-1])
+    finally:
+        torch.set_num_threads(before)
+    one, two = (load_file(run.prompts_file) for run in found)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    one, two = (run.read_metrics()["test"] for run in found)
+    assert abs(one["accuracy"] - two["accuracy"]) <= 1 / one["images"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "told"),
+    [
+        ("threads", 1000, "threads was 1000, is"),
+        ("cpu", "an abacus (DEFAULT)", "cpu was an abacus"),
+        ("versions", {"torch": "0.1"}, "torch was 0.1, is"),
+        ("commit", "another", None),
+    ],
+)
+def test_a_resume_elsewhere_is_told(given, tmp_path, entry, value, told, capsys):
+    from dapt.progress import RichReporter
+
+    run = unfinished({**given, "method": "zero-shot"}, tmp_path / "run")
+    environment = json.loads(run.environment_file.read_text())
+    assert entry in environment
+    run.environment_file.write_text(json.dumps({**environment, entry: value}))
+    settings = run.read_settings()
+    train(settings, run.path, resume=True, reporter=RichReporter())
+    said = capsys.readouterr().err
+    assert told in said if told else "last bits" not in said
 
 
 SCRIPT = """
@@ -232,11 +276,37 @@ def test_a_finished_run_has_everything(given, tmp_path, monkeypatch):
 
 def test_the_last_step_may_diverge_too(given, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match="smaller --lr"):
-        train(make_settings({**given, "lr": 1e38, "epochs": 2, "batch_size": 12}), run.path)
+    settings = make_settings({**given, "lr": 1e30, "epochs": 2, "batch_size": 12})
+    with pytest.raises(UserError, match=r"features are no longer finite at step 1 .*smaller --lr"):
+        train(settings, run.path)  # the prompts are, and no step after them would tell
     assert not run.prompts_file.exists()
-    for file in run.path.glob("checkpoint*"):
-        assert all(t.isfinite().all() for t in load_file(file).values())
+    assert not run.finished
+    state, step, _ = run.read_checkpoint()
+    assert step == 1
+    assert max(t.abs().max() for t in state.values()) < 1e3
+
+
+@pytest.mark.parametrize("change", [{"beta_text": 1e30}, {"weight_decay": 1e30}, "weights"])
+def test_what_diverges_before_the_learning_rate_is_due_is_not_blamed_on_it(
+    given, tmp_path, tiny_weights, change
+):
+    if change == "weights":
+        state = load_file(tiny_weights)
+        state["ln_final.weight"][0] = float("nan")
+        save_file(state, tmp_path / "damaged.safetensors")
+        change = {"backbone": str(tmp_path / "damaged.safetensors")}
+    with pytest.raises(UserError, match=r"at step [0-3] .*loss weights .*weight_decay") as caught:
+        train(make_settings({**given, **change}), tmp_path / "run")
+    assert "smaller --lr" not in str(caught.value)
+    assert not (tmp_path / "run" / "prompts.safetensors").exists()
+
+
+def test_no_figure_that_is_none_is_recorded(tmp_path):
+    from dapt.files import write_json
+
+    with pytest.raises(UserError, match=r"metrics\.json is not written: a figure in it"):
+        write_json(tmp_path / "metrics.json", {"ece": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_support_set_says_its_shots(given, tmp_path):
@@ -254,8 +324,88 @@ def test_a_directory_in_use_is_refused(given, tmp_path):
 
 
 def test_divergence_names_the_step(given, tmp_path):
-    with pytest.raises(UserError, match=r"loss became nan at step \d+ with learning rate"):
-        train(make_settings({**given, "lr": 1e30, "epochs": 20}), tmp_path / "run")
+    """As log.csv counts them."""
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"loss became nan at step (\d+) of log.csv") as caught:
+        train(make_settings({**given, "lr": 1e30, "epochs": 20}), run.path)
+    with run.log_file.open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["loss"] == "nan"
+    assert f"at step {last['step']} " in str(caught.value)
+    assert f"learning rate {float(last['lr']):g} " in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_a_checkpoint(given, tmp_path, monkeypatch, number):
+    """The one before it is whole, and the run goes on from it to the same bits."""
+    settings = make_settings(given)
+    undisturbed = train(settings, tmp_path / "undisturbed")
+    run, kept, write = RunDirectory(tmp_path / "run"), [], RunDirectory.write_checkpoint
+
+    def fail(_handle):
+        raise OSError(number, os.strerror(number))
+
+    def write_or_fail(self, state, step, seconds):
+        with monkeypatch.context() as patch:
+            if step == 6:
+                kept.append(self.checkpoint_file.read_bytes())
+                patch.setattr("dapt.files.os.fsync", fail)
+            write(self, state, step, seconds)
+
+    monkeypatch.setattr(RunDirectory, "write_checkpoint", write_or_fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        train(settings, run.path)
+    monkeypatch.undo()
+    assert [run.checkpoint_file.read_bytes()] == kept
+    assert run.read_checkpoint()[1] == 4
+    assert not list(run.path.glob("*.dapt-part"))
+    assert not list(run.path.glob(".*.dapt-part"))
+    train(settings, run.path, resume=True)
+    assert results(run) == results(undisturbed)
+
+
+@pytest.fixture
+def read_only():
+    """A folder that this process may look at and not write to."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("needs POSIX permissions")
+    folder, root = Path(tempfile.mkdtemp()), os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_that_may_not_be_written_to(read_only):
+    with (
+        pytest.raises(UserError, match=r"run cannot be made \(Permission denied\)"),
+        RunDirectory(read_only / "run").locked(),
+    ):
+        pass
+    with pytest.raises(PermissionError), RunDirectory(read_only).locked():
+        pass
+    assert list(read_only.iterdir()) == []
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    from dapt.files import write_json
+
+    for mode in (0o600, 0o664):
+        file = tmp_path / f"{mode}.json"
+        file.touch()
+        file.chmod(mode)
+        write_json(file, 1)
+        assert (file.read_text(), file.stat().st_mode & 0o777) == ("1\n", mode)
+    plain, ours = tmp_path / "plain", tmp_path / "new.json"
+    plain.touch()
+    write_json(ours, 1)
+    assert ours.stat().st_mode == plain.stat().st_mode
 
 
 def test_prompts_only_fit_their_backbone(given, tmp_path, tiny_weights):
@@ -299,26 +449,30 @@ def test_divergence_keeps_the_last_good_checkpoint(given, tmp_path, capsys):
     from dapt.progress import RichReporter
 
     run = RunDirectory(tmp_path / "run")
-    settings = make_settings({**given, "lr": 3e38, "epochs": 30})
+    settings = make_settings({**given, "lr": 1e30, "epochs": 30})
     with pytest.raises(
-        UserError, match=r"at step (\d+) .* \(the checkpoint of step 2 is kept in .*such as 3e\+37"
+        UserError,
+        match=r"at step (\d+) .* \(the checkpoint after 2 steps is kept in .*such as 1e\+29",
     ):
         train(settings, run.path)
     state, step, _ = run.read_checkpoint()
     assert step == 2
     assert all(t.isfinite().all() for t in state.values())
     assert not run.finished
-    with pytest.raises(UserError, match="checkpoint of step 2"):  # again, to the same end
+    with pytest.raises(UserError, match="checkpoint after 2 steps"):  # again, to the same end
         train(settings, run.path, resume=True)
     train(settings.model_copy(update={"lr": 0.01}), run.path, overwrite=True)
     assert run.finished
     capsys.readouterr()
     # Finite, but worse and worse.
     high = {**given, "lr": 2000.0, "epochs": 8, "method": "vpt", "shots": 6}
-    train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
+    astray = train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
     assert "cross-entropy rose from" in capsys.readouterr().err.replace("\n", " ")
-    train(make_settings(given), tmp_path / "good", reporter=RichReporter())
+    rose = astray.read_metrics()["rose"]
+    assert rose["last"] > rose["first"] > 0
+    good = train(make_settings(given), tmp_path / "good", reporter=RichReporter())
     assert "rose" not in capsys.readouterr().err
+    assert good.read_metrics()["rose"] is None
 
 
 def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_folder, capsys):
@@ -334,7 +488,7 @@ def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_fold
     run = train(make_settings(given), tmp_path / "run", reporter=RichReporter())
     found = json.loads(run.metrics_file.read_text())["also_tested"]
     assert found == [{"support": "train/blue/1.png", "test": "test/blue/other name.png"}]
-    assert "1 of 18 support images are test images too" in capsys.readouterr().err
+    assert "1 of 18 support images are test images of 'photos' too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", list(METHODS))

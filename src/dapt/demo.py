@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dapt.classifier import Classifier
 from dapt.data import Task, open_image
 from dapt.errors import UserError
 from dapt.evaluate import classify
-from dapt.files import read_json
+from dapt.files import read_json, write_atomic
 from dapt.methods import METHODS
 from dapt.progress import Reporter, console
 from dapt.runs import RunDirectory
@@ -113,5 +114,7 @@ def _draw(
     for place in right.get_axes():
         place.set(xticks=[], yticks=[])
         place.spines[:].set_visible(False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
+    write_atomic(path, content.getvalue())

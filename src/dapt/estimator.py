@@ -232,15 +232,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """Write a run directory, which ``dapt predict`` and the other commands read.
 
         Raises:
-            UserError: a run is there already, and ``overwrite`` is not set.
+            UserError: a run is there already and ``overwrite`` is not set, or it is in use.
         """
         check_is_fitted(self, "files_")
         run = RunDirectory(path)
         settings = make_settings(json.loads(self.files_["settings.json"]))
         check_output(run, settings, resume=False, overwrite=overwrite)
         with run.locked():
-            for file in run.results():
-                file.unlink(missing_ok=True)
+            check_output(run, settings, resume=False, overwrite=overwrite)
+            run.clear()
             _written(self.files_, run.path)
         return run.path
 

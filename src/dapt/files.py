@@ -6,9 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from math import isfinite
@@ -61,6 +61,14 @@ def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT)
         return file.read(limit + 1).decode(encoding)
 
 
+def file_size(path: Path | str) -> int | None:
+    """Bytes of an ordinary file, None where there is none that can be seen."""
+    with suppress(OSError, ValueError):
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return None
+
+
 def file_digest(path: Path | str) -> bytes:
     """SHA-256 of an ordinary file's content.
 
@@ -77,22 +85,35 @@ def file_digest(path: Path | str) -> bytes:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move.
 
-    What an earlier write of ``path`` left beside it when it was killed is deleted.
+    A file that is replaced keeps its permissions. What an earlier write of ``path`` left beside it
+    when it was killed is deleted.
     """
     data = content.encode() if isinstance(content, str) else content
     prefix = f".{path.name}."
     delete_abandoned(path.parent, prefix)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=TEMPORARY)
+    temporary = path.parent / f"{prefix}{secrets.token_hex(4)}{TEMPORARY}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
+            with suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a move survive a loss of power, as far as the system can: files are safe either way."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def delete_abandoned(folder: Path, prefix: str) -> None:
@@ -119,10 +140,26 @@ def delete_abandoned(folder: Path, prefix: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically.
 
-    File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
+    Raises:
+        UserError: a number in it is NaN or infinite, which JSON lacks; nothing is written then.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    try:
+        content = to_json(value, indent=1)
+    except ValueError as error:
+        raise UserError(f"{path} is not written: a figure in it is no number ({error})") from error
+    write_atomic(path, content + b"\n")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """``value`` as JSON in UTF-8.
+
+    File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -244,9 +281,3 @@ def _finite(digits: str) -> float:
     if not isfinite(number := float(digits)):
         raise ValueError(f"{digits[:80]} is too large for a number")
     return number
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

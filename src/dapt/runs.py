@@ -41,7 +41,7 @@ from dapt.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.files import read_json, read_text, write_atomic, write_json
+from dapt.files import read_json, read_text, user_path, write_atomic, write_json
 from dapt.settings import Settings, make_settings
 from dapt.weights import check_safetensors
 
@@ -53,10 +53,14 @@ class InUse(UserError):
 
 
 class RunDirectory:
-    """Files of one run under ``path``."""
+    """Files of one run under ``path``.
+
+    Raises:
+        UserError: no directory can have this path.
+    """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.settings_file = self.path / "settings.json"
         self.environment_file = self.path / "environment.json"
         self.task_file = self.path / "task.json"
@@ -79,8 +83,11 @@ class RunDirectory:
         return self.metrics_file.is_file()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0) -> Iterator[None]:
         """Hold the directory for this process; the lock dies with the process.
+
+        Args:
+            patience: seconds to wait for another process to let go.
 
         Raises:
             InUse: another process holds it.
@@ -95,11 +102,11 @@ class RunDirectory:
             ) from error
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout as error:
             raise InUse(
-                f"run directory {self.path} is in use by another process; wait for it or choose "
-                "another with --output"
+                f"run directory {self.path} is in use by another process; wait for it, or use "
+                "another directory"
             ) from error
         except OSError as error:  # a link, which is not followed, or a folder
             raise UserError(
@@ -139,8 +146,7 @@ class RunDirectory:
         The settings go first and come last: while they are missing, no run is here. ``known``
         writes what is known of the run before that, where it is not to be tuned.
         """
-        for file in [self.settings_file, *self.results(), *self._records()]:
-            file.unlink(missing_ok=True)
+        self.clear()
         try:
             write_json(self.task_file, _task_record(task))
             write_json(self.support_file, support.to_json())
@@ -149,12 +155,19 @@ class RunDirectory:
                 known()
             write_json(self.settings_file, settings.model_dump())
         except BaseException:
-            for file in [*self.results(), *self._records()]:
-                file.unlink(missing_ok=True)
+            self.clear()
             raise
 
-    def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> None:
-        """Check that what was found again is what the run was begun with.
+    def clear(self) -> None:
+        """Delete the run that is here, if there is one: its settings, which make it one, first."""
+        for file in [self.settings_file, *self.results(), *self._records()]:
+            file.unlink(missing_ok=True)
+
+    def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> str | None:
+        """Check that what was found again is what the run was begun with, and record this session.
+
+        Returns:
+            What else of this process may change the last bits of the result, or None.
 
         Raises:
             UserError: backbone, classes or support images differ.
@@ -174,7 +187,11 @@ class RunDirectory:
         resumed = before.get("resumed", [])
         if not isinstance(resumed, list):
             raise UserError(f"{self.environment_file} is damaged; start anew with --overwrite")
-        write_json(self.environment_file, {**before, "resumed": [*resumed, environment(backbone)]})
+        now = environment(backbone)
+        write_json(self.environment_file, {**before, "resumed": [*resumed, now]})
+        then, now = _rounding(before), _rounding(now)
+        changed = [f"{n} was {then[n]}, is {now[n]}" for n in then if then[n] != now[n]]
+        return "; ".join(changed) or None
 
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
@@ -191,11 +208,12 @@ class RunDirectory:
         Like `begin`, what makes it a run comes last, and what makes it a finished one after that.
 
         Raises:
-            UserError: this directory is in use.
+            InUse: another process holds this directory, or has begun a run in it.
         """
         with self.locked():
-            for file in self.results():
-                file.unlink(missing_ok=True)
+            if self.exists:
+                raise InUse(f"run directory {self.path} was taken by another process meanwhile")
+            self.clear()
             for name in ("task_file", "support_file", "prompts_file", "log_file"):
                 source: Path = getattr(other, name)
                 if source.is_file():
@@ -476,12 +494,31 @@ def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "precision": backbone.precision,
+        "cpu": _cpu(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "backbone": backbone.name,
         "backbone_sha256": backbone.fingerprint,
         "command": sys.argv,
     }
+
+
+def _cpu() -> str:
+    """Model of the processor, and the instructions that torch uses of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):  # Linux on x86 alone tells it there
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _rounding(record: dict[str, Any]) -> dict[str, Any]:
+    """What of an `environment` decides how sums are rounded, as far as it is recorded."""
+    versions = record.get("versions")
+    found = {"torch": versions.get("torch") if isinstance(versions, dict) else None}
+    found |= {name: record.get(name) for name in ("threads", "cpu", "device")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _commit() -> str | None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, shown
 from dapt.files import parse_yaml, read_yaml, user_path
@@ -22,6 +30,10 @@ WITHOUT_DATASET = {
     IMPORTED: "imported without a dataset",
     FITTED: "tuned on images given in Python",
 }
+
+
+# Of numbers that tensors are multiplied by: far from any use, and well within fp32.
+LARGEST = 1e30
 
 
 class Settings(BaseModel):
@@ -57,13 +69,17 @@ class Settings(BaseModel):
         0.08, gt=0, le=1, description="least share of an image that a training view shows"
     )
     batch_size: int = Field(32, ge=1, description="images a step")
-    lr: float = Field(gt=0, description="SGD learning rate, after the first epoch's 1e-5")
+    lr: float = Field(
+        gt=0, le=LARGEST, description="SGD learning rate, after the first epoch's 1e-5"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="of SGD")
-    beta_visual: float = Field(ge=0, description="weight of intra-dispersion")
-    beta_text: float = Field(ge=0, description="weight of inter-dispersion")
-    loss_weights: dict[str, float] = Field({}, description="weights of further loss terms")
-    rbf_t: float = Field(2.0, gt=0, description="sharpness t of inter-dispersion")
+    weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD")
+    beta_visual: float = Field(ge=0, le=LARGEST, description="weight of intra-dispersion")
+    beta_text: float = Field(ge=0, le=LARGEST, description="weight of inter-dispersion")
+    loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
+        {}, description="weights of further loss terms"
+    )
+    rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
     visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
@@ -77,6 +93,15 @@ class Settings(BaseModel):
     memory_budget: float = Field(
         2.0, gt=0, le=2**20, description="GiB of decoded images kept in memory"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes and true would be 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise PydanticCustomError("truth", "input should not be true or false")
+        return value
 
 
 def make_settings(given: dict[str, Any]) -> Settings:

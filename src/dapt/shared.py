@@ -80,7 +80,7 @@ def skip_unreadable(
     if skipped:
         reporter.warn(
             f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
-            "metrics.json names them, and --strict makes them an error"
+            "the metrics name them, and --strict makes them an error"
         )
     record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
     return [i for i in range(len(items)) if i not in unreadable], record

@@ -24,6 +24,7 @@ from dapt.allocator import keep_freed_memory
 from dapt.backbone import Backbone
 from dapt.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
 from dapt.data import (
+    ImageStore,
     SupportSet,
     Task,
     draw_support_set,
@@ -48,7 +49,7 @@ from dapt.ranks import Ranks, join_ranks
 from dapt.runs import RunDirectory, StepLog
 from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights, text_memory
 from dapt.shared import Shared, Support, backbone_of, skip_unreadable
-from dapt.tuning import Tuner, learning_rate
+from dapt.tuning import WARMUP_LR, Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
 FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})
@@ -59,7 +60,7 @@ class Interrupted(Exception):
 
 
 class Diverged(UserError):
-    """The loss or the prompts are no longer finite."""
+    """The loss, the prompts, or the features that they lead to are no longer finite."""
 
 
 def train(
@@ -107,7 +108,8 @@ def train(
     classifier: Classifier = new_classifier(backbone, task, method, settings)
     encoded = shared.support(task, support, settings, reporter)
     support, skipped = encoded.drawn, encoded.skipped
-    twice = _tell_of_overlap(task, support, reporter) if ranks.first else []
+    tell_notes(task, reporter)
+    twice = tell_of_overlap(task, support, task, reporter) if ranks.first else []
     if not ranks.first:
         if method.learns_prompts:
             assert isinstance(classifier, PromptedClassifier)
@@ -118,11 +120,12 @@ def train(
         if run.finished and resume and ranks.alone:  # by another process, meanwhile
             return run
         if run.exists and resume:
-            run.resume(task, support, backbone)
+            if (changed := run.resume(task, support, backbone)) is not None:
+                reporter.warn(f"{changed}: the last bits of the result may be others for it")
         else:
             run.begin(settings, task, support, backbone)
         started = time.perf_counter()
-        spent_before = 0.0
+        spent_before, rose = 0.0, None
         if method.probe:
             classifier, more = _fit_probe(run, settings, task, encoded, shared, reporter)
             skipped = skipped + more
@@ -130,6 +133,7 @@ def train(
             assert isinstance(classifier, PromptedClassifier)
             if method.learns_prompts:
                 spent_before = _tune(run, settings, classifier, method, encoded, reporter, ranks)
+                rose = _tell_of_rise(run, settings, reporter)
             prompts = classifier.prompts.named_parameters()
             run.write_tensors(
                 run.prompts_file, {f"{name}_prompt": p.detach() for name, p in prompts}
@@ -159,6 +163,7 @@ def train(
                 "support_images": len(encoded.store),
                 "skipped": skipped,
                 "also_tested": twice,
+                "rose": rose,
                 "dispersion": dispersion,
                 "test": test,
             }
@@ -233,15 +238,24 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     return support
 
 
-def _tell_of_overlap(task: Task, support: SupportSet, reporter: Reporter) -> list[dict[str, str]]:
-    """Warn of support images that are tested on, and return a record of them."""
-    both = images_in_both(task, support)
+def tell_notes(task: Task, reporter: Reporter) -> None:
+    """Warn of what its reader found odd in a task."""
+    for note in task.notes:
+        reporter.warn(note)
+
+
+def tell_of_overlap(
+    task: Task, support: SupportSet, tested: Task, reporter: Reporter
+) -> list[dict[str, str]]:
+    """Warn of a task's support images that are ``tested`` on, and return a record of them."""
+    both = images_in_both(task, support, tested)
     if both:
         first, same = both[0]
+        count = len(support.train) + len(support.val)
         reporter.warn(
-            f"{len({a.path for a, _ in both}):,} of {len(support.train):,} support images are "
-            f"test images too (such as {first.path}, the same file as {same.path}); the accuracy "
-            "says too much of them: take them out of one part"
+            f"{len({a.path for a, _ in both}):,} of {count:,} support images are test images of "
+            f"'{tested.name}' too (such as {first.path}, the same file as {same.path}); the "
+            "accuracy says too much of them: take them out of one part"
         )
     return [{"support": a.path, "test": b.path} for a, b in both]
 
@@ -332,10 +346,18 @@ def _tune(
     log = StepLog(run, list(method.terms), done) if ranks.first else None
 
     def diverged(what: str) -> Diverged:
-        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due yet"
+        kept = f"the checkpoint after {saved} steps is" if saved else "no checkpoint was"
+        way = f"and a smaller --lr, such as {settings.lr / 10:g}"
+        if lr <= WARMUP_LR:
+            weights = ", ".join(f"{k} {v:g}" for k, v in loss_weights(settings).items()) or "none"
+            way = (
+                f"and --precision fp32 (it is {settings.precision}), smaller loss weights (they "
+                f"are {weights}) or weight_decay ({settings.weight_decay:g}), or another backbone "
+                f"than '{settings.backbone}', whose weights may be damaged"
+            )
         return Diverged(
-            f"the {what} at step {done} with learning rate {lr:g} ({kept} in {run.path}); train "
-            f"again with --overwrite and a smaller --lr, such as {settings.lr / 10:g}"
+            f"the {what} at step {done - 1} of log.csv, with learning rate {lr:g} ({kept} kept in "
+            f"{run.path}); train again with --overwrite {way}"
         )
 
     def save() -> None:
@@ -343,6 +365,9 @@ def _tune(
         state = tuner.state()
         if not all(bool(t.isfinite().all()) for t in state.values()):
             raise diverged("prompts are no longer finite")
+        # The loss was that of the prompts before the last step; finite ones may be huge.
+        if not _useful(classifier, store):
+            raise diverged("features are no longer finite")
         if log is not None:
             log.flush()
             run.write_checkpoint(state, done, spent + time.perf_counter() - started)
@@ -383,17 +408,33 @@ def _tune(
     finally:
         if log is not None:
             log.close()
-    if ranks.first and (rose := _rise(run)) is not None:
-        reporter.warn(
-            f"cross-entropy rose from {rose[0]:.2f} in the first epoch to {rose[1]:.2f} in the "
-            f"last: learning rate {settings.lr:g} may be too high; compare with a smaller --lr, "
-            f"such as {settings.lr / 10:g}"
-        )
     return spent
+
+
+def _useful(classifier: PromptedClassifier, store: ImageStore) -> bool:
+    """Whether the prompts lead to finite features: of all classes, and of an image."""
+    with torch.inference_mode():
+        text = classifier.text_features()
+        image = classifier.image_features(store.test_views([0]))
+        return bool(text.isfinite().all() and image.isfinite().all())
 
 
 # Growth of cross-entropy over a run that says it went astray; below, it may be chance.
 _ASTRAY = 1.25
+
+
+def _tell_of_rise(
+    run: RunDirectory, settings: Settings, reporter: Reporter
+) -> dict[str, float] | None:
+    """Warn of cross-entropy that grew as it should not, and return a record of it."""
+    if (rose := _rise(run)) is None:
+        return None
+    reporter.warn(
+        f"cross-entropy rose from {rose[0]:.2f} in the first epoch to {rose[1]:.2f} in the "
+        f"last: learning rate {settings.lr:g} may be too high; compare with a smaller --lr, "
+        f"such as {settings.lr / 10:g}"
+    )
+    return {"first": rose[0], "last": rose[1]}
 
 
 def _rise(run: RunDirectory) -> tuple[float, float] | None:

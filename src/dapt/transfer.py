@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dapt.data import Task
+from dapt.data import Task, load_support_set
 from dapt.errors import UserError
-from dapt.files import read_json, write_json
+from dapt.files import file_digest, read_json, write_json
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
 from dapt.settings import Settings
 from dapt.shared import Shared
-from dapt.train import evaluate_task, load_classifier, task_of
+from dapt.train import evaluate_task, load_classifier, task_of, tell_notes, tell_of_overlap
 
 # Of another dataset, unless it is told otherwise.
 _OWN = {"domain": None, "class_names": None, "classes": "all"}
+
+# Seconds to wait for who else writes an evaluation into the run.
+_PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,12 @@ def evaluate_run(
     strict: bool = False,
     shared: Shared | None = None,
     open_task: Callable[..., Task] = task_of,
+    held: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Evaluate a finished run's prompts on a target, and leave ``eval-<name>.json`` in the run.
 
-    On the run's own test images nothing is written.
+    On the run's own test images nothing is written. Several processes may evaluate a run at once.
 
     Args:
         run: its directory.
@@ -83,15 +88,19 @@ def evaluate_run(
         strict: an unreadable image is an error, whatever the run's settings say.
         shared: the run's backbone, already loaded, and what was read with it.
         open_task: as `task_of`; one that remembers shares tasks.
+        held: whether the caller holds the run's lock; it is taken to write, if not.
         reporter: is told the progress.
 
     Returns:
         The target task's name, and `metrics`.
 
     Raises:
-        UserError: there is no finished run, or the target cannot be opened or read.
+        UserError: there is no finished run, the target cannot be opened or read, or another run
+            has taken this one's place meanwhile.
     """
+    reporter = reporter or Reporter()
     run.require()
+    identity = _identity(run)
     own = run.read_settings()
     settings = target.settings(own)
     task = open_task(settings, evaluate=target.dataset is not None)
@@ -104,18 +113,44 @@ def evaluate_run(
     )
     if strict:
         settings = settings.model_copy(update={"strict": True})
-    result = evaluate_task(classifier, task, settings, reporter or Reporter(), shared)
-    if target.elsewhere:
-        file = recorded(run, target) or _free_file(run, target, own)
-        record = {
-            "dataset": task.name,
-            "domain": settings.domain,
-            "classes": settings.classes,
-            "settings": target.place(own),
-            "test": result,
-        }
-        write_json(file, record)
+    tell_notes(task, reporter)
+    result = evaluate_task(classifier, task, settings, reporter, shared)
+    if not target.elsewhere:
+        return task.name, result
+    record = {
+        "dataset": task.name,
+        "domain": settings.domain,
+        "classes": settings.classes,
+        "settings": target.place(own),
+        "also_tested": _tell_of_overlap(run, own, task, open_task, reporter),
+        "test": result,
+    }
+    with nullcontext() if held else run.locked(patience=_PATIENCE):
+        if _identity(run) != identity:
+            raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
+        write_json(recorded(run, target) or _free_file(run, target, own), record)
     return task.name, result
+
+
+def _identity(run: RunDirectory) -> tuple[bytes, bytes]:
+    """What tells a run from another that takes its place."""
+    return run.settings_file.read_bytes(), file_digest(run.prompts_file)
+
+
+def _tell_of_overlap(
+    run: RunDirectory,
+    settings: Settings,
+    tested: Task,
+    open_task: Callable[..., Task],
+    reporter: Reporter,
+) -> list[dict[str, str]] | None:
+    """Warn of images the run was tuned on that are tested; None where those are not at hand."""
+    try:
+        own = open_task(settings, evaluate=False)
+        support = load_support_set(run.support_file, own)
+    except UserError:
+        return None
+    return tell_of_overlap(own, support, tested, reporter)
 
 
 def _free_file(run: RunDirectory, target: Target, settings: Settings) -> Path:

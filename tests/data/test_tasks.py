@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from miniatures import make_benchmark
 from PIL import Image
 
 from conftest import fuzzed
@@ -99,6 +100,35 @@ def test_listing_order_is_not_the_file_systems(tmp_path, monkeypatch):
         os, "walk", lambda top: ((p, d, sorted(f, reverse=True)) for p, d, f in walk(top))
     )
     assert open_task(str(tmp_path)) == task
+
+
+def test_files_without_an_images_name_are_told(tmp_path):
+    tree(tmp_path, _={"cat": 2, "dog": 2})
+    assert open_task(str(tmp_path)).notes == ()
+    for name in ("IMG_1.HEIC", "scan", ".hidden"):
+        (tmp_path / "dog" / name).write_bytes(b"?")
+    task = open_task(str(tmp_path))
+    assert len(task.train) + len(task.test) == 4
+    (note,) = task.notes
+    assert note.startswith("2 files in the class folders")
+    assert "such as dog/IMG_1.HEIC" in note
+    (tmp_path / "cow").mkdir()
+    (tmp_path / "cow" / "1.heic").touch()
+    refused(f"class folder {tmp_path / 'cow'} holds no images (by its name, cow/1.heic", tmp_path)
+
+
+def test_classes_of_one_name_in_a_benchmark_are_told(tmp_path):
+    """ImageNet's own names have 'missile' and 'sunglasses' twice."""
+    make_benchmark(tmp_path, "imagenet")
+    assert open_task("imagenet", root=tmp_path).notes == ()
+    index = tmp_path / "imagenet" / "classnames.txt"
+    index.write_text(index.read_text().replace("goldfish", "Tench"))
+    (note,) = open_task("imagenet", root=tmp_path).notes
+    assert note.startswith("1 of the 4 classes of 'imagenet' have another's name")
+    assert "'Tench', label 1, that of label 0" in note
+    better = tmp_path / "names.json"
+    better.write_text('["tench", "goldfish", "crane", "construction crane"]')
+    assert open_task("imagenet", root=tmp_path, class_names=better).notes == ()
 
 
 def test_numbered_classes_are_in_numeric_order(tmp_path):

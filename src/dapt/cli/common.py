@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dapt.errors import UserError
+from dapt.errors import UserError, printable
 from dapt.progress import console, errors
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ StrictOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 # What the operating system says when there is no room or no right to write.
-_STORAGE = {
+_STORAGE: dict[int | None, str] = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EFBIG: "the file size limit is reached; raise it",
@@ -43,6 +44,10 @@ _STORAGE = {
     errno.EACCES: "permission is denied; change it, or use another path",
     errno.EPERM: "permission is denied; change it, or use another path",
 }
+
+
+# PIL's warning of a large image: whether it is too large, dapt says itself.
+warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
 
 
 @contextmanager
@@ -68,9 +73,13 @@ def readable_errors(run: Path | None = None, command: str = "train") -> Iterator
         say_error(f"stopped{again('; go on with: ')}")
         raise typer.Exit(130) from None
     except OSError as error:
-        if error.errno not in _STORAGE:
+        if error.errno in (None, errno.EPIPE):  # a mistake of ours; a reader who has had enough
             raise
-        stop(f"{error.filename or run}: {_STORAGE[error.errno]}{again(', then: ')}")
+        where = error.filename or run
+        told = _STORAGE.get(error.errno, str(error.strerror).lower())
+        stop(f"{f'{where}: ' if where else ''}{told}{again(', then: ')}")
+    except MemoryError:
+        stop("there is not enough memory; take a smaller batch or fewer threads")
 
 
 def stop(sentence: str) -> None:
@@ -86,12 +95,19 @@ def say_error(line: str) -> None:
 
 def say(line: str) -> None:
     """A line on standard output, as it stands."""
-    console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def say_json(value: Any) -> None:
+    """A value on standard output, as one line of JSON in UTF-8."""
+    from dapt.files import to_json
+
+    typer.echo(to_json(value))
 
 
 def metrics_table(title: str, values: dict[str, Any]) -> Table:
     """A row of the figures that sum an evaluation up."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     columns = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
     cells = [f"{values['images']:,}"]
     table.add_column("images", justify="right")

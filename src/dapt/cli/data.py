@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from dapt.cli.common import DomainOption, NamesOption, RootOption, app, readable_errors, say
+from dapt.cli.common import (
+    DomainOption,
+    NamesOption,
+    RootOption,
+    app,
+    readable_errors,
+    say,
+    say_json,
+)
+from dapt.errors import printable
 from dapt.progress import RichReporter, console
 
 if TYPE_CHECKING:
@@ -51,11 +59,12 @@ def support_set(
         if save:
             drawn.save(save)
         if as_json:
-            typer.echo(json.dumps(drawn.to_json(), ensure_ascii=False))
+            say_json(drawn.to_json())
             return
         for part in ("train", "val"):
             for item in getattr(drawn, part):
-                typer.echo(f"{part}\t{item.label}\t{item.class_name}\t{item.path}")
+                name, path = printable(item.class_name), printable(item.path)
+                typer.echo(f"{part}\t{item.label}\t{name}\t{path}")
 
 
 @data.command(name="list")
@@ -79,7 +88,7 @@ def list_datasets(
             keys = ("name", "folder", "images", "index", "classes", "counts", "gigabytes",
                     "licence", "url", "template")  # fmt: skip
             rows = [{key: getattr(row, key) for key in keys} for row in BENCHMARKS.values()]
-            typer.echo(json.dumps(rows, ensure_ascii=False))
+            say_json(rows)
             return
         table = Table("dataset")
         for column in ("classes", "train", "val", "test", "GB"):
@@ -158,7 +167,7 @@ def check(
             for name in chosen
         ]
         if as_json:
-            typer.echo(json.dumps([c.to_json() for c in checks], ensure_ascii=False))
+            say_json([c.to_json() for c in checks])
         else:
             _show_checks(checks)
             absent = [n for n in BENCHMARKS if n not in chosen] if dataset is None else []

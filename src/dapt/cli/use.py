@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from dapt.cli.common import (
     metrics_table,
     readable_errors,
     say_error,
+    say_json,
 )
 from dapt.cli.predictions import PredictionForm, prediction_printer
 from dapt.errors import UserError
@@ -71,7 +71,7 @@ def evaluate(
             reporter=RichReporter(),
         )
         if as_json:
-            typer.echo(json.dumps(result, ensure_ascii=False))
+            say_json(result)
         else:
             console.print(metrics_table(f"{name}, prompts of {run}", result))
 

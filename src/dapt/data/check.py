@@ -131,7 +131,8 @@ def _look_for(
         text = f"folder {task.root / folder} {wrong}, and {count:,} images should be in it"
         check.problems.append(Problem("folder", folder, text))
     for path in absent:
-        text = f"image {task.root / path} does not exist"
+        what = "is no ordinary file" if (task.root / path).exists() else "does not exist"
+        text = f"image {task.root / path} {what}"
         check.problems.append(Problem("missing", path, text))
     return gone.union(absent)
 
@@ -179,7 +180,7 @@ def _glance(path: Path) -> str | None:
             file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
             tail = file.read(_TAIL)
     except OSError as error:
-        return f"image {path} cannot be opened ({error.strerror})"
+        return f"image {path} cannot be opened ({error.strerror or error})"
     if any(head.startswith(start) and end in tail for start, end in _WHOLE):
         return None
     return _decode(path)

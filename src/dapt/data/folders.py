@@ -19,22 +19,28 @@ from dapt.data.items import (
 from dapt.errors import UserError
 
 
-def read_folder(folder: Path, test_fraction: float, split_seed: int) -> Listing:
+def read_folder(
+    folder: Path, test_fraction: float, split_seed: int
+) -> tuple[Listing, tuple[str, ...]]:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
     Either ``train/<class>/`` and ``test/<class>/`` (and ``val/<class>/``), or ``<class>/`` alone,
     which `split_by_class` then splits. Images may lie deeper in a class's folder.
 
+    Returns:
+        What is found, and notes on what is left out.
+
     Raises:
         UserError: there are no class folders or one is empty; ``test/`` or a test class's train
             folder is missing; two folders' names read the same.
     """
+    left: list[str] = []  # files without an image's name
     # A class may be called "train": a split tree's train/ holds folders.
     if (folder / "train").is_dir() and _subfolders(folder / "train"):
         if not (folder / "test").is_dir():
             hint = f"; rename {folder / 'val'} to test" if (folder / "val").is_dir() else ""
             raise UserError(f"folder {folder} has train/ but no test/{hint or '; add one'}")
-        listing = _read_parts(folder)
+        listing = _read_parts(folder, left)
     else:
         classes = label_order(set(_subfolders(folder)))
         if not classes:
@@ -45,13 +51,20 @@ def read_folder(folder: Path, test_fraction: float, split_seed: int) -> Listing:
         images = tuple(
             (path, label)
             for label, name in enumerate(classes)
-            for path in _images(folder, folder / name)
+            for path in _images(folder, folder / name, left)
         )
         train, test = split_by_class(images, classes, test_fraction, split_seed)
         listing = Listing(tuple(classes), train=train, test=test)
     check_class_names(listing.class_names, f"folder {folder}", distinct=False)
     check_listing(listing, f"folder {folder}", tuned=test_fraction < 1)
-    return listing
+    if left:
+        note = (
+            f"{len(left):,} files in the class folders of {folder} have no image's name and are "
+            f"left out (such as {left[0]}); convert them, or give them the extension that they "
+            "should have"
+        )
+        return listing, (note,)
+    return listing, ()
 
 
 def split_by_class(
@@ -81,7 +94,7 @@ def split_by_class(
     return train, tuple(pair for pair in images if pair in tested)
 
 
-def _read_parts(folder: Path) -> Listing:
+def _read_parts(folder: Path, left: list[str]) -> Listing:
     found = {part: _subfolders(folder / part) for part in PARTS if (folder / part).is_dir()}
     classes = label_order(set(found["train"]))
     parts: dict[str, tuple[Pair, ...]] = {}
@@ -95,7 +108,7 @@ def _read_parts(folder: Path) -> Listing:
             (path, label)
             for label, name in enumerate(classes)
             if name in names
-            for path in _images(folder, folder / part / name)
+            for path in _images(folder, folder / part / name, left)
         )
     return Listing(tuple(classes), **parts)
 
@@ -115,10 +128,11 @@ def _is_empty(place: str, name: str) -> bool:
         return False
 
 
-def images_below(folder: Path) -> list[str]:
+def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
 
-    What has the name and is no image is found out, and told, when it is read.
+    What has the name and is no image is found out, and told, when it is read. Files of other names
+    are added to ``others``.
     """
     found = []
     for place, folders, files in os.walk(folder):
@@ -127,13 +141,19 @@ def images_below(folder: Path) -> list[str]:
         empty = [name for name in folders if has_image_name(name) and _is_empty(place, name)]
         names = [name for name in (*files, *empty) if has_image_name(name)]
         found += [(inside / name).as_posix() for name in names]
+        if others is not None:
+            rest = [n for n in files if not has_image_name(n) and not n.startswith(".")]
+            others += [(inside / name).as_posix() for name in rest]
     return found
 
 
-def _images(root: Path, folder: Path) -> list[str]:
-    """`images_below` a class's folder, relative to ``root``, sorted."""
-    inside = folder.relative_to(root)
-    found = [(inside / path).as_posix() for path in images_below(folder)]
+def _images(root: Path, folder: Path, left: list[str]) -> list[str]:
+    """`images_below` a class's folder, relative to ``root``, sorted; other files go to ``left``."""
+    inside, unlike = folder.relative_to(root), list[str]()
+    found = [(inside / path).as_posix() for path in images_below(folder, unlike)]
+    others = [(inside / path).as_posix() for path in unlike]
     if not found:
-        raise UserError(f"class folder {folder} holds no images; add some, or take it out")
+        named = f" (by its name, {min(others)} is none)" if others else ""
+        raise UserError(f"class folder {folder} holds no images{named}; add some, or take it out")
+    left += sorted(others)
     return sorted(check_path(path, f"folder {root}") for path in found)

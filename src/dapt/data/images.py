@@ -5,6 +5,7 @@ Normalisation by a mean and standard deviation is the backbone's, not done here.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,6 +65,17 @@ _MAX_ASPECT = 16
 _CHUNK = 8
 
 
+# A photo of the largest cameras; its transparency and turning may take 2 GB.
+MAX_PIXELS = 2**27
+
+# Of images of more pixels, one is decoded at a time, whatever the number of threads.
+_LARGE = 2**24
+_one_large = threading.Lock()
+
+# Faults of the machine, not of an image: another may do no better.
+_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+
+
 # -- reading one file ------------------------------------------------------------------------
 
 
@@ -90,8 +103,9 @@ def open_image(path: Path | str) -> Image.Image:
     and of an animation the first frame is taken.
 
     Raises:
-        BadImage: the file is missing, empty, damaged, no image, no ordinary file, or so large
-            that PIL suspects a decompression bomb.
+        BadImage: the file is missing, empty, damaged, no image, no ordinary file, or has more
+            than `MAX_PIXELS`.
+        OSError, MemoryError: the machine is at fault, not the image.
     """
     try:
         with open_regular(path) as file:
@@ -99,6 +113,9 @@ def open_image(path: Path | str) -> Image.Image:
     except FileNotFoundError as error:
         raise BadImage(f"image {path} does not exist; check the path") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            error.filename = error.filename or str(path)
+            raise
         raise BadImage(f"image {path} cannot be opened ({error}); check the path") from error
 
 
@@ -115,16 +132,16 @@ def decode_image(
     name: str,
     *,
     formats: tuple[str, ...] | None = None,
-    max_pixels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
     Args:
         file, name: the image.
         formats: PIL's names of those to accept; all that are safe, if not given.
-        max_pixels: most of width x height that is decoded; PIL's own limit holds in any case. What
-            a TIFF's tile tags say counts too, as far as PIL understands them, which is not as far
-            as libtiff does: strangers who may not exceed a limit should send other formats.
+        max_pixels: most of width x height that is decoded. What a TIFF's tile tags say counts too,
+            as far as PIL understands them, which is not as far as libtiff does: strangers who may
+            not exceed a limit should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more.
@@ -135,11 +152,13 @@ def decode_image(
     try:
         with Image.open(file, formats=known) as image:
             _check_pixels(image, name, max_pixels)
-            image.load()
-            if min(image.size) < 1:
-                raise ValueError("it has no pixels")
-            return upright_rgb(image)
-    except TooManyPixels:
+            large = image.width * image.height > _LARGE
+            with _one_large if large else nullcontext():
+                image.load()
+                if min(image.size) < 1:
+                    raise ValueError("it has no pixels")
+                return upright_rgb(image)
+    except (TooManyPixels, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"image {name} cannot be read: {error}; make it smaller") from error
@@ -148,17 +167,17 @@ def decode_image(
         reason = "not an image in a known format" if file.read(1) else "the file is empty"
         raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
     except Exception as error:  # decoders fail on damaged files in whatever way
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
 
 
-def _check_pixels(image: Image.Image, name: str, limit: int | None) -> None:
+def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
     tags = getattr(image, "tag_v2", {})  # of a TIFF; PIL knows nothing of its tiles yet
     tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
-    if limit is None and Image.MAX_IMAGE_PIXELS is not None:
-        limit = 2 * Image.MAX_IMAGE_PIXELS  # where PIL refuses
     for what, (width, height) in (("", image.size), ("a tile of ", tile)):
-        if limit is not None and width * height > limit:
+        if width * height > limit:
             raise TooManyPixels(
                 f"image {name} has {what}{width:,} x {height:,} pixels, more than the {limit:,} "
                 "allowed; make it smaller"

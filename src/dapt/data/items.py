@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dapt.errors import UserError
+from dapt.files import file_size
 
 PARTS = ("train", "val", "test")
 
@@ -37,7 +39,8 @@ class Task:
 
     ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
     text prompts that are not learned. A target domain has test images only. ``source_sha256`` is
-    the hash of the files that images were unpacked from, where they were.
+    the hash of the files that images were unpacked from, where they were. ``notes`` are sentences
+    on what its user should know, for whoever opens it to tell.
     """
 
     name: str
@@ -48,10 +51,20 @@ class Task:
     test: tuple[Item, ...]
     template: str = "a photo of a {}."
     source_sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     def image_path(self, item: Item) -> Path:
         """Where the item's image file is."""
         return self.root / item.path
+
+    @cached_property
+    def test_by_size(self) -> dict[int, list[Item]]:
+        """Test images by the bytes of their files; found out once, for all runs of a grid."""
+        found: dict[int, list[Item]] = {}
+        for item in self.test:
+            if (size := file_size(self.image_path(item))) is not None:
+                found.setdefault(size, []).append(item)
+        return found
 
 
 def subset_classes(task: Task, which: str) -> Task:
@@ -116,6 +129,16 @@ def read_as(class_name: str) -> str:
     return " ".join(class_name.replace("_", " ").split()).casefold()
 
 
+def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Labels of classes that no prompt can tell apart, each with the first of its name."""
+    first: dict[str, int] = {}
+    return [
+        (first[read_as(name)], label)
+        for label, name in enumerate(names)
+        if first.setdefault(read_as(name), label) != label
+    ]
+
+
 def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True) -> None:
     """Refuse blank names, control characters and (unless told otherwise) two equal names.
 
@@ -125,16 +148,15 @@ def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True
     Raises:
         UserError: with ``where``, the file or folder the names come from.
     """
-    seen: dict[str, str] = {}
     for name in names:
         if not read_as(name) or _UNSAFE_NAME.search(name):
             raise UserError(f"{where}: {name!r} is no class name; give a printable one")
-        if distinct and read_as(name) in seen:
-            raise UserError(
-                f"{where}: classes '{seen[read_as(name)]}' and '{name}' have the same name to a "
-                "text prompt; rename one, or give --class-names"
-            )
-        seen[read_as(name)] = name
+    if distinct and (alike := names_alike(names)):
+        one, other = (names[label] for label in alike[0])
+        raise UserError(
+            f"{where}: classes '{one}' and '{other}' have the same name to a text prompt; rename "
+            "one, or give --class-names"
+        )
 
 
 def check_listing(listing: Listing, where: str, *, tuned: bool = True) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -13,7 +11,7 @@ from typing import Any
 
 from dapt.data.items import Item, Task, check_path
 from dapt.errors import UserError, nearest
-from dapt.files import file_digest, read_json, write_json
+from dapt.files import file_digest, file_size, read_json, write_json
 
 # The published protocol never draws more validation images a class.
 VAL_SHOTS = 4
@@ -83,35 +81,38 @@ def _draw(items: Sequence[Item], shots: int, generator: random.Random) -> tuple[
     return tuple(drawn)
 
 
-def images_in_both(task: Task, support: SupportSet) -> list[tuple[Item, Item]]:
+def images_in_both(
+    task: Task, support: SupportSet, tested: Task | None = None
+) -> list[tuple[Item, Item]]:
     """Support images whose very file is a test image too, under whatever name: (support, test).
 
-    Only test files that are as long as a support image are read. What cannot be read is in
-    neither; whoever uses it says so.
+    Only files as long as one of the other side are read. What cannot be read is in neither;
+    whoever uses it says so.
+
+    Args:
+        task: the support set's.
+        support: its images.
+        tested: the task whose test images are meant, if not the same.
     """
-    by_size: dict[int, list[Item]] = {}
-    for item in support.train:
-        if (size := _size(task, item)) is not None:
-            by_size.setdefault(size, []).append(item)
+    tested = tested or task
     found = []
-    digests: dict[int, dict[bytes, Item]] = {}
-    for item in task.test:
-        size = _size(task, item)
-        if size is None or size not in by_size:
-            continue
-        with suppress(OSError):
-            if size not in digests:
-                digests[size] = {file_digest(task.image_path(i)): i for i in by_size[size]}
-            if (same := digests[size].get(file_digest(task.image_path(item)))) is not None:
-                found.append((same, item))
+    digests: dict[Path, bytes | None] = {}
+    for item in (*support.train, *support.val):
+        path = task.image_path(item)
+        alike = tested.test_by_size.get(file_size(path) or 0, ())
+        for other in alike:
+            both = path, tested.image_path(other)
+            for file in both:
+                if file not in digests:
+                    digests[file] = _digest(file)
+            if digests[both[0]] is not None and digests[both[0]] == digests[both[1]]:
+                found.append((item, other))
     return found
 
 
-def _size(task: Task, item: Item) -> int | None:
-    """Bytes of the item's file, None where it is no file that can be read."""
-    with suppress(OSError, ValueError):
-        found = os.stat(task.image_path(item))
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+def _digest(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return file_digest(path)
     return None
 
 

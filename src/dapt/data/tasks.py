@@ -7,7 +7,16 @@ from typing import Any
 
 from dapt.data.benchmarks import BENCHMARKS
 from dapt.data.folders import read_folder
-from dapt.data.items import PARTS, Item, Listing, Pair, Task, check_class_names, check_path
+from dapt.data.items import (
+    PARTS,
+    Item,
+    Listing,
+    Pair,
+    Task,
+    check_class_names,
+    check_path,
+    names_alike,
+)
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.data.tables import SUFFIXES, read_table
 from dapt.errors import UserError, nearest
@@ -55,7 +64,7 @@ def open_task(
         raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
     if evaluate:
         test_fraction = 1.0
-    template, source = DEFAULT_TEMPLATE, None
+    template, source, notes = DEFAULT_TEMPLATE, None, tuple[str, ...]()
     path = user_path(dataset)
     if dataset == BUNDLED:
         name, listing, template = _read_bundled(domain)
@@ -74,7 +83,7 @@ def open_task(
         images, listing, source = read_packed(path, test_fraction, split_seed)
     elif path.is_dir():
         name, images = path.resolve().name, path
-        listing = read_folder(path, test_fraction, split_seed)
+        listing, notes = read_folder(path, test_fraction, split_seed)
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         name, images = path.stem, path.parent
         listing = read_table(path, test_fraction, split_seed)
@@ -89,7 +98,14 @@ def open_task(
         tuple(Item(path, label, names[label]) for path, label in getattr(listing, part))
         for part in PARTS
     )
-    return Task(name, images, names, train, val, test, template, source)
+    if published and (alike := names_alike(names)):
+        one, other = alike[0]
+        notes += (
+            f"{len(alike)} of the {len(names):,} classes of '{name}' have another's name (such as "
+            f"'{names[other]}', label {other}, that of label {one}), which text prompts cannot "
+            "tell apart; better names can be given with --class-names",
+        )
+    return Task(name, images, names, train, val, test, template, source, notes)
 
 
 def bundled_domains() -> tuple[str, ...]:

@@ -105,6 +105,7 @@ def execute(run: PlannedRun, session: Session, reporter: Reporter) -> Outcome:
                             target,
                             shared=shared,
                             open_task=session.task,
+                            held=True,
                             reporter=reporter,
                         )
         return Outcome(DONE, summary(run))
@@ -122,13 +123,24 @@ def execute(run: PlannedRun, session: Session, reporter: Reporter) -> Outcome:
 
 
 def summary(run: PlannedRun) -> str:
-    """Accuracy of a finished run, and on its targets, in one line."""
+    """Accuracy of a finished run, and on its targets, in one line, and what was odd about it."""
     metrics = run.directory.read_metrics()
     parts = [f"{metrics['test']['accuracy']:.1%}"]
+    records = [metrics]
     for target in run.targets:
         if (file := recorded(run.directory, target)) is not None:
-            accuracy = read_json(file, "evaluation")["test"]["accuracy"]
+            records.append(read_json(file, "evaluation"))
+            accuracy = records[-1]["test"]["accuracy"]
             parts.append(f"{file.stem.removeprefix('eval-')} {accuracy:.1%}")
+    skipped = list(metrics.get("skipped") or ())
+    skipped += [image for record in records for image in record["test"].get("skipped") or ()]
+    twice = [pair for record in records for pair in record.get("also_tested") or ()]
+    if skipped:
+        parts.append(f"images skipped: {len({entry['image'] for entry in skipped}):,}")
+    if twice:
+        parts.append(f"support images tested too: {len({pair['support'] for pair in twice}):,}")
+    if metrics.get("rose"):
+        parts.append("its loss rose")
     return ", ".join(parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -62,6 +63,8 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
         if error.status_code == 400:
             raise HTTPException(400, f"the form cannot be read: {error.detail}") from error
         raise
+    except FormParserError as error:  # which not every starlette turns into a 400
+        raise HTTPException(400, f"the form cannot be read: {error}") from error
     try:
         parts = form.multi_items()
         files = [value for _, value in parts if isinstance(value, UploadFile)]
