@@ -286,15 +286,8 @@ def test_the_last_step_may_diverge_too(given, tmp_path):
     assert max(t.abs().max() for t in state.values()) < 1e3
 
 
-@pytest.mark.parametrize("change", [{"beta_text": 1e30}, {"weight_decay": 1e30}, "weights"])
-def test_what_diverges_before_the_learning_rate_is_due_is_not_blamed_on_it(
-    given, tmp_path, tiny_weights, change
-):
-    if change == "weights":
-        state = load_file(tiny_weights)
-        state["ln_final.weight"][0] = float("nan")
-        save_file(state, tmp_path / "damaged.safetensors")
-        change = {"backbone": str(tmp_path / "damaged.safetensors")}
+@pytest.mark.parametrize("change", [{"beta_text": 1e30}, {"weight_decay": 1e30}])
+def test_what_diverges_before_the_learning_rate_is_due_is_not_blamed_on_it(given, tmp_path, change):
     with pytest.raises(UserError, match=r"at step [0-3] .*loss weights .*weight_decay") as caught:
         train(make_settings({**given, **change}), tmp_path / "run")
     assert "smaller --lr" not in str(caught.value)

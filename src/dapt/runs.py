@@ -18,6 +18,7 @@ All of it is JSON, CSV or safetensors, readable without this package.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import platform
@@ -108,7 +109,10 @@ class RunDirectory:
                 f"run directory {self.path} is in use by another process; wait for it, or use "
                 "another directory"
             ) from error
-        except OSError as error:  # a link, which is not followed, or a folder
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR):
+                raise
+            # A link, which is not followed, or a folder.
             raise UserError(
                 f"{lock.lock_file} cannot be locked ({error.strerror}); delete it"
             ) from error

@@ -414,9 +414,10 @@ def _tune(
 def _useful(classifier: PromptedClassifier, store: ImageStore) -> bool:
     """Whether the prompts lead to finite features: of all classes, and of an image."""
     with torch.inference_mode():
-        text = classifier.text_features()
-        image = classifier.image_features(store.test_views([0]))
-        return bool(text.isfinite().all() and image.isfinite().all())
+        found = [classifier.text_features()]
+        if classifier.prompts_images:  # the backbone's own were looked at already
+            found.append(classifier.image_features(store.test_views([0])))
+        return all(bool(features.isfinite().all()) for features in found)
 
 
 # Growth of cross-entropy over a run that says it went astray; below, it may be chance.
