@@ -179,10 +179,10 @@ def test_unpacked_by_several_at_once(photo_folder, tmp_path, cache):
     code = "import sys; from dapt.data import open_task; print(open_task(sys.argv[1]))"
     started = [
         subprocess.Popen([sys.executable, "-c", code, file], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     said = {process.communicate(timeout=120)[0] for process in started}
-    assert [process.returncode for process in started] == [0, 0, 0]
+    assert [process.returncode for process in started] == [0, 0]
     task = open_task(str(file))
     assert said == {f"{task}\n"}
     assert [p.name for p in cache.iterdir() if p.is_dir()] == [task.source_sha256[:32]]
