@@ -165,24 +165,38 @@ def train(
             task=task,
         )
         if ranks.first:
-            _show_run(run)
+            # Read at once: another process, told to overwrite, may replace the run meanwhile.
+            result = _result(run)
+            _show_run(run, result)
         if (
             task
             and shared
             and get_method(final.method).learns_prompts
             and len(task.test) <= COMPARED_IMAGES
         ):
-            _compare(run, evaluate_zero_shot(task, final, reporter, shared))
+            before = evaluate_zero_shot(task, final, reporter, shared)["accuracy"]
+            _compare(result["test"]["accuracy"], before, final.shots)
 
 
-def _compare(run: RunDirectory, zero_shot: dict[str, Any]) -> None:
+def _result(run: RunDirectory) -> dict[str, Any]:
+    """Metrics of the run that was just finished, and under ``seconds`` how long tuning took."""
+    try:
+        return {**run.read_metrics(), "seconds": run.read_environment()["tuning_seconds"]}
+    except (UserError, KeyError) as error:
+        if run.finished:
+            raise
+        raise UserError(
+            f"{run.path} is in use by another process, which has replaced the run that was made "
+            "here; give each its own --output"
+        ) from error
+
+
+def _compare(tuned: float, before: float, shots: int) -> None:
     """Say whether tuning was worth it: with few images it may not be."""
-    tuned, before = run.read_metrics()["test"]["accuracy"], zero_shot["accuracy"]
     say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
     if tuned < before:
-        settings = run.read_settings()
         say(
-            f"tuning made it worse; give more images a class (it had {settings.shots}), try "
+            f"tuning made it worse; give more images a class (it had {shots}), try "
             "--tune-settings or --method linear-probe, or stay with --method zero-shot"
         )
 
@@ -195,14 +209,13 @@ def _shots_of(support_set: Path) -> Any:
     return value.get("shots") if isinstance(value, dict) else None
 
 
-def _show_run(run: RunDirectory) -> None:
-    result, spent = run.read_metrics(), run.read_environment()
+def _show_run(run: RunDirectory, result: dict[str, Any]) -> None:
     console.print(metrics_table(f"{result['dataset']}, {result['method']}", result["test"]))
     for name, values in result["dispersion"].items():
         say(f"{name}-dispersion {values['before']:.3f} before, {values['after']:.3f} after")
     say(
         f"{result['learned_parameters']:,} learned parameters, tuned in "
-        f"{spent['tuning_seconds']:g} s; everything is in {run.path}"
+        f"{result['seconds']:g} s; everything is in {run.path}"
     )
 
 

@@ -282,7 +282,8 @@ class Sections:
                 (m, k): found for (m, k), found in samples.items() if k in compared or not compared
             }
             tables = self._accuracy_tables(group, samples, label, short)
-            block = Block(label, tables=tables, beside=True)
+            # Beside the curves there is room for so many columns.
+            block = Block(label, tables=tables, beside=len(tables[0].columns) <= 4)
             if whole or group[0] in self.drawn:
                 block.drawings = self._accuracy_figure(samples, label, short)
                 block.runs = _runs(*samples.values())
