@@ -290,6 +290,7 @@ def test_bad_requests(client, pictures):
     assert client.ask("POST", "/predict", b"--other\r\nx", **kind).status == 400
     assert client.get("/predict").status == 405
     assert client.get("/nowhere").status == 404
+    assert post([("a\x85b", "a.png", good)]).detail.startswith("field 'a\\x85b' is no image")
     odd = post([("images", "\x01<b>\x7f", good)]).json["predictions"][0]["file"]
     assert odd == "<b>"
 

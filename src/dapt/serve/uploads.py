@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from dapt.errors import printable
+
 FIELD = "images"
 _MULTIPART = "multipart/form-data"
 
@@ -61,16 +63,19 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
                 413, f"a request may hold {limits.images} images; send the others in another"
             ) from error
         if error.status_code == 400:
-            raise HTTPException(400, f"the form cannot be read: {error.detail}") from error
+            raise HTTPException(
+                400, f"the form cannot be read: {printable(error.detail)}"
+            ) from error
         raise
     except FormParserError as error:  # which not every starlette turns into a 400
-        raise HTTPException(400, f"the form cannot be read: {error}") from error
+        raise HTTPException(400, f"the form cannot be read: {printable(str(error))}") from error
     try:
         parts = form.multi_items()
         files = [value for _, value in parts if isinstance(value, UploadFile)]
         if stray := [name for name, value in parts if name != FIELD or value not in files]:
+            name = printable(stray[0][:40])
             raise HTTPException(
-                400, f"field '{stray[0][:40]}' is no image; send files in fields named '{FIELD}'"
+                400, f"field '{name}' is no image; send files in fields named '{FIELD}'"
             )
         if not files:
             raise HTTPException(400, f"no images given; send files in fields named '{FIELD}'")
