@@ -369,3 +369,16 @@ def test_push_dry_run_lists_the_files(run):
     assert listed.exit_code == 0
     assert "prompts.safetensors" in listed.stdout
     assert "checkpoint" not in listed.stdout
+
+
+@once
+def test_push_takes_no_link(run, tmp_path):
+    """A run from a stranger may show with one what lies outside of it."""
+    (secret := tmp_path / "secret").write_text("keep it here")
+    copy = tmp_path / "copy"
+    shutil.copytree(run.path, copy)
+    (copy / "log.csv").unlink()
+    (copy / "log.csv").symlink_to(secret)
+    listed = dapt("push", copy, "me/photos", "--dry-run")
+    assert listed.exit_code == 2
+    assert "is a link" in " ".join(listed.stderr.split())

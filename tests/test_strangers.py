@@ -270,6 +270,28 @@ def copy_of(good, method, tmp_path_factory):
     return place / "run"
 
 
+def test_no_file_outside_of_a_run_is_touched(good, tmp_path):
+    """Its folder of TensorBoard's files may be a link that leads out, or hold what is not ours."""
+    settings = RunDirectory(good / "dapt").read_settings()
+    (mine := tmp_path / "mine").mkdir()
+    ours = ("thesis.txt", "events.out.tfevents.mine")
+    for name in ours:
+        (mine / name).write_text("years of work")
+    run = tmp_path / "run"
+    shutil.copytree(good / "dapt", run, ignore=shutil.ignore_patterns("tensorboard"))
+    (run / "tensorboard").symlink_to(mine)
+    for name in ("metrics.json", "prompts.safetensors"):
+        (run / name).unlink()
+    with pytest.raises(UserError, match="is a link"):
+        train(settings, run, resume=True)
+    train(settings, run, overwrite=True)
+    assert sorted(file.name for file in mine.iterdir()) == sorted(ours)
+
+    (run / "tensorboard" / "notes").mkdir()
+    train(settings, run, overwrite=True)
+    assert (run / "tensorboard" / "notes").is_dir()
+
+
 RECORDS = ["settings.json", "environment.json", "task.json", "support_set.json", "metrics.json"]
 
 

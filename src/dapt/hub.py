@@ -16,7 +16,7 @@ def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
     The checkpoint, which only resuming reads, and TensorBoard's files stay here.
 
     Raises:
-        UserError: no finished run is here.
+        UserError: no finished run is here, or a file of it is a link.
     """
     run.require()
     kept = {
@@ -24,7 +24,12 @@ def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
         run.prompts_file, run.metrics_file, *run.path.glob("eval-*.json"),
     }  # fmt: skip
     files: dict[str, bytes | Path] = {"README.md": model_card(run).encode()}
-    return files | {file.name: file for file in sorted(kept) if file.is_file()}
+    for file in sorted(kept):
+        if file.is_symlink():  # a stranger's run may show with one what is nobody's business
+            raise UserError(f"{file} is a link; push a run whose files stand in it themselves")
+        if file.is_file():
+            files[file.name] = file
+    return files
 
 
 def push(

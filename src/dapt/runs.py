@@ -47,6 +47,8 @@ from dapt.settings import Settings, make_settings
 from dapt.weights import check_safetensors
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
+# What TensorBoard's files begin with.
+_EVENTS = "events.out.tfevents"
 
 
 class InUse(UserError):
@@ -248,8 +250,10 @@ class RunDirectory:
         """Files of what came of the run, there or not; another run replaces them all."""
         files = [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file]
         files.append(self.failure_file)
-        board = list(self.tensorboard.iterdir()) if self.tensorboard.is_dir() else []
-        return [*files, *sorted(self.path.glob("eval-*.json")), *board]
+        # Of a link, which may lead anywhere, the link itself; no file there is ours to delete.
+        linked = self.tensorboard.is_symlink()
+        events = [self.tensorboard] if linked else sorted(self.tensorboard.glob(f"{_EVENTS}.*"))
+        return [*files, *sorted(self.path.glob("eval-*.json")), *events]
 
     def _records(self) -> list[Path]:
         return [self.settings_file, self.task_file, self.support_file, self.environment_file]
@@ -416,8 +420,10 @@ class _Board:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             return None
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        name = f"{_EVENTS}.{time.time():.6f}.{platform.node()}.{os.getpid()}"
         file = (folder / name).open("xb")
         board = cls(file, Event, RecordWriter(file).write)
         board._put(file_version="brain.Event:2")
