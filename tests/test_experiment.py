@@ -481,6 +481,18 @@ def test_two_workers_find_the_same_bits(grid, tmp_path, undisturbed):
     assert environment["threads"] == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_odd_about_a_dataset_is_told_once(grid, tmp_path, photo_folder, workers):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    next(photos.rglob("*.png")).with_name("notes.txt").write_text("no image")
+    file = grid(datasets=[str(photos)], methods=["zero-shot", "coop"], shots=[1])
+    asked = ("-o", tmp_path / "out", "--threads", 1, "--workers", workers)
+    result = dapt("experiment", file, *asked)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("notes.txt") == 1
+
+
 def test_a_killed_worker_is_told_of_and_its_run_goes_on(grid, tmp_path):
     file = grid("long", settings={"epochs": 60}, methods=["dapt"])
     plan = plan_of(file, tmp_path)

@@ -208,7 +208,7 @@ def _run(
         session=session,
         estimator=estimator,
         reporter=reporter,
-        run_reporter=RichReporter() if errors.is_terminal else Reporter(),
+        run_reporter=reporter if errors.is_terminal else Reporter(),
     )
 
 

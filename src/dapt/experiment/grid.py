@@ -18,6 +18,7 @@ from dapt.experiment.crew import DIED, READY, Alone, Crew, Processes, RayCrew
 from dapt.experiment.plan import DONE, FAILED, Estimator, Plan, PlannedRun, heaviest
 from dapt.experiment.work import BUSY, Session, threads
 from dapt.progress import Advance, Reporter
+from dapt.train import tell_notes
 
 # A run whose worker dies this often is given up: it may be what kills them.
 _DEATHS = 3
@@ -41,7 +42,8 @@ def threads_of(workers: int | None) -> int:
 def open_tasks(runs: Sequence[PlannedRun], session: Session, reporter: Reporter) -> None:
     """Open what runs are tuned and evaluated on, before any is begun.
 
-    What cannot be opened is told; the runs that need it will fail, the others go on.
+    What cannot be opened is told, and what is odd; the runs that need the one will fail, the others
+    go on.
 
     Raises:
         UserError: no run has all it needs.
@@ -51,17 +53,17 @@ def open_tasks(runs: Sequence[PlannedRun], session: Session, reporter: Reporter)
     good = 0
     for run in alike.values():
         try:
-            session.task(run.settings)
+            tell_notes(session.task(run.settings), reporter)
             for target in run.targets:
                 settings = target.settings(run.settings)
-                session.task(settings, evaluate=target.dataset is not None)
+                tell_notes(session.task(settings, evaluate=target.dataset is not None), reporter)
             good += 1
         except UserError as error:
             wrong[str(error)] = error
     for sentence, first in wrong.items():
         if not good:
             raise first
-        reporter.say(f"warning: {sentence}; the runs that need it will fail")
+        reporter.warn(f"{sentence}; the runs that need it will fail")
 
 
 def estimate(plan: Plan, pending: Sequence[PlannedRun], session: Session) -> Estimator:
