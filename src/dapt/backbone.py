@@ -33,7 +33,7 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from dapt.errors import UserError, nearest, shown
+from dapt.errors import UserError, nearest, reason_of, shown
 from dapt.files import parse_json, read_text, user_path
 from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
 
@@ -342,10 +342,9 @@ def _from_hub(repo: str) -> Loaded:
         folder = _quietly(snapshot_download, repo, allow_patterns=["*.json", "*.txt", "*.model"])
         _quietly(download_pretrained_from_hf, repo)
     except Exception as error:  # the hub's client raises a wide family
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"'{repo}' is no local file and could not be fetched from the hub ({reason}); "
-            "check the name and the connection"
+            f"'{repo}' is no local file and could not be fetched from the hub "
+            f"({reason_of(error)}); check the name and the connection"
         ) from error
     return _from_directory(Path(folder))
 
@@ -435,8 +434,9 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
         model.load_state_dict({k: v.float() for k, v in state.items()})
     except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
             AttributeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {source} do not fit their model: {reason}") from error
+        raise UserError(
+            f"the weights in {source} do not fit their model: {reason_of(error)}"
+        ) from error
     return model
 
 
@@ -547,9 +547,8 @@ def _tokenizer(source: str, config: dict[str, Any]) -> Any:
     try:
         return _quietly(open_clip.get_tokenizer, source, **never)
     except Exception as error:  # transformers missing, or its files out of reach
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"the tokenizer of '{source}' could not be loaded ({reason}); it needs "
+            f"the tokenizer of '{source}' could not be loaded ({reason_of(error)}); it needs "
             "'pip install transformers sentencepiece' and, once, a connection to the model hub"
         ) from error
 

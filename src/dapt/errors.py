@@ -35,6 +35,11 @@ class UserError(Exception):
         super().__init__(said)
 
 
+def reason_of(error: Exception) -> str:
+    """What another library says of its error, on one line and cut short, for a sentence of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value as it is written in Python, cut short, for a sentence that refuses it."""
     try:

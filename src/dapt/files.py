@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from dapt.errors import UserError, shown
+from dapt.errors import UserError, reason_of, shown
 
 # Listings, settings, records: none that anybody wrote comes near.
 LARGEST_TEXT = 2**28
@@ -228,8 +228,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # constructors of PyYAML fail in many ways
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(reason) from error
+        raise ValueError(reason_of(error)) from error
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dapt.card import model_card
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
 
@@ -63,9 +63,8 @@ def push(
             )
             advance(1)
     except Exception as error:  # the hub's client raises a wide family
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{run.path} could not be pushed to '{repo_id}' ({reason}); check the name and the "
-            "connection, and log in with 'hf auth login'"
+            f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)}); check the name "
+            "and the connection, and log in with 'hf auth login'"
         ) from error
     return str(commit.commit_url)

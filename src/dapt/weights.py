@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.files import open_regular
 from dapt.unpickle import (
     MAX_HEADER,
@@ -175,8 +175,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is a git-lfs pointer; fetch the file itself with 'git lfs pull'"
     if path.suffix != ".safetensors" and not _is_zip(path) and start[:1] != b"\x80":
         return "it is no PyTorch file; give safetensors or a saved state dict"
-    first = " ".join(str(error).split())[:120] or type(error).__name__
-    return f"{first}; save it as safetensors or as a plain state dict"
+    return f"{reason_of(error)}; save it as safetensors or as a plain state dict"
 
 
 def is_torchscript(path: Path) -> bool:

@@ -24,7 +24,7 @@ from joblib import cpu_count
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.files import open_regular
 
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
@@ -169,8 +169,7 @@ def decode_image(
     except Exception as error:  # decoders fail on damaged files in whatever way
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
+        raise BadImage(f"image {name} cannot be read: {reason_of(error)}; replace it") from error
 
 
 def _check_pixels(image: Image.Image, name: str, limit: int) -> None:

@@ -28,7 +28,7 @@ from dapt.data.items import (
     check_path,
     label_order,
 )
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.files import (
     TEMPORARY,
     delete_abandoned,
@@ -216,7 +216,7 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # Arrow's errors are a wide family
         raise UserError(
-            f"dataset {path} cannot be loaded ({_said(error)}); save it anew"
+            f"dataset {path} cannot be loaded ({reason_of(error)}); save it anew"
         ) from error
     split = isinstance(loaded, datasets.DatasetDict)
     for part, rows in loaded.items() if split else [("", loaded)]:
@@ -289,7 +289,7 @@ def _content(value: Any, where: str, root: Path) -> bytes:
         raise UserError(f"{where} has no image; take the row out") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{where}: its image {value['path']} cannot be read ({_said(error)}); save the "
+            f"{where}: its image {value['path']} cannot be read ({reason_of(error)}); save the "
             "dataset with its images in it"
         ) from error
 
@@ -336,7 +336,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             raise
         except Exception as error:  # tarfile's errors, and the library's own
             raise UserError(
-                f"shard {shard} cannot be read ({_said(error)}); copy it anew"
+                f"shard {shard} cannot be read ({reason_of(error)}); copy it anew"
             ) from error
 
 
@@ -393,7 +393,3 @@ def _named(label: Any, names: list[str] | None, where: str) -> str:
     if type(label) is int or (isinstance(label, str) and label.strip()):
         return str(label).strip()
     raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

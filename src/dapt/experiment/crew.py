@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.experiment.plan import PlannedRun
 from dapt.experiment.work import Outcome, Session, execute, threads
 from dapt.progress import Reporter
@@ -194,8 +194,9 @@ class RayCrew:
                     logging_level=logging.ERROR,
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"--ray {address}: no cluster answers there ({reason})") from error
+                raise UserError(
+                    f"--ray {address}: no cluster answers there ({reason_of(error)})"
+                ) from error
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node.get("Alive")]
         cores = [c for c in cores if c] or [1]
         self.threads = count or min(cores)
