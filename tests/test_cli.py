@@ -57,6 +57,9 @@ def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
     monkeypatch.setattr("dapt.train.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
     worse = dapt("train", *options, "-o", tmp_path / "worse")
     assert "tuning made it worse; give more images a class" in worse.output
+    assert "try --tune-settings or --method linear-probe" in worse.output
+    worse = dapt("train", *options, "--shots", 1, "-o", tmp_path / "one")  # none to hold out
+    assert "try --method linear-probe" in worse.output
     monkeypatch.setattr("dapt.train.evaluate_zero_shot", lambda *_: {"accuracy": 0.0})
     assert "worse" not in dapt("train", *options, "-o", tmp_path / "better").output
 
@@ -141,6 +144,46 @@ def draw(dataset):
     """Train items of the support set."""
     printed = dapt("data", "support-set", dataset, "--json")
     return json.loads(printed.stdout)["train"]
+
+
+def test_names_are_no_markup_and_steer_no_terminal(photo_folder, tiny_weights, tmp_path):
+    """Names of folders, classes and files are printed as they stand, or escaped."""
+    photos = tmp_path / "new[" / "photos][old]"
+    shutil.copytree(photo_folder, photos)
+    next(photos.rglob("*.png")).with_name("a\x1b]0;owned\x07\nb.txt").write_text("no image")
+    checked = dapt("data", "check", photos)
+    assert "photos][old]" in checked.output
+    run = tmp_path / "run[" / "b]"
+    options = ["-b", tiny_weights, "--device", "cpu", "-m", "zero-shot", "-o", run]
+    trained = dapt("train", photos, *options)
+    assert trained.exit_code == 0, trained.output
+    assert "are left out (such as" in trained.stderr
+    assert "\x1b]0;" not in trained.output
+    assert dapt("eval", run).exit_code == 0
+
+
+def test_class_names_that_the_terminal_has_no_letters_for(photo_folder, tiny_weights, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    for folder in list(photos.glob("*/blue")):
+        folder.rename(folder.with_name("blå 猫"))
+    run = tmp_path / "run"
+    dapt("train", photos, "-b", tiny_weights, "--device", "cpu", "-m", "zero-shot", "-o", run)
+    made = subprocess.run(
+        [sys.executable, "-m", "dapt.cli", "predict", run, next(photos.rglob("*.png")), "--top=3"],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=150,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "blå \\u732b".encode("latin-1") in made.stdout
+
+
+def test_what_a_weights_file_does_not_tell_is_told(options, tmp_path):
+    told = dapt("train", *options, "--method", "zero-shot", "-o", tmp_path / "run")
+    assert "taken for one of OpenAI's models" in " ".join(told.stderr.split())
+    asked = ("bundled", "--method", "zero-shot", "--tune-settings", "-o", tmp_path / "bundled")
+    told = dapt("train", *asked)
+    assert "taken for" not in told.stderr
+    assert "--tune-settings: zero-shot has no learning rate" in told.stderr
 
 
 def test_an_unreadable_test_image_costs_no_tuning(options, tmp_path, photo_folder):

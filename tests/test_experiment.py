@@ -157,6 +157,7 @@ def test_published_settings_are_the_default(tmp_path):
         ({"methods": ["dpat"]}, "unknown method 'dpat' (did you mean 'dapt'?)"),
         ({"settings": {"epoch": 3}}, "unknown setting 'epoch' (did you mean 'epochs'?)"),
         ({"settings": {"seed": 3}}, "'seed' is no fixed setting here; list it under seeds"),
+        ({"settings": {"method": "vpt"}}, "'method' is no fixed setting here; list it under met"),
         ({"variants": {"a/b": {"lr": 1}}}, "variant 'a/b' must be named by letters"),
         ({"variants": {"coop": {"lr": 1}}}, "variant 'coop' has the name of a method"),
         ({"sweeps": {"betatext": [1]}}, "(did you mean 'beta_text'?)"),

@@ -331,3 +331,13 @@ def test_a_missing_library_is_named(photo_folder, tmp_path, monkeypatch, library
     monkeypatch.setitem(sys.modules, f"{library}.tariterators", None)
     with pytest.raises(UserError, match=r"pip install 'dapt\[sources\]'"):
         open_task(str(path))
+
+
+def test_without_a_home_a_sentence_tells_where_the_cache_is_named(monkeypatch):
+    monkeypatch.setenv("DAPT_CACHE", "~nobody_such/x")
+    with pytest.raises(UserError, match="no path"):
+        packed.cache_folder()
+    monkeypatch.delenv("DAPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody_such/x")
+    with pytest.raises(UserError, match="name one in DAPT_CACHE"):
+        packed.cache_folder()

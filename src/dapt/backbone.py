@@ -39,8 +39,9 @@ from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUNDLED = "bundled"
-# OpenAI's CLIP, and every state dict with its key names, has heads 64 wide.
+# OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
 _HEAD_WIDTH = 64
+_WIDEST = 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
 _HANDED_ON = {
     "tokenizer_kwargs": {"clean", "strip_sep_token"},
@@ -275,6 +276,21 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     return _from_open_clip(name, pretrained)
 
 
+def taken_for_granted(name: str) -> str | None:
+    """What a file of weights does not tell and is guessed, in a sentence; None where nothing is.
+
+    Such a file may be another's CLIP with OpenAI's key names, which would do worse in silence.
+    """
+    path = user_path(name)
+    if name == BUNDLED or not path.is_file() or is_torchscript(path):
+        return None
+    return (
+        f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
+        "normalisation of images; if it is not, give a folder with open_clip_config.json, or its "
+        "open_clip name with --pretrained and this file"
+    )
+
+
 def usable_precision(precision: str, device: torch.device) -> str:
     """``precision``, or fp16 where bf16 is asked for and a GPU has none (those before Ampere).
 
@@ -389,10 +405,11 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
     width, _, _, patch = state["visual.conv1.weight"].shape
     side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     text_width = state["ln_final.weight"].shape[0]
-    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
+    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH or width > _WIDEST:
         raise UserError(
             f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH} "
-            "wide; give a directory with open_clip_config.json, which says their number"
+            "wide, as OpenAI's do; give a directory with open_clip_config.json, which says their "
+            "number"
         )
     return {
         "embed_dim": state["text_projection"].shape[1],

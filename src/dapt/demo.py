@@ -67,7 +67,7 @@ def run_demo(
     classifiers = [load_classifier(runs[i], backbone=shared.backbone) for i in (0, -1)]
     picture = output / "demo.png"
     _draw(picture, base, task, results, classifiers, shared)
-    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
     return runs
 
 

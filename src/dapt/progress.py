@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,10 +17,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dapt.errors import printable
+
 Advance = Callable[[int], None]
 
 console = Console()
 errors = Console(stderr=True)
+
+
+def cell(text: str) -> str:
+    """``text``, a name of someone's, as a table's cell or title shows it: as it stands."""
+    return escape(printable(text))
 
 
 def nothing(_count: int) -> None:
@@ -57,13 +65,13 @@ class RichReporter(Reporter):
             yield _Lines(title, total)
             return
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=errors,
             transient=True,
         ) as bar:
@@ -72,7 +80,7 @@ class RichReporter(Reporter):
 
     def say(self, line: str) -> None:
         """Print one line."""
-        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """Print one line on standard error, unless it was printed before."""
@@ -80,7 +88,11 @@ class RichReporter(Reporter):
             return
         self._warned.add(line)
         errors.print(
-            f"dapt: warning: {line}", highlight=False, markup=False, emoji=False, soft_wrap=True
+            f"dapt: warning: {printable(line)}",
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
 
 
@@ -99,5 +111,5 @@ class _Lines:
         if finished or (self.done >= self.next and now - self.spoke > 5):
             self.next, self.spoke = self.done + self.step, now
             among = "" if self.total is None else f" of {self.total}"
-            line = f"{self.title}: {self.done}{among} {note}".rstrip()
+            line = printable(f"{self.title}: {self.done}{among} {note}".rstrip())
             errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

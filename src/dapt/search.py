@@ -63,6 +63,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     """
     method = get_method(settings.method)
     if not method.learns_prompts:
+        reporter.warn(f"--tune-settings: {settings.method} has no learning rate to search for")
         return settings
     task = task_of(settings)
     shared = Shared(backbone_of(settings))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dapt.allocator import keep_freed_memory
-from dapt.backbone import Backbone
+from dapt.backbone import Backbone, taken_for_granted
 from dapt.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
 from dapt.data import (
     ImageStore,
@@ -109,6 +109,8 @@ def train(
     encoded = shared.support(task, support, settings, reporter)
     support, skipped = encoded.drawn, encoded.skipped
     tell_notes(task, reporter)
+    if (guessed := taken_for_granted(settings.backbone)) is not None:
+        reporter.warn(guessed)
     twice = tell_of_overlap(task, support, task, reporter) if ranks.first else []
     if not ranks.first:
         if method.learns_prompts:

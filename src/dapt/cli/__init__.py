@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -26,4 +28,8 @@ def _main(
 
 def main() -> None:
     """Entry point of the ``dapt`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A class name may hold what the terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dapt.cli.common import DeviceOption, app, readable_errors, say
 from dapt.errors import UserError
-from dapt.progress import RichReporter, console
+from dapt.progress import RichReporter, cell, console
 
 
 @app.command()
@@ -121,7 +121,7 @@ def _show_bench(report: dict[str, Any]) -> None:
         variants = list(rows)
         first = variants[0]
         table = Table(
-            title=f"{backbone}, {names} ({first['classes']:,} names), batch {batch_size}",
+            title=cell(f"{backbone}, {names} ({first['classes']:,} names), batch {batch_size}"),
             title_justify="left",
         )
         table.add_column("", no_wrap=True)

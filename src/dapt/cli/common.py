@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from dapt.errors import UserError, printable
-from dapt.progress import console, errors
+from dapt.progress import cell, console, errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,7 +107,7 @@ def say_json(value: Any) -> None:
 
 def metrics_table(title: str, values: dict[str, Any]) -> Table:
     """A row of the figures that sum an evaluation up."""
-    table = Table(title=printable(title), title_justify="left")
+    table = Table(title=cell(title), title_justify="left")
     columns = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
     cells = [f"{values['images']:,}"]
     table.add_column("images", justify="right")

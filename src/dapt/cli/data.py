@@ -18,7 +18,7 @@ from dapt.cli.common import (
     say_json,
 )
 from dapt.errors import printable
-from dapt.progress import RichReporter, console
+from dapt.progress import RichReporter, cell, console
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
@@ -190,7 +190,7 @@ def _show_checks(checks: list[Check]) -> None:
         for part in PARTS:
             row = found.parts.get(part)
             cells.append(_share(row[1], row[0] if row[2] is None else row[2]) if row else "–")
-        table.add_row(found.dataset, *cells, f"{len(found.problems):,}")
+        table.add_row(cell(found.dataset), *cells, f"{len(found.problems):,}")
     console.print(table)
     for found in checks:
         kinds = list(dict.fromkeys(problem.kind for problem in found.problems))

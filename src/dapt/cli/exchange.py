@@ -46,8 +46,8 @@ def import_(
     template: Annotated[
         str | None, typer.Option(help="Sentence with {} for class names, without a text prompt.")
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="To be recorded.")] = None,
-    seed: Annotated[int | None, typer.Option(help="To be recorded.")] = None,
+    shots: Annotated[int | None, typer.Option(help="To be recorded; default: 16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="To be recorded; default: 1.")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="To be recorded; default: the checkpoint's own.")
     ] = None,
@@ -172,6 +172,6 @@ def push(
         if dry_run:
             for name, content in files_to_push(directory).items():
                 size = content.stat().st_size if isinstance(content, Path) else len(content)
-                say(f"{name}\t{size:,} bytes")
+                say(f"{name}  {size:,} bytes")
             return
         say(run_push(directory, repo_id, private=private, reporter=RichReporter()))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dapt.cli.common import DeviceOption, RootOption, app, readable_errors, say, say_error
 from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, console, errors
+from dapt.progress import Reporter, RichReporter, cell, console, errors
 
 if TYPE_CHECKING:
     from dapt.experiment import Plan, PlannedRun, Result, Suite
@@ -232,7 +232,7 @@ def _show_plan(
     from dapt.experiment.plan import BEGUN, DONE, FAILED, NEW
 
     table = Table(
-        title=f"{plan.name}: {len(plan.runs)} runs in {plan.folder}", title_justify="left"
+        title=cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}"), title_justify="left"
     )
     table.add_column("dataset")
     shown = (DONE, BEGUN, FAILED, NEW)
@@ -242,7 +242,7 @@ def _show_plan(
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
         expected = sum(seconds.get(run, 0.0) for run in runs)
         table.add_row(
-            Path(dataset).name,
+            cell(Path(dataset).name),
             f"{len(runs)}",
             *(f"{sum(states[run] == state for run in runs)}" for state in shown),
             duration(expected) if expected else "",

@@ -10,11 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.markup import escape
 from rich.table import Column, Table
 
 from dapt.errors import printable
-from dapt.progress import console
+from dapt.progress import cell, console
 
 if TYPE_CHECKING:  # it brings torch along, which --help should not wait for
     from dapt.predict import Prediction
@@ -115,7 +114,7 @@ class Aligned(Lines):
             cells += [name, f"{probability:.1%}"]
         if self.is_unknown(prediction):
             cells[1] = f"unknown ({cells[1]})"
-        self.table.add_row(*(escape(printable(cell)) for cell in cells))
+        self.table.add_row(*(cell(text) for text in cells))
 
     def close(self) -> None:
         """Print the table."""

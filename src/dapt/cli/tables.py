@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from dapt.cli.common import app
-from dapt.progress import console
+from dapt.progress import cell, console
 
 
 @app.command()
@@ -38,5 +38,5 @@ def list_settings(
     table = Table("setting", "default", "meaning")
     for name, field in Settings.model_fields.items():
         value = given.get(name, defaults.get(name, field.default))
-        table.add_row(name, "" if value is None else str(value), field.description or "")
+        table.add_row(name, "" if value is None else cell(str(value)), field.description or "")
     console.print(table)

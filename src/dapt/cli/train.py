@@ -195,9 +195,10 @@ def _compare(tuned: float, before: float, shots: int) -> None:
     """Say whether tuning was worth it: with few images it may not be."""
     say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
     if tuned < before:
+        search = "--tune-settings or " if shots > 1 else ""  # a search holds images out
         say(
             f"tuning made it worse; give more images a class (it had {shots}), try "
-            "--tune-settings or --method linear-probe, or stay with --method zero-shot"
+            f"{search}--method linear-probe, or stay with --method zero-shot"
         )
 
 

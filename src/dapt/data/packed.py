@@ -37,6 +37,7 @@ from dapt.files import (
     parse_json,
     read_json,
     read_text,
+    user_path,
     write_atomic,
     write_json,
 )
@@ -115,11 +116,20 @@ def read_packed(path: Path, test_fraction: float, split_seed: int) -> tuple[Path
 
 
 def cache_folder() -> Path:
-    """Where unpacked images are kept: $DAPT_CACHE, or dapt in the user's cache folder."""
+    """Where unpacked images are kept: $DAPT_CACHE, or dapt in the user's cache folder.
+
+    Raises:
+        UserError: the user has no home, or $DAPT_CACHE is no path.
+    """
     if given := os.environ.get("DAPT_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dapt"
+        return user_path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return user_path(base) / "dapt"
+    except UserError as error:
+        raise UserError(
+            f"there is no folder for unpacked images ({error}); name one in DAPT_CACHE"
+        ) from error
 
 
 def _fingerprint(path: Path) -> str:

@@ -17,7 +17,7 @@ from dapt.settings import Settings
 SUITES = Path(__file__).resolve().parent / "suites"
 
 # What a suite has lists for is not set by hand.
-_LISTED = {"dataset": "datasets", "shots": "shots", "seed": "seeds"}
+_LISTED = {"dataset": "datasets", "method": "methods", "shots": "shots", "seed": "seeds"}
 # Names become folders, on any system.
 _NAME = re.compile(r"[\w=+-][\w.=+-]{0,79}")
 
