@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.sparse import csr_matrix, issparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import get_scorer
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -217,6 +218,10 @@ def test_load_takes_what_dapt_train_wrote(new, photos, photo_folder, tiny_weight
     metrics = json.loads(RunDirectory(tmp_path / "run").metrics_file.read_text())
     assert made.score(photos[2], photos[3]) == metrics["test"]["accuracy"]
     clone(made).fit(photos[0], photos[1])
+    # What is the protocol's default, but not that of own data, is kept too.
+    made = new(settings={"crop_min": 0.08, "momentum": 0.5}).fit(photos[0], photos[1])
+    again = PromptClassifier.load(made.save(tmp_path / "mine"))
+    assert again.settings == {"crop_min": 0.08, "momentum": 0.5}
 
 
 def test_labels_survive_save_and_load(new, photos, tmp_path):
@@ -235,12 +240,13 @@ def test_add_classes_needs_no_tuning(new, photos, tmp_path):
     prompts = made.files_["prompts.safetensors"]
     made.add_classes(["a yellow one", "grey"])
     after = made.predict_proba(photos[2])
-    assert made.classes_.tolist()[3:] == ["a yellow one", "grey"]
+    assert made.classes_.tolist() == ["a yellow one", "blue", "green thing", "grey", "red_thing"]
+    assert made.class_names_ == tuple(made.classes_)
     assert made.files_["prompts.safetensors"] == prompts
     # Old classes keep their logits: among them, probabilities are what they were.
-    kept = after[:, :3] / after[:, :3].sum(1, keepdims=True)
+    kept = after[:, [1, 2, 4]] / after[:, [1, 2, 4]].sum(1, keepdims=True)
     assert np.allclose(kept, before, atol=1e-5)
-    assert (after[:, 3:] > 0).all()
+    assert (after > 0).all()
     again = PromptClassifier.load(made.save(tmp_path / "run"))
     assert np.array_equal(again.predict_proba(photos[2]), after)
     with pytest.raises(ValueError, match="must be new"):
@@ -251,6 +257,36 @@ def test_add_classes_needs_no_tuning(new, photos, tmp_path):
         new(method="linear-probe").fit(photos[0], photos[1]).add_classes(["grey"])
     with pytest.raises(ValueError, match=r"write \['fox'\]"):
         made.add_classes("fox")
+
+
+def test_scorers_find_each_class_in_its_column(new, photos, tmp_path):
+    """scikit-learn's take the columns in sorted order of labels, whatever a run's own order is."""
+    made = new(class_names={2: "blue", 9: "green thing", 4: "red_thing"}, lr=8.0, epochs=12)
+    number = {"blue": 2, "green thing": 9, "red_thing": 4}
+    made.fit(photos[0], [number[name] for name in photos[1]])
+    truth = [number[name] for name in photos[3]]
+    expected = get_scorer("neg_log_loss")(made, photos[2], truth)
+    # A run of the same prompts with its classes in another order, as 'dapt train' leaves one.
+    run = RunDirectory(made.save(tmp_path / "run"))
+    task, environment = json.loads(run.task_file.read_text()), run.read_environment()
+    turned = {**task, "class_names": task["class_names"][::-1]}
+    run.task_file.write_text(json.dumps(turned))
+    labels = environment["labels"][::-1]
+    run.environment_file.write_text(json.dumps({**environment, "labels": labels}))
+    again = PromptClassifier.load(run.path)
+    assert again.classes_.tolist() == [2, 4, 9]
+    assert again.class_names_ == made.class_names_
+    for one in (again, pickle.loads(pickle.dumps(again))):
+        assert get_scorer("neg_log_loss")(one, photos[2], truth) == pytest.approx(expected)
+    again.add_classes({3: "grey"})
+    truth[0] = 3
+    column = {2: 0, 3: 1, 4: 2, 9: 3}
+    rows = again.predict_proba(photos[2])[range(len(truth)), [column[label] for label in truth]]
+    found = get_scorer("neg_log_loss")(again, photos[2], truth)
+    assert found == pytest.approx(np.log(rows).mean())
+    saved = PromptClassifier.load(again.save(tmp_path / "more"))
+    assert np.array_equal(saved.predict_proba(photos[2]), again.predict_proba(photos[2]))
+    assert saved.classes_.tolist() == [2, 3, 4, 9]
 
 
 def test_added_classes_leave_no_metrics_of_fewer(photo_folder, tiny_weights, tmp_path):
@@ -311,6 +347,8 @@ def test_searches_and_pipelines(new, photos):
     ("images", "sentence"),
     [
         ("a.png", "give a list of images, not one str"),
+        (np.zeros((64, 60, 3), np.uint8), r"not one of shape \(64, 60, 3\)"),
+        (torch.zeros(3, 64, 60), r"not one of shape \(3, 64, 60\)"),
         ([], "no images"),
         (np.zeros((6, 4)), "holds no images; reshape"),
         ([3] * 6, "int is no image"),

@@ -182,7 +182,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             resize_mode=seen.resize_mode,
             read=lambda index: read_picture(images[index]),
         )
-        return classify(classifier, store).double().softmax(-1).numpy()
+        return classify(classifier, store).double().softmax(-1).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
@@ -207,7 +207,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(names, str):
             raise InputError(f"add_classes takes a list of class names; write [{names!r}]")
         given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
-        classes = np.asarray([*self.classes_.tolist(), *given])
+        back = np.argsort(self._places)  # to the run's own order, to which they are added
+        classes = np.asarray([*self.classes_[back].tolist(), *given])
         if len(set(classes.tolist())) != len(self.classes_) + len(given) or any(
             isinstance(label, str) != (self.classes_.dtype.kind in "UO") for label in given
         ):
@@ -215,7 +216,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 "labels of added classes must be new, and of the same kind as those there; give a "
                 "mapping from label to class name where labels are no names"
             )
-        everything = (*self.class_names_, *(str(name) for name in given.values()))
+        before = [self.class_names_[i] for i in back]
+        everything = (*before, *(str(name) for name in given.values()))
         check_class_names(everything, "added classes")
         with tempfile.TemporaryDirectory(prefix="dapt-add-") as place:
             run = _written(self.files_, Path(place) / "run")
@@ -264,7 +266,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if backbone is not None:
             moved = absolute_paths({"backbone": backbone})
             settings = settings.model_copy(update={**moved, "pretrained": None})
-        values = settings.model_dump(exclude_defaults=True)
+        usual = make_settings({"dataset": FITTED, "shots": settings.shots}).model_dump()
+        values = {n: v for n, v in settings.model_dump().items() if v != usual[n]}
         found = cls(
             **{name: getattr(settings, name) for name in _OWN if name != "device"},
             device=device,
@@ -291,7 +294,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def _adopt(
         self, run: RunDirectory, classes: np.ndarray, settings: Settings | None = None
     ) -> None:
-        """Become what a run directory holds, with other settings than its own if given."""
+        """Become what a run directory holds, with other settings than its own if given.
+
+        ``classes`` are labels in the run's order; scikit-learn's scorers take them as sorted.
+        """
         settings = settings or run.read_settings()
         self._classifier = load_classifier(run, backbone=self._backbone(settings))
         self.files_ = {
@@ -301,7 +307,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             if file.is_file()
         }  # fmt: skip
         self.files_[run.settings_file.name] = json.dumps(settings.model_dump(), indent=1).encode()
-        self.classes_, self.class_names_ = classes, run.read_task()[1]
+        self._places = np.argsort(classes, kind="stable")
+        names = run.read_task()[1]
+        self.classes_ = classes[self._places]
+        self.class_names_ = tuple(names[i] for i in self._places)
 
     def _backbone(self, settings: Settings) -> Backbone:
         return _backbone(settings.model_copy(update={"device": self.device}))

@@ -107,6 +107,12 @@ def as_sequence(images: Any) -> Sequence[Any]:
             f"an array of shape {tuple(images.shape)} holds no images; reshape your data to "
             "(n, H, W, 3)"
         )
+    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else ()
+    # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
+    if len(shape) == 3 and (shape[2] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)):
+        raise InputError(
+            f"give a list of images, not one of shape {shape}; grey ones as (n, H, W, 1)"
+        )
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
             images = list(images)
