@@ -275,8 +275,11 @@ def test_domains_and_cross_dataset(tmp_path):
         evals = {
             # Without the fields that name domain and classes, and with them.
             "sketch": {"dataset": "pets:sketch", "test": scores_of(0.5 + gain)},
-            "clay": {"dataset": "pets", "domain": "clay", "classes": "all",
+            "clay": {"dataset": "pets:clay", "domain": "clay", "classes": "all",
                      "test": scores_of(0.3 + gain)},
+            # The source itself, named: no target.
+            "pets": {"dataset": "pets", "domain": "wool", "classes": "all",
+                     "test": scores_of(0.9)},
             "cars": {"dataset": "cars", "test": scores_of(0.2 + gain)},
         }  # fmt: skip
         make_run(tmp_path / f"runs/{seed}", 0.7, seed=seed, evals=evals)
@@ -557,7 +560,7 @@ def test_a_damaged_part_costs_only_that_part(file, content, kept, tmp_path):
 
 
 HOSTILE = "</script><script>alert(1)</script>"
-QUOTED = '"><img src=x onerror=alert(1)> $x^ {{7*7}} | `=` \x1b[31m\u202etxt'
+QUOTED = '\ufffe"><img src=x onerror=alert(1)> $x^ {{7*7}} | `=` \x1b[31m\u202etxt'
 
 
 def test_names_are_text_wherever_they_stand(tmp_path):

@@ -85,10 +85,12 @@ class Failure:
 
 
 def clean(value: object, limit: int = _TEXT) -> str:
-    """One short printable line: no control, bidirectional or surrogate characters."""
+    """One short printable line: no control, bidirectional or surrogate characters, nor what XML
+    does not take.
+    """
     text = "".join(
         "\N{REPLACEMENT CHARACTER}"
-        if c in _TURNING or unicodedata.category(c) in ("Cc", "Cs")
+        if c in _TURNING or unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"
         else c
         for c in str(value)[: limit + 1]
     )
@@ -195,10 +197,6 @@ def _evaluations(folder: Path, number: int, warnings: list[str]) -> Iterator[Eva
             value = _mapping(file, "evaluation")
             dataset = _text(value.get("dataset"), f"{file.name}: dataset")
             classes = _text(value.get("classes") or "all", f"{file.name}: classes")
-            domain = value.get("domain")
-            if domain is not None:
-                domain = _text(domain, f"{file.name}: domain")
-                dataset = dataset if ":" in dataset else f"{dataset}:{domain}"
             scores = _scores(value.get("test"), file.name)
         except (Damaged, UserError) as error:
             warnings.append(

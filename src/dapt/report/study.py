@@ -85,7 +85,7 @@ class Study:
             else:
                 self.warnings.append(
                     f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
-                    "same settings with another result; only the latter is counted"
+                    f"same settings with another result; only run {first.number} is counted"
                 )
         present = {run.classes for run in finished}
         # Fewer classes are another, easier task: they stand in only where there is no other.
