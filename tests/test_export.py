@@ -245,6 +245,9 @@ def test_what_cannot_be_exported(run, tmp_path):
     fails("unknown format 'tflite'", "export", run.path, "-o", tmp_path / "a", "-f", "tflite")
     fails("--int8 goes with", "export", run.path, "-o", tmp_path / "a", "-f", "torch", "--int8")
     fails("must name a file", "export", run.path, "-o", tmp_path)
+    before = run.metrics_file.read_bytes()
+    fails("a run's own files", "export", run.path, "-o", run.metrics_file, "-f", "coop")
+    assert run.metrics_file.read_bytes() == before
     fails("is no run directory", "export", tmp_path, "-o", tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 

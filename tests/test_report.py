@@ -616,6 +616,18 @@ def test_an_earlier_report_is_replaced_and_nothing_else(grid, tmp_path):
     report(grid, tmp_path)
     assert not (written.folder / "accuracy-flowers.csv").exists()
     assert (written.folder / "mine.txt").exists()
+    # Neither what a link leads to nor a page of someone's own.
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "thesis.csv").write_text("kept")
+    (mine / "contents.json").write_text('{"thesis.csv": "chapter 1"}')
+    (tmp_path / "linked-files").symlink_to(mine)
+    with pytest.raises(UserError, match="is a link"):
+        write_report([grid], tmp_path / "linked.html")
+    assert sorted(file.name for file in mine.iterdir()) == ["contents.json", "thesis.csv"]
+    (tmp_path / "mine.html").write_text("<h1>My own report</h1>")
+    with pytest.raises(UserError, match="not a report"):
+        write_report([grid], tmp_path / "mine.html")
+    assert not (tmp_path / "mine-files").exists()
     (tmp_path / "other-files").mkdir()
     (tmp_path / "other-files" / "thesis.tex").write_text("kept")
     with pytest.raises(UserError, match="not from a report"):

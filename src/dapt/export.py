@@ -127,6 +127,10 @@ def export(
     card = file.with_suffix(".md")
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
+    if file.suffix in _OF_RUNS:
+        raise UserError(
+            f"--output {file} has the name of a run's own files; give one such as classifier.onnx"
+        )
     if card.exists() and not is_card(card):
         raise UserError(
             f"{card}, where the model card goes, is something else; choose another --output"
@@ -140,13 +144,16 @@ def export(
     else:
         with reporter.stage(f"exporting {file.name}", 3) as advance:
             content, exported = _export_graph(run, exported, form, int8, advance)
+    words = _FORM_WORDS[form] + (_INT8_WORDS if int8 else "")
+    said = model_card(run, f"`{file.name}`, {words}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, content)
-    words = _FORM_WORDS[form] + (_INT8_WORDS if int8 else "")
-    write_atomic(card, model_card(run, f"`{file.name}`, {words}"))
+    write_atomic(card, said)
     return exported
 
 
+# Endings that no form of export has, and a run's records and results do.
+_OF_RUNS = {".json", ".csv", ".safetensors"}
 _FORM_WORDS = {
     "onnx": "an ONNX graph: normalised images in, probabilities out",
     "torch": "a program for torch.export.load: normalised images in, probabilities out",

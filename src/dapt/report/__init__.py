@@ -23,7 +23,7 @@ from dapt.progress import Reporter
 from dapt.report.collect import collect
 from dapt.report.features import Inside, look_inside
 from dapt.report.figures import Drawing
-from dapt.report.page import render
+from dapt.report.page import is_page, render
 from dapt.report.sections import Section, Sections
 from dapt.report.study import Study
 from dapt.report.tables import Table
@@ -63,13 +63,19 @@ def write_report(
         reporter: is told the progress.
 
     Raises:
-        UserError: no run is found, the baseline has none, or ``out`` cannot be written.
+        UserError: no run is found, the baseline has none, or ``out`` cannot be written or is
+            something else than a report.
     """
     reporter = reporter or Reporter()
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: give a file that ends in .html")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist, or it is one; give a file")
+    if out.exists() and not is_page(out):
+        raise UserError(f"--out {out} is there and not a report; choose another")
+    folder = out.with_name(f"{out.stem}-files")
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
     study = Study(runs, baseline)
     sections = Sections(study)
@@ -80,7 +86,6 @@ def write_report(
         sections.inside = inside
     parts = sections.all(reporter)
     warnings += study.warnings + sections.warnings
-    folder = out.with_name(f"{out.stem}-files")
     _write_files(folder, parts)
     write_atomic(
         out,

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dapt.files import open_regular
 from dapt.report.collect import Failure, Run, clean, seconds
 from dapt.report.figures import MARKERS, PALETTE, method_colour
 from dapt.report.sections import Section
@@ -36,6 +37,19 @@ class Sources:
         if len(key) == 1:
             return f"run-{key[0]}"
         return f"runs-{self.sets.setdefault(key, len(self.sets) + 1)}"
+
+
+# By which a page is known for a report's.
+_GENERATOR = '<meta name="generator" content="dapt report">'
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `render` made."""
+    try:
+        with open_regular(path) as file:
+            return _GENERATOR.encode() in file.read(1000)
+    except OSError:
+        return False
 
 
 def render(
@@ -84,6 +98,7 @@ def render(
         colours={m: method_colour(m, study.methods) for m in study.methods},
         markers=MARKERS,
         method_title=method_title,
+        generator=Markup(_GENERATOR),
         markup=Markup,
         script=Markup(script),
         script_hash=digest,
