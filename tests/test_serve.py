@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import fuzzed, tiff_of_a_tile
+from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict_each
 from dapt.runs import RunDirectory
@@ -256,6 +256,7 @@ def test_bad_images(client, pictures):
         (png_header(9_000, 9_000), 413, "9,000 x 9,000 pixels, more than the 50,000,000 allowed"),
         (huge, 413, "make it smaller"),
         (tiff_of_a_tile(9_000), 400, "known format"),
+        (jpeg_of_scans(300), 400, "it has more than 256 scans"),
     ):
         found = client.predict(data)
         assert (found.status, sentence in found.detail) == (status, True), found.detail
