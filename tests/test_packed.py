@@ -253,6 +253,13 @@ def test_what_is_wrong_with_a_hugging_face_dataset(photo_folder, tmp_path):
     path = hugging_face(tmp_path / "splits", {"train": rows, "more": rows})
     with pytest.raises(UserError, match="split 'more' is none of"):
         open_task(str(path))
+    datasets = pytest.importorskip("datasets")
+    values = [{"bytes": rows[0][0].read_bytes(), "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    pictured = datasets.Dataset.from_dict({"image": values, "label": values}, features=features)
+    pictured.save_to_disk(str(tmp_path / "pictured"))
+    with pytest.raises(UserError, match="column 'label' is of type Image; make it a ClassLabel"):
+        open_task(str(tmp_path / "pictured"))
     path = hugging_face(tmp_path / "damaged", {"": rows})
     for file in path.glob("*.arrow"):
         file.write_bytes(file.read_bytes()[:100])
