@@ -269,6 +269,19 @@ def test_what_is_wrong_with_a_hugging_face_dataset(photo_folder, tmp_path):
     assert not left, "nothing half unpacked is left"
 
 
+def test_no_file_of_a_dataset_is_waited_for(photo_folder, tmp_path):
+    rows = photos(photo_folder, "train")
+    path = hugging_face(tmp_path / "photos", {"train": rows, "test": rows})
+    for file in (next(path.rglob("*.arrow")), next(path.rglob("dataset_info.json"))):
+        file.rename(kept := tmp_path / file.name)
+        os.mkfifo(file)
+        with pytest.raises(UserError, match=rf"{file.name} cannot be opened \(it is no ordinary"):
+            open_task(str(path))
+        file.unlink()
+        kept.rename(file)
+    assert open_task(str(path)).train
+
+
 @pytest.mark.parametrize("where", ["file", "split"])
 def test_no_record_leads_out_of_the_dataset(photo_folder, tmp_path, where):
     """The library itself would open it."""

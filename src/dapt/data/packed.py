@@ -252,9 +252,9 @@ def _rows(loaded: Any, path: Path) -> Iterator[_Image]:
 
 
 def _check_names(path: Path) -> None:
-    """Raise `UserError` where a dataset's records name files outside its folder.
+    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
 
-    The library opens whatever they name.
+    The library opens whatever they name, and would wait for a FIFO without end.
     """
     places = [path]
     if (path / "dataset_dict.json").is_file():
@@ -268,8 +268,15 @@ def _check_names(path: Path) -> None:
         files = record.get("_data_files") if isinstance(record, dict) else None
         if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
             raise UserError(f"{place / 'state.json'} lists no data files; save the dataset anew")
-        for file in files:
-            _inside(file.get("filename"), place)
+        data = [_inside(file.get("filename"), place) for file in files]
+        for file in (place / name for name in ("dataset_info.json", *data)):
+            try:
+                open_regular(file).close()
+            except OSError as error:
+                raise UserError(
+                    f"dataset {path} cannot be loaded: {file} cannot be opened ({error}); save it "
+                    "anew"
+                ) from error
 
 
 def _inside(name: Any, place: Path) -> str:
