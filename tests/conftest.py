@@ -1,6 +1,7 @@
 """What tests share: the material beside the repository, where it is, and a tiny backbone."""
 
 import contextlib
+import io
 import os
 import shutil
 import struct
@@ -13,6 +14,7 @@ import torch
 from browser import Browser
 from hypothesis import HealthCheck, settings
 from miniatures import make_photos, make_weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 # Time limits a single example would break on a busy machine say nothing about the code.
@@ -86,6 +88,14 @@ def recorded(request, tmp_path_factory):
     weights = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
     save_file({**state, "token_embedding.weight": table}, weights)
     return folder, weights
+
+
+def jpeg_of_scans(count):
+    """A progressive JPEG whose last scan is there ``count`` times."""
+    file = io.BytesIO()
+    Image.effect_noise((16, 16), 50).save(file, "JPEG", progressive=True)
+    start, marker, scan = file.getvalue().removesuffix(b"\xff\xd9").rpartition(b"\xff\xda")
+    return start + (marker + scan) * count + b"\xff\xd9"
 
 
 def tiff_of_a_tile(side):

@@ -253,6 +253,13 @@ def test_what_is_wrong_with_a_hugging_face_dataset(photo_folder, tmp_path):
     path = hugging_face(tmp_path / "splits", {"train": rows, "more": rows})
     with pytest.raises(UserError, match="split 'more' is none of"):
         open_task(str(path))
+    datasets = pytest.importorskip("datasets")
+    values = [{"bytes": rows[0][0].read_bytes(), "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    pictured = datasets.Dataset.from_dict({"image": values, "label": values}, features=features)
+    pictured.save_to_disk(str(tmp_path / "pictured"))
+    with pytest.raises(UserError, match="column 'label' is of type Image; make it a ClassLabel"):
+        open_task(str(tmp_path / "pictured"))
     path = hugging_face(tmp_path / "damaged", {"": rows})
     for file in path.glob("*.arrow"):
         file.write_bytes(file.read_bytes()[:100])
@@ -260,6 +267,19 @@ def test_what_is_wrong_with_a_hugging_face_dataset(photo_folder, tmp_path):
         open_task(str(path))
     left = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     assert not left, "nothing half unpacked is left"
+
+
+def test_no_file_of_a_dataset_is_waited_for(photo_folder, tmp_path):
+    rows = photos(photo_folder, "train")
+    path = hugging_face(tmp_path / "photos", {"train": rows, "test": rows})
+    for file in (next(path.rglob("*.arrow")), next(path.rglob("dataset_info.json"))):
+        file.rename(kept := tmp_path / file.name)
+        os.mkfifo(file)
+        with pytest.raises(UserError, match=rf"{file.name} cannot be opened \(it is no ordinary"):
+            open_task(str(path))
+        file.unlink()
+        kept.rename(file)
+    assert open_task(str(path)).train
 
 
 @pytest.mark.parametrize("where", ["file", "split"])

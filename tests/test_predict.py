@@ -79,6 +79,28 @@ def test_folders_patterns_and_hidden_files(tmp_path):
             find_images([argument])
 
 
+def test_a_pattern_ends_where_folders_have_links_to_themselves(tmp_path, monkeypatch):
+    for name in ("all/a.png", "all/in/b.png", "all/.hidden/c.png", "else/where/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for place in ("all", "all/in"):
+        for number in range(10):
+            (tmp_path / place / f"loop{number}").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "out").symlink_to(tmp_path / "else")
+    images = ["all/a.png", "all/in/b.png", "all/out/where/d.png"]
+    monkeypatch.chdir(tmp_path)
+    for pattern, found in (
+        ("all/**/*.png", images),
+        ("all/**", images),
+        ("al?/**/where/**/*.png", images[2:]),
+        (f"{tmp_path}/all/**/*.png", [str(tmp_path / name) for name in images]),
+        ("all/loop1/in/loop2/*.png", ["all/loop1/in/loop2/a.png"]),
+    ):
+        assert [str(path) for path in find_images([pattern])] == found
+    monkeypatch.chdir(tmp_path / "all")
+    assert [str(path) for path in find_images(["**/b.png"])] == ["in/b.png"]
+
+
 @pytest.mark.parametrize(
     ("content", "end", "names"),
     [

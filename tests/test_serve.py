@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import fuzzed, tiff_of_a_tile
+from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict_each
 from dapt.runs import RunDirectory
@@ -121,8 +121,8 @@ def png_header(width, height):
 
 
 @contextlib.contextmanager
-def running(served, limits=None, **more):
-    found = server.open_socket("127.0.0.1", 0)
+def running(served, limits=None, *, address="127.0.0.1", **more):
+    found = server.open_socket(address, 0)
     ready = threading.Event()
     made = server.make_server(served, found, limits or Limits(), ready=ready.set, **more)
     thread = threading.Thread(target=server.run_server, args=(made, found))
@@ -256,6 +256,7 @@ def test_bad_images(client, pictures):
         (png_header(9_000, 9_000), 413, "9,000 x 9,000 pixels, more than the 50,000,000 allowed"),
         (huge, 413, "make it smaller"),
         (tiff_of_a_tile(9_000), 400, "known format"),
+        (jpeg_of_scans(300), 400, "it has more than 256 scans"),
     ):
         found = client.predict(data)
         assert (found.status, sentence in found.detail) == (status, True), found.detail
@@ -448,6 +449,22 @@ def test_pages_of_other_servers_are_refused(client, pictures):
         assert client.get("/classes", Origin=origin).status == 403
     for origin in (f"http://127.0.0.1:{client.port}", "http://localhost", "http://[::1]:8000"):
         assert client.predict(pictures[0], Origin=origin).status == 200
+
+
+def test_on_all_addresses_names_and_pages_are_checked_too(served, pictures):
+    """Without a token: a page whose name leads here, or that posts here, is no client."""
+    with running(served, address="0.0.0.0", names=["Photos.example"]) as client:
+        for host in ("evil.example", "", "10.0.0.5.evil.example"):
+            assert client.get("/classes", Host=host).status == 403, host
+        for host in ("10.0.0.5:80", "[fd00::5]:8000", "LOCALHOST:1", "photos.example",
+                     socket.gethostname()):  # fmt: skip
+            own = {"Host": host, "Origin": f"http://{host}"}
+            assert client.predict(pictures[0], **own).status == 200, host
+        for origin in ("http://evil.example", "http://10.0.0.6", "http://localhost", "null"):
+            found = client.predict(pictures[0], Host="10.0.0.5", Origin=origin)
+            assert (found.status, "another server" in found.detail) == (403, True), origin
+        proxied = client.predict(pictures[0], Host="10.0.0.5", Origin="https://photos.example")
+        assert proxied.status == 200
 
 
 def test_classes_health_and_metrics(client, served, pictures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -95,7 +96,8 @@ def best_classes(
 def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     """Image files that arguments mean: files, folders (searched through), and patterns.
 
-    A pattern is one of `glob`, with ``**`` for any folders; a file of that very name goes first.
+    A pattern is one of `glob`, with ``**`` for any folders, in which links are followed to folders
+    that were not yet searched; a file of that very name goes first.
     Each argument's images are in sorted order; hidden ones in folders are left out. What has an
     image's name and is none comes along: that it cannot be read is told, not passed over.
 
@@ -112,7 +114,7 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
         elif path.exists():
             found.append(path)
         elif glob.has_magic(str(path)):
-            matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+            matches = [Path(name) for name in sorted(_matches(path))]
             images = [m for m in matches if has_image_name(m.name) and not m.is_dir()]
             if not images:
                 raise UserError(f"no image matches {path}; check the pattern")
@@ -122,6 +124,33 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     if not found:
         raise UserError("no images given; name image files or folders")
     return found
+
+
+def _matches(pattern: Path) -> set[str]:
+    """What `glob` finds; that would follow links in ``**`` round and round."""
+    if "**" not in pattern.parts:
+        return set(glob.glob(str(pattern)))
+    place = pattern.parts.index("**")
+    before, after = pattern.parts[:place], pattern.parts[place + 1 :] or ("*",)
+    found: set[str] = set()
+    for top in glob.glob(str(Path(*before))):
+        for folder in _folders_below(top):
+            found |= _matches(Path(glob.escape(folder), *after))
+    return found
+
+
+def _folders_below(top: str) -> Iterator[str]:
+    """A folder and those in it, each once, by links where there is no other way; no hidden ones."""
+    seen, links = set[str](), deque([top])
+    while links:
+        for place, folders, _ in os.walk(links.popleft()):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links += [link for n in folders if os.path.islink(link := os.path.join(place, n))]
+            yield place
 
 
 def named_in(file: BinaryIO, end: bytes = b"\n") -> Iterator[Path]:

@@ -12,7 +12,7 @@ from miniatures import SPLIT_ROWS, WNIDS, WORDS, make_benchmark, put
 from typer.testing import CliRunner
 
 from dapt.cli import app
-from dapt.data import BENCHMARKS, bundled_domains, draw_support_set, open_task
+from dapt.data import BENCHMARKS, bundled_domains, draw_support_set, open_task, subset_classes
 from dapt.data.check import check_dataset
 from dapt.errors import UserError
 from dapt.progress import Reporter
@@ -326,3 +326,9 @@ def test_real_splits(shared, name, tmp_path):
                 lines = [f"{i.label}\t{end}" for i, end in zip(items, ends, strict=True)]
                 digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
                 assert (digest == known[part]) == (seed == 1)
+    # The published base-to-new runs tune on the base classes' images of that very draw.
+    drawn, base = draw_support_set(task, 16, 1), subset_classes(task, "base")
+    half = draw_support_set(base, 16, 1)
+    for part in ("train", "val"):
+        kept = [i for i in getattr(drawn, part) if i.label < len(base.class_names)]
+        assert list(getattr(half, part)) == kept

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from conftest import fuzzed, tiff_of_a_tile
+from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.data import (
     Allowance,
     ImageStore,
@@ -172,6 +172,15 @@ def test_a_tiffs_tiles_count_as_pixels(side, limit, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", None)  # nothing may be decoded
     with pytest.raises(TooManyPixels, match=f"a tile of {side:,} x {side:,} pixels"):
         decode_image(file, "a.tif", **limit)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused(tmp_path):
+    """Each takes the time of the whole image; what only looks like one costs nothing."""
+    (tmp_path / "bomb.jpg").write_bytes(jpeg_of_scans(300))
+    refused(tmp_path / "bomb.jpg", "it has more than 256 scans")
+    (tmp_path / "film.jpg").write_bytes(jpeg_of_scans(20) + b"\xff\xda\0\2" * 300)
+    assert open_image(tmp_path / "film.jpg").size == (16, 16)
+    saved(noise(9, 9), tmp_path / "said.jpg", comment=b"\xff\xda\0\2" * 300)
 
 
 def test_postscript_is_not_run(tmp_path):

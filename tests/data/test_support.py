@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import fuzzed
-from dapt.data import Item, SupportSet, Task, draw_support_set, load_support_set
+from dapt.data import (
+    Item,
+    SupportSet,
+    Task,
+    draw_support_set,
+    load_support_set,
+    subset_classes,
+)
 from dapt.errors import UserError
 
 
@@ -57,6 +64,24 @@ def test_saved_and_loaded(tmp_path):
     assert load_support_set(tmp_path / "set.json", task) == drawn
     assert json.loads((tmp_path / "set.json").read_text()) == drawn.to_json()
     assert [p.name for p in tmp_path.iterdir()] == ["set.json"]
+
+
+def test_base_and_new_have_their_images_of_one_draw(tmp_path):
+    """Drawn, or read from a file of all classes; a file of the half alone is as good."""
+    task = task_of([0, 3, 1, 2] * 9, [2, 0, 3, 1] * 9, [0, 1, 2, 3])
+    whole = draw_support_set(task, 2, 1)
+    whole.save(tmp_path / "all.json")
+    for which, first in (("base", 0), ("new", 2)):
+        half = subset_classes(task, which)
+        drawn = draw_support_set(half, 2, 1)
+        for part in ("train", "val"):
+            kept = [i for i in getattr(whole, part) if i.label in (first, first + 1)]
+            assert [(i.path, i.label + first) for i in getattr(drawn, part)] == [
+                (i.path, i.label) for i in kept
+            ]
+        drawn.save(tmp_path / "half.json")
+        for name in ("all", "half"):
+            assert load_support_set(tmp_path / f"{name}.json", half) == drawn
 
 
 GOOD = {"path": "train/0.jpg", "label": 0, "class_name": "class 0"}

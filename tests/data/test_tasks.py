@@ -143,6 +143,13 @@ def test_a_folder_is_named_as_on_disk(tmp_path, monkeypatch):
 def test_a_class_may_be_called_train(tmp_path):
     tree(tmp_path, _={"bus": 2, "train": 2})
     assert open_task(str(tmp_path)).class_names == ("bus", "train")
+    tree(tmp_path / "parts", _={"train": 2, "val": 2})
+    assert open_task(str(tmp_path / "parts")).class_names == ("train", "val")
+
+
+def test_parts_of_other_names_are_no_classes(tmp_path):
+    tree(tmp_path, Training={"cat": 2, "dog": 2}, Testing={"cat": 1, "dog": 1})
+    refused("holds Testing/, Training/, which are parts, not classes; rename them train/", tmp_path)
 
 
 def test_linked_class_folders_are_followed(tmp_path):

@@ -88,7 +88,7 @@ def serve(
             listening,
             limits,
             token=token and token.strip(),
-            names=allow_host or (),
+            names=(host, *(allow_host or ())),
             ready=lambda: say(said),
         )
         server.run_server(made, listening)

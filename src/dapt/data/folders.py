@@ -18,6 +18,9 @@ from dapt.data.items import (
 )
 from dapt.errors import UserError
 
+# Names of parts that others give, in lower case.
+_PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
 
 def read_folder(
     folder: Path, test_fraction: float, split_seed: int
@@ -32,7 +35,7 @@ def read_folder(
 
     Raises:
         UserError: there are no class folders or one is empty; ``test/`` or a test class's train
-            folder is missing; two folders' names read the same.
+            folder is missing; the parts have other names; two folders' names read the same.
     """
     left: list[str] = []  # files without an image's name
     # A class may be called "train": a split tree's train/ holds folders.
@@ -47,6 +50,14 @@ def read_folder(
             raise UserError(
                 f"folder {folder} holds no class folders; put each class's images in a folder of "
                 "its own, or train/ and test/ with such folders"
+            )
+        # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
+        if {name.casefold() for name in classes} <= _PART_NAMES and all(
+            _subfolders(folder / name) for name in classes
+        ):
+            raise UserError(
+                f"folder {folder} holds {', '.join(f'{name}/' for name in classes)}, which are "
+                "parts, not classes; rename them train/ and test/ (and val/)"
             )
         images = tuple(
             (path, label)

@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import random
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,6 +57,13 @@ _UPRIGHT = {
 
 # A TIFF's tile is decoded whole, however little of it lies within the image.
 _TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
+
+# A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
+# Encoders write about ten; PIL sets no limit.
+_MOST_SCANS = 256
+# The marker that ends a JPEG, or one that a length follows; of what lies between, FF00 is escaped.
+_MARKER = re.compile(rb"\xff(?:\xd9|[\xc0-\xcf\xda-\xfe](..))", re.DOTALL)
+_MOST_JPEG_BYTES = 2**28
 
 # Longer strips than this are cut to their middle before the short side is resized, or a strip of
 # a few bytes would become gigabytes. What is cut lies far outside the centre crop.
@@ -152,6 +160,8 @@ def decode_image(
     try:
         with Image.open(file, formats=known) as image:
             _check_pixels(image, name, max_pixels)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(file)
             large = image.width * image.height > _LARGE
             with _one_large if large else nullcontext():
                 image.load()
@@ -181,6 +191,18 @@ def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
                 f"image {name} has {what}{width:,} x {height:,} pixels, more than the {limit:,} "
                 "allowed; make it smaller"
             )
+
+
+def _check_scans(file: BinaryIO) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    data = file.read(min(size, _MOST_JPEG_BYTES))
+    scans = at = 0
+    while (found := _MARKER.search(data, at)) and found[1] is not None:
+        scans += data[found.start() + 1] == 0xDA
+        if scans > _MOST_SCANS:
+            raise ValueError(f"it has more than {_MOST_SCANS} scans")
+        at = found.start() + 2 + int.from_bytes(found[1], "big")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -40,7 +40,8 @@ class Task:
     ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
     text prompts that are not learned. A target domain has test images only. ``source_sha256`` is
     the hash of the files that images were unpacked from, where they were. ``notes`` are sentences
-    on what its user should know, for whoever opens it to tell.
+    on what its user should know, for whoever opens it to tell. Of a subset of classes ``part_of``
+    is the task that has them all, with their labels there.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     template: str = "a photo of a {}."
     source_sha256: str | None = None
     notes: tuple[str, ...] = ()
+    part_of: tuple[Task, range] | None = None
 
     def image_path(self, item: Item) -> Path:
         """Where the item's image file is."""
@@ -83,18 +85,20 @@ def subset_classes(task: Task, which: str) -> Task:
     if count < 2:
         raise UserError(f"dataset '{task.name}' has one class; base and new classes need two")
     half = (count + 1) // 2
-    low, high = (0, half) if which == "base" else (half, count)
-
-    def kept(items: Sequence[Item]) -> tuple[Item, ...]:
-        return tuple(replace(i, label=i.label - low) for i in items if low <= i.label < high)
-
+    labels = range(half) if which == "base" else range(half, count)
     return replace(
         task,
-        class_names=task.class_names[low:high],
-        train=kept(task.train),
-        val=kept(task.val),
-        test=kept(task.test),
+        class_names=task.class_names[labels.start : labels.stop],
+        train=subset_items(task.train, labels),
+        val=subset_items(task.val, labels),
+        test=subset_items(task.test, labels),
+        part_of=(task, labels),
     )
+
+
+def subset_items(items: Sequence[Item], labels: range) -> tuple[Item, ...]:
+    """The items of these labels, which are counted anew from 0."""
+    return tuple(replace(i, label=i.label - labels.start) for i in items if i.label in labels)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "p
 _NAMES_FILE = "classnames.txt"
 _LISTING = "listing.json"
 _LARGEST_IMAGE = 2**30  # bytes of a file
+_PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
 
 # part (or "" where nothing is split), class name, bytes of an image file
@@ -223,12 +224,19 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
         ) from error
     _check_names(path)
     try:
-        loaded = datasets.load_from_disk(str(path))
+        yield from _rows(datasets.load_from_disk(str(path)), path)
+    except UserError:
+        raise
     except Exception as error:  # Arrow's errors are a wide family
         raise UserError(
             f"dataset {path} cannot be loaded ({reason_of(error)}); save it anew"
         ) from error
-    split = isinstance(loaded, datasets.DatasetDict)
+
+
+def _rows(loaded: Any, path: Path) -> Iterator[_Image]:
+    from datasets import DatasetDict, Image
+
+    split = isinstance(loaded, DatasetDict)
     for part, rows in loaded.items() if split else [("", loaded)]:
         if split and part not in _PARTS:
             raise UserError(
@@ -238,8 +246,15 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
         where = f"dataset {path}{f', {part}' if part else ''}"
         image = _column(rows, IMAGE_COLUMNS, where, "images")
         label = _column(rows, LABEL_COLUMNS, where, "labels")
-        names = getattr(rows.features[label], "names", None)
-        rows = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+        kind = rows.features[label]
+        names = getattr(kind, "names", None)
+        # The library would decode others, with whatever program or address an image there asks for.
+        if names is None and not _PLAIN.fullmatch(str(getattr(kind, "dtype", None))):
+            raise UserError(
+                f"{where}: column '{label}' is of type {type(kind).__name__}; make it a "
+                "ClassLabel, whole numbers or text"
+            )
+        rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
         for number, row in enumerate(rows):
             line = f"{where}, row {number}"
             content = _content(row[image], line, path)
@@ -247,9 +262,9 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
 
 
 def _check_names(path: Path) -> None:
-    """Raise `UserError` where a dataset's records name files outside its folder.
+    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
 
-    The library opens whatever they name.
+    The library opens whatever they name, and would wait for a FIFO without end.
     """
     places = [path]
     if (path / "dataset_dict.json").is_file():
@@ -263,8 +278,15 @@ def _check_names(path: Path) -> None:
         files = record.get("_data_files") if isinstance(record, dict) else None
         if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
             raise UserError(f"{place / 'state.json'} lists no data files; save the dataset anew")
-        for file in files:
-            _inside(file.get("filename"), place)
+        data = [_inside(file.get("filename"), place) for file in files]
+        for file in (place / name for name in ("dataset_info.json", *data)):
+            try:
+                open_regular(file).close()
+            except OSError as error:
+                raise UserError(
+                    f"dataset {path} cannot be loaded: {file} cannot be opened ({error}); save it "
+                    "anew"
+                ) from error
 
 
 def _inside(name: Any, place: Path) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dapt.data.items import Item, Task, check_path
+from dapt.data.items import Item, Task, check_path, subset_items
 from dapt.errors import UserError, nearest
 from dapt.files import file_digest, file_size, read_json, write_json
 
@@ -56,7 +56,8 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
 
     One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
     ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
-    gives all it has, without a draw. Zhou et al. (2022) drew the published sets like this.
+    gives all it has, without a draw. Zhou et al. (2022) drew the published sets like this. A subset
+    of classes has its images of the draw from all: they drew before they took base or new classes.
 
     Raises:
         UserError: ``shots`` is below 1 or ``seed`` below 0.
@@ -65,10 +66,18 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
         raise UserError(f"shots {shots} must be 1 or more")
     if seed < 0:  # random.Random would take it for its absolute value
         raise UserError(f"seed {seed} must be 0 or more")
+    if task.part_of is not None:
+        whole, labels = task.part_of
+        return _subset(draw_support_set(whole, shots, seed), labels)
     generator = random.Random(seed)
     train = _draw(task.train, shots, generator)
     val = _draw(task.val, min(shots, VAL_SHOTS), generator)
     return SupportSet(task.name, shots, seed, train, val)
+
+
+def _subset(support: SupportSet, labels: range) -> SupportSet:
+    train, val = subset_items(support.train, labels), subset_items(support.val, labels)
+    return replace(support, train=train, val=val)
 
 
 def _draw(items: Sequence[Item], shots: int, generator: random.Random) -> tuple[Item, ...]:
@@ -119,7 +128,8 @@ def _digest(path: Path) -> bytes | None:
 def load_support_set(path: Path, task: Task) -> SupportSet:
     """Read a support set that `SupportSet.save` wrote, or one written by hand in that form.
 
-    Its images need not be in the task's train list, but must not be test images.
+    Its images need not be in the task's train list, but must not be test images. For a subset of
+    classes it may be one of that subset, or of all classes, of which the subset's images are taken.
 
     Raises:
         UserError: the file is missing or malformed or names no train image, an item's class is
@@ -137,6 +147,10 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
             )
     if not data["train"]:
         raise UserError(f"support set file {path} names no train images; draw it anew")
+    if task.part_of is not None:
+        whole, labels = task.part_of
+        if any(_fits(e, whole) and not _fits(e, task) for e in (*data["train"], *data["val"])):
+            return _subset(load_support_set(path, whole), labels)
     test = {item.path for item in task.test}
     seen: set[str] = set()
     parts: dict[str, tuple[Item, ...]] = {}
@@ -155,6 +169,14 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
             items.append(item)
         parts[part] = tuple(items)
     return SupportSet(data["dataset"], data["shots"], data["seed"], **parts)
+
+
+def _fits(entry: Any, task: Task) -> bool:
+    """Whether an entry's label and class name are those of a class of the task."""
+    entry, names = entry if isinstance(entry, dict) else {}, task.class_names
+    label = entry.get("label")
+    known = type(label) is int and 0 <= label < len(names)
+    return known and names[label] == entry.get("class_name")
 
 
 def _item(entry: Any, task: Task, where: str) -> Item:

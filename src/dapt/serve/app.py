@@ -132,13 +132,14 @@ def create_app(
     *,
     token: str | None = None,
     hosts: frozenset[str] = frozenset(),
+    addresses: bool = False,
 ) -> FastAPI:
     """The application; its lifespan starts and ends the threads that do the work.
 
     Args:
         served: from `load_served`.
         limits: bounds; the defaults if not given.
-        token, hosts: as for `Gate`.
+        token, hosts, addresses: as for `Gate`.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -281,7 +282,9 @@ def create_app(
         return JSONResponse({"detail": "the request ended early"}, 400)
 
     paths = ["/", "/docs", "/openapi.json", "/predict", "/classes", "/healthz", "/metrics"]
-    app.add_middleware(Gate, metrics=metrics, paths=paths, token=token, hosts=hosts)
+    app.add_middleware(
+        Gate, metrics=metrics, paths=paths, token=token, hosts=hosts, addresses=addresses
+    )
     return app
 
 

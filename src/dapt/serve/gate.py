@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import time
 from collections.abc import Iterable
@@ -73,6 +74,9 @@ class Gate:
             A page elsewhere that has its own name point to a loopback address (DNS rebinding)
             would otherwise read what only this machine should. Nor may a browser ask on behalf of
             a page from elsewhere: it could not read the answer, but have work done.
+        addresses: whether any IP address will do as well, and "localhost": no page elsewhere can
+            have these lead here. A page that goes by one is this server's own only where the
+            request does too, for there "localhost" may be another machine.
     """
 
     def __init__(
@@ -83,9 +87,10 @@ class Gate:
         paths: Iterable[str],
         token: str | None,
         hosts: frozenset[str],
+        addresses: bool = False,
     ) -> None:
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
-        self.token, self.hosts = token, hosts
+        self.token, self.hosts, self.addresses = token, hosts, addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or have the application answer."""
@@ -114,14 +119,15 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
+        host = _host_name(headers.get("host", ""))
+        if self.hosts and not (host in self.hosts or (self.addresses and _is_address(host))):
             return _sentence(
                 403,
                 "this server does not go by that name; start it with --allow-host NAME, or with "
                 "a token",
             )
         origin = headers.get("origin")  # sent by browsers, "null" for a file or a sandboxed page
-        if self.hosts and origin is not None and not self._is_own(origin):
+        if self.hosts and origin is not None and not self._is_own(origin, host):
             return _sentence(403, "this server answers to no page of another server")
         path: str = scope["path"]
         if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDER):
@@ -135,9 +141,9 @@ class Gate:
             {"www-authenticate": "Bearer"},
         )
 
-    def _is_own(self, origin: str) -> bool:
+    def _is_own(self, origin: str, host: str) -> bool:
         try:
-            return _host_name(urlsplit(origin).netloc) in self.hosts
+            return _host_name(urlsplit(origin).netloc) in {host, *self.hosts}
         except ValueError:  # a bracket that is not closed
             return False
 
@@ -151,6 +157,13 @@ def _host_name(host: str) -> str:
     """Without the port."""
     name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
     return name.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return name == "localhost" or bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
 
 
 def _sentence(status: int, detail: str, headers: Any = None) -> JSONResponse:

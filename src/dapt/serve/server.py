@@ -86,19 +86,21 @@ def make_server(
         found: from `open_socket`.
         limits: bounds.
         token: that requests must bring.
-        names: that requests may call this server by, besides those of a loopback address. They
-            count where it is reached by loopback without a token only.
+        names: that requests may call this server by without a token, besides those of a loopback
+            address, or else any IP address, "localhost" and this machine's name.
         ready: called once it answers.
     """
     hosts: frozenset[str] = frozenset()
-    if token is None and is_loopback(found):
+    loopback = is_loopback(found)
+    if token is None:
         own = found.getsockname()[0]
-        hosts = frozenset({"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"})
-        hosts |= {name.lower() for name in names}
+        local = {"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"}
+        known = local if loopback else {socket.gethostname().lower()}
+        hosts = frozenset({*known, *(name.lower() for name in names if name)})
     # Too many pixels are refused in a sentence; PIL's warning would only fill the log.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     config = uvicorn.Config(
-        create_app(served, limits, token=token, hosts=hosts),
+        create_app(served, limits, token=token, hosts=hosts, addresses=not loopback),
         http=_Protocol,
         ws="none",
         lifespan="on",
