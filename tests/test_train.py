@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dapt.data import draw_support_set
 from dapt.errors import UserError
+from dapt.files import write_atomic
 from dapt.methods import METHODS, Method
 from dapt.runs import RunDirectory
 from dapt.settings import make_settings
@@ -188,6 +189,36 @@ def test_a_run_is_never_mixed_with_another(given, tmp_path):
         train(settings.model_copy(update={"lr": 0.5}), run.path, resume=True)
     train(settings.model_copy(update={"lr": 0.5}), run.path, overwrite=True)
     assert run.read_settings().lr == 0.5
+
+
+def test_nothing_but_a_run_is_discarded(given, tmp_path):
+    """Files of others may have a run's names, and a folder may be where a run has a file."""
+    settings = make_settings({**given, "method": "zero-shot"})
+    (mine := tmp_path / "project").mkdir()
+    for name in ("log.csv", "eval-2024.json"):
+        (mine / name).write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"log\.csv is there, and .* holds no run"):
+            train(settings, mine, resume=resume)
+    assert sorted(file.name for file in mine.iterdir()) == ["eval-2024.json", "log.csv"]
+    (mine / "notes.txt").write_text("mine")
+    train(settings, mine, overwrite=True)
+    assert (mine / "notes.txt").exists()
+    assert not (mine / "log.csv").exists()
+
+    (mine / "eval-old.json").mkdir()
+    with pytest.raises(UserError, match=r"eval-old\.json is a folder"):
+        train(settings, mine, overwrite=True)
+    assert RunDirectory(mine).finished
+
+
+def test_a_link_gives_no_permissions(tmp_path):
+    (tmp_path / "odd").write_text("{}")
+    (tmp_path / "odd").chmod(0o777)
+    (tmp_path / "metrics.json").symlink_to(tmp_path / "odd")
+    write_atomic(tmp_path / "metrics.json", "{}")
+    assert not (tmp_path / "metrics.json").is_symlink()
+    assert not (tmp_path / "metrics.json").stat().st_mode & 0o022
 
 
 def test_resume_and_overwrite_exclude_each_other(given, tmp_path):

@@ -85,8 +85,8 @@ def file_digest(path: Path | str) -> bytes:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write ``content`` beside ``path``, flush it to disk, and put it in place in one move.
 
-    A file that is replaced keeps its permissions. What an earlier write of ``path`` left beside it
-    when it was killed is deleted.
+    A file that is replaced keeps its permissions; what a link leads to gives none. What an earlier
+    write of ``path`` left beside it when it was killed is deleted.
     """
     data = content.encode() if isinstance(content, str) else content
     prefix = f".{path.name}."
@@ -95,7 +95,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     try:
         with temporary.open("xb") as file:
             with suppress(FileNotFoundError):
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    temporary.chmod(mode & 0o777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

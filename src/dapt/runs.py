@@ -74,6 +74,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.json"
         self.failure_file = self.path / "failure.json"
         self.tensorboard = self.path / "tensorboard"
+        self._lock = self.path / ".lock"
 
     @property
     def exists(self) -> bool:
@@ -103,7 +104,7 @@ class RunDirectory:
                 f"run directory {self.path} cannot be made ({error.strerror}); choose another "
                 "with --output"
             ) from error
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self._lock)
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
@@ -165,9 +166,31 @@ class RunDirectory:
             raise
 
     def clear(self) -> None:
-        """Delete the run that is here, if there is one: its settings, which make it one, first."""
-        for file in [self.settings_file, *self.results(), *self._records()]:
+        """Delete the run that is here, if there is one: its settings, which make it one, first.
+
+        Raises:
+            UserError: a folder is where a run has a file; nothing is deleted then.
+        """
+        files = [self.settings_file, *self.results(), *self._records()]
+        for file in files:
+            if file.is_dir() and not file.is_symlink():
+                raise UserError(f"{file} is a folder, where a run has a file; move it elsewhere")
+        for file in files:
             file.unlink(missing_ok=True)
+
+    def require_own(self) -> None:
+        """Raise `UserError` if files with a run's names are here, but no run was ever begun.
+
+        A run that was killed at any moment has left its lock, which comes first.
+        """
+        if self.exists or self._lock.exists():
+            return
+        for file in (*self.results(), *self._records()):
+            if file.exists() or file.is_symlink():
+                raise UserError(
+                    f"{file} is there, and {self.path} holds no run that it could be of; choose "
+                    "another --output, or add --overwrite to replace it"
+                )
 
     def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> str | None:
         """Check that what was found again is what the run was begun with, and record this session.
@@ -237,6 +260,7 @@ class RunDirectory:
     def fail(self, error: str, details: str | None = None) -> None:
         """Record why the run was given up: a sentence, and a traceback where it was a surprise."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.touch()  # says that the folder is ours, where the run was not begun
         write_json(self.failure_file, {"error": error, "traceback": details})
 
     def read_failure(self) -> str | None:

@@ -184,6 +184,8 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
     if not run.exists:
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"--output {run.path} is a file; give a directory")
+        if not overwrite:
+            run.require_own()
         return
     if overwrite:
         return
