@@ -224,6 +224,25 @@ def test_load_takes_what_dapt_train_wrote(new, photos, photo_folder, tiny_weight
     assert again.settings == {"crop_min": 0.08, "momentum": 0.5}
 
 
+def test_no_link_becomes_a_file(fitted, tmp_path):
+    """Of a stranger's run it may lead to what is private; those of the hub's cache do not."""
+    (secret := tmp_path / "secret").write_text("{}")
+    run = tmp_path / "cache" / "snapshots" / "1" / "run"
+    blobs = tmp_path / "cache" / "blobs"
+    fitted.save(run)
+    blobs.mkdir()
+    for file in run.glob("*.*"):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    PromptClassifier.load(run).save(tmp_path / "copy")
+    (run / "log.csv").unlink()
+    (run / "log.csv").symlink_to(secret)
+    with pytest.raises(UserError, match="is a link"):
+        PromptClassifier.load(run)
+    with pytest.raises(UserError, match="is a link"):
+        RunDirectory(tmp_path / "twin").copy_from(RunDirectory(run))
+
+
 def test_labels_survive_save_and_load(new, photos, tmp_path):
     numbers = [len(x) for x in photos[1]]
     names = {len(x): x for x in set(photos[1])}

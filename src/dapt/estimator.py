@@ -300,12 +300,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """
         settings = settings or run.read_settings()
         self._classifier = load_classifier(run, backbone=self._backbone(settings))
-        self.files_ = {
-            file.name: file.read_bytes()
-            for file in (run.settings_file, run.environment_file, run.task_file, run.support_file,
-                         run.log_file, run.prompts_file, run.metrics_file)
-            if file.is_file()
-        }  # fmt: skip
+        run.check_links(run.files())
+        self.files_ = {file.name: file.read_bytes() for file in run.files()}
         self.files_[run.settings_file.name] = json.dumps(settings.model_dump(), indent=1).encode()
         self._places = np.argsort(classes, kind="stable")
         names = run.read_task()[1]

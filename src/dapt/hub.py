@@ -19,17 +19,9 @@ def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
         UserError: no finished run is here, or a file of it is a link.
     """
     run.require()
-    kept = {
-        run.settings_file, run.environment_file, run.task_file, run.support_file, run.log_file,
-        run.prompts_file, run.metrics_file, *run.path.glob("eval-*.json"),
-    }  # fmt: skip
-    files: dict[str, bytes | Path] = {"README.md": model_card(run).encode()}
-    for file in sorted(kept):
-        if file.is_symlink():  # a stranger's run may show with one what is nobody's business
-            raise UserError(f"{file} is a link; push a run whose files stand in it themselves")
-        if file.is_file():
-            files[file.name] = file
-    return files
+    kept = sorted({*run.files(), *run.path.glob("eval-*.json")})
+    run.check_links(kept)
+    return {"README.md": model_card(run).encode(), **{file.name: file for file in kept}}
 
 
 def push(

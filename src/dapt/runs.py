@@ -25,7 +25,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
@@ -137,6 +137,18 @@ class RunDirectory:
                 "--resume' continues it"
             )
 
+    def check_links(self, files: Iterable[Path]) -> None:
+        """Refuse files that are links, before they are copied or sent: in a stranger's run they may
+        show what is nobody's business. Those of a snapshot in the hub's cache lead to its blobs.
+
+        Raises:
+            UserError: a link leads elsewhere.
+        """
+        cached = [p.parent / "blobs" for p in self.path.resolve().parents if p.name == "snapshots"]
+        for file in files:
+            if file.is_symlink() and not any(file.resolve().is_relative_to(p) for p in cached):
+                raise UserError(f"{file} is a link; use a run whose files stand in it themselves")
+
     # ------------------------------------------------------------------ what decides it
 
     def begin(
@@ -238,7 +250,9 @@ class RunDirectory:
 
         Raises:
             InUse: another process holds this directory, or has begun a run in it.
+            UserError: a file of the other is a link.
         """
+        other.check_links(other.files())
         with self.locked():
             if self.exists:
                 raise InUse(f"run directory {self.path} was taken by another process meanwhile")
@@ -269,6 +283,11 @@ class RunDirectory:
             return None
         value = read_json(self.failure_file, "failure record")
         return str(value.get("error")) if isinstance(value, dict) else "unknown"
+
+    def files(self) -> list[Path]:
+        """Those that tell of the run and its result, without evaluations elsewhere."""
+        files = [self.settings_file, *self._records(), self.log_file, self.prompts_file]
+        return [file for file in dict.fromkeys([*files, self.metrics_file]) if file.is_file()]
 
     def results(self) -> list[Path]:
         """Files of what came of the run, there or not; another run replaces them all."""
