@@ -19,9 +19,11 @@ import yaml
 from fuzz import CORPUS, TARGETS, read_or_refused
 from hypothesis import example, given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from conftest import frugal, fuzzed
 from dapt.card import model_card
+from dapt.cli import app
 from dapt.errors import UserError
 from dapt.experiment import make_plan, read_suite
 from dapt.files import LARGEST_YAML, parse_yaml, read_json
@@ -290,6 +292,40 @@ def test_no_file_outside_of_a_run_is_touched(good, tmp_path):
     (run / "tensorboard" / "notes").mkdir()
     train(settings, run, overwrite=True)
     assert (run / "tensorboard" / "notes").is_dir()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"test": {"images": 3, "accuracy": 10**400}},
+        {"test": {"images": 3}},
+        {"test": {"images": -1, "accuracy": 0.5}},
+        {"dispersion": {"inter": {"before": "high"}}},
+        {"dataset": ["[/x]"]},
+    ],
+)
+def test_odd_metrics_are_one_sentence(good, tmp_path, changes):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(good / "dapt", run.path)
+    assert run.read_metrics()
+    run.metrics_file.write_text(json.dumps({**run.read_metrics(), **changes}))
+    for command in (["push", run.path, "a/b", "--dry-run"], ["train", "-o", run.path, "--resume"]):
+        made = CliRunner().invoke(app, list(map(str, command)))
+        assert made.exit_code == 2, made.output
+        assert "metrics.json" in made.stderr
+        assert "damaged" in made.stderr or "whole number" in made.stderr
+
+
+def test_large_files_of_a_run_are_not_read(good, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(good / "dapt", run.path)
+    with run.prompts_file.open("r+b") as file:
+        file.truncate(2**40)  # which takes no room on disk
+    with frugal(megabytes=100), pytest.raises(UserError, match="bytes, and .* are read"):
+        run.read_tensors(run.prompts_file)
+    run.log_file.write_bytes(b"\n" * 20_000_000)
+    with frugal(megabytes=400), pytest.raises(Damaged, match="more than 1,000,000 steps"):
+        read_log(collect([run.path])[0][0])
 
 
 RECORDS = ["settings.json", "environment.json", "task.json", "support_set.json", "metrics.json"]

@@ -9,6 +9,7 @@ pickles, which `dapt.unpickle` reads; it knows tensors and plain containers and 
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Container
 from contextlib import ExitStack
@@ -204,16 +205,20 @@ def _zip(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path, largest: int | None = None) -> None:
     """See that a safetensors file is an ordinary one and lists no more tensors than a model has.
 
-    The library would make an object of each, a hundred megabytes of names if need be.
+    The library would make an object of each, a hundred megabytes of names if need be. ``largest``
+    is the most bytes it may have.
 
     Raises:
         OSError, ValueError: it is not.
     """
     with open_regular(path) as file:
         _check_header(int.from_bytes(file.read(8), "little"))
+        size = os.fstat(file.fileno()).st_size
+    if largest is not None and size > largest:
+        raise ValueError(f"it has {size:,} bytes, and {largest:,} are read")
 
 
 def _check_header(size: int) -> None:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dapt.runs import RunDirectory
 
 # No run writes a file of this size (1,000 classes make a metrics.json of about 8 MB).
 _LARGEST = 200 * 2**20
+# Of a log: rows take several times the memory that they take on disk.
+_MOST_STEPS = 1_000_000
 _TEXT = 120  # longest name or value shown
 # What makes text after it run the other way: a name could rearrange the line it stands in.
 _TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -342,7 +345,9 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
         raise Damaged("log.csv is too large")
     try:
         with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.reader(lines))
+            rows = list(islice(csv.reader(lines), _MOST_STEPS + 1))
+        if len(rows) > _MOST_STEPS:
+            raise Damaged(f"log.csv has more than {_MOST_STEPS:,} steps")
         header = rows[0]
         values = np.array(rows[1:], dtype=float)
         if len(values) == 0:
