@@ -662,6 +662,25 @@ def tuned(photo_folder, tiny_weights, tmp_path_factory):
     return root / "run", photos
 
 
+def test_methods_compared_on_unlike_terms_are_named(tmp_path):
+    """Not what no method compared has learned by, nor what goes by shots."""
+    make_run(tmp_path / "runs/a", 0.5, method="zero-shot", epochs=7, support_set="x.json")
+    make_run(tmp_path / "runs/b", 0.6, method="linear-probe", epochs=9)
+    make_run(tmp_path / "runs/c", 0.6)
+    make_run(tmp_path / "runs/d", 0.6, shots=1, epochs=2)
+    make_run(tmp_path / "runs/e", 0.6, shots=1, epochs=2, method="coop")
+    written, _ = report(tmp_path / "runs", tmp_path)
+    assert written.warnings == ()
+    make_run(tmp_path / "runs/f", 0.7, method="coop", epochs=6)
+    make_run(tmp_path / "runs/g", 0.8, method="vpt", backbone="ViT-B-16")
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert [w.split(" (")[0] for w in sorted(written.warnings)] == [
+        "pets: methods differ in backbone",
+        "pets: methods differ in epochs",
+    ]
+    assert "VPT ViT-B-16" in page.text
+
+
 def test_features(tuned, tmp_path, monkeypatch):
     run, photos = tuned
     written, page = report(run, tmp_path, features=True)
@@ -688,6 +707,16 @@ def test_features(tuned, tmp_path, monkeypatch):
     shown = re.findall(r"<strong>(.+?)</strong> <a [^>]*>(\d+) % right", page.source)
     assert [(n.strip(), f"{float(share):.0f}") for n, share in table] == shown
     monkeypatch.undo()
+
+    # Other images than those it was tuned on are none that a run may choose to show.
+    item = json.loads((run / "support_set.json").read_text())["train"][0]
+    image = next(p for p in (photos / item["path"], photos / "train" / item["path"]) if p.exists())
+    content = image.read_bytes()
+    image.write_bytes(content + b"more")
+    _, page = report(run, tmp_path, features=True)
+    assert "none of them is shown" in " ".join(page.text.split())
+    assert "img" not in page.tags
+    image.write_bytes(content)
 
     # Without the images: what needs them is left out and named, the text features are there.
     photos.rename(photos.with_name("gone"))

@@ -245,6 +245,23 @@ def test_runs_without_support_images(served, run, pictures, tmp_path):
         assert client.get("/support/0").status == 404
 
 
+def test_a_run_cannot_choose_whose_images_are_shown(run, tmp_path):
+    """A stranger's may name any folder, with files of the names it lists."""
+    shutil.copytree(run.path, tmp_path / "strange")
+    strange = RunDirectory(tmp_path / "strange")
+    settings = json.loads(strange.settings_file.read_text())
+    shutil.copytree(settings["dataset"], tmp_path / "pictures")
+    strange.settings_file.write_text(
+        json.dumps({**settings, "dataset": str(tmp_path / "pictures")})
+    )
+    assert load_served(strange).support is not None
+    item = json.loads(run.support_file.read_text())["train"][0]["path"]
+    folders = (tmp_path / "pictures", tmp_path / "pictures" / "train")
+    image = next(folder / item for folder in folders if (folder / item).exists())
+    Image.new("RGB", (40, 40), "red").save(image)
+    assert load_served(strange).support is None
+
+
 def test_bad_images(client, pictures):
     good = pictures[0].read_bytes()
     truncated, huge = good[: len(good) // 2], png_header(30_000, 30_000)

@@ -32,6 +32,7 @@ from dapt.data import (
     load_support_set,
     open_task,
     subset_classes,
+    support_digest,
 )
 from dapt.errors import UserError
 from dapt.evaluate import (
@@ -163,6 +164,7 @@ def train(
                 "seed": settings.seed,
                 "learned_parameters": classifier.learned_parameters,
                 "support_images": len(encoded.store),
+                "support_sha256": support_digest(task, support),
                 "skipped": skipped,
                 "also_tested": twice,
                 "rose": rose,
@@ -239,6 +241,25 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
         )
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
+    return support
+
+
+def known_support(run: RunDirectory, task: Task) -> SupportSet:
+    """A run's support set, if its images are still those that it was tuned on.
+
+    To be asked before images are shown: a stranger's run may name any folder of whoever opens it,
+    but cannot know what is in the images there.
+
+    Raises:
+        UserError: they are not, or the classes are others.
+    """
+    support = load_support_set(run.support_file, task)
+    recorded = run.read_metrics().get("support_sha256")
+    if task.class_names != run.read_task()[1] or recorded != support_digest(task, support):
+        raise UserError(
+            f"the images in {task.root} are not those that {run.path} was tuned on, so none of "
+            "them is shown"
+        )
     return support
 
 

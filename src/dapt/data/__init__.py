@@ -20,6 +20,7 @@ from dapt.data.support import (
     draw_support_set,
     images_in_both,
     load_support_set,
+    support_digest,
 )
 from dapt.data.tasks import bundled_domains, open_task
 
@@ -45,5 +46,6 @@ __all__ = [
     "open_task",
     "read_split",
     "subset_classes",
+    "support_digest",
     "upright_rgb",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -123,6 +124,14 @@ def _digest(path: Path) -> bytes | None:
     with suppress(OSError):
         return file_digest(path)
     return None
+
+
+def support_digest(task: Task, support: SupportSet) -> str:
+    """SHA-256 over the contents of a support set's train images, in their order."""
+    whole = hashlib.sha256()
+    for item in support.train:
+        whole.update(_digest(task.image_path(item)) or b"none")
+    return whole.hexdigest()
 
 
 def load_support_set(path: Path, task: Task) -> SupportSet:

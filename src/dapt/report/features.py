@@ -121,7 +121,7 @@ def _look(
     from dapt.prompts import Prompts
     from dapt.runs import RunDirectory
     from dapt.shared import Shared, backbone_of, skip_unreadable
-    from dapt.train import load_classifier, task_of
+    from dapt.train import known_support, load_classifier, task_of
 
     run = inside.run
     directory = RunDirectory(run.path)
@@ -149,6 +149,12 @@ def _look(
         task = task_of(settings)
         if task.class_names != names:
             raise UserError("its classes are no longer those that the run was tuned on")
+        if examples:
+            try:
+                known_support(directory, task)
+            except UserError as error:
+                yield f"{run.dataset}: no examples ({clean(error, 400)})"
+                examples = False
         step = -(-len(task.test) // MOST_IMAGES)
         spaced = range(0, len(task.test), step)
         confusion = _confusion(run, names) if examples else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +91,7 @@ class Study:
         # Fewer classes are another, easier task: they stand in only where there is no other.
         self.classes = next((c for c in ("all", "base", "new") if c in present), "all")
         whole = [run for run in finished if run.classes == self.classes]
+        self.warnings += _unlike(whole, self.varied)
         self.methods = _in_order({run.method for run in finished})
         self.datasets = sorted({run.dataset for run in whole})
         self.shots = sorted({run.shots for run in whole})
@@ -405,6 +406,27 @@ def _varied(runs: Sequence[Run]) -> tuple[str, ...]:
             if len({_json(s.get(name)) for s in settings}) > 1:
                 varied.add(name)
     return tuple(sorted(varied))
+
+
+def _unlike(runs: Sequence[Run], varied: Sequence[str]) -> Iterator[str]:
+    """Sentences on what methods should have in common where they are compared, and have not."""
+    for name in sorted({"backbone", "precision", "epochs", "support_set"} - set(varied)):
+        # Zero-shot's one run stands for all shots; epochs go by them.
+        of_shots = name in ("epochs", "support_set")
+        found: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+        for run in runs:
+            if name in _idle(run.method) or (run.method == ZERO_SHOT and name == "support_set"):
+                continue
+            value = full_settings(run).get(name)
+            own = run.environment.get("backbone_sha256") if name == "backbone" else None
+            group = found[run.dataset, run.shots if of_shots else 0]
+            group.setdefault(_json(own or value), f"{method_title(run.method)} {shown(value)}")
+        for dataset in sorted({dataset for (dataset, _), group in found.items() if len(group) > 1}):
+            apart = next(g for (d, _), g in found.items() if d == dataset and len(g) > 1)
+            yield (
+                f"{dataset}: methods differ in {name} ({', '.join(apart.values())}), so their "
+                "differences are not the methods' alone"
+            )
 
 
 _TEXT = {"text_vectors", "text_init"}

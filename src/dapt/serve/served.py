@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from dapt.classifier import Classifier
-from dapt.data import ImageStore, centre_view, decode_image, load_support_set
+from dapt.data import ImageStore, centre_view, decode_image
 from dapt.errors import UserError
 from dapt.evaluate import chunks
 from dapt.progress import Reporter
 from dapt.runs import RunDirectory
 from dapt.settings import backbone_name
-from dapt.train import load_classifier, task_of
+from dapt.train import known_support, load_classifier, task_of
 
 # What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
 # a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.
@@ -108,7 +108,8 @@ def load_served(
         device: to run on, if not the one it was tuned on.
         nearest: encode its support images too; where they are not to be had, that is said. Those of
             a run that `PromptClassifier` saved never are: their paths may lead anywhere on this
-            machine, and whoever made the run must not choose what a server shows of it.
+            machine, and whoever made the run must not choose what a server shows of it. Nor are
+            others than those it was tuned on, by content.
         reporter: is told of progress.
 
     Raises:
@@ -131,7 +132,7 @@ def load_served(
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:
     """The images that a run's support set lists, encoded with its prompts."""
     task = task_of(run.read_settings())
-    items = load_support_set(run.support_file, task).train
+    items = known_support(run, task).train
     seen = classifier.backbone.preprocessing
     store = ImageStore(
         [task.image_path(item) for item in items],
