@@ -323,6 +323,13 @@ def test_large_files_of_a_run_are_not_read(good, tmp_path):
         file.truncate(2**40)  # which takes no room on disk
     with frugal(megabytes=100), pytest.raises(UserError, match="bytes, and .* are read"):
         run.read_tensors(run.prompts_file)
+    for file in (run.prompts_file, run.log_file):  # neither are they copied
+        with pytest.raises(UserError, match="more than .* bytes"):
+            RunDirectory(tmp_path / "twin").copy_from(run)
+        with file.open("r+b") as opened:
+            opened.truncate(100)
+        with run.log_file.open("r+b") as opened:
+            opened.truncate(2**30 if file == run.prompts_file else 100)
     run.log_file.write_bytes(b"\n" * 20_000_000)
     with frugal(megabytes=400), pytest.raises(Damaged, match="more than 1,000,000 steps"):
         read_log(collect([run.path])[0][0])

@@ -49,7 +49,7 @@ from dapt.settings import Settings, make_settings
 from dapt.weights import check_safetensors
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
-# Of a safetensors file of a run: a probe of 30,000 classes on the widest towers there are.
+# Bytes of any file of a run: a probe of 30,000 classes on the widest towers there are.
 _LARGEST = 2**28
 # What TensorBoard's files begin with.
 _EVENTS = "events.out.tfevents"
@@ -173,12 +173,14 @@ class RunDirectory:
         show what is nobody's business. Those of a snapshot in the hub's cache lead to its blobs.
 
         Raises:
-            UserError: a link leads elsewhere.
+            UserError: a link leads elsewhere, or a file is larger than a run's are.
         """
         cached = [p.parent / "blobs" for p in self.path.resolve().parents if p.name == "snapshots"]
         for file in files:
             if file.is_symlink() and not any(file.resolve().is_relative_to(p) for p in cached):
                 raise UserError(f"{file} is a link; use a run whose files stand in it themselves")
+            if file.stat().st_size > _LARGEST:
+                raise UserError(f"{file} has more than {_LARGEST:,} bytes, as no run's file has")
 
     # ------------------------------------------------------------------ what decides it
 
@@ -212,12 +214,14 @@ class RunDirectory:
         """Delete the run that is here, if there is one: its settings, which make it one, first.
 
         Raises:
-            UserError: a folder is where a run has a file; nothing is deleted then.
+            UserError: a folder is where a run has a file, or the reverse; nothing is deleted then.
         """
         files = [self.settings_file, *self.results(), *self._records()]
         for file in files:
             if file.is_dir() and not file.is_symlink():
                 raise UserError(f"{file} is a folder, where a run has a file; move it elsewhere")
+        if self.tensorboard.is_file():
+            raise UserError(f"{self.tensorboard} is a file, where a run has a folder; move it")
         for file in files:
             file.unlink(missing_ok=True)
 

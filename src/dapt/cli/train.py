@@ -181,8 +181,11 @@ def train(
 def _result(run: RunDirectory) -> dict[str, Any]:
     """Metrics of the run that was just finished, and under ``seconds`` how long tuning took."""
     try:
-        return {**run.read_metrics(), "seconds": run.read_environment()["tuning_seconds"]}
-    except (UserError, KeyError) as error:
+        seconds = run.read_environment().get("tuning_seconds")
+        if not isinstance(seconds, float):
+            raise UserError(f"{run.environment_file} is damaged; run 'dapt train' again")
+        return {**run.read_metrics(), "seconds": seconds}
+    except UserError as error:
         if run.finished:
             raise
         raise UserError(

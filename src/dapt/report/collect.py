@@ -25,7 +25,8 @@ from dapt.runs import RunDirectory
 
 # No run writes a file of this size (1,000 classes make a metrics.json of about 8 MB).
 _LARGEST = 200 * 2**20
-# Of a log: rows take several times the memory that they take on disk.
+# Of a log, whose rows and cells take many times the memory that they take on disk.
+_LARGEST_LOG = 2**26
 _MOST_STEPS = 1_000_000
 _TEXT = 120  # longest name or value shown
 # What makes text after it run the other way: a name could rearrange the line it stands in.
@@ -341,7 +342,7 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
     file = RunDirectory(run.path).log_file
     if not file.is_file() or file.stat().st_size == 0:
         return {}
-    if file.stat().st_size > _LARGEST:
+    if file.stat().st_size > _LARGEST_LOG:
         raise Damaged("log.csv is too large")
     try:
         with file.open(newline="", encoding="utf-8") as lines:
