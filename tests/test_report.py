@@ -717,6 +717,12 @@ def test_features(tuned, tmp_path, monkeypatch):
     assert "none of them is shown" in " ".join(page.text.split())
     assert "img" not in page.tags
     image.write_bytes(content)
+    shutil.copytree(photos, tmp_path / "elsewhere")
+    for image in (photos / "test").rglob("*.png"):
+        image.unlink()
+        image.symlink_to(tmp_path / "elsewhere" / image.relative_to(photos))
+    _, page = report(run, tmp_path, features=True)
+    assert "img" not in page.tags
 
     # Without the images: what needs them is left out and named, the text features are there.
     photos.rename(photos.with_name("gone"))

@@ -260,6 +260,11 @@ def test_a_run_cannot_choose_whose_images_are_shown(run, tmp_path):
     image = next(folder / item for folder in folders if (folder / item).exists())
     Image.new("RGB", (40, 40), "red").save(image)
     assert load_served(strange).support is None
+    # What cannot be read has no digest, and none is no proof.
+    image.unlink()
+    metrics = strange.read_metrics()
+    strange.metrics_file.write_text(json.dumps({**metrics, "support_sha256": None}))
+    assert load_served(strange).support is None
 
 
 def test_bad_images(client, pictures):

@@ -127,7 +127,7 @@ def export(
     card = file.with_suffix(".md")
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
-    if file.suffix in _OF_RUNS:
+    if file.suffix.lower() in _OF_RUNS:
         raise UserError(
             f"--output {file} has the name of a run's own files; give one such as classifier.onnx"
         )

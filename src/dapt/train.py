@@ -254,11 +254,11 @@ def known_support(run: RunDirectory, task: Task) -> SupportSet:
         UserError: they are not, or the classes are others.
     """
     support = load_support_set(run.support_file, task)
-    recorded = run.read_metrics().get("support_sha256")
-    if task.class_names != run.read_task()[1] or recorded != support_digest(task, support):
+    recorded, found = run.read_metrics().get("support_sha256"), support_digest(task, support)
+    if task.class_names != run.read_task()[1] or found is None or recorded != found:
         raise UserError(
-            f"the images in {task.root} are not those that {run.path} was tuned on, so none of "
-            "them is shown"
+            f"the images in {task.root} are not known to be those that {run.path} was tuned on, "
+            "so none of them is shown"
         )
     return support
 

@@ -126,11 +126,16 @@ def _digest(path: Path) -> bytes | None:
     return None
 
 
-def support_digest(task: Task, support: SupportSet) -> str:
-    """SHA-256 over the contents of a support set's train images, in their order."""
+def support_digest(task: Task, support: SupportSet) -> str | None:
+    """SHA-256 over the contents of a support set's train images, in their order.
+
+    None where one cannot be read: of what is not there, anybody knows the content.
+    """
     whole = hashlib.sha256()
     for item in support.train:
-        whole.update(_digest(task.image_path(item)) or b"none")
+        if (digest := _digest(task.image_path(item))) is None:
+            return None
+        whole.update(digest)
     return whole.hexdigest()
 
 

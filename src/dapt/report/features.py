@@ -309,17 +309,19 @@ def _examples(
     confidence: np.ndarray,
 ) -> list[HardClass]:
     """The hardest classes, and their most confidently misnamed images."""
-    hardest = []
+    hardest, root = [], task.root.resolve()
     for label in hard:
         wrong = np.flatnonzero((labels == label) & (named != label))
         worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
+        # What a link in someone's dataset leads to is not his to show.
+        own = [i for i in worst if task.image_path(items[i]).resolve().is_relative_to(root)]
         examples = tuple(
             Example(
                 _thumbnail(task.image_path(items[i])),
                 _name(names[int(named[i])]),
                 float(confidence[i]),
             )
-            for i in worst
+            for i in own
         )
         accuracy = float(confusion.right[label] / confusion.images[label])
         hardest.append(HardClass(_name(names[label]), accuracy, examples))
