@@ -321,8 +321,8 @@ class RunDirectory:
 
     def files(self) -> list[Path]:
         """Those that tell of the run and its result, without evaluations elsewhere."""
-        files = [self.settings_file, *self._records(), self.log_file, self.prompts_file]
-        return [file for file in dict.fromkeys([*files, self.metrics_file]) if file.is_file()]
+        files = [*self._records(), self.log_file, self.prompts_file, self.metrics_file]
+        return [file for file in files if file.is_file()]
 
     def results(self) -> list[Path]:
         """Files of what came of the run, there or not; another run replaces them all."""
