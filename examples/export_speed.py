@@ -14,11 +14,11 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from dapt.export import export
+from dapt.engine.shared import Shared, backbone_of
 from dapt.predict import predict_each
-from dapt.runs import RunDirectory
-from dapt.shared import Shared, backbone_of
-from dapt.train import load_classifier, task_of
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier, task_of
+from dapt.share.export import export
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run", type=RunDirectory)

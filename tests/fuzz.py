@@ -69,7 +69,7 @@ def put(place, name, content):
 
 
 def weights(content, place):
-    from dapt.weights import read_state_dict
+    from dapt.safe.weights import read_state_dict
 
     for name in ("a.pt", "a.safetensors"):
         with read_or_refused():
@@ -78,7 +78,7 @@ def weights(content, place):
 
 def checkpoint(content, place):
     """A pickle, in a zip, which would else be refused for the sum of its bytes."""
-    from dapt.exchange import read_published
+    from dapt.share.exchange import read_published
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -91,8 +91,8 @@ def checkpoint(content, place):
 
 def settings(content, place):
     """YAML and JSON that people write."""
-    from dapt.experiment import make_plan, read_suite
-    from dapt.files import read_json
+    from dapt.grid import make_plan, read_suite
+    from dapt.safe.files import read_json
     from dapt.settings import make_settings, read_settings_file
 
     file = put(place, "a.yaml", content)
@@ -122,10 +122,10 @@ def split(content, place):
 
 def run(content, place):
     """A run directory, one of whose files is named by the first line and is what follows."""
-    from dapt.card import model_card
     from dapt.report.collect import Damaged, collect, read_confusion, read_log
-    from dapt.runs import RunDirectory
-    from dapt.train import load_classifier
+    from dapt.run.directory import RunDirectory
+    from dapt.run.train import load_classifier
+    from dapt.share.card import model_card
 
     good, backbone = _good_run(place)
     stranger = place / "stranger"
@@ -153,9 +153,9 @@ def run(content, place):
 def _good_run(place):
     from miniatures import make_photos, make_weights
 
+    from dapt.engine.shared import backbone_of
+    from dapt.run.train import train
     from dapt.settings import make_settings
-    from dapt.shared import backbone_of
-    from dapt.train import train
 
     make_photos(place / "photos")
     make_weights(place / "tiny.safetensors")
@@ -169,7 +169,7 @@ def _good_run(place):
 
 def backbone(content, place):
     """The configuration in a backbone's folder."""
-    from dapt.backbone import load_backbone
+    from dapt.clip.backbone import load_backbone
 
     folder = _good_backbone(place)
     put(folder, "open_clip_config.json", content)

@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 
 from conftest import REPOSITORY
 from dapt import bench
-from dapt.backbone import load_backbone, load_model
 from dapt.bench import count_operations, read_class_names, run_bench
-from dapt.classifier import PromptedClassifier
 from dapt.cli import app
+from dapt.clip.backbone import load_backbone, load_model
+from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.step import Tuner
 from dapt.errors import UserError
-from dapt.experiment import read_suite
+from dapt.grid import read_suite
 from dapt.methods import METHODS
+from dapt.methods.prompts import new_prompts
 from dapt.plain import PlainClassifier
-from dapt.prompts import new_prompts
-from dapt.tuning import Tuner
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "a very long name of a rare flower"]
 

@@ -20,14 +20,14 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 from typer.testing import CliRunner
 
-from dapt.card import model_card
 from dapt.cli import app
+from dapt.clip.towers import TextEncoder
 from dapt.errors import UserError
 from dapt.estimator import PromptClassifier
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import train
 from dapt.settings import make_settings
-from dapt.towers import TextEncoder
-from dapt.train import train
+from dapt.share.card import model_card
 
 runner = CliRunner()
 

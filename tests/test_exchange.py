@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from conftest import frugal, fuzzed
 from dapt.cli import app
 from dapt.errors import UserError
-from dapt.exchange import import_checkpoint, read_published
-from dapt.runs import RunDirectory
-from dapt.train import load_classifier
-from dapt.weights import Checkpoint, read_checkpoint
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier
+from dapt.safe.weights import Checkpoint, read_checkpoint
+from dapt.share.exchange import import_checkpoint, read_published
 
 runner = CliRunner()
 
@@ -496,7 +496,7 @@ def test_a_key_too_deep_for_the_stack(tmp_path):
     file = tmp_path / "bad.pth.tar"
     file.write_bytes(beside(b"}" + b")" + b"\x85" * 400_000 + b"Ns", "zip"))
     code = (
-        "import sys; from pathlib import Path; from dapt.weights import read_checkpoint; "
+        "import sys; from pathlib import Path; from dapt.safe.weights import read_checkpoint; "
         "print(read_checkpoint(Path(sys.argv[1])).state['ctx'].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)

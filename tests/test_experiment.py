@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.data import bundled_domains
 from dapt.errors import UserError
-from dapt.experiment import make_plan, read_suite, run_plan, suite_file, suite_names
-from dapt.experiment.plan import DONE, Estimator
+from dapt.grid import make_plan, read_suite, run_plan, suite_file, suite_names
+from dapt.grid.plan import DONE, Estimator
 from dapt.progress import Reporter
 from dapt.settings import Settings
 
@@ -239,7 +239,7 @@ def test_a_failure_is_recorded_and_others_go_on(grid, tmp_path, undisturbed):
 
 
 def test_a_bug_in_one_run_keeps_its_traceback(grid, tmp_path, monkeypatch):
-    from dapt.experiment import work
+    from dapt.grid import work
 
     train = work.train
 
@@ -404,7 +404,7 @@ def test_a_run_held_by_another_process_is_revisited(grid, tmp_path, undisturbed)
     plan = plan_of(grid(), tmp_path)
     held = plan.runs[0].directory
     hold = (
-        "import sys, time\nfrom dapt.runs import RunDirectory\n"
+        "import sys, time\nfrom dapt.run.directory import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).locked():\n"
         "    print('held', flush=True)\n    time.sleep(600)\n"
     )

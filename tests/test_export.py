@@ -17,14 +17,14 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import REPOSITORY
-from dapt.card import model_card
 from dapt.cli import app
-from dapt.evaluate import classify
-from dapt.exchange import read_published
-from dapt.runs import RunDirectory
+from dapt.engine.evaluate import classify
+from dapt.engine.shared import Shared
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier, task_of, train
 from dapt.settings import make_settings
-from dapt.shared import Shared
-from dapt.train import load_classifier, task_of, train
+from dapt.share.card import model_card
+from dapt.share.exchange import read_published
 
 runner = CliRunner()
 

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.data import open_image, open_task
 from dapt.errors import UserError, printable
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import train
+from dapt.run.transfer import Target, evaluate_run
 from dapt.settings import make_settings
-from dapt.train import train
-from dapt.transfer import Target, evaluate_run
 
 RED = (200, 60, 60)
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapt import evaluate, losses
-from dapt.evaluate import calibration_error, mean_text_distance, metrics
-from dapt.losses import class_prototypes, inter_dispersion, intra_dispersion
-from dapt.probe import fit_probe
+from dapt.engine import evaluate
+from dapt.engine.evaluate import calibration_error, mean_text_distance, metrics
+from dapt.methods import losses
+from dapt.methods.losses import class_prototypes, inter_dispersion, intra_dispersion
+from dapt.methods.probe import fit_probe
 
 
 @settings(max_examples=30)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.data import open_task, packed
 from dapt.errors import UserError
+from dapt.run.train import train
 from dapt.settings import make_settings
-from dapt.train import train
 
 runner = CliRunner()
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapt.ranks import Ranks
+from dapt.engine.ranks import Ranks
+from dapt.run.train import train
 from dapt.settings import make_settings
-from dapt.train import train
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"

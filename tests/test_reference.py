@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapt.backbone import load_backbone
-from dapt.classifier import PromptedClassifier, image_features
-from dapt.losses import class_prototypes
+from dapt.clip.backbone import load_backbone
+from dapt.engine.classifier import PromptedClassifier, image_features
+from dapt.engine.step import Tuner, learning_rate
 from dapt.methods import METHODS
-from dapt.prompts import Prompts
-from dapt.tuning import Tuner, learning_rate
+from dapt.methods.losses import class_prototypes
+from dapt.methods.prompts import Prompts
 
 
 @pytest.fixture

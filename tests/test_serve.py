@@ -27,12 +27,12 @@ from typer.testing import CliRunner
 from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict_each
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import train
 from dapt.serve import server
 from dapt.serve.served import Served, load_served
 from dapt.serve.uploads import Limits
 from dapt.settings import make_settings
-from dapt.train import train
 
 runner = CliRunner()
 

@@ -3,9 +3,9 @@
 import pytest
 
 from dapt.data import ImageStore
+from dapt.engine.shared import Shared, backbone_of
+from dapt.run.train import train
 from dapt.settings import make_settings
-from dapt.shared import Shared, backbone_of
-from dapt.train import train
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_images_are_encoded_once_without_prompts(given, tmp_path, monkeypatch):
 
 def test_the_oldest_images_go_when_memory_is_short(given):
     from dapt.progress import Reporter
-    from dapt.train import support_of, task_of
+    from dapt.run.train import support_of, task_of
 
     settings = make_settings({**given, "memory_budget": 100_000 / 2**30})  # 13 of 40 x 48 px
     task, shared = task_of(settings), Shared(backbone_of(settings))

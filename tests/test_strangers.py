@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from conftest import frugal, fuzzed
-from dapt.card import model_card
 from dapt.cli import app
 from dapt.errors import UserError
-from dapt.experiment import make_plan, read_suite
-from dapt.files import LARGEST_YAML, parse_yaml, read_json
+from dapt.grid import make_plan, read_suite
 from dapt.report.collect import Damaged, collect, read_confusion, read_log
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier, train
+from dapt.safe.files import LARGEST_YAML, parse_yaml, read_json
 from dapt.settings import make_settings, parse_assignment, read_settings_file
-from dapt.train import load_classifier, train
+from dapt.share.card import model_card
 
 ODD = st.one_of(
     st.sampled_from(
@@ -241,7 +241,7 @@ def good(photo_folder, tiny_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone(good):
-    from dapt.shared import backbone_of
+    from dapt.engine.shared import backbone_of
 
     return backbone_of(RunDirectory(good / "dapt").read_settings())
 
@@ -555,7 +555,7 @@ def test_a_dataset_may_not_name_files_outside_it(photo_folder, tmp_path, monkeyp
 @fuzzed(25)
 @given(st.data())
 def test_any_damaged_weights(tiny_weights, tmp_path_factory, data):
-    from dapt.weights import read_state_dict
+    from dapt.safe.weights import read_state_dict
 
     file = tmp_path_factory.getbasetemp() / "weights.safetensors"
     content = tiny_weights.read_bytes()
@@ -567,7 +567,7 @@ def test_any_damaged_weights(tiny_weights, tmp_path_factory, data):
 
 
 def test_a_header_that_promises_more_than_it_holds(tmp_path):
-    from dapt.weights import read_state_dict
+    from dapt.safe.weights import read_state_dict
 
     header = json.dumps(
         {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
@@ -581,7 +581,7 @@ def test_a_header_that_promises_more_than_it_holds(tmp_path):
 
 def test_a_header_of_a_hundred_thousand_names(tmp_path):
     """Ten megabytes of names of nothing, for each of which there would be an object."""
-    from dapt.weights import read_state_dict
+    from dapt.safe.weights import read_state_dict
 
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"t{i}": nothing for i in range(100_000)}).encode()

@@ -17,19 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapt.data import draw_support_set
+from dapt.engine.step import learning_rate
 from dapt.errors import UserError
-from dapt.files import write_atomic
 from dapt.methods import METHODS, Method
-from dapt.runs import RunDirectory
-from dapt.settings import make_settings
-from dapt.train import (
+from dapt.run.directory import RunDirectory
+from dapt.run.train import (
     epoch_order,
     load_classifier,
     steps_per_epoch,
     task_of,
     train,
 )
-from dapt.tuning import learning_rate
+from dapt.safe.files import write_atomic
+from dapt.settings import make_settings
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_resume_elsewhere_is_told(given, tmp_path, entry, value, told, capsys)
 SCRIPT = """
 import json, sys
 from dapt.settings import make_settings
-from dapt.train import train
+from dapt.run.train import train
 train(make_settings(json.loads(sys.argv[1])), sys.argv[2], resume=True)
 """
 
@@ -264,9 +264,9 @@ def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
 # Begins a run anew and is gone, with no clean-up, when it comes to write the file named.
 KILLED_AT = """
 import json, os, sys
-from dapt import files
+from dapt.safe import files
 from dapt.settings import make_settings
-from dapt.train import train
+from dapt.run.train import train
 
 settings, run, target = sys.argv[1:]
 write = files.write_atomic
@@ -326,7 +326,7 @@ def test_what_diverges_before_the_learning_rate_is_due_is_not_blamed_on_it(given
 
 
 def test_no_figure_that_is_none_is_recorded(tmp_path):
-    from dapt.files import write_json
+    from dapt.safe.files import write_json
 
     with pytest.raises(UserError, match=r"metrics\.json is not written: a figure in it"):
         write_json(tmp_path / "metrics.json", {"ece": float("nan")})
@@ -373,7 +373,7 @@ def test_no_room_for_a_checkpoint(given, tmp_path, monkeypatch, number):
         with monkeypatch.context() as patch:
             if step == 6:
                 kept.append(self.checkpoint_file.read_bytes())
-                patch.setattr("dapt.files.os.fsync", fail)
+                patch.setattr("dapt.safe.files.os.fsync", fail)
             write(self, state, step, seconds)
 
     monkeypatch.setattr(RunDirectory, "write_checkpoint", write_or_fail)
@@ -418,7 +418,7 @@ def test_a_folder_that_may_not_be_written_to(read_only):
 
 
 def test_a_replaced_file_keeps_its_permissions(tmp_path):
-    from dapt.files import write_json
+    from dapt.safe.files import write_json
 
     for mode in (0o600, 0o664):
         file = tmp_path / f"{mode}.json"

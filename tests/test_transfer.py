@@ -7,13 +7,13 @@ import threading
 import pytest
 
 from dapt.errors import UserError
-from dapt.experiment.plan import PlannedRun
-from dapt.experiment.work import summary
+from dapt.grid.plan import PlannedRun
+from dapt.grid.work import summary
 from dapt.progress import Reporter
-from dapt.runs import InUse
+from dapt.run.directory import InUse
+from dapt.run.train import task_of, train
+from dapt.run.transfer import Target, evaluate_run
 from dapt.settings import make_settings
-from dapt.train import task_of, train
-from dapt.transfer import Target, evaluate_run
 
 
 class Heard(Reporter):
@@ -102,7 +102,7 @@ def test_nothing_is_written_into_another_run(run, photos, monkeypatch):
 
     with pytest.raises(UserError, match="was replaced meanwhile"):
         evaluate_run(run, target, open_task=replace_run)
-    monkeypatch.setattr("dapt.transfer._PATIENCE", 0)
+    monkeypatch.setattr("dapt.run.transfer._PATIENCE", 0)
     with run.locked(), pytest.raises(InUse):
         evaluate_run(run, target)
     assert evaluations(run) == {}

@@ -65,8 +65,8 @@ def preload() -> None:
     """Import what commands need, so that their forks need not."""
     import importlib
 
-    for name in ("dapt.cli", "dapt.train", "dapt.export", "dapt.exchange", "dapt.report.figures",
-                 "dapt.report.page", "dapt.experiment", "sklearn.linear_model", "onnx",
+    for name in ("dapt.cli", "dapt.run.train", "dapt.share.export", "dapt.share.exchange",
+                 "dapt.report.figures", "dapt.report.page", "dapt.grid", "sklearn.linear_model", "onnx",
                  "onnxscript", "onnxruntime", "torch.onnx", "matplotlib.pyplot", "webdataset",
                  "torch.utils.tensorboard", "open_clip"):  # fmt: skip
         with contextlib.suppress(ImportError):

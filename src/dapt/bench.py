@@ -26,15 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dapt.allocator import keep_freed_memory
-from dapt.backbone import PRECISIONS, choose_device, load_backbone, load_model
-from dapt.classifier import PromptedClassifier
+from dapt.clip.backbone import PRECISIONS, choose_device, load_backbone, load_model
+from dapt.engine.allocator import keep_freed_memory
+from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.step import Tuner
 from dapt.errors import UserError
-from dapt.files import parse_json, read_text
 from dapt.methods import METHODS
+from dapt.methods.prompts import new_prompts
 from dapt.plain import PlainClassifier
-from dapt.prompts import new_prompts
-from dapt.tuning import Tuner
+from dapt.safe.files import parse_json, read_text
 
 PLAIN = "plain"
 VARIANTS = (PLAIN, *PRECISIONS)

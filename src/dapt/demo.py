@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from dapt.backbone import load_backbone
-from dapt.classifier import Classifier
+from dapt.clip.backbone import load_backbone
 from dapt.data import Task, open_image
+from dapt.engine.classifier import Classifier
+from dapt.engine.evaluate import classify
+from dapt.engine.shared import Shared
 from dapt.errors import UserError
-from dapt.evaluate import classify
-from dapt.files import read_json, write_atomic
 from dapt.methods import METHODS
 from dapt.progress import Reporter, console
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier, task_of, train
+from dapt.safe.files import read_json, write_atomic
 from dapt.settings import Settings, make_settings
-from dapt.shared import Shared
-from dapt.train import load_classifier, task_of, train
 
 DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
 # A small part of the published schedule: enough to show what tuning does within minutes.

@@ -16,21 +16,21 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from dapt.backbone import Backbone
-from dapt.classifier import Classifier
+from dapt.clip.backbone import Backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
 from dapt.data.items import check_class_names
+from dapt.data.pictures import InputError, as_sequence, labels_of, read_picture
 from dapt.data.tasks import DEFAULT_TEMPLATE
+from dapt.engine.classifier import Classifier
+from dapt.engine.evaluate import classify
+from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
-from dapt.evaluate import classify
-from dapt.files import read_json, write_atomic, write_json
 from dapt.methods import get_method
-from dapt.pictures import InputError, as_sequence, labels_of, read_picture
 from dapt.progress import Reporter, RichReporter
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import Interrupted, check_output, load_classifier, train
+from dapt.safe.files import read_json, write_atomic, write_json
 from dapt.settings import FITTED, Settings, absolute_paths, make_settings
-from dapt.shared import Shared, backbone_of
-from dapt.train import Interrupted, check_output, load_classifier, train
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):

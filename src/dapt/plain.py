@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from dapt.backbone import Backbone
-from dapt.prompts import Prompts
+from dapt.clip.backbone import Backbone
+from dapt.methods.prompts import Prompts
 
 
 def block_plain(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,10 +15,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dapt.classifier import Classifier
 from dapt.data import ImageStore, has_image_name, images_below, open_image
+from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
-from dapt.files import user_path
+from dapt.safe.files import user_path
 
 
 @dataclass(frozen=True)

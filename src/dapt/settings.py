@@ -17,8 +17,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, shown
-from dapt.files import parse_yaml, read_yaml, user_path
 from dapt.methods import PUBLISHED, get_method, published_epochs
+from dapt.safe.files import parse_yaml, read_yaml, user_path
 
 # Where nothing is published: what did best on the bundled task's validation images (see the
 # README's section on settings for the figures).

@@ -71,7 +71,7 @@ def bench(
 
         from dapt.bench import read_class_names, run_bench
         from dapt.data import open_task
-        from dapt.files import write_json
+        from dapt.safe.files import write_json
 
         if json_file and not json_file.parent.is_dir():
             raise UserError(f"--json {json_file}: its folder does not exist; make it first")

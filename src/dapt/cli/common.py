@@ -58,7 +58,7 @@ def readable_errors(run: Path | None = None, command: str = "train") -> Iterator
         run: directory that ``command`` writes to; a hint says how to go on with what is there.
         command: "train" or "demo".
     """
-    from dapt.train import Interrupted
+    from dapt.run.train import Interrupted
 
     def again(start: str) -> str:
         if run is None or not run.exists():
@@ -100,7 +100,7 @@ def say(line: str) -> None:
 
 def say_json(value: Any) -> None:
     """A value on standard output, as one line of JSON in UTF-8."""
-    from dapt.files import to_json
+    from dapt.safe.files import to_json
 
     typer.echo(to_json(value))
 

@@ -135,7 +135,7 @@ def check(
         from dapt.data import BENCHMARKS
         from dapt.data.check import check_dataset
         from dapt.errors import UserError
-        from dapt.files import user_path
+        from dapt.safe.files import user_path
 
         if quick and decode:
             raise UserError("--quick and --decode exclude each other; give one")

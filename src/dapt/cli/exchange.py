@@ -69,8 +69,8 @@ def import_(
         dapt import model.pth.tar-200 -o runs/pets -b ViT-B-16 --dataset oxford_pets --root /data
     """
     with readable_errors():
-        from dapt.exchange import import_checkpoint
         from dapt.settings import absolute_paths
+        from dapt.share.exchange import import_checkpoint
 
         given = {
             "backbone": backbone,
@@ -126,8 +126,8 @@ def export(
         dapt export runs/photos -o prompt_learner/model.pth.tar-200 --format coop
     """
     with readable_errors():
-        from dapt.export import export as run_export
-        from dapt.runs import RunDirectory
+        from dapt.run.directory import RunDirectory
+        from dapt.share.export import export as run_export
 
         made = run_export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
         if made.difference is not None:
@@ -164,9 +164,9 @@ def push(
         dapt push runs/photos name/photos --private
     """
     with readable_errors():
-        from dapt.hub import files_to_push
-        from dapt.hub import push as run_push
-        from dapt.runs import RunDirectory
+        from dapt.run.directory import RunDirectory
+        from dapt.share.hub import files_to_push
+        from dapt.share.hub import push as run_push
 
         directory = RunDirectory(run)
         if dry_run:

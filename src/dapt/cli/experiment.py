@@ -14,7 +14,7 @@ from dapt.errors import UserError
 from dapt.progress import Reporter, RichReporter, cell, console, errors
 
 if TYPE_CHECKING:
-    from dapt.experiment import Plan, PlannedRun, Result, Suite
+    from dapt.grid import Plan, PlannedRun, Result, Suite
 
 
 @app.command()
@@ -77,11 +77,11 @@ def experiment(
 
         dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml
     """
-    from dapt.train import Interrupted
+    from dapt.run.train import Interrupted
 
     with readable_errors():
-        from dapt.experiment import make_plan, read_suite, suite_file
-        from dapt.experiment.plan import DONE
+        from dapt.grid import make_plan, read_suite, suite_file
+        from dapt.grid.plan import DONE
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
@@ -176,10 +176,10 @@ def _run(
     dry_run: bool,
 ) -> Result | None:
     """Print the plan and, unless told otherwise, do it."""
-    from dapt.experiment.grid import estimate, open_tasks, run_plan, threads_of
-    from dapt.experiment.plan import DONE, FAILED
-    from dapt.experiment.work import Session
-    from dapt.experiment.work import threads as computing_with
+    from dapt.grid.grid import estimate, open_tasks, run_plan, threads_of
+    from dapt.grid.plan import DONE, FAILED
+    from dapt.grid.work import Session
+    from dapt.grid.work import threads as computing_with
 
     states = {run: run.state() for run in plan.runs}
     failed = [run for run, state in states.items() if state == FAILED]
@@ -228,8 +228,8 @@ def _show_plan(
     retry: bool,
 ) -> None:
     """A row a dataset, and how long all takes; the work in total where ``workers`` is unknown."""
-    from dapt.experiment.grid import duration
-    from dapt.experiment.plan import BEGUN, DONE, FAILED, NEW
+    from dapt.grid.grid import duration
+    from dapt.grid.plan import BEGUN, DONE, FAILED, NEW
 
     table = Table(
         title=cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}"), title_justify="left"

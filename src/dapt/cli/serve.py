@@ -54,7 +54,7 @@ def serve(
             from dapt.serve import server
         except ModuleNotFoundError as error:
             raise UserError(f"serving needs {error.name}: pip install 'dapt[serve]'") from error
-        from dapt.runs import RunDirectory
+        from dapt.run.directory import RunDirectory
         from dapt.serve.served import load_served
         from dapt.serve.uploads import Limits
 

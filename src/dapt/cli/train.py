@@ -22,7 +22,7 @@ from dapt.errors import UserError
 from dapt.progress import RichReporter, console
 
 if TYPE_CHECKING:
-    from dapt.runs import RunDirectory
+    from dapt.run.directory import RunDirectory
 
 DEMO_FOLDER = Path("demo")
 
@@ -93,18 +93,18 @@ def train(
         torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
     """
     with readable_errors(output):
+        from dapt.engine.ranks import join_ranks
+        from dapt.engine.shared import Shared, backbone_of
         from dapt.methods import get_method
-        from dapt.ranks import join_ranks
-        from dapt.runs import RunDirectory
+        from dapt.run.directory import RunDirectory
+        from dapt.run.train import check_output, evaluate_zero_shot, task_of
+        from dapt.run.train import train as run_training
         from dapt.settings import (
             absolute_paths,
             make_settings,
             parse_assignment,
             read_settings_file,
         )
-        from dapt.shared import Shared, backbone_of
-        from dapt.train import check_output, evaluate_zero_shot, task_of
-        from dapt.train import train as run_training
 
         options: dict[str, Any] = {
             "dataset": dataset,
@@ -148,7 +148,7 @@ def train(
         if tune_settings and not ranks.alone:
             raise UserError("--tune-settings is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
-            from dapt.search import search_settings
+            from dapt.engine.search import search_settings
 
             final = search_settings(final, reporter)
         shared = task = None
@@ -207,7 +207,7 @@ def _compare(tuned: float, before: float, shots: int) -> None:
 
 def _shots_of(support_set: Path) -> Any:
     """Shots that a saved support set was drawn with; what else it holds is checked later."""
-    from dapt.files import read_json
+    from dapt.safe.files import read_json
 
     value = read_json(support_set, "support set file")
     return value.get("shots") if isinstance(value, dict) else None

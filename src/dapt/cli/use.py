@@ -52,9 +52,9 @@ def evaluate(
         dapt eval runs/caltech --dataset oxford_pets --root /data
     """
     with readable_errors():
-        from dapt.runs import RunDirectory
+        from dapt.run.directory import RunDirectory
+        from dapt.run.transfer import Target, evaluate_run
         from dapt.settings import absolute_paths
-        from dapt.transfer import Target, evaluate_run
 
         target = {
             "dataset": dataset,
@@ -117,8 +117,8 @@ def predict(
     """
     with readable_errors():
         from dapt.predict import Unreadable, find_images, named_in, predict_each
-        from dapt.runs import RunDirectory
-        from dapt.train import load_classifier
+        from dapt.run.directory import RunDirectory
+        from dapt.run.train import load_classifier
 
         given = images or (["-"] if null else [])
         listed = "-" in given

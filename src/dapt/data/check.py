@@ -15,8 +15,8 @@ from dapt.data.images import open_image
 from dapt.data.items import PARTS, Item, Task
 from dapt.data.tasks import open_task
 from dapt.errors import UserError
-from dapt.files import open_regular
 from dapt.progress import Advance, Reporter
+from dapt.safe.files import open_regular
 
 LEVELS = ("listed", "whole", "decoded")
 

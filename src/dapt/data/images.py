@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dapt.errors import UserError, reason_of
-from dapt.files import open_regular
+from dapt.safe.files import open_regular
 
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}

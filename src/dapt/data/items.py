@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dapt.errors import UserError
-from dapt.files import file_size
+from dapt.safe.files import file_size
 
 PARTS = ("train", "val", "test")
 

@@ -29,7 +29,7 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError, reason_of
-from dapt.files import (
+from dapt.safe.files import (
     TEMPORARY,
     delete_abandoned,
     file_digest,

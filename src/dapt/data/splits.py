@@ -13,7 +13,7 @@ from typing import Any
 from dapt.data.images import has_image_name
 from dapt.data.items import PARTS, Listing, Pair, check_class_names, check_listing, check_path
 from dapt.errors import UserError
-from dapt.files import read_json, read_text
+from dapt.safe.files import read_json, read_text
 
 # Class folders that one sentence names.
 _NAMED = 20

@@ -12,7 +12,7 @@ from typing import Any
 
 from dapt.data.items import Item, Task, check_path, subset_items
 from dapt.errors import UserError, nearest
-from dapt.files import file_digest, file_size, read_json, write_json
+from dapt.safe.files import file_digest, file_size, read_json, write_json
 
 # The published protocol never draws more validation images a class.
 VAL_SHOTS = 4

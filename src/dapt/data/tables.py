@@ -19,7 +19,7 @@ from dapt.data.items import (
     label_order,
 )
 from dapt.errors import UserError
-from dapt.files import parse_json, read_text
+from dapt.safe.files import parse_json, read_text
 
 SUFFIXES = (".csv", ".jsonl")
 

@@ -20,7 +20,7 @@ from dapt.data.items import (
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.data.tables import SUFFIXES, read_table
 from dapt.errors import UserError, nearest
-from dapt.files import read_json, user_path
+from dapt.safe.files import read_json, user_path
 
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"

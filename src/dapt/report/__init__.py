@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapt.errors import UserError
-from dapt.files import TEMPORARY, read_json, write_atomic, write_json
 from dapt.progress import Reporter
 from dapt.report.collect import collect
 from dapt.report.features import Inside, look_inside
@@ -27,6 +26,7 @@ from dapt.report.page import is_page, render
 from dapt.report.sections import Section, Sections
 from dapt.report.study import Study
 from dapt.report.tables import Table
+from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 

@@ -20,8 +20,8 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
-from dapt.files import read_json
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.safe.files import read_json
 
 # No run writes a file of this size (1,000 classes make a metrics.json of about 8 MB).
 _LARGEST = 200 * 2**20

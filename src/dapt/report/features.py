@@ -116,12 +116,12 @@ def _look(
     """Fill ``inside``; yields notes on what is missing."""
     import torch
 
-    from dapt.classifier import PromptedClassifier
-    from dapt.evaluate import ECE_BINS, encode_store
-    from dapt.prompts import Prompts
-    from dapt.runs import RunDirectory
-    from dapt.shared import Shared, backbone_of, skip_unreadable
-    from dapt.train import known_support, load_classifier, task_of
+    from dapt.engine.classifier import PromptedClassifier
+    from dapt.engine.evaluate import ECE_BINS, encode_store
+    from dapt.engine.shared import Shared, backbone_of, skip_unreadable
+    from dapt.methods.prompts import Prompts
+    from dapt.run.directory import RunDirectory
+    from dapt.run.train import known_support, load_classifier, task_of
 
     run = inside.run
     directory = RunDirectory(run.path)

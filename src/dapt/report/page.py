@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dapt.files import open_regular
 from dapt.report.collect import Failure, Run, clean, seconds
 from dapt.report.figures import MARKERS, PALETTE, method_colour
 from dapt.report.sections import Section
 from dapt.report.study import Study, full_settings, method_title, shown
+from dapt.safe.files import open_regular
 
 _FOLDER = Path(__file__).parent / "page"
 # Said in columns of their own, or different in every run.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dapt.evaluate import ECE_BINS
+from dapt.engine.evaluate import ECE_BINS
 from dapt.progress import Reporter
 from dapt.report.collect import (
     Confusion,

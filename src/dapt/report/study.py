@@ -18,8 +18,8 @@ from dapt.errors import UserError, nearest
 from dapt.methods import METHODS
 from dapt.report.collect import Run, clean, seconds
 from dapt.report.statistics import harmonic_mean
+from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import Settings, default_settings
-from dapt.train import FREE_ON_RESUME
 
 ZERO_SHOT = "zero-shot"
 

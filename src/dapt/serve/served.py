@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dapt.classifier import Classifier
 from dapt.data import ImageStore, centre_view, decode_image
+from dapt.engine.classifier import Classifier
+from dapt.engine.evaluate import chunks
 from dapt.errors import UserError
-from dapt.evaluate import chunks
 from dapt.progress import Reporter
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import known_support, load_classifier, task_of
 from dapt.settings import backbone_name
-from dapt.train import known_support, load_classifier, task_of
 
 # What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
 # a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.

@@ -29,8 +29,8 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dapt.attention import Groups, attend, attend_after_prefix, split_heads
-from dapt.backbone import Backbone
+from dapt.clip.attention import Groups, attend, attend_after_prefix, split_heads
+from dapt.clip.backbone import Backbone
 from dapt.errors import UserError
 
 # Bytes that text activations may take, unless told otherwise.

@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 
-from dapt.allocator import keep_freed_memory
-from dapt.backbone import Backbone, taken_for_granted
-from dapt.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
+from dapt.clip.backbone import Backbone, taken_for_granted
 from dapt.data import (
     ImageStore,
     SupportSet,
@@ -34,23 +32,25 @@ from dapt.data import (
     subset_classes,
     support_digest,
 )
-from dapt.errors import UserError
-from dapt.evaluate import (
+from dapt.engine.allocator import keep_freed_memory
+from dapt.engine.classifier import Classifier, LinearProbe, PromptedClassifier, image_features
+from dapt.engine.evaluate import (
     encode_store,
     logits_of,
     mean_prototype_distance,
     mean_text_distance,
     metrics,
 )
+from dapt.engine.ranks import Ranks, join_ranks
+from dapt.engine.shared import Shared, Support, backbone_of, skip_unreadable
+from dapt.engine.step import WARMUP_LR, Tuner, learning_rate
+from dapt.errors import UserError
 from dapt.methods import Method, get_method
-from dapt.probe import fit_probe
+from dapt.methods.probe import fit_probe
+from dapt.methods.prompts import Prompts, check_prompt, new_prompts
 from dapt.progress import Reporter
-from dapt.prompts import Prompts, check_prompt, new_prompts
-from dapt.ranks import Ranks, join_ranks
-from dapt.runs import RunDirectory, StepLog
+from dapt.run.directory import RunDirectory, StepLog
 from dapt.settings import FITTED, WITHOUT_DATASET, Settings, loss_weights, text_memory
-from dapt.shared import Shared, Support, backbone_of, skip_unreadable
-from dapt.tuning import WARMUP_LR, Tuner, learning_rate
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
 FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dapt.card import model_card
 from dapt.errors import UserError, reason_of
 from dapt.progress import Reporter
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.share.card import model_card
 
 
 def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:

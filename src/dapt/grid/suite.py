@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
-from dapt.files import read_yaml, user_path
 from dapt.methods import METHODS, get_method
+from dapt.safe.files import read_yaml, user_path
 from dapt.settings import Settings
 
 SUITES = Path(__file__).resolve().parent / "suites"

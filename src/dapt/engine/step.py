@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dapt.classifier import PromptedClassifier
+from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.ranks import Ranks
 from dapt.methods import LOSS_TERMS, Batch, Method
-from dapt.ranks import Ranks
 
 WARMUP_LR = 1e-5
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dapt.backbone import Backbone, load_backbone
+from dapt.clip.backbone import Backbone, load_backbone
 from dapt.data import Allowance, ImageStore, Item, SupportSet, Task
+from dapt.engine.evaluate import unprompted_features
 from dapt.errors import UserError
-from dapt.evaluate import unprompted_features
-from dapt.losses import class_prototypes
+from dapt.methods.losses import class_prototypes
 from dapt.progress import Advance, Reporter, nothing
 from dapt.settings import Settings
 

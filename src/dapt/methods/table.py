@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dapt.errors import UserError, nearest
-from dapt.losses import inter_dispersion, intra_dispersion
+from dapt.methods.losses import inter_dispersion, intra_dispersion
 
 
 @dataclass(frozen=True)

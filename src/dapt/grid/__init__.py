@@ -8,9 +8,9 @@ Each run is an ordinary run directory; a grid keeps no state of its own, so it c
 any moment and started again.
 """
 
-from dapt.experiment.grid import Result, run_plan
-from dapt.experiment.plan import Plan, PlannedRun, make_plan
-from dapt.experiment.suite import Suite, read_suite, suite_file, suite_names
+from dapt.grid.grid import Result, run_plan
+from dapt.grid.plan import Plan, PlannedRun, make_plan
+from dapt.grid.suite import Suite, read_suite, suite_file, suite_names
 
 __all__ = [
     "Plan",

@@ -10,9 +10,9 @@ import torch
 from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
-from dapt.backbone import Backbone
-from dapt.classifier import Classifier, image_features
+from dapt.clip.backbone import Backbone
 from dapt.data import ImageStore
+from dapt.engine.classifier import Classifier, image_features
 from dapt.errors import UserError
 from dapt.progress import Advance, nothing
 

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapt.backbone import Backbone, load_backbone
-from dapt.classifier import PromptedClassifier
+from dapt.clip.backbone import Backbone, load_backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.data.tasks import DEFAULT_TEMPLATE, read_class_names
+from dapt.engine.classifier import PromptedClassifier
 from dapt.errors import UserError
 from dapt.methods import get_method
+from dapt.methods.prompts import Prompts, check_prompt
 from dapt.progress import Reporter
-from dapt.prompts import Prompts, check_prompt
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import check_output, evaluate_task, task_of
+from dapt.safe.weights import read_checkpoint
 from dapt.settings import IMPORTED, Settings, make_settings
-from dapt.train import check_output, evaluate_task, task_of
-from dapt.weights import read_checkpoint
 
 # The published method whose checkpoints hold these prompts; losses leave no trace in a file.
 _METHODS = {(True, True): "dapt", (True, False): "coop", (False, True): "vpt"}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dapt.backbone import Backbone
-from dapt.prompts import Prompts
-from dapt.towers import TEXT_MEMORY, ClassTokens, TextEncoder, encode_image
+from dapt.clip.backbone import Backbone
+from dapt.clip.towers import TEXT_MEMORY, ClassTokens, TextEncoder, encode_image
+from dapt.methods.prompts import Prompts
 
 
 class PromptedClassifier(nn.Module):

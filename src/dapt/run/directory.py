@@ -40,13 +40,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dapt.backbone import Backbone
+from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.files import read_json, read_text, user_path, write_atomic, write_json
+from dapt.safe.files import read_json, read_text, user_path, write_atomic, write_json
+from dapt.safe.weights import check_safetensors
 from dapt.settings import Settings, make_settings
-from dapt.weights import check_safetensors
 
 _PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 # Bytes of any file of a run: a probe of 30,000 classes on the widest towers there are.
@@ -613,7 +613,7 @@ def _rounding(record: dict[str, Any]) -> dict[str, Any]:
 def _commit() -> str | None:
     """Commit of the checkout this package runs from, if it runs from one."""
     here = Path(__file__).resolve().parent
-    if not (here.parents[1] / ".git").exists():
+    if not (here.parents[2] / ".git").exists():
         return None
     try:
         command = ["git", "-C", str(here), "rev-parse", "HEAD"]

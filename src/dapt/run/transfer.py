@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dapt.data import Task, load_support_set
+from dapt.engine.shared import Shared
 from dapt.errors import UserError
-from dapt.files import file_digest, read_json, write_json
 from dapt.progress import Reporter
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import evaluate_task, load_classifier, task_of, tell_notes, tell_of_overlap
+from dapt.safe.files import file_digest, read_json, write_json
 from dapt.settings import Settings
-from dapt.shared import Shared
-from dapt.train import evaluate_task, load_classifier, task_of, tell_notes, tell_of_overlap
 
 # Of another dataset, unless it is told otherwise.
 _OWN = {"domain": None, "class_names": None, "classes": "all"}

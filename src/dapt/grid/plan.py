@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 
-from dapt.backbone import Backbone
+from dapt.clip.backbone import Backbone
 from dapt.data import Task
+from dapt.engine.step import Tuner
 from dapt.errors import UserError
-from dapt.experiment.suite import Suite
-from dapt.files import user_path
+from dapt.grid.suite import Suite
 from dapt.methods import get_method
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import check_output, new_classifier, steps_per_epoch, task_of
+from dapt.run.transfer import Target, recorded
+from dapt.safe.files import user_path
 from dapt.settings import Settings, absolute_paths, loss_weights, make_settings
-from dapt.train import check_output, new_classifier, steps_per_epoch, task_of
-from dapt.transfer import Target, recorded
-from dapt.tuning import Tuner
 
 DONE, FAILED, BEGUN, NEW = "done", "failed", "unfinished", "to do"
 

@@ -34,8 +34,8 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from dapt.errors import UserError, nearest, reason_of, shown
-from dapt.files import parse_json, read_text, user_path
-from dapt.weights import StateDict, digest, is_torchscript, read_state_dict
+from dapt.safe.files import parse_json, read_text, user_path
+from dapt.safe.weights import StateDict, digest, is_torchscript, read_state_dict
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUNDLED = "bundled"

@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from dapt.backbone import Backbone
+from dapt.clip.backbone import Backbone
 from dapt.errors import UserError
 
 

@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from dapt.errors import UserError, reason_of
-from dapt.experiment.plan import PlannedRun
-from dapt.experiment.work import Outcome, Session, execute, threads
+from dapt.grid.plan import PlannedRun
+from dapt.grid.work import Outcome, Session, execute, threads
 from dapt.progress import Reporter
-from dapt.train import Interrupted
+from dapt.run.train import Interrupted
 
 READY = Outcome("ready")
 DIED = Outcome("died")

@@ -13,15 +13,15 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from dapt.data import Task
+from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
-from dapt.experiment.plan import DONE, FAILED, NEW, PlannedRun, task_key
-from dapt.files import read_json
+from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, task_key
 from dapt.progress import Reporter
-from dapt.runs import InUse
+from dapt.run.directory import InUse
+from dapt.run.train import Interrupted, task_of, train
+from dapt.run.transfer import evaluate_run, recorded
+from dapt.safe.files import read_json
 from dapt.settings import Settings
-from dapt.shared import Shared, backbone_of
-from dapt.train import Interrupted, task_of, train
-from dapt.transfer import evaluate_run, recorded
 
 BUSY = "busy"
 

@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt import __version__
-from dapt.card import is_card, model_card
-from dapt.classifier import Classifier, LinearProbe
+from dapt.clip.towers import run_image_tower
+from dapt.engine.classifier import Classifier, LinearProbe
+from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
-from dapt.exchange import published_bytes
-from dapt.files import write_atomic
 from dapt.progress import Reporter
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.run.train import load_classifier, task_of
+from dapt.safe.files import write_atomic
 from dapt.settings import backbone_name
-from dapt.shared import Shared, backbone_of
-from dapt.towers import run_image_tower
-from dapt.train import load_classifier, task_of
+from dapt.share.card import is_card, model_card
+from dapt.share.exchange import published_bytes
 
 FORMATS = ("onnx", "torch", "coop")
 # Largest difference of a probability between a file and its classifier.

@@ -3,7 +3,7 @@
 Four containers hold CLIP weights in the wild: safetensors, PyTorch's zip files, its older files,
 and OpenAI's TorchScript archives, zips whose pickle names classes that only exist inside them.
 Checkpoints of training code are such files too, full of foreign objects. All but safetensors hold
-pickles, which `dapt.unpickle` reads; it knows tensors and plain containers and nothing else.
+pickles, which `dapt.safe.unpickle` reads; it knows tensors and plain containers and nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError, reason_of
-from dapt.files import open_regular
-from dapt.unpickle import (
+from dapt.safe.files import open_regular
+from dapt.safe.unpickle import (
     MAX_HEADER,
     MAX_NAME,
     AsksToRun,

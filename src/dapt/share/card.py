@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dapt import __version__
-from dapt.backbone import BUNDLED
+from dapt.clip.backbone import BUNDLED
 from dapt.errors import UserError, printable
-from dapt.files import read_json
 from dapt.methods import get_method
-from dapt.runs import RunDirectory
+from dapt.run.directory import RunDirectory
+from dapt.safe.files import read_json
 from dapt.settings import FITTED, IMPORTED, Settings, backbone_name
 
 # By this a card is known for one of ours, which may be replaced.

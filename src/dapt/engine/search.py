@@ -9,14 +9,14 @@ from itertools import product
 from pathlib import Path
 
 from dapt.data import Item, SupportSet
+from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
-from dapt.files import read_json
 from dapt.methods import get_method
 from dapt.progress import Reporter
+from dapt.run.train import Diverged, support_of, task_of
+from dapt.run.train import train as run_training
+from dapt.safe.files import read_json
 from dapt.settings import Settings
-from dapt.shared import Shared, backbone_of
-from dapt.train import Diverged, support_of, task_of
-from dapt.train import train as run_training
 
 # Multiples of the values the search starts from.
 LEARNING_RATES = (1.0, 0.1, 10.0)

@@ -14,11 +14,11 @@ from datetime import timedelta
 from joblib import cpu_count
 
 from dapt.errors import UserError
-from dapt.experiment.crew import DIED, READY, Alone, Crew, Processes, RayCrew
-from dapt.experiment.plan import DONE, FAILED, Estimator, Plan, PlannedRun, heaviest
-from dapt.experiment.work import BUSY, Session, threads
+from dapt.grid.crew import DIED, READY, Alone, Crew, Processes, RayCrew
+from dapt.grid.plan import DONE, FAILED, Estimator, Plan, PlannedRun, heaviest
+from dapt.grid.work import BUSY, Session, threads
 from dapt.progress import Advance, Reporter
-from dapt.train import tell_notes
+from dapt.run.train import tell_notes
 
 # A run whose worker dies this often is given up: it may be what kills them.
 _DEATHS = 3

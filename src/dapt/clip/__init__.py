@@ -1,0 +1,1 @@
+"""The frozen model: towers, attention, and where weights come from."""

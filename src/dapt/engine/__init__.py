@@ -1,0 +1,1 @@
+"""Tuning and evaluation in memory: nothing here knows a file."""

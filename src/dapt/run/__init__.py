@@ -1,0 +1,1 @@
+"""The run directory: its records, and training that survives a stop."""

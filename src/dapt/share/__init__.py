@@ -1,0 +1,1 @@
+"""What leaves dapt: ONNX, published checkpoints, model cards, the hub."""
