@@ -1,0 +1,172 @@
+"""The files of a run as models: what each holds, in one place for all who write or read them.
+
+Numbers are what they should be, text is text; further keys, of other versions, are kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from dapt.data.items import check_class_names
+from dapt.errors import UserError
+from dapt.safe.files import read_json
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Record(BaseModel):
+    """A file of a run."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class ClassScore(Record):
+    """A class's test images and the share that was named right; None without images."""
+
+    name: str = Field(alias="class")
+    images: Count
+    accuracy: Share | None
+
+
+class Confusion(Record):
+    """Entries of a confusion matrix that are not zero: labels, and numbers of images."""
+
+    true: list[Count]
+    predicted: list[Count]
+    images: list[Count]
+
+
+class Test(Record):
+    """Figures of an evaluation; all but images are fractions."""
+
+    images: Count
+    accuracy: Share
+    top5: Share | None = None
+    macro_f1: Share | None = None
+    ece: Share | None = None
+    per_class: list[ClassScore] = []
+    confusion: Confusion | None = None
+    skipped: list[dict[str, str]] = []
+
+
+class Change(Record):
+    """A figure before and after tuning."""
+
+    before: FiniteFloat
+    after: FiniteFloat
+
+
+class Rise(Record):
+    """Mean cross-entropy of the first and the last epoch, where it grew as it should not."""
+
+    first: FiniteFloat
+    last: FiniteFloat
+
+
+class Metrics(Record):
+    """metrics.json: how well a finished run does."""
+
+    method: str
+    dataset: str
+    shots: Count = 0
+    seed: Count = 0
+    learned_parameters: Count
+    support_images: Count = 0
+    support_sha256: str | None = None
+    skipped: list[dict[str, str]] = []
+    also_tested: list[dict[str, str]] | None = []
+    rose: Rise | None = None
+    dispersion: dict[str, Change]
+    test: Test
+
+
+class EvaluationRecord(Record):
+    """eval-<name>.json: the same prompts on another dataset, domain or set of classes."""
+
+    dataset: str
+    domain: str | None = None
+    classes: str | None = "all"
+    settings: dict[str, Any] = {}
+    also_tested: list[dict[str, str]] | None = []
+    test: Test
+
+
+class TaskRecord(Record):
+    """task.json: what a run is to tell apart."""
+
+    dataset: str
+    template: str
+    class_names: list[str] = Field(min_length=1)
+    source_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> TaskRecord:
+        if self.template.count("{}") != 1:
+            raise ValueError("its template must hold {} once")
+        try:
+            check_class_names(self.class_names, "its class names", distinct=False)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class Environment(Record):
+    """environment.json: what a run was made with; of the seconds, as far as it came."""
+
+    backbone_sha256: str | None = None
+    tuning_seconds: FiniteFloat | None = Field(None, ge=0)
+    evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
+    resumed: list[dict[str, Any]] = []
+    imported_from: str | None = None
+    imported_sha256: str | None = None
+    copied_from: str | None = None
+    labels: list[Any] | None = None
+
+
+class SupportImage(Record):
+    """An image that was tuned on."""
+
+    path: str
+    label: Count
+    class_name: str
+
+
+class SupportRecord(Record):
+    """support_set.json: the images that were tuned on."""
+
+    train: list[SupportImage]
+    val: list[SupportImage] = []
+
+
+class FailureRecord(Record):
+    """failure.json: why an experiment gave a run up."""
+
+    error: str
+    traceback: str | None = None
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def read_record(file: Path, kind: type[Kind], what: str) -> Kind:
+    """A run's file as its model.
+
+    Raises:
+        UserError: it is missing, no JSON, or holds something else than it should.
+    """
+    value = read_json(file, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        why = f"its '{where}': " if where else ""
+        raise UserError(
+            f"{file} is damaged ({why}{first['msg'].lower()}); run 'dapt train' again"
+        ) from error
