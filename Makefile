@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint torture fuzz lowest audit package pretrain clean
+.PHONY: demo test lint bench torture fuzz lowest audit package pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Times a training step and an evaluation, the plain way and ours; ARGS='--help' says what else.
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
 torture: $(VENV)/.installed-test

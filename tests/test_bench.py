@@ -1,10 +1,12 @@
 """The benchmark command on a tiny backbone: its figures hang together."""
 
-import io
 import json
 import os
 import signal
+import subprocess
 import sys
+from multiprocessing import Pipe
+from threading import Thread
 
 import pytest
 import torch
@@ -12,9 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+import dapt
+from benchmarks import bench, worker
+from benchmarks.bench import run_bench
+from benchmarks.command import read_class_names
+from benchmarks.meters import count_operations
+from benchmarks.plain import PlainClassifier
 from conftest import REPOSITORY
-from dapt import bench
-from dapt.bench import count_operations, read_class_names, run_bench
 from dapt.cli import app
 from dapt.clip.backbone import load_backbone, load_model
 from dapt.engine.classifier import PromptedClassifier
@@ -23,7 +29,6 @@ from dapt.errors import UserError
 from dapt.grid import read_suite
 from dapt.methods import METHODS
 from dapt.methods.prompts import new_prompts
-from dapt.plain import PlainClassifier
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "a very long name of a rare flower"]
 
@@ -59,9 +64,9 @@ def pretended(monkeypatch):
         counts.append(len(alive))
 
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1.0)
-    monkeypatch.setattr(bench._Case, "start", start)
-    monkeypatch.setattr(bench._Case, "stop", lambda case: case in alive and alive.remove(case))
-    monkeypatch.setattr(bench._Case, "_answer", lambda case, task: dict(figures[task]))
+    monkeypatch.setattr(bench.Case, "start", start)
+    monkeypatch.setattr(bench.Case, "stop", lambda case: case in alive and alive.remove(case))
+    monkeypatch.setattr(bench.Case, "answer", lambda case, task: dict(figures[task]))
     yield counts
     assert not alive
 
@@ -97,6 +102,29 @@ def test_bench(tiny_weights, tmp_path):
     # 77 tokens a class against about five: far fewer operations, the same in both precisions.
     assert rows["fp32"]["flops"] < 0.7 * rows["plain"]["flops"]
     assert rows["fp32"]["flops"] == rows["bf16"]["flops"]
+
+
+def test_the_door_leads_to_the_yardsticks(tmp_path, monkeypatch):
+    """The command and the module say the same; where only the wheel is, one sentence is said."""
+    module = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    command = CliRunner().invoke(app, ["bench", "--help"])
+    assert (module.returncode, command.exit_code) == (0, 0), module.stderr
+    for said in (module.stdout, command.output):
+        assert "--together" in said
+        assert "Examples" in said
+    for wrong in (["--rounds", "0"], ["--roundz", "1"], ["more"]):
+        assert CliRunner().invoke(app, ["bench", *wrong]).exit_code == 2
+
+    installed = tmp_path / "site-packages" / "dapt" / "__init__.py"
+    monkeypatch.setattr(dapt, "__file__", str(installed))
+    result = CliRunner().invoke(app, ["bench", "--help"])
+    assert result.exit_code == 2
+    assert "in the repository and not in the wheel" in result.stderr
 
 
 def test_lists_of_the_same_length_or_file_name_are_apart(pretended, tmp_path):
@@ -148,14 +176,14 @@ def test_one_task_alone(pretended, tmp_path):
 
 
 def test_a_case_that_dies_is_a_row_and_the_others_go_on(tiny_weights, monkeypatch, tmp_path):
-    start = bench._Case.start
+    start = bench.Case.start
 
     def starting(case):
         start(case)
-        if case.job["variant"] == "plain":
+        if case.job.variant == "plain":
             os.kill(case.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(bench._Case, "start", starting)
+    monkeypatch.setattr(bench.Case, "start", starting)
     file = tmp_path / "bench.json"
     arguments = ["bench", "-b", str(tiny_weights), "--variants", "plain,fp32", "--no-eval"]
     arguments += ["--batch-size", "1", "--rounds", "1", "--device", "cpu", "--json", str(file)]
@@ -173,18 +201,21 @@ def test_a_case_that_dies_is_a_row_and_the_others_go_on(tiny_weights, monkeypatc
 
 def test_a_worker_answers_whatever_happens_with_a_sentence(tiny_weights, monkeypatch):
     def answers(names, *tasks):
-        job = {"backbone": str(tiny_weights), "pretrained": None, "class_names": names}
-        job |= {"batch_size": 1, "eval_batch_size": 1, "device": "cpu", "variant": "fp32"}
-        lines = "\n".join(map(json.dumps, (job, *tasks)))
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        monkeypatch.setattr(sys, "stdout", io.StringIO())
-        written = sys.stdout
-        bench._work()
-        return [json.loads(line) for line in written.getvalue().splitlines()]
+        job = worker.Job(str(tiny_weights), None, "a", names, 1, 1, "cpu", "fp32")
+        here, there = Pipe()
+        thread = Thread(target=worker.work, args=(there, job))
+        thread.start()
+        found = []
+        for task in tasks:
+            here.send(task)
+            found.append(here.recv())
+        here.close()
+        thread.join()
+        return found
 
     (found,) = answers(["la " * 90], "train")
     assert "longer than the 77 tokens" in found["error"]
-    monkeypatch.setattr(bench._Variant, "eval", lambda self: torch.empty(2**60))
+    monkeypatch.setattr(worker.Variant, "eval", lambda self: torch.empty(2**60))
     good, enough, unknown = answers(["cat"], "train", "eval", "nonsense")
     assert good["loss"] > 0
     assert enough["error"].startswith("out of memory (")

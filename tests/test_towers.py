@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from miniatures import tiny_config
 from open_clip.model import CustomTextCLIP
 
+from benchmarks.plain import image_plain, text_plain
 from dapt.clip.backbone import Backbone, Preprocessing, load_backbone
 from dapt.clip.towers import ClassTokens, TextEncoder, _bytes_per_token, encode_image
 from dapt.engine.classifier import PromptedClassifier
 from dapt.errors import UserError
 from dapt.methods.prompts import Prompts, new_prompts
-from dapt.plain import image_plain, text_plain
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "zebra", "a very long name of a rare flower"]
 

@@ -1,7 +1,7 @@
 """The plain way: prompt tuning as it is usually written, to measure and to test against.
 
 Every class over all 77 tokens, every token through every layer, attention written out, class
-features computed for every batch, all in fp32. Nothing in the package uses it but `dapt bench`.
+features computed for every batch, all in fp32. The package itself never uses it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The yardsticks of `dapt bench`: part of the repository, not of the wheel."""

@@ -1,0 +1,146 @@
+"""What a case's own process does: load one variant, then answer task after task with figures."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.meters import count_operations, now, peak_memory
+from benchmarks.plain import PlainClassifier
+from dapt.clip.backbone import load_backbone, load_model
+from dapt.engine.allocator import keep_freed_memory
+from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.step import Tuner
+from dapt.errors import UserError
+from dapt.methods import METHODS
+from dapt.methods.prompts import new_prompts
+
+PLAIN = "plain"
+EVAL_BATCHES = 2
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case: one variant in one setting, which is a backbone, a list of names, a batch size."""
+
+    backbone: str
+    pretrained: str | None
+    names: str
+    class_names: list[str]
+    batch_size: int
+    eval_batch_size: int
+    device: str
+    variant: str
+
+    @property
+    def precision(self) -> str:
+        """That of the towers."""
+        return "fp32" if self.variant == PLAIN else self.variant
+
+
+def work(pipe: Connection, job: Job) -> None:
+    """Answer each task, the name of a method of `Variant`, until the pipe is closed."""
+    variant = None
+    # Standard output is for the table; EOFError is the pipe's end.
+    with redirect_stdout(sys.stderr), suppress(EOFError):
+        while True:
+            task = pipe.recv()
+            try:
+                variant = variant or Variant(job)
+                answer = getattr(variant, task)()
+            except UserError as error:
+                answer = {"error": str(error)}
+            except Exception as error:  # one case's end is a row, not the end of all
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                short = any(words in said.lower() for words in (OUT_OF_MEMORY, "allocate memory"))
+                answer = {"error": f"{OUT_OF_MEMORY} ({said})" if short else said}
+            pipe.send(answer)
+
+
+class Variant:
+    """One variant's model, with a training step and an evaluation batch to run."""
+
+    def __init__(self, job: Job) -> None:
+        names = job.class_names
+        backbone = load_backbone(
+            job.backbone, job.pretrained, device=job.device, precision=job.precision
+        )
+        prompts = new_prompts(backbone, text_vectors=16, visual_vectors=16)
+        self.device, self.plain = backbone.device, job.variant == PLAIN
+        classifier: Any
+        if self.plain:
+            # Its own weights, unfolded; those that drew the prompts go before these come.
+            del backbone.visual, backbone.text
+            model, _, _ = load_model(job.backbone, job.pretrained)
+            classifier = PlainClassifier(backbone, model.to(backbone.device), names, prompts)
+        else:
+            keep_freed_memory()
+            classifier = PromptedClassifier(backbone, names, prompts, "{}")
+        self.classifier = classifier
+
+        # Drawn from a generator of their own: the same for all variants.
+        draw = torch.Generator().manual_seed(0)
+        shape = (3, backbone.preprocessing.size, backbone.preprocessing.size)
+        self.views, self.eval_views = (
+            torch.randint(0, 256, (count, *shape), generator=draw, dtype=torch.uint8)
+            for count in (job.batch_size, job.eval_batch_size)
+        )
+        self.labels = torch.randint(0, len(names), (len(self.views),), generator=draw)
+        with torch.no_grad():
+            dimension = classifier.image_features(self.views[:1]).shape[-1]
+        prototypes = F.normalize(torch.randn(len(names), dimension, generator=draw), dim=-1)
+        self.tuner = _Timed(classifier, prototypes.to(self.device))
+
+    def train(self) -> dict[str, Any]:
+        """One training step: seconds of forward, of backward, of all; and its loss."""
+        started = now(self.device)
+        # At a learning rate of zero, every step is the first.
+        result = self.tuner.step(self.views, self.labels, lr=0.0)
+        end, half = now(self.device), self.tuner.forward_ended
+        times = {"forward": half - started, "backward": end - half, "step": end - started}
+        return {**times, "loss": result.total}
+
+    @torch.inference_mode()
+    def eval(self) -> dict[str, Any]:
+        """Seconds of class features, once an evaluation, and of a batch of it.
+
+        The plain way knows no "once": it makes class features for every batch.
+        """
+        started = now(self.device)
+        text = None if self.plain else self.classifier.text_features()
+        made = now(self.device)
+        for _ in range(EVAL_BATCHES):
+            image = self.classifier.image_features(self.eval_views)
+            self.classifier.logits(image, self.classifier.text_features() if text is None else text)
+        batch = (now(self.device) - made) / EVAL_BATCHES
+        return {"eval_class_features": 0.0 if self.plain else made - started, "eval_batch": batch}
+
+    def memory(self) -> dict[str, Any]:
+        """Peak memory, asked for before anything is counted, as counting needs memory itself."""
+        return {"peak_bytes": peak_memory(self.device)}
+
+    def count(self) -> dict[str, Any]:
+        """Floating-point operations of one training step, forward and backward."""
+        return {"flops": count_operations(lambda: self.tuner.losses(self.views, self.labels)[0])}
+
+
+class _Timed(Tuner):
+    """A `Tuner` that notes when a step's forward half was done."""
+
+    forward_ended = 0.0
+
+    def __init__(self, classifier: Any, prototypes: torch.Tensor) -> None:
+        weights = {"intra": 10.0, "inter": 0.1}
+        super().__init__(classifier, METHODS["dapt"], weights, prototypes)
+
+    def losses(self, *args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        found = super().losses(*args)
+        self.forward_ended = now(self.prototypes.device)
+        return found
