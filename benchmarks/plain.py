@@ -16,7 +16,8 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
-from dapt.methods.prompts import Prompts
+from dapt.clip.inside import EVALUATION, Pass
+from dapt.methods import TowerPart
 
 
 def block_plain(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,37 +54,43 @@ def image_plain(visual: VisionTransformer, images: Tensor, prompt: Tensor) -> Te
 
 
 class PlainClassifier(nn.Module):
-    """Both towers of an open_clip model with prompts, the plain way.
+    """Both towers of an open_clip model with prompts, the plain way, as `Classifier` would.
 
     Args:
         backbone: says how images are normalised and what the temperature is.
         model: open_clip's own model of the same weights, as loaded.
         class_names: C names.
-        prompts: text (M, W) and visual (N, W').
+        parts: a `Context` (M, W) and a `VisualPrompt` (N, W').
     """
 
     def __init__(
-        self, backbone: Backbone, model: Any, class_names: Sequence[str], prompts: Prompts
+        self,
+        backbone: Backbone,
+        model: Any,
+        class_names: Sequence[str],
+        parts: Sequence[TowerPart],
     ) -> None:
         super().__init__()
-        self.model, self.prompts = model.eval().requires_grad_(False), prompts
-        self.normalize, self.logit_scale = backbone.normalize, backbone.logit_scale
-        assert prompts.text is not None
-        stand_in = " ".join(["X"] * len(prompts.text))
+        self.backbone, self.class_names = backbone, class_names
+        self.model, self.parts = model.eval().requires_grad_(False), nn.ModuleList(parts)
+        stand_in = " ".join(["X"] * len(self.learned()["text_prompt"]))
         names = [name.replace("_", " ") for name in class_names]
         ids = backbone.tokenizer([f"{stand_in} {name}." for name in names])
         self.ids = ids.to(backbone.device)  # (C, 77)
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Both prompts, by their names in a run's files."""
+        return {name: p for part in self.parts for name, p in part.named_parameters()}
+
     def text_features(self) -> Tensor:
         """(C, D), normalised."""
-        assert self.prompts.text is not None
-        return F.normalize(text_plain(self.model.text, self.ids, self.prompts.text), dim=-1)
+        prompt = self.learned()["text_prompt"]
+        return F.normalize(text_plain(self.model.text, self.ids, prompt), dim=-1)
 
-    def image_features(self, views: Tensor, **_: Any) -> Tensor:
+    def image_features(self, views: Tensor, _now: Pass = EVALUATION) -> Tensor:
         """(B, D), normalised, of uint8 views (B, 3, S, S)."""
-        assert self.prompts.visual is not None
-        images = self.normalize(views)
-        return F.normalize(image_plain(self.model.visual, images, self.prompts.visual), dim=-1)
+        images, prompt = self.backbone.normalize(views), self.learned()["visual_prompt"]
+        return F.normalize(image_plain(self.model.visual, images, prompt), dim=-1)
 
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits; class features are computed anew."""
@@ -91,4 +98,4 @@ class PlainClassifier(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features."""
-        return self.logit_scale * image_features @ text_features.T
+        return self.backbone.logit_scale * image_features @ text_features.T

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from benchmarks.meters import count_operations, now, peak_memory
 from benchmarks.plain import PlainClassifier
 from dapt.clip.backbone import load_backbone, load_model
-from dapt.engine.allocator import keep_freed_memory
-from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.classifier import Classifier
+from dapt.engine.memory import keep_freed_memory
 from dapt.engine.step import Tuner
 from dapt.errors import UserError
-from dapt.methods import METHODS
-from dapt.methods.prompts import new_prompts
+from dapt.methods import get_method
+from dapt.settings import make_settings
 
 PLAIN = "plain"
 EVAL_BATCHES = 2
@@ -72,17 +72,18 @@ class Variant:
         backbone = load_backbone(
             job.backbone, job.pretrained, device=job.device, precision=job.precision
         )
-        prompts = new_prompts(backbone, text_vectors=16, visual_vectors=16)
+        settings = make_settings({"dataset": "bundled", "beta_visual": 10.0, "beta_text": 0.1})
+        parts = [part.create(backbone, settings) for part in get_method("dapt").parts]
         self.device, self.plain = backbone.device, job.variant == PLAIN
         classifier: Any
         if self.plain:
             # Its own weights, unfolded; those that drew the prompts go before these come.
             del backbone.visual, backbone.text
             model, _, _ = load_model(job.backbone, job.pretrained)
-            classifier = PlainClassifier(backbone, model.to(backbone.device), names, prompts)
+            classifier = PlainClassifier(backbone, model.to(backbone.device), names, parts)
         else:
             keep_freed_memory()
-            classifier = PromptedClassifier(backbone, names, prompts, "{}")
+            classifier = Classifier(backbone, names, parts)
         self.classifier = classifier
 
         # Drawn from a generator of their own: the same for all variants.
@@ -96,7 +97,7 @@ class Variant:
         with torch.no_grad():
             dimension = classifier.image_features(self.views[:1]).shape[-1]
         prototypes = F.normalize(torch.randn(len(names), dimension, generator=draw), dim=-1)
-        self.tuner = _Timed(classifier, prototypes.to(self.device))
+        self.tuner = _Timed(classifier, settings, prototypes)
 
     def train(self) -> dict[str, Any]:
         """One training step: seconds of forward, of backward, of all; and its loss."""
@@ -135,10 +136,6 @@ class _Timed(Tuner):
     """A `Tuner` that notes when a step's forward half was done."""
 
     forward_ended = 0.0
-
-    def __init__(self, classifier: Any, prototypes: torch.Tensor) -> None:
-        weights = {"intra": 10.0, "inter": 0.1}
-        super().__init__(classifier, METHODS["dapt"], weights, prototypes)
 
     def losses(self, *args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         found = super().losses(*args)

@@ -71,8 +71,22 @@ def tiny_weights(tmp_path_factory):
     return file
 
 
+RECORDED = REPOSITORY / "tests" / "fixtures" / "recorded"
+
+
+@pytest.fixture(scope="session")
+def recorded_clip(tmp_path_factory):
+    """Weights of the CLIP behind all recorded runs, its token embedding's rows put back."""
+    state = load_file(RECORDED / "clip.safetensors")
+    table = torch.zeros(49408, state["ln_final.weight"].shape[0])
+    table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
+    weights = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
+    save_file({**state, "token_embedding.weight": table}, weights)
+    return weights
+
+
 @pytest.fixture(scope="session", params=["small", "full"])
-def recorded(request, tmp_path_factory):
+def recorded(request, recorded_clip):
     """The recorded run: its folder and its weights file.
 
     Once cut small (in the repository), and once whole, where it is at hand.
@@ -80,14 +94,7 @@ def recorded(request, tmp_path_factory):
     if request.param == "full":
         folder = request.getfixturevalue("shared") / "reference"
         return folder, folder / "clip.safetensors"
-    folder = REPOSITORY / "tests" / "fixtures" / "recorded"
-    state = load_file(folder / "clip.safetensors")
-    # Put the token embedding's rows back into its table.
-    table = torch.zeros(49408, state["ln_final.weight"].shape[0])
-    table[state.pop("token_embedding.ids")] = state.pop("token_embedding.rows")
-    weights = tmp_path_factory.mktemp("recorded") / "clip.safetensors"
-    save_file({**state, "token_embedding.weight": table}, weights)
-    return folder, weights
+    return RECORDED, recorded_clip
 
 
 def jpeg_of_scans(count):

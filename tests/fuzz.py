@@ -124,7 +124,7 @@ def run(content, place):
     """A run directory, one of whose files is named by the first line and is what follows."""
     from dapt.report.collect import Damaged, collect, read_confusion, read_log
     from dapt.run.directory import RunDirectory
-    from dapt.run.train import load_classifier
+    from dapt.run.load import load_classifier
     from dapt.share.card import model_card
 
     good, backbone = _good_run(place)

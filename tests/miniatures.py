@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dapt.data import BENCHMARKS
+from dapt.methods import get_method
+from dapt.settings import make_settings
 
 SPLIT_ROWS = [name for name, row in BENCHMARKS.items() if row.index.startswith("split_")]
 # Of ImageNet's own: names of several words, two classes of one name, and more than ten, so that
@@ -112,3 +114,9 @@ def make_benchmark(root, name):
         put(images / "README.txt", "not a class")
         put(images / places[0] / ".hidden", "")
     return row
+
+
+def new_parts(backbone, method="dapt", **given):
+    """Freshly drawn parts of a method, in the order of its row."""
+    settings = make_settings({"dataset": "bundled", "method": method, **given})
+    return [part.create(backbone, settings) for part in get_method(method).parts]

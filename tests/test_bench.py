@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
+from miniatures import new_parts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -23,12 +24,11 @@ from benchmarks.plain import PlainClassifier
 from conftest import REPOSITORY
 from dapt.cli import app
 from dapt.clip.backbone import load_backbone, load_model
-from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
 from dapt.errors import UserError
 from dapt.grid import read_suite
-from dapt.methods import METHODS
-from dapt.methods.prompts import new_prompts
+from dapt.settings import make_settings
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "a very long name of a rare flower"]
 
@@ -236,15 +236,16 @@ def test_a_step_is_the_plain_ways(request, name, words):
     prototypes = torch.randn(len(words), model.text.text_projection.shape[1], generator=draw)
     found = []
     for kind in ("plain", "ours"):
-        prompts = new_prompts(backbone, text_vectors=16, visual_vectors=16)
+        parts = new_parts(backbone, text_vectors=16, visual_vectors=16)
         if kind == "plain":
-            classifier = PlainClassifier(backbone, model, words, prompts)
+            classifier = PlainClassifier(backbone, model, words, parts)
         else:
-            classifier = PromptedClassifier(backbone, words, prompts, "{}")
-        weights = {"intra": 10.0, "inter": 10.0}
-        total, _, _ = Tuner(classifier, METHODS["dapt"], weights, prototypes).losses(views, labels)
+            classifier = Classifier(backbone, words, parts)
+        weights = {"beta_visual": 10.0, "beta_text": 10.0}
+        settings = make_settings({"dataset": "bundled", **weights})
+        total, _, _ = Tuner(classifier, settings, prototypes).losses(views, labels)
         total.backward()
-        found.append((total.item(), prompts.text.grad, prompts.visual.grad))
+        found.append((total.item(), *(p.grad for p in classifier.learned().values())))
     (expected, *gradients), (loss, *others) = found
     assert loss == pytest.approx(expected, rel=1e-5)
     for gradient, other in zip(gradients, others, strict=True):
@@ -256,8 +257,8 @@ def test_what_is_computed_twice_counts_once(tiny_weights):
     views = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     ours, all_of_it = [], []
     for budget in (2**40, 1):  # all classes at once, and one at a time, computed anew
-        prompts = new_prompts(backbone, text_vectors=4, visual_vectors=4)
-        classifier = PromptedClassifier(backbone, WORDS, prompts, "{}", text_memory=budget)
+        parts = new_parts(backbone, text_vectors=4, visual_vectors=4)
+        classifier = Classifier(backbone, WORDS, parts, text_memory=budget)
         ours.append(count_operations(lambda of=classifier: of(views).sum()))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             classifier(views).sum().backward()

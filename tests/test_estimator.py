@@ -21,7 +21,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from typer.testing import CliRunner
 
 from dapt.cli import app
-from dapt.clip.towers import TextEncoder
+from dapt.clip.text import TextEncoder
 from dapt.errors import UserError
 from dapt.estimator import PromptClassifier
 from dapt.run.directory import RunDirectory
@@ -287,7 +287,10 @@ def test_scorers_find_each_class_in_its_column(new, photos, tmp_path):
     expected = get_scorer("neg_log_loss")(made, photos[2], truth)
     # A run of the same prompts with its classes in another order, as 'dapt train' leaves one.
     run = RunDirectory(made.save(tmp_path / "run"))
-    task, environment = json.loads(run.task_file.read_text()), run.read_environment()
+    task, environment = (
+        json.loads(run.task_file.read_text()),
+        json.loads(run.environment_file.read_text()),
+    )
     turned = {**task, "class_names": task["class_names"][::-1]}
     run.task_file.write_text(json.dumps(turned))
     labels = environment["labels"][::-1]

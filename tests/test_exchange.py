@@ -21,7 +21,7 @@ from conftest import frugal, fuzzed
 from dapt.cli import app
 from dapt.errors import UserError
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier
+from dapt.run.load import load_classifier
 from dapt.safe.weights import Checkpoint, read_checkpoint
 from dapt.share.exchange import import_checkpoint, read_published
 

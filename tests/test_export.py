@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 
 from conftest import REPOSITORY
 from dapt.cli import app
+from dapt.engine.data import task_of
 from dapt.engine.evaluate import classify
 from dapt.engine.shared import Shared
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier, task_of, train
+from dapt.run.load import load_classifier
+from dapt.run.train import train
 from dapt.settings import make_settings
 from dapt.share.card import model_card
 from dapt.share.exchange import read_published
@@ -103,7 +105,7 @@ def test_export_says_how_far_it_is_off(exported):
 def test_metadata_is_all_that_is_needed_to_use_the_file(run, exported):
     facts = session(exported[0]).get_modelmeta().custom_metadata_map
     facts = {name: json.loads(text) for name, text in facts.items()}
-    _, names, _ = run.read_task()
+    names = run.read_task().class_names
     environment = json.loads(run.environment_file.read_text())
     assert facts["labels"] == list(names)
     assert facts["preprocessing"]["size"] == 32
@@ -203,7 +205,7 @@ def test_torch_program(run, views, tmp_path):
     with torch.inference_mode():
         found = torch.cat([program(part) for part in images.split(5)])
     assert float((found - expected).abs().max()) < 1e-4
-    assert json.loads(facts["labels.json"]) == list(run.read_task()[1])
+    assert json.loads(facts["labels.json"]) == list(run.read_task().class_names)
 
 
 def test_coop_round_trip(run, tmp_path):
@@ -214,9 +216,9 @@ def test_coop_round_trip(run, tmp_path):
     assert dapt("export", run.path, "-o", file, "--format", "coop").exit_code == 0
     tensors, _ = run.read_tensors(run.prompts_file)
     back = read_published(file)
-    assert torch.equal(back.text, tensors["text_prompt"])
+    assert torch.equal(back.tensors["text_prompt"], tensors["text_prompt"])
     if "visual_prompt" in tensors:
-        assert torch.equal(back.visual, tensors["visual_prompt"])
+        assert torch.equal(back.tensors["visual_prompt"], tensors["visual_prompt"])
     else:
         assert back.visual is None
 
@@ -227,7 +229,7 @@ def test_card_says_what_the_model_is(run, exported):
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert "license" in front
     assert "photos.onnx" in body
-    for name in run.read_task()[1]:
+    for name in run.read_task().class_names:
         assert name in body
     assert f"{100 * metrics['test']['accuracy']:.1f}" in body
 

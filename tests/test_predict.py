@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.errors import UserError
 from dapt.predict import Prediction, Unreadable, find_images, named_in, predict_each
-from dapt.run.train import load_classifier, train
+from dapt.run.load import load_classifier
+from dapt.run.train import train
 from dapt.settings import make_settings
 
 runner = CliRunner()

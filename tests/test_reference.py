@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from dapt.clip.backbone import load_backbone
-from dapt.engine.classifier import PromptedClassifier, image_features
+from dapt.clip.image import image_features
+from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
-from dapt.methods import METHODS
+from dapt.methods.context import Context
 from dapt.methods.losses import class_prototypes
-from dapt.methods.prompts import Prompts
+from dapt.methods.visual import VisualPrompt
+from dapt.settings import make_settings
 
 
 @pytest.fixture
@@ -20,23 +22,16 @@ def prepared(recorded):
     record = load_file(folder / "record.safetensors")
     settings = json.loads((folder / "record.json").read_text())
     backbone = load_backbone(str(weights_file))
-    prompts = Prompts(record["txt_ctx"], record["vis_ctx"][0])
-    classifier = PromptedClassifier(backbone, settings["class_names"], prompts, "")
+    parts = [Context(record["txt_ctx"]), VisualPrompt(record["vis_ctx"][0])]
+    classifier = Classifier(backbone, settings["class_names"], parts)
     prototypes = record["prototypes"]
     if "support_images" in record:
         support = image_features(backbone, record["support_images"])
         classes = len(settings["class_names"])
         prototypes = class_prototypes(support, record["support_labels"], classes)
-    weights = {"intra": settings["beta_visual"], "inter": settings["beta_text"]}
-    tuner = Tuner(
-        classifier,
-        METHODS["dapt"],
-        weights,
-        prototypes,
-        momentum=settings["momentum"],
-        weight_decay=settings["weight_decay"],
-        rbf_t=settings["rbf_t"],
-    )
+    names = ("beta_visual", "beta_text", "momentum", "weight_decay", "rbf_t")
+    given = {"dataset": "bundled", **{name: settings[name] for name in names}}
+    tuner = Tuner(classifier, make_settings(given), prototypes)
     return record, settings, classifier, tuner
 
 
@@ -63,8 +58,8 @@ def test_recorded_run_is_reproduced(prepared):
     total, _, _ = tuner.losses(record["images"][0], record["labels"][0])
     total.backward()
     for name, recorded_gradient in (
-        ("text", record["first_grad_txt"]),
-        ("visual", record["first_grad_vis"][0]),
+        ("text_prompt", record["first_grad_txt"]),
+        ("visual_prompt", record["first_grad_vis"][0]),
     ):
         gradient = tuner.named[name].grad
         assert (gradient - recorded_gradient).norm() < 1e-4 * recorded_gradient.norm()
@@ -82,8 +77,12 @@ def test_recorded_run_is_reproduced(prepared):
     )
     if "final_logits" not in record:
         return
-    torch.testing.assert_close(tuner.named["text"], record["final_txt_ctx"], atol=1e-3, rtol=0)
-    torch.testing.assert_close(tuner.named["visual"], record["final_vis_ctx"][0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        tuner.named["text_prompt"], record["final_txt_ctx"], atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        tuner.named["visual_prompt"], record["final_vis_ctx"][0], atol=1e-3, rtol=0
+    )
     with torch.no_grad():
         logits = classifier(record["images"][0])
     torch.testing.assert_close(logits, record["final_logits"], atol=1e-3, rtol=0)

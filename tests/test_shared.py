@@ -52,12 +52,12 @@ def test_images_are_encoded_once_without_prompts(given, tmp_path, monkeypatch):
 
 
 def test_the_oldest_images_go_when_memory_is_short(given):
+    from dapt.engine.data import Data, support_of, task_of
     from dapt.progress import Reporter
-    from dapt.run.train import support_of, task_of
 
     settings = make_settings({**given, "memory_budget": 100_000 / 2**30})  # 13 of 40 x 48 px
     task, shared = task_of(settings), Shared(backbone_of(settings))
-    support = shared.support(task, support_of(settings, task), settings, Reporter())
+    support = shared.support(Data(task, support_of(settings, task)), settings, Reporter())
     allowance = support.store.allowance
     kept = allowance.used
     assert 50_000 < kept <= 100_000

@@ -27,7 +27,8 @@ from dapt.errors import UserError
 from dapt.grid import make_plan, read_suite
 from dapt.report.collect import Damaged, collect, read_confusion, read_log
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier, train
+from dapt.run.load import load_classifier
+from dapt.run.train import train
 from dapt.safe.files import LARGEST_YAML, parse_yaml, read_json
 from dapt.settings import make_settings, parse_assignment, read_settings_file
 from dapt.share.card import model_card
@@ -308,7 +309,7 @@ def test_odd_metrics_are_one_sentence(good, tmp_path, changes):
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(good / "dapt", run.path)
     assert run.read_metrics()
-    run.metrics_file.write_text(json.dumps({**run.read_metrics(), **changes}))
+    run.metrics_file.write_text(json.dumps({**json.loads(run.metrics_file.read_text()), **changes}))
     for command in (["push", run.path, "a/b", "--dry-run"], ["train", "-o", run.path, "--resume"]):
         made = CliRunner().invoke(app, list(map(str, command)))
         assert made.exit_code == 2, made.output

@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from miniatures import tiny_config
+from miniatures import new_parts, tiny_config
 from open_clip.model import CustomTextCLIP
 
 from benchmarks.plain import image_plain, text_plain
 from dapt.clip.backbone import Backbone, Preprocessing, load_backbone
-from dapt.clip.towers import ClassTokens, TextEncoder, _bytes_per_token, encode_image
-from dapt.engine.classifier import PromptedClassifier
+from dapt.clip.image import encode_image
+from dapt.clip.inside import Inside
+from dapt.clip.text import ClassTokens, TextEncoder, _bytes_per_token
+from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
-from dapt.methods.prompts import Prompts, new_prompts
 
 WORDS = ["cat", "dog", "hot_air_balloon", "sea lion", "zebra", "a very long name of a rare flower"]
 
@@ -53,7 +54,7 @@ def test_shared_prefix_is_exact(either_backbone, names, vectors, seed):
 
     encoder = TextEncoder(backbone, ClassTokens.for_context(backbone, names, vectors))
     assert encoder.shares_prefix
-    found = encoder(context)
+    found = encoder(Inside(context))
     (found * weights).sum().backward()
     torch.testing.assert_close(
         F.normalize(found, dim=-1), F.normalize(expected, dim=-1), atol=1e-5, rtol=0
@@ -73,7 +74,7 @@ def test_chunks_change_nothing(backbone, names, tokens):
     for budget in (2**40, tokens * _bytes_per_token(backbone.text, torch.float32)):
         split = ClassTokens.for_context(backbone, names, 4)
         encoder = TextEncoder(backbone, split, budget)
-        features = encoder(context)
+        features = encoder(Inside(context))
         (features * weights).sum().backward()
         found.append((features.detach(), context.grad, len(encoder.chunks)))
         context.grad = None
@@ -98,7 +99,7 @@ def test_class_token_only_last_layer_is_exact(either_backbone, vectors, images, 
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
     gradient, prompt.grad = prompt.grad.clone(), None
-    found = encode_image(backbone, pixels, prompt)
+    found = encode_image(backbone.visual, pixels, Inside(prompt))
     (found * weights).sum().backward()
     torch.testing.assert_close(
         F.normalize(found, dim=-1), F.normalize(expected, dim=-1), atol=1e-5, rtol=0
@@ -112,9 +113,9 @@ def test_classes_may_have_contexts_of_their_own(backbone, budget):
     tokens = ClassTokens.for_context(backbone, WORDS, 4)
     encoder = TextEncoder(backbone, tokens, budget, class_contexts=True)
     assert not encoder.shares_prefix
-    found = encoder(contexts)
+    found = encoder(Inside(contexts))
     expected = torch.cat(
-        [TextEncoder(backbone, ClassTokens.for_context(backbone, [name], 4))(context)
+        [TextEncoder(backbone, ClassTokens.for_context(backbone, [name], 4))(Inside(context))
          for name, context in zip(WORDS, contexts, strict=True)]
     )  # fmt: skip
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -126,7 +127,7 @@ def test_classes_may_have_contexts_of_their_own(backbone, budget):
 def test_without_prompts_both_towers_are_open_clips(backbone):
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(
-        encode_image(backbone, images), backbone.visual(images), atol=1e-5, rtol=1e-4
+        encode_image(backbone.visual, images), backbone.visual(images), atol=1e-5, rtol=1e-4
     )
     sentences = [f"a photo of a {n.replace('_', ' ')}." for n in WORDS]
     encoder = TextEncoder(backbone, ClassTokens.for_template(backbone, WORDS, "a photo of a {}."))
@@ -184,15 +185,15 @@ def test_siglip_takes_both_prompts():
     # A context made of the words' own embeddings is the sentence itself.
     words = backbone.text.token_embedding(backbone.tokenizer(["a "])[0, :2])
     learned = TextEncoder(backbone, ClassTokens.for_context(backbone, ["cat", "dog"], 2))
-    torch.testing.assert_close(learned(words), backbone.text(ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learned(Inside(words)), backbone.text(ids), atol=1e-5, rtol=1e-4)
 
-    prompts = new_prompts(backbone, text_vectors=4, visual_vectors=3)
-    classifier = PromptedClassifier(backbone, ["cat", "dog"], prompts, "{}")
+    context, visual = parts = new_parts(backbone, text_vectors=4, visual_vectors=3)
+    classifier = Classifier(backbone, ["cat", "dog"], parts)
     images = torch.randn(2, 3, 32, 32)
     classifier(images).sum().backward()
-    assert prompts.text.grad.norm() > 0
-    assert prompts.visual.grad.norm() > 0
-    empty = encode_image(backbone, images, torch.zeros(0, 192))
+    assert context.text_prompt.grad.norm() > 0
+    assert visual.visual_prompt.grad.norm() > 0
+    empty = encode_image(backbone.visual, images, Inside(torch.zeros(0, 192)))
     torch.testing.assert_close(empty, backbone.visual(images), atol=1e-5, rtol=1e-4)
 
 
@@ -223,18 +224,18 @@ def test_other_towers_of_open_clip(changes):
     )
     tokens = ClassTokens.for_context(backbone, ["cat", "sea lion"], 1)
     word = backbone.text.token_embedding(tokenizer("a")[0, 1:2]).detach()
-    found = TextEncoder(backbone, tokens)(word)
+    found = TextEncoder(backbone, tokens)(Inside(word))
     torch.testing.assert_close(found, text, atol=1e-5, rtol=1e-4)
     # A class's feature depends on no other class, and not on the chunk it is in.
     single = ClassTokens.for_context(backbone, ["cat"], 1)
-    torch.testing.assert_close(TextEncoder(backbone, single)(word), found[:1])
+    torch.testing.assert_close(TextEncoder(backbone, single)(Inside(word)), found[:1])
     chunked = TextEncoder(backbone, tokens, memory_budget=1)
     assert len(chunked.chunks) == 2
-    torch.testing.assert_close(chunked(word), found)
-    none = encode_image(backbone, images, torch.zeros(0, 64))
+    torch.testing.assert_close(chunked(Inside(word)), found)
+    none = encode_image(backbone.visual, images, Inside(torch.zeros(0, 64)))
     torch.testing.assert_close(none, image, atol=1e-5, rtol=1e-4)
     prompt = torch.nn.Parameter(torch.randn(2, 64))
-    encode_image(backbone, images, prompt).sum().backward()
+    encode_image(backbone.visual, images, Inside(prompt)).sum().backward()
     assert prompt.grad.norm() > 0
 
 
@@ -242,14 +243,13 @@ def test_other_towers_of_open_clip(changes):
 def test_low_precision_is_near_and_prompts_stay_fp32(tiny_weights, backbone, precision):
     low = load_backbone(str(tiny_weights), precision=precision)
     views = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    prompts = new_prompts(backbone, text_vectors=4, visual_vectors=4)
-    found = PromptedClassifier(low, WORDS, prompts, "{}")
-    expected = PromptedClassifier(backbone, WORDS, prompts, "{}")
+    parts = new_parts(backbone, text_vectors=4, visual_vectors=4)
+    found, expected = (Classifier(model, WORDS, parts) for model in (low, backbone))
     with torch.no_grad():
         cosine = (found.image_features(views) * expected.image_features(views)).sum(-1)
     assert cosine.min() > 0.99
     found(views).sum().backward()
-    assert prompts.text.grad.dtype == prompts.visual.grad.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in found.learned().values())
     assert found.text_features().dtype == torch.float32
 
 
@@ -265,21 +265,20 @@ def test_what_does_not_fit_is_named(backbone):
 def test_resnet_takes_text_prompts_only():
     backbone = load_backbone("RN50", "random")
     with pytest.raises(UserError, match="takes no visual prompt"):
-        new_prompts(backbone, visual_vectors=4)
-    prompts = new_prompts(backbone, text_vectors=4)
-    classifier = PromptedClassifier(backbone, ["cat", "dog"], prompts, "{}")
+        new_parts(backbone, "vpt", visual_vectors=4)
+    classifier = Classifier(backbone, ["cat", "dog"], new_parts(backbone, "coop", text_vectors=4))
     assert classifier(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 2)
 
 
 def test_prompt_initialisation(backbone):
-    prompts = new_prompts(backbone, text_vectors=400, visual_vectors=400)
+    context, visual = new_parts(backbone, text_vectors=400, visual_vectors=400)
     bound = (6 / (3 * 8**2 + 64)) ** 0.5
-    assert prompts.text.std().item() == pytest.approx(0.02, rel=0.05)
-    assert prompts.visual.abs().max() <= bound
-    assert prompts.visual.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    words = new_prompts(backbone, text_vectors=6, text_init="a photo of a")
+    assert context.text_prompt.std().item() == pytest.approx(0.02, rel=0.05)
+    assert visual.visual_prompt.abs().max() <= bound
+    assert visual.visual_prompt.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    (words,) = new_parts(backbone, "coop", text_vectors=6, text_init="a photo of a")
     ids = torch.tensor(backbone.tokenize(["a photo of a"])[0][1:-1])
-    torch.testing.assert_close(words.text[2:].detach(), backbone.text.token_embedding(ids))
+    torch.testing.assert_close(words.text_prompt[2:].detach(), backbone.text.token_embedding(ids))
     with pytest.raises(UserError, match="use fewer words or more vectors"):
-        new_prompts(backbone, text_vectors=2, text_init="a photo of a")
-    assert Prompts().count == 0
+        new_parts(backbone, "coop", text_vectors=2, text_init="a photo of a")
+    assert Classifier(backbone, ["cat"]).learned_parameters == 0

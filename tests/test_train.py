@@ -17,17 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapt.data import draw_support_set
+from dapt.engine.data import task_of
+from dapt.engine.fit import epoch_order, steps_per_epoch
 from dapt.engine.step import learning_rate
 from dapt.errors import UserError
-from dapt.methods import METHODS, Method
+from dapt.methods import METHODS, LossTerm, Method
+from dapt.methods.context import Context
+from dapt.methods.losses import INTER
 from dapt.run.directory import RunDirectory
-from dapt.run.train import (
-    epoch_order,
-    load_classifier,
-    steps_per_epoch,
-    task_of,
-    train,
-)
+from dapt.run.load import load_classifier
+from dapt.run.train import train
 from dapt.safe.files import write_atomic
 from dapt.settings import make_settings
 
@@ -56,6 +55,13 @@ def results(run):
     ]
 
 
+# Of methods that learn or fit something else than one prompt a tower, or a probe.
+TENSORS = {
+    "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "tip-adapter-f": {"keys", "labels", "alpha", "beta"},
+}
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_leaves_a_readable_run(given, tmp_path, method):
     run = train(make_settings({**given, "method": method}), tmp_path / "run")
@@ -63,15 +69,17 @@ def test_every_method_leaves_a_readable_run(given, tmp_path, method):
     assert metrics["test"]["images"] == 12
     assert 0 <= metrics["test"]["accuracy"] <= 1
     row, tensors = METHODS[method], load_file(run.prompts_file)
-    expected = {"text_prompt"} if row.text else set()
-    expected |= {"visual_prompt"} if row.visual else set()
-    assert set(tensors) == ({"weight", "bias"} if row.probe else expected)
+    learned = {"text": "text_prompt", "image": "visual_prompt"}
+    expected = {name for tower, name in learned.items() if row.changes(tower)}
+    if row.head.fitted:
+        expected |= {"weight", "bias"}
+    assert set(tensors) == TENSORS.get(method, expected)
     assert metrics["learned_parameters"] == sum(t.numel() for t in tensors.values())
-    if row.learns_prompts:
+    if row.learns:
         with run.log_file.open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 4 * (12 // 5)
-        assert {"cross_entropy", "lr", "accuracy", *row.terms} <= set(rows[0])
+        assert {"cross_entropy", "lr", "accuracy", *(t.name for t in row.losses)} <= set(rows[0])
         assert [float(r["lr"]) for r in rows[::2]] == [learning_rate(e, 4, 0.02) for e in range(4)]
         assert {"before", "after"} == set(metrics["dispersion"]["inter"])
     environment = json.loads(run.environment_file.read_text())
@@ -116,8 +124,8 @@ def test_the_number_of_threads_changes_last_bits_at_most(given, tmp_path):
     one, two = (load_file(run.prompts_file) for run in found)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
-    one, two = (run.read_metrics()["test"] for run in found)
-    assert abs(one["accuracy"] - two["accuracy"]) <= 1 / one["images"]
+    one, two = (run.read_metrics().test for run in found)
+    assert abs(one.accuracy - two.accuracy) <= 1 / one.images
 
 
 @pytest.mark.parametrize(
@@ -443,11 +451,8 @@ def test_prompts_only_fit_their_backbone(given, tmp_path, tiny_weights):
 
 def test_a_new_method_is_a_row_and_a_function(given, tmp_path, monkeypatch):
     """A researcher's own loss term: prompts pulled towards zero."""
-    from dapt import methods
-
-    monkeypatch.setitem(methods.LOSS_TERMS, "norm", lambda b: b.text_features.std())
-    row = Method("Mine", text=True, terms={"norm": "gamma", "inter": "beta_text"})
-    monkeypatch.setitem(methods.METHODS, "mine", row)
+    norm = LossTerm("norm", "gamma", lambda step: step.text_features.std())
+    monkeypatch.setitem(METHODS, "mine", Method("Mine", (Context,), (norm, INTER)))
     with pytest.raises(UserError, match="loss term 'norm' .* needs a weight"):
         make_settings({**given, "method": "mine"})
     settings = make_settings({**given, "method": "mine", "loss_weights": {"gamma": 0.5}})
@@ -492,11 +497,11 @@ def test_divergence_keeps_the_last_good_checkpoint(given, tmp_path, capsys):
     high = {**given, "lr": 2000.0, "epochs": 8, "method": "vpt", "shots": 6}
     astray = train(make_settings(high), tmp_path / "astray", reporter=RichReporter())
     assert "cross-entropy rose from" in capsys.readouterr().err.replace("\n", " ")
-    rose = astray.read_metrics()["rose"]
-    assert rose["last"] > rose["first"] > 0
+    rose = astray.read_metrics().rose
+    assert rose.last > rose.first > 0
     good = train(make_settings(given), tmp_path / "good", reporter=RichReporter())
     assert "rose" not in capsys.readouterr().err
-    assert good.read_metrics()["rose"] is None
+    assert good.read_metrics().rose is None
 
 
 def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_folder, capsys):

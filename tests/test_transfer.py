@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
+from dapt.engine.data import task_of
 from dapt.errors import UserError
 from dapt.grid.plan import PlannedRun
 from dapt.grid.work import summary
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
-from dapt.run.train import task_of, train
+from dapt.run.train import train
 from dapt.run.transfer import Target, evaluate_run
 from dapt.settings import make_settings
 
@@ -61,7 +62,7 @@ def test_a_grid_tells_what_was_odd(run, photos):
     assert "," not in summary(planned)
     (photos / "train" / "blue" / "odd.png").write_bytes(b"no image")
     evaluate_run(run, target)
-    metrics = run.read_metrics()
+    metrics = json.loads(run.metrics_file.read_text())
     run.metrics_file.write_text(json.dumps({**metrics, "rose": {"first": 1.0, "last": 2.0}}))
     assert summary(planned).endswith(
         "images skipped: 1, support images tested too: 12, its loss rose"

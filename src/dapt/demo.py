@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -13,14 +12,17 @@ from rich.table import Table
 from dapt.clip.backbone import load_backbone
 from dapt.data import Task, open_image
 from dapt.engine.classifier import Classifier
+from dapt.engine.data import open_data
 from dapt.engine.evaluate import classify
 from dapt.engine.shared import Shared
 from dapt.errors import UserError
 from dapt.methods import METHODS
 from dapt.progress import Reporter, console
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier, task_of, train
-from dapt.safe.files import read_json, write_atomic
+from dapt.run.load import load_classifier
+from dapt.run.records import Metrics
+from dapt.run.train import train
+from dapt.safe.files import write_atomic
 from dapt.settings import Settings, make_settings
 
 DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
@@ -36,16 +38,16 @@ def run_demo(
     Runs that are already there, at the same settings, are kept; an unfinished one is continued.
     """
     base = make_settings({"dataset": "bundled", "epochs": epochs or DEMO_EPOCHS, "seed": seed})
-    task, shared = task_of(base), Shared(load_backbone())
+    data, shared = open_data(base), Shared(load_backbone())
     runs = []
     for method in DEMO_METHODS:
         settings, run = base.model_copy(update={"method": method}), RunDirectory(output / method)
         if run.exists and run.read_settings() != settings:
             raise UserError(f"{run.path} holds a run with other settings; choose another --output")
-        train(settings, run.path, resume=True, shared=shared, task=task, reporter=reporter)
+        train(settings, run.path, resume=True, shared=shared, data=data, reporter=reporter)
         runs.append(run)
 
-    results = [read_json(run.metrics_file, "metrics") for run in runs]
+    results, task = [run.read_metrics() for run in runs], data.task
     table = Table(
         title=f"{task.name}: {len(task.class_names)} classes, {base.shots} shots, seed {seed}, "
         f"{base.epochs} epochs",
@@ -55,12 +57,11 @@ def run_demo(
     for column in ("accuracy", "learned parameters", "seconds"):
         table.add_column(column, justify="right")
     for run, result in zip(runs, results, strict=True):
-        spent = read_json(run.environment_file, "environment")
         table.add_row(
-            METHODS[result["method"]].title,
-            f"{result['test']['accuracy']:.1%}",
-            f"{result['learned_parameters']:,}",
-            f"{spent['tuning_seconds']:.1f}",
+            METHODS[result.method].title,
+            f"{result.test.accuracy:.1%}",
+            f"{result.learned_parameters:,}",
+            f"{run.read_environment().tuning_seconds or 0:.1f}",
         )
     console.print(table)
 
@@ -75,7 +76,7 @@ def _draw(
     path: Path,
     settings: Settings,
     task: Task,
-    results: Sequence[dict[str, Any]],
+    results: Sequence[Metrics],
     classifiers: Sequence[Classifier],
     shared: Shared,
 ) -> None:
@@ -98,14 +99,16 @@ def _draw(
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5)))
     axes = left.subplots()
-    titles = [METHODS[r["method"]].title for r in results][::-1]
-    values = [100 * r["test"]["accuracy"] for r in results][::-1]
+    titles = [METHODS[r.method].title for r in results][::-1]
+    values = [100 * r.test.accuracy for r in results][::-1]
     bars = axes.barh(titles, values, color=["#c2410c", *["#94a3b8"] * (len(values) - 1)])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(100 / len(task.class_names), color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="accuracy on test images, % (dotted: chance)", xlim=(0, max(values) * 1.15))
     axes.spines[["top", "right"]].set_visible(False)
-    right.suptitle("named by DAPT, missed without tuning", fontsize=10)
+    right.suptitle(
+        f"named by {METHODS[results[-1].method].title}, missed without tuning", fontsize=10
+    )
     for place, (item, before) in zip(right.subplots(2, 6).flat, shown, strict=False):
         place.imshow(open_image(task.image_path(item)))
         wrong = task.class_names[before].replace("_", " ")

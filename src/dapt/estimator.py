@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
@@ -19,18 +19,22 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from dapt.clip.backbone import Backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
 from dapt.data.items import check_class_names
-from dapt.data.pictures import InputError, as_sequence, labels_of, read_picture
+from dapt.data.pictures import InputError, as_sequence, labels_of
 from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.engine.classifier import Classifier
+from dapt.engine.data import Data
 from dapt.engine.evaluate import classify
+from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
 from dapt.run.directory import RunDirectory
-from dapt.run.train import Interrupted, check_output, load_classifier, train
-from dapt.safe.files import read_json, write_atomic, write_json
-from dapt.settings import FITTED, Settings, absolute_paths, make_settings
+from dapt.run.load import classifier_of, load_classifier
+from dapt.run.records import TaskRecord
+from dapt.run.train import check_output, files_of
+from dapt.safe.files import to_json
+from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_settings
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):
@@ -129,35 +133,25 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         shots = int(np.bincount(codes).max()) if self.shots is None else self.shots
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
-        if numbers and self.class_names is None and not get_method(settings.method).probe:
+        if numbers and self.class_names is None and get_method(settings.method).head.reads_text:
             warnings.warn(
                 f"prompts call the classes {names[0]!r}, {names[1]!r} and so on, for want of "
                 "names; give class_names, such as {0: 'cat', 1: 'dog'}",
                 stacklevel=2,
             )
+        support = draw_support_set(_task(images, codes, names), shots, settings.seed)
+        drawn = tuple(_located(images, item) for item in support.train)
+        data = Data(_task(images, codes, names), replace(support, train=drawn))
+        journal, shared = Journal(), Shared(_backbone(settings))
         reporter = RichReporter() if self.verbose else Reporter()
-        with tempfile.TemporaryDirectory(prefix="dapt-fit-") as place:
-            # Only images that are drawn are looked at, and those that are no files are written.
-            items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
-            task = Task(FITTED, Path(place), names, items, (), (), DEFAULT_TEMPLATE)
-            support = draw_support_set(task, shots, settings.seed)
-            drawn = tuple(_on_disk(images, item, Path(place)) for item in support.train)
-            support = type(support)(FITTED, shots, settings.seed, drawn, ())
-            try:
-                run = train(
-                    settings,
-                    Path(place) / "run",
-                    reporter=reporter,
-                    shared=Shared(_backbone(settings)),
-                    task=task,
-                    support=support,
-                )
-            except Interrupted:
-                raise KeyboardInterrupt from None
-            except BadImage as error:
-                raise InputError(str(error)) from error
-            run.add_to_environment(labels=_as_json(classes))
-            self._adopt(run, classes)
+        try:
+            tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except BadImage as error:
+            raise InputError(str(error)) from error
+        tuned.classifier.requires_grad_(False)
+        self._adopt(files_of(tuned, journal, labels=_as_json(classes)), classes, tuned.classifier)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -176,11 +170,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         images, classifier = as_sequence(X), self._loaded()
         seen = classifier.backbone.preprocessing
         store = ImageStore(
-            range(len(images)),
+            images,
             size=seen.size,
             interpolation=seen.interpolation,
             resize_mode=seen.resize_mode,
-            read=lambda index: read_picture(images[index]),
         )
         return classify(classifier, store).double().softmax(-1).numpy()[:, self._places]
 
@@ -219,15 +212,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         before = [self.class_names_[i] for i in back]
         everything = (*before, *(str(name) for name in given.values()))
         check_class_names(everything, "added classes")
-        with tempfile.TemporaryDirectory(prefix="dapt-add-") as place:
-            run = _written(self.files_, Path(place) / "run")
-            backbone = self._loaded().backbone
-            load_classifier(run, everything, backbone=backbone)  # refuses what does not fit
-            task = read_json(run.task_file, "task of the run")
-            write_json(run.task_file, {**task, "class_names": list(everything)})
-            run.metrics_file.unlink(missing_ok=True)
-            run.add_to_environment(labels=_as_json(classes))
-            self._adopt(run, classes)
+        kept = json.loads(self.files_["task.json"])
+        files = {
+            **self.files_,
+            "task.json": to_json({**kept, "class_names": list(everything)}, indent=1),
+            "environment.json": to_json(
+                {**json.loads(self.files_["environment.json"]), "labels": _as_json(classes)},
+                indent=1,
+            ),
+        }
+        files.pop("metrics.json", None)
+        self._adopt(files, classes, self._built(files, own_names=kept["class_names"]))
         return self
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
@@ -242,8 +237,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_output(run, settings, resume=False, overwrite=overwrite)
         with run.locked():
             check_output(run, settings, resume=False, overwrite=overwrite)
-            run.clear()
-            _written(self.files_, run.path)
+            run.write_files(self.files_)
         return run.path
 
     @classmethod
@@ -273,11 +267,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             device=device,
             settings={name: values[name] for name in _FREE & values.keys()} or None,
         )
-        names = list(run.read_task()[1])
+        names = run.read_task().class_names
         labels = _from_json(run, names)
         if labels != names:
             found.class_names = dict(zip(labels, names, strict=True))
-        found._adopt(run, np.asarray(labels), settings)
+        classifier = load_classifier(run, backbone=found._backbone(settings))
+        run.check_links(run.files())
+        files = {file.name: file.read_bytes() for file in run.files()}
+        files[run.settings_file.name] = to_json(settings.model_dump(), indent=1)
+        found._adopt(files, np.asarray(labels), classifier)
         return found
 
     def _settings(self, shots: int) -> Settings:
@@ -291,22 +289,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
-    def _adopt(
-        self, run: RunDirectory, classes: np.ndarray, settings: Settings | None = None
-    ) -> None:
-        """Become what a run directory holds, with other settings than its own if given.
+    def _adopt(self, files: dict[str, bytes], classes: np.ndarray, classifier: Classifier) -> None:
+        """Become what the files of a run hold.
 
         ``classes`` are labels in the run's order; scikit-learn's scorers take them as sorted.
         """
-        settings = settings or run.read_settings()
-        self._classifier = load_classifier(run, backbone=self._backbone(settings))
-        run.check_links(run.files())
-        self.files_ = {file.name: file.read_bytes() for file in run.files()}
-        self.files_[run.settings_file.name] = json.dumps(settings.model_dump(), indent=1).encode()
+        self.files_, self._classifier = files, classifier
         self._places = np.argsort(classes, kind="stable")
-        names = run.read_task()[1]
         self.classes_ = classes[self._places]
-        self.class_names_ = tuple(names[i] for i in self._places)
+        self.class_names_ = tuple(classifier.class_names[i] for i in self._places)
 
     def _backbone(self, settings: Settings) -> Backbone:
         return _backbone(settings.model_copy(update={"device": self.device}))
@@ -314,11 +305,23 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def _loaded(self) -> Classifier:
         """The classifier, built anew from the run's files after unpickling."""
         if getattr(self, "_classifier", None) is None:
-            with tempfile.TemporaryDirectory(prefix="dapt-load-") as place:
-                run = _written(self.files_, Path(place) / "run")
-                backbone = self._backbone(run.read_settings())
-                self._classifier = load_classifier(run, backbone=backbone)
+            self._classifier = self._built(self.files_)
         return self._classifier
+
+    def _built(self, files: dict[str, bytes], own_names: Sequence[str] | None = None) -> Classifier:
+        """The classifier that a run's files hold; it was tuned on other classes, if given."""
+        settings = make_settings(json.loads(files["settings.json"]))
+        task = TaskRecord.model_validate_json(files["task.json"])
+        same = self._classifier.backbone if getattr(self, "_classifier", None) else None
+        return classifier_of(
+            settings,
+            load(files["prompts.safetensors"]),
+            same or self._backbone(settings),
+            task.class_names,
+            task.template,
+            where="what was fitted",
+            own_names=own_names,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and the run's files; the backbone is loaded again, not pickled."""
@@ -329,7 +332,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
 # Settings that are parameters; of the others, those that the way images are given leaves open.
 _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
-_FREE = frozenset(Settings.model_fields) - _OWN - {
+_FREE = frozenset(all_fields()) - _OWN - {
     "dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget", "strict"
 }  # fmt: skip
 
@@ -378,25 +381,20 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _on_disk(images: Sequence[Any], item: Item, place: Path) -> Item:
-    """The item with the absolute path of its image, written as PNG where it has none yet."""
+def _task(images: Sequence[Any], codes: np.ndarray, names: tuple[str, ...]) -> Task:
+    """A task of images in memory: each item's path is its image's place."""
+    items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
+    return Task(FITTED, Path(), names, items, (), (), DEFAULT_TEMPLATE, pictures=images)
+
+
+def _located(images: Sequence[Any], item: Item) -> Item:
+    """The item with the absolute path of its image, where it is a file."""
     value = images[int(item.path)]
     if isinstance(value, tuple) and len(value) == 2:
         value = value[0]
-    if isinstance(value, (str, Path)):
-        return Item(str(Path(value).absolute()), item.label, item.class_name)
-    picture = read_picture(value)
-    name = f"{item.path}-{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
-    picture.save(place / name, compress_level=1)
-    return Item(name, item.label, item.class_name)
-
-
-def _written(files: dict[str, bytes], folder: Path) -> RunDirectory:
-    """The files in a folder; the settings last: while they are missing, no run is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(files, key=lambda name: name == "settings.json"):
-        write_atomic(folder / name, files[name])
-    return RunDirectory(folder)
+    if isinstance(value, str | Path):
+        return replace(item, path=str(Path(value).absolute()))
+    return item
 
 
 _IN_JSON = (str, int, float)
@@ -410,13 +408,11 @@ def _as_json(classes: np.ndarray) -> list[Any] | None:
 
 def _from_json(run: RunDirectory, names: list[str]) -> list[Any]:
     """What `_as_json` recorded of a run's classes; their names where it recorded nothing."""
-    labels = run.read_environment().get("labels")
+    labels = run.read_environment().labels
     if labels is None:
         return names
-    if (
-        not isinstance(labels, list)
-        or len(set(map(repr, labels))) != len(names)
-        or not all(isinstance(v, _IN_JSON) for v in labels)
+    if len(set(map(repr, labels))) != len(names) or not all(
+        isinstance(v, _IN_JSON) for v in labels
     ):
         raise UserError(f"{run.environment_file} is damaged: its labels are not those of classes")
     return labels

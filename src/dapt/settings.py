@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -12,17 +13,17 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, shown
-from dapt.methods import PUBLISHED, get_method, published_epochs
+from dapt.methods import METHODS, PartSettings, get_method
+from dapt.methods.contract import LARGEST
+from dapt.methods.published import usual_settings
 from dapt.safe.files import parse_yaml, read_yaml, user_path
-
-# Where nothing is published: what did best on the bundled task's validation images (see the
-# README's section on settings for the figures).
-OWN_DATA = {"lr": 8.0, "beta_visual": 10.0, "beta_text": 0.1, "crop_min": 0.5}
 
 # Datasets of runs that have none to be opened again, and where their prompts come from.
 IMPORTED, FITTED = "imported", "fitted"
@@ -31,9 +32,10 @@ WITHOUT_DATASET = {
     FITTED: "tuned on images given in Python",
 }
 
+# Of the settings below, those that only gradient descent reads.
+TUNING = frozenset({"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min"})
 
-# Of numbers that tensors are multiplied by: far from any use, and well within fp32.
-LARGEST = 1e30
+Part = TypeVar("Part", bound=PartSettings)
 
 
 class Settings(BaseModel):
@@ -60,9 +62,6 @@ class Settings(BaseModel):
     )
     shots: int = Field(16, ge=1, description="support images a class")
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
-    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
-    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
-    text_init: str | None = Field(None, description="words the text prompt starts from")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
     epochs: int = Field(ge=1, description="passes over the support set")
     crop_min: float = Field(
@@ -74,13 +73,9 @@ class Settings(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD")
-    beta_visual: float = Field(ge=0, le=LARGEST, description="weight of intra-dispersion")
-    beta_text: float = Field(ge=0, le=LARGEST, description="weight of inter-dispersion")
     loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
         {}, description="weights of further loss terms"
     )
-    rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
-    visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(
@@ -103,58 +98,92 @@ class Settings(BaseModel):
             raise PydanticCustomError("truth", "input should not be true or false")
         return value
 
+    def of(self, kind: type[Part]) -> Part:
+        """The settings of one part, as its own model."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def __reduce__(self) -> Any:
+        """Settings travel between processes as their values: their class is made when asked for."""
+        return _with_values, (self.model_dump(),)
+
+
+def settings_class() -> type[Settings]:
+    """`Settings` with those of all parts that the table of methods names now."""
+    kinds = [kind for method in METHODS.values() for kind in method.kinds()]
+    return _settings_class(tuple(dict.fromkeys(kinds)))
+
+
+@lru_cache(maxsize=8)
+def _settings_class(kinds: tuple[type[PartSettings], ...]) -> type[Settings]:
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for kind in kinds
+        for name, field in kind.model_fields.items()
+    }
+    return create_model("Settings", __base__=Settings, __module__=__name__, **fields)
+
+
+def all_fields() -> dict[str, FieldInfo]:
+    """Every setting there is, by name: its default, bounds and description."""
+    return dict(settings_class().model_fields)
+
+
+def idle_settings(method: str) -> frozenset[str]:
+    """Settings that cannot change what a method finds: other parts', or tuning's where it has none.
+
+    Empty for a method that this installation does not know.
+    """
+    if method not in METHODS:
+        return frozenset()
+    row = METHODS[method]
+    parts = frozenset().union(*(other.settings for other in METHODS.values()))
+    return (parts - row.settings) | (frozenset() if row.learns else TUNING)
+
+
+def _with_values(values: dict[str, Any]) -> Settings:
+    return settings_class()(**values)
+
 
 def make_settings(given: dict[str, Any]) -> Settings:
     """Fill what is not given with published settings, or with those for own data, and validate.
 
-    Learning rate and loss weights are published by dataset, epochs by shots.
-
     Raises:
         UserError: an unknown setting (with the nearest known one) or an impossible value.
     """
-    given = {k: v for k, v in given.items() if v is not None}
+    given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
     for name in given:
-        if name not in Settings.model_fields:
+        if name not in known:
             raise UserError(
-                f"unknown setting '{name}'{nearest(name, list(Settings.model_fields))}; "
-                "'dapt settings' lists all"
+                f"unknown setting '{name}'{nearest(name, known)}; 'dapt settings' lists all"
             )
-    values = {**default_settings(given), **given}
     try:
-        settings = Settings(**values)
+        settings = _with_values({**default_settings(given), **given})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise UserError(
             f"setting {name}={shown(first['input'])}: {first['msg'].lower()}"
         ) from error
-    method = get_method(settings.method)
     if settings.template is not None and settings.template.count("{}") != 1:
         raise UserError(
             f"setting template='{settings.template}' must hold {{}} once, where the class name goes"
         )
-    for term, weight in method.terms.items():
-        known = {*Settings.model_fields, *settings.loss_weights}
-        if isinstance(weight, str) and weight not in known:
+    for term in get_method(settings.method).losses:
+        if not (hasattr(settings, term.weight) or term.weight in settings.loss_weights):
             raise UserError(
-                f"loss term '{term}' of method '{settings.method}' needs a weight; set "
-                f"loss_weights: {{{weight}: ...}}"
+                f"loss term '{term.name}' of method '{settings.method}' needs a weight; set "
+                f"loss_weights: {{{term.weight}: ...}}"
             )
     return settings
 
 
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Learning rate, loss weights and epochs for a dataset and number of shots."""
-    dataset = str(given.get("dataset", ""))
-    values: dict[str, Any]
-    if dataset in PUBLISHED:
-        lr, beta_visual, beta_text = PUBLISHED[dataset]
-        values = {"lr": lr, "beta_visual": beta_visual, "beta_text": beta_text}
-    else:
-        values = dict(OWN_DATA)
+    """What is published for a dataset and number of shots, by the method if it has its own."""
     shots = given.get("shots", 16)
     shots = int(shots) if re.fullmatch(r"[0-9]{1,9}", str(shots)) else 16
-    return {**values, "epochs": published_epochs(dataset, shots)}
+    dataset, method = str(given.get("dataset", "")), given.get("method", "dapt")
+    own = METHODS[method].defaults(dataset, shots) if method in METHODS else {}
+    return {**usual_settings(dataset, shots), **own}
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
@@ -181,14 +210,14 @@ def _without_folder(source: str) -> str:
 
 def loss_weights(settings: Settings) -> dict[str, float]:
     """Weight of each of the method's loss terms."""
-    weights = {}
-    for term, source in get_method(settings.method).terms.items():
-        if isinstance(source, str):
-            value = getattr(settings, source, None)
-            weights[term] = settings.loss_weights[source] if value is None else float(value)
-        else:
-            weights[term] = source
-    return weights
+    return {
+        term.name: float(
+            getattr(settings, term.weight)
+            if hasattr(settings, term.weight)
+            else settings.loss_weights[term.weight]
+        )
+        for term in get_method(settings.method).losses
+    }
 
 
 def text_memory(settings: Settings) -> int:
@@ -220,7 +249,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text}: write it as name=value, such as --set lr=0.2")
     key = key.strip().replace("-", "_")
-    field = Settings.model_fields.get(key)
+    field = all_fields().get(key)
     if field is not None and field.annotation in (str, str | None):
         return key, value  # text as it stands: "{} texture." is no YAML
     try:

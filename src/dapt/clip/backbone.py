@@ -142,6 +142,28 @@ class Backbone(nn.Module):
         return self._patches()[1]
 
     @property
+    def text_layers(self) -> int:
+        """Layers that a text prompt may be put in front of."""
+        self.require_text_prompts()
+        return len(self.text.transformer.resblocks)
+
+    @property
+    def vision_layers(self) -> int:
+        """Layers that a visual prompt may be put in front of."""
+        self.require_visual_prompts()
+        if isinstance(self.visual, VisionTransformer):
+            return len(self.visual.transformer.resblocks)
+        return len(self.visual.trunk.blocks)
+
+    @property
+    def norm_before_layers(self) -> nn.Module:
+        """The image tower's layer norm of tokens in front of its first layer."""
+        self.require_visual_prompts()
+        if isinstance(self.visual, VisionTransformer):
+            return self.visual.ln_pre
+        return self.visual.trunk.norm_pre
+
+    @property
     def context_length(self) -> int:
         """Longest text in tokens, start and end included."""
         return int(getattr(self.text, "context_length", self.tokenizer.context_length))
@@ -203,6 +225,13 @@ class Backbone(nn.Module):
                 )
             rows.append(row)
         return rows
+
+    def embed_words(self, words: str) -> Tensor:
+        """(M, text width), on the CPU: token embeddings of words without start and end."""
+        self.require_text_prompts()
+        inner = self.tokenize([words.replace("_", " ")])[0][len(self.start_tokens) : -1]
+        table = self.text.token_embedding.weight
+        return table[torch.tensor(inner, device=table.device)].float().cpu()
 
     @property
     def pad_token(self) -> int:

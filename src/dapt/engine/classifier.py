@@ -1,98 +1,116 @@
-"""Prompts, towers and class names put together: images in, logits out."""
+"""A frozen backbone, what is learned inside it, and class names: images in, logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.towers import TEXT_MEMORY, ClassTokens, TextEncoder, encode_image
-from dapt.methods.prompts import Prompts
+from dapt.clip.image import image_features
+from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
+from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
+from dapt.methods import Head, Method, TowerPart
+from dapt.settings import Settings, text_memory
+
+DEFAULT_TEMPLATE = "a photo of a {}."
 
 
-class PromptedClassifier(nn.Module):
-    """A frozen backbone with prompts, over one list of classes.
+class Classifier(nn.Module):
+    """A backbone with tower parts and a head, over one list of classes.
 
+    Without parts and with the plain head it is zero-shot CLIP:
     ``logits = exp(logit_scale) * f(x) @ g(classes).T`` with both features L2-normalised.
 
     Args:
         backbone: the frozen model.
         class_names: C names in label order; underscores stand for spaces.
-        prompts: the learned vectors; without a text prompt the names stand in ``template``.
-        template: such as "a photo of a {}.".
+        parts: what is learned in the towers.
+        head: how features become logits.
+        template: a sentence for the names where no part gives a context.
         text_memory: bytes of the text tower's activations to keep for the backward pass; more
             classes than fit are encoded in chunks.
 
     Raises:
-        UserError: a class name or prompt that does not fit the text tower.
+        UserError: a class name or context that does not fit the text tower.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         class_names: Sequence[str],
-        prompts: Prompts,
-        template: str,
+        parts: Iterable[TowerPart] = (),
+        head: Head | None = None,
         *,
+        template: str = DEFAULT_TEMPLATE,
         text_memory: int = TEXT_MEMORY,
     ) -> None:
         super().__init__()
-        self.backbone, self.prompts = backbone, prompts
-        self.class_names = tuple(class_names)
-        if prompts.text is None:
-            tokens = ClassTokens.for_template(backbone, class_names, template)
-        else:
-            tokens = ClassTokens.for_context(backbone, class_names, len(prompts.text))
-        self.text_encoder = TextEncoder(backbone, tokens, text_memory)
+        self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
+        self.parts = nn.ModuleList(parts).to(backbone.device)
+        self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
+        self.changes_images = bool(parts_of(self.parts, "image"))
+        self.text_encoder: TextEncoder | None = None
+        if self.head.reads_text:
+            tokens = self._tokens()
+            self.text_encoder = TextEncoder(backbone, tokens, text_memory)
         self._fixed_text_features: Tensor | None = None
 
-    @property
-    def prompts_images(self) -> bool:
-        """Whether image features are other than the backbone's own."""
-        return self.prompts.visual is not None
+    def _tokens(self) -> ClassTokens:
+        context = inside_of(self.parts, "text").tokens
+        if context is None:
+            return ClassTokens.for_template(self.backbone, self.class_names, self.template)
+        after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
+        return ClassTokens.for_context(
+            self.backbone, self.class_names, context.shape[-2], after=after
+        )
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What gradient descent changes, by the names it has in a run's files."""
+        return {name: p for part in self.parts for name, p in part.named_parameters()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was learned or fitted, by the names it has in a run's files."""
+        learned = {name: p.detach() for name, p in self.learned().items()}
+        return {**learned, **self.head.state_dict()}
 
     @property
     def learned_parameters(self) -> int:
-        """How many numbers tuning may change."""
-        return self.prompts.count
+        """How many numbers were learned or fitted."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
 
     def text_features(self) -> Tensor:
-        """(C, D) normalised class features in fp32; computed once unless a context is learned."""
-        context = self.prompts.text
-        if context is not None and context.requires_grad:
-            return F.normalize(self.text_encoder(context), dim=-1)
+        """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
+
+        They are computed once unless gradients may reach what is learned in the text tower.
+        """
+        if self.text_encoder is None:
+            return torch.zeros(len(self.class_names), 0, device=self.backbone.device)
+        parts = parts_of(self.parts, "text")
+        if any(p.requires_grad for part in parts for p in part.parameters()):
+            return F.normalize(self.text_encoder(inside_of(parts, "text")), dim=-1)
         if self._fixed_text_features is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
-                self._fixed_text_features = F.normalize(self.text_encoder(context), dim=-1)
+                features = self.text_encoder(inside_of(parts, "text"))
+                self._fixed_text_features = F.normalize(features, dim=-1)
         return self._fixed_text_features
 
     def image_features(
-        self,
-        views: Tensor,
-        *,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-        among: tuple[int, slice] | None = None,
+        self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
     ) -> Tensor:
-        """(B, D) normalised image features in fp32.
+        """(B, D) image features in fp32, of length one unless told otherwise.
 
         Args:
             views: (B, 3, S, S), uint8 pixels, or already normalised floating point.
-            dropout: probability of zeroing an element of the visual prompt, drawn from
-                ``generator`` anew for each image.
-            generator: a CPU generator, so that the draw is the same on every device.
-            among: size of the batch that the views are a part of, and which part.
+            now: what is random in a training step.
+            normalized: whether features are brought to length one.
         """
-        prompt: Tensor | None = self.prompts.visual
-        if prompt is not None and dropout > 0:
-            size, part = among or (len(views), slice(None))
-            keep = torch.rand(size, *prompt.shape, generator=generator)[part] >= dropout
-            prompt = prompt * keep.to(prompt.device) / (1 - dropout)  # (B, N, W)
-        return image_features(self.backbone, views, prompt)
+        inside = inside_of(self.parts, "image", now)
+        return image_features(self.backbone, views, inside, normalized=normalized)
 
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits of (B, 3, S, S) views."""
@@ -100,54 +118,66 @@ class PromptedClassifier(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
-        return self.backbone.logit_scale * image_features @ text_features.T
+        return self.head(image_features, text_features)
 
 
-class LinearProbe(nn.Module):
-    """Logistic regression on frozen, normalised image features, in the classifier's shape.
-
-    Args:
-        backbone: the frozen model.
-        class_names: C names in label order.
-        weight: (C, D); ``bias``: (C,).
-    """
-
-    def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], weight: Tensor, bias: Tensor
-    ) -> None:
-        super().__init__()
-        self.backbone, self.class_names = backbone, tuple(class_names)
-        self.weight, self.bias = weight.float(), bias.float()
-        self.prompts_images = False
-
-    @property
-    def learned_parameters(self) -> int:
-        """How many numbers were fitted."""
-        return self.weight.numel() + self.bias.numel()
-
-    def image_features(self, views: Tensor) -> Tensor:
-        """(B, D) normalised, un-prompted image features in fp32."""
-        return image_features(self.backbone, views, None)
-
-    def text_features(self) -> Tensor:
-        """(C, D), the regression's weights: what image features are compared with."""
-        return self.weight
-
-    def forward(self, views: Tensor) -> Tensor:
-        """(B, C) logits of (B, 3, S, S) views."""
-        return self.logits(self.image_features(views), self.weight)
-
-    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and the weights (C, D)."""
-        return image_features @ text_features.T + self.bias
+def parts_of(parts: Iterable[Any], tower: str) -> list[TowerPart]:
+    """Those that change a tower."""
+    return [part for part in parts if tower in part.towers]
 
 
-Classifier = PromptedClassifier | LinearProbe
+def inside_of(parts: Iterable[Any], tower: str, now: Pass = EVALUATION) -> Inside:
+    """What parts put into a tower in one pass."""
+    own = parts_of(parts, tower)
+    return Together(own, tower, now) if own else NOTHING
 
 
-def image_features(backbone: Backbone, views: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """(B, D) normalised features of uint8 or normalised views, prompted or not, in fp32."""
-    if views.dtype == torch.uint8:
-        views = backbone.normalize(views)
-    views = views.to(backbone.device, backbone.dtype)
-    return F.normalize(encode_image(backbone, views, prompt), dim=-1)
+class Together(Inside):
+    """Parts of a method in one tower, in one pass; their tokens stand one behind the other."""
+
+    def __init__(self, parts: Sequence[TowerPart], tower: str, now: Pass) -> None:
+        self.parts, self.tower = parts, tower
+        found = [part.tokens(tower, now) for part in parts]
+        self.sizes = [0 if tokens is None else tokens.shape[-2] for tokens in found]
+        tokens = [t for t in found if t is not None]
+        if len(tokens) > 1:
+            longest = max((t.shape[:-2] for t in tokens), key=len)
+            tokens = [torch.cat([t.expand(*longest, -1, -1) for t in tokens], -2)]
+        super().__init__(tokens[0] if tokens else None)
+        self.layers = _any_has(parts, "before_layer")
+        self.linears = _any_has(parts, "linear")
+
+    def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
+        """Each part in turn, which is told where its own tokens stand."""
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            x = part.before_layer(self.tower, layer, x, slice(start, start + size))
+            start += size
+        return x
+
+    def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
+        """Each part adds to what the frozen map and those before it gave."""
+        for part in self.parts:
+            out = part.linear(self.tower, layer, names, x, out)
+        return out
+
+
+def _any_has(parts: Sequence[TowerPart], hook: str) -> bool:
+    return any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
+
+
+def new_classifier(
+    backbone: Backbone,
+    class_names: Sequence[str],
+    template: str,
+    method: Method,
+    settings: Settings,
+) -> Classifier:
+    """A classifier as a method's row says, with initial values drawn by the settings' seed."""
+    return Classifier(
+        backbone,
+        class_names,
+        [part.create(backbone, settings) for part in method.parts],
+        method.head(backbone.logit_scale),
+        template=settings.template or template,
+        text_memory=text_memory(settings),
+    )

@@ -11,8 +11,9 @@ from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.image import image_features
 from dapt.data import ImageStore
-from dapt.engine.classifier import Classifier, image_features
+from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
 from dapt.progress import Advance, nothing
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 from dapt.data import Item, SupportSet
+from dapt.engine.data import Data, open_data
+from dapt.engine.fit import Diverged, fit
+from dapt.engine.measure import evaluate_task
 from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter
-from dapt.run.train import Diverged, support_of, task_of
-from dapt.run.train import train as run_training
-from dapt.safe.files import read_json
 from dapt.settings import Settings
 
-# Multiples of the values the search starts from.
+# Multiples of the value the search starts from; loss terms have their own.
 LEARNING_RATES = (1.0, 0.1, 10.0)
-BETAS = {"beta_visual": (1.0, 0.1, 10.0), "beta_text": (1.0, 10.0)}
 EPOCHS = 20
 
 
@@ -48,7 +45,7 @@ def hold_out(support: SupportSet, seed: int) -> SupportSet:
             "--tune-settings needs two support images in some class; use more --shots, or leave "
             "it out"
         )
-    return SupportSet(support.dataset, support.shots, support.seed, tuple(train), tuple(val))
+    return replace(support, train=tuple(train), val=tuple(val))
 
 
 def search_settings(settings: Settings, reporter: Reporter) -> Settings:
@@ -62,45 +59,38 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
         The settings with the best values found; the first of equals, in the order tried.
     """
     method = get_method(settings.method)
-    if not method.learns_prompts:
+    if not method.learns:
         reporter.warn(f"--tune-settings: {settings.method} has no learning rate to search for")
         return settings
-    task = task_of(settings)
-    shared = Shared(backbone_of(settings))
-    drawn = shared.support(task, support_of(settings, task), settings, reporter).drawn
+    data, shared = open_data(settings), Shared(backbone_of(settings))
+    drawn = shared.support(data, settings, reporter).drawn
     held = hold_out(drawn, settings.seed)
-    scored: dict[tuple, float] = {}
+    data = Data(replace(data.task, test=held.val), held)
+    weights = {t.weight: t.search for t in method.losses if t.search}
+    names = ("lr", *weights)
+    scored: dict[tuple[float, ...], float] = {}
+
+    def told(candidate: Settings) -> str:
+        return ", ".join(f"{name} {getattr(candidate, name):g}" for name in names)
 
     def score(candidate: Settings) -> float:
-        key = (candidate.lr, candidate.beta_visual, candidate.beta_text)
+        key = tuple(getattr(candidate, name) for name in names)
         if key not in scored:
             short = candidate.model_copy(update={"epochs": min(EPOCHS, settings.epochs)})
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    run = run_training(
-                        short,
-                        Path(folder) / "run",
-                        shared=shared,
-                        task=replace(task, test=held.val),
-                        support=held,
-                    )
-                except Diverged:
-                    scored[key] = 0.0
-                else:
-                    scored[key] = read_json(run.metrics_file, "metrics")["test"]["accuracy"]
-            reporter.say(
-                f"lr {candidate.lr:g}, beta_visual {candidate.beta_visual:g}, beta_text "
-                f"{candidate.beta_text:g}: {scored[key]:.1%} of {len(held.val)} held-out images"
-            )
+            try:
+                tuned = fit(data, short, shared=shared)
+            except Diverged:
+                scored[key] = 0.0
+            else:
+                found = evaluate_task(tuned.classifier, data.task, short, shared=shared)
+                scored[key] = found["accuracy"]
+            reporter.say(f"{told(candidate)}: {scored[key]:.1%} of {len(held.val)} held-out images")
         return scored[key]
 
     rates = [settings.model_copy(update={"lr": settings.lr * m}) for m in LEARNING_RATES]
     best = max(rates, key=score)
-    weights = [w for w in method.terms.values() if w in BETAS]
-    grids = [[(str(w), getattr(best, str(w)) * m) for m in BETAS[str(w)]] for w in weights]
+    grids = [[(name, getattr(best, name) * m) for m in steps] for name, steps in weights.items()]
     options = [best.model_copy(update=dict(choice)) for choice in product(*grids)]
     best = max([best, *options], key=score)
-    reporter.say(
-        f"chosen: lr {best.lr:g}, beta_visual {best.beta_visual:g}, beta_text {best.beta_text:g}"
-    )
+    reporter.say(f"chosen: {told(best)}")
     return best

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone, load_backbone
 from dapt.data import Allowance, ImageStore, Item, SupportSet, Task
+from dapt.engine.data import Data, skip_unreadable
 from dapt.engine.evaluate import unprompted_features
 from dapt.errors import UserError
 from dapt.methods.losses import class_prototypes
@@ -48,42 +48,6 @@ class _Images:
     store: ImageStore
     features: dict[int, Tensor] = field(default_factory=dict)  # by batch size
     unreadable: dict[int, str] = field(default_factory=dict)
-
-
-# Images named in warnings; the record of a run has them all.
-_NAMED = 5
-
-
-def skip_unreadable(
-    items: Sequence[Item], unreadable: dict[int, str], what: str, reporter: Reporter
-) -> tuple[list[int], list[dict[str, str]]]:
-    """Leave out images that could not be read, and warn of them.
-
-    Args:
-        items: all images.
-        unreadable: index -> sentence of those that could not be read.
-        what: these images are, such as "test".
-        reporter: is told.
-
-    Returns:
-        Indices of the others in order, and a record of what is skipped, for a run's files.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    skipped = sorted(unreadable)
-    if len(skipped) == len(items) > 0:
-        more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}")
-    for index in skipped[:_NAMED]:
-        reporter.warn(f"{unreadable[index]}; skipped")
-    if skipped:
-        reporter.warn(
-            f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
-            "the metrics name them, and --strict makes them an error"
-        )
-    record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
-    return [i for i in range(len(items)) if i not in unreadable], record
 
 
 class Shared:
@@ -139,9 +103,7 @@ class Shared:
             raise UserError(images.unreadable[min(images.unreadable)])
         return images.features[size]
 
-    def support(
-        self, task: Task, support: SupportSet, settings: Settings, reporter: Reporter
-    ) -> Support:
+    def support(self, data: Data, settings: Settings, reporter: Reporter) -> Support:
         """The support images as the backbone sees them, and class prototypes from that.
 
         Images that cannot be read are left out, unless settings are strict.
@@ -149,6 +111,7 @@ class Shared:
         Raises:
             UserError: an image cannot be read, and settings are strict or its class has no other.
         """
+        task, support = data.task, data.support
         unreadable: dict[int, str] | None = None if settings.strict else {}
         with reporter.stage("support set", len(support.train)) as advance:
             features = self.features(task, support.train, settings, advance, unreadable)
@@ -170,16 +133,16 @@ class Shared:
         return Support(support, skipped, store, labels, features, prototypes)
 
     def _images(self, task: Task, items: tuple[Item, ...], settings: Settings) -> _Images:
-        paths = tuple(task.image_path(item) for item in items)
+        sources = tuple(task.image_path(item) for item in items)
         self._allowance.limit = int(settings.memory_budget * 2**30)
-        key = (paths, settings.crop_min)
+        key = (sources, settings.crop_min)
         if key in self._known:
             self._known.move_to_end(key)
         else:
             seen = self.backbone.preprocessing
             self._known[key] = _Images(
                 ImageStore(
-                    paths,
+                    sources,
                     size=seen.size,
                     interpolation=seen.interpolation,
                     resize_mode=seen.resize_mode,

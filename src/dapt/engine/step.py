@@ -1,4 +1,4 @@
-"""One tuning step: cross-entropy plus the method's loss terms, gradients, SGD on the prompts."""
+"""One tuning step: cross-entropy plus the method's loss terms, gradients, SGD."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dapt.engine.classifier import PromptedClassifier
-from dapt.engine.ranks import Ranks
-from dapt.methods import LOSS_TERMS, Batch, Method
+from dapt.clip.image import image_features
+from dapt.clip.inside import Pass
+from dapt.clip.text import ClassTokens, TextEncoder
+from dapt.engine.classifier import Classifier
+from dapt.engine.processes import join_processes
+from dapt.methods import Step, get_method
+from dapt.settings import Settings, loss_weights
 
 WARMUP_LR = 1e-5
 
@@ -38,60 +42,59 @@ class StepResult:
 
 
 class Tuner:
-    """Prompts of a classifier under SGD.
+    """What a classifier learns, under SGD.
+
+    Where ``torchrun`` started several processes, each takes its part of every batch and gradients
+    are summed: a step is that of one process, up to the order in which floats are added.
 
     Args:
-        classifier: whose prompts are tuned, in place.
-        method: which loss terms are added to cross-entropy.
-        weights: loss term -> its weight (beta).
-        prototypes: (C, D) class prototypes; only read where a term needs them.
-        momentum, weight_decay: of SGD.
-        rbf_t: sharpness of inter-dispersion.
-        dropout: on the visual prompt.
-        ranks: the processes that share each batch.
+        classifier: whose parts are tuned, in place.
+        settings: of the run: the method's losses and their weights, momentum, weight decay.
+        prototypes: (C, D) class prototypes.
     """
 
-    def __init__(
-        self,
-        classifier: PromptedClassifier,
-        method: Method,
-        weights: dict[str, float],
-        prototypes: Tensor,
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        rbf_t: float = 2.0,
-        dropout: float = 0.0,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.ranks = ranks or Ranks()
-        self.classifier, self.method, self.weights = classifier, method, weights
-        self.prototypes, self.rbf_t, self.dropout = prototypes, rbf_t, dropout
-        self.named = dict(classifier.prompts.named_parameters())
+    def __init__(self, classifier: Classifier, settings: Settings, prototypes: Tensor) -> None:
+        self.classifier, self.settings = classifier, settings
+        self.terms, self.weights = get_method(settings.method).losses, loss_weights(settings)
+        self.prototypes = prototypes.to(classifier.backbone.device)
+        self.processes = join_processes()
+        self.named = classifier.learned()
+        self._frozen: dict[str, Tensor] = {}
         self.optimizer = torch.optim.SGD(
-            self.named.values(), lr=0.0, momentum=momentum, weight_decay=weight_decay
+            self.named.values(),
+            lr=0.0,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
         )
 
+    def frozen_text(self, *templates: str) -> Tensor:
+        """(T, C, D) of the classes in templates, not normalised; made when first asked for."""
+        own = self.classifier
+        for template in (templates := templates or (own.template,)):
+            if template not in self._frozen:
+                tokens = ClassTokens.for_template(own.backbone, own.class_names, template)
+                with torch.no_grad():
+                    self._frozen[template] = TextEncoder(own.backbone, tokens)()
+        return torch.stack([self._frozen[template] for template in templates])
+
     def losses(
-        self,
-        views: Tensor,
-        labels: Tensor,
-        generator: torch.Generator | None = None,
-        among: tuple[int, slice] | None = None,
+        self, views: Tensor, labels: Tensor, now: Pass | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
-        labels = labels.to(self.prototypes.device)
-        image = self.classifier.image_features(
-            views, dropout=self.dropout, generator=generator, among=among
-        )
-        text = self.classifier.text_features()
-        logits = self.classifier.logits(image, text)
-        batch = Batch(image, text, labels, self.prototypes, self.rbf_t)
+        classifier, labels = self.classifier, labels.to(self.prototypes.device)
+        image = classifier.image_features(views, now or Pass(images=len(views)))
+        text = classifier.text_features()
+        logits = classifier.logits(image, text)
+        step = Step(
+            image, text, labels, logits, self.prototypes, self.settings,
+            frozen_image=lambda: image_features(classifier.backbone, views),
+            frozen_text=self.frozen_text,
+        )  # fmt: skip
         parts = {"cross_entropy": F.cross_entropy(logits, labels)}
         total = parts["cross_entropy"]
-        for name in self.method.terms:
-            parts[name] = LOSS_TERMS[name](batch)
-            total = total + self.weights[name] * parts[name]
+        for term in self.terms:
+            parts[term.name] = term.compute(step)
+            total = total + self.weights[term.name] * parts[term.name]
         return total, parts, logits
 
     def step(
@@ -100,32 +103,34 @@ class Tuner:
         labels: Tensor,
         lr: float,
         generator: torch.Generator | None = None,
-        among: tuple[int, slice] | None = None,
+        images: int | None = None,
     ) -> StepResult:
         """Take one step at learning rate ``lr`` on views (B, 3, S, S) with labels (B,).
 
-        Where processes share the batch, ``among`` is its size and this one's part. Each loss is a
-        mean over images, or the same in all: weighed by the share of images, their gradients sum
-        to that of the whole batch.
+        Where processes share a batch, ``images`` is its size and these views are this one's part.
+        Each loss is a mean over images, or the same in all: weighed by the share of images, their
+        gradients sum to that of the whole batch.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total, parts, logits = self.losses(views, labels, generator, among)
-        share = len(labels) / among[0] if among else 1.0
-        (total * share if among else total).backward()
-        self.ranks.sum_gradients(self.named.values())
+        alone, whole = self.processes.alone, images or len(views)
+        part = slice(None) if alone else self.processes.part(range(whole))
+        total, parts, logits = self.losses(views, labels, Pass(generator, whole, part))
+        share = len(labels) / whole
+        (total if alone else total * share).backward()
+        self.processes.sum_gradients(self.named.values())
         self.optimizer.step()
         accuracy = (logits.argmax(-1) == labels.to(logits.device)).float().mean()
         # One transfer for all numbers, not one each.
         found = torch.stack([total, accuracy, *parts.values()]).detach()
-        values = (self.ranks.sum(found * share) if among else found).tolist()
+        values = (found if alone else self.processes.sum(found * share)).tolist()
         named = dict(zip(parts, values[2:], strict=True))
         return StepResult(values[0], named.pop("cross_entropy"), named, values[1])
 
     def state(self) -> dict[str, Tensor]:
-        """Prompts and their momentum: all that a later step depends on."""
-        tensors = {f"prompt.{name}": p.detach() for name, p in self.named.items()}
+        """What is learned, and its momentum: all that a later step depends on."""
+        tensors = {name: p.detach() for name, p in self.named.items()}
         for name, parameter in self.named.items():
             buffer = self.optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
@@ -133,8 +138,8 @@ class Tuner:
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def fits(self, state: dict[str, Tensor]) -> bool:
-        """Whether this is a state of these very prompts."""
-        known = {f"prompt.{name}": p.shape for name, p in self.named.items()}
+        """Whether this is a state of what this very classifier learns."""
+        known = {name: p.shape for name, p in self.named.items()}
         momentum = {f"momentum.{name}": p.shape for name, p in self.named.items()}
         found = {name: tensor.shape for name, tensor in state.items()}
         return (
@@ -147,7 +152,7 @@ class Tuner:
         """Continue from what `state` returned."""
         with torch.no_grad():
             for name, parameter in self.named.items():
-                parameter.copy_(state[f"prompt.{name}"])
+                parameter.copy_(state[name])
                 if (momentum := state.get(f"momentum.{name}")) is not None:
                     self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(
                         parameter.device

@@ -1,23 +1,27 @@
 """What is learned: the table of methods and the parts its rows are made of."""
 
-from dapt.methods.table import (
-    LOSS_TERMS,
-    METHODS,
-    PUBLISHED,
-    Batch,
+from dapt.methods.contract import (
+    Evidence,
+    Finish,
+    Head,
     LossTerm,
     Method,
-    get_method,
-    published_epochs,
+    PartSettings,
+    Step,
+    TowerPart,
 )
+from dapt.methods.table import METHODS, ZERO_SHOT, get_method
 
 __all__ = [
-    "LOSS_TERMS",
     "METHODS",
-    "PUBLISHED",
-    "Batch",
+    "ZERO_SHOT",
+    "Evidence",
+    "Finish",
+    "Head",
     "LossTerm",
     "Method",
+    "PartSettings",
+    "Step",
+    "TowerPart",
     "get_method",
-    "published_epochs",
 ]

@@ -1,11 +1,14 @@
-"""Inter-dispersion, intra-dispersion, and the prototypes the latter gathers images around."""
+"""DAPT's losses: inter-dispersion, intra-dispersion, and the prototypes of the latter."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from dapt.methods.contract import LARGEST, LossTerm, PartSettings
 
 # Classes whose distances to all others are held at once: at 20,000 classes, 80 MB a matrix.
 _ROWS = 1000
@@ -73,3 +76,32 @@ def class_prototypes(image_features: Tensor, labels: Tensor, classes: int) -> Te
     sums.index_add_(0, labels, image_features)
     counts = torch.bincount(labels, minlength=classes).clamp_min(1)
     return sums / counts[:, None]
+
+
+class IntraSettings(PartSettings):
+    """Of intra-dispersion."""
+
+    beta_visual: float = Field(ge=0, le=LARGEST, description="weight of intra-dispersion")
+
+
+class InterSettings(PartSettings):
+    """Of inter-dispersion."""
+
+    beta_text: float = Field(ge=0, le=LARGEST, description="weight of inter-dispersion")
+    rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
+
+
+INTRA = LossTerm(
+    "intra",
+    "beta_visual",
+    lambda step: intra_dispersion(step.image_features, step.labels, step.prototypes),
+    IntraSettings,
+    search=(1.0, 0.1, 10.0),
+)
+INTER = LossTerm(
+    "inter",
+    "beta_text",
+    lambda step: inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t),
+    InterSettings,
+    search=(1.0, 10.0),
+)

@@ -11,9 +11,55 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from dapt.errors import UserError
+from dapt.methods.contract import Evidence, HasSettings, Head, Tensors
+
 # Inverse regularisation strengths tried on held-out images. Features have length one, so useful
 # values lie higher than for CLIP's raw ones.
 STRENGTHS = tuple(float(10**e) for e in np.arange(-1, 4.5, 0.5))
+
+
+class LinearProbe(Head):
+    """Logistic regression on frozen image features, which needs no class names."""
+
+    fitted = True
+    reads_text = False
+    closed = "a linear probe, which knows only the classes it was fitted on"
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.register_buffer("weight", torch.zeros(0, 0))
+        self.register_buffer("bias", torch.zeros(0))
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """What a model card says of it."""
+        return "a linear classifier fitted on its image features"
+
+    def fit(self, evidence: Evidence, settings: HasSettings) -> None:
+        """`fit_probe` on the support images in the plain view."""
+        support, val = evidence.support, evidence.val
+        held = None if val is None else (val.features, val.labels)
+        self.weight, self.bias = fit_probe(
+            support.features, support.labels, held, evidence.classes, settings.seed
+        )
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, C) logits of normalised features (B, D)."""
+        return image @ self.weight.T + self.bias
+
+    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
+        """A weight (C, D) and a bias (C,)."""
+        weight, bias = tensors.get("weight"), tensors.get("bias")
+        if weight is None or bias is None or weight.ndim != 2 or bias.shape != (len(weight),):
+            raise UserError(f"{where} is no probe of {classes} classes; train again")
+        if len(weight) != classes:
+            raise UserError(f"{where} is no probe of {classes} classes; train again")
+        if weight.shape[1] != dimension:
+            raise UserError(f"{where} does not fit the backbone's features; train again")
+        self.weight, self.bias = weight.float(), bias.float()
 
 
 def fit_probe(

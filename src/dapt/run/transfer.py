@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from dapt.data import Task, load_support_set
+from dapt.engine.data import Data, task_of, tell_notes, tell_of_overlap
+from dapt.engine.measure import evaluate_task
 from dapt.engine.shared import Shared
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.run.train import evaluate_task, load_classifier, task_of, tell_notes, tell_of_overlap
-from dapt.safe.files import file_digest, read_json, write_json
+from dapt.run.load import load_classifier
+from dapt.run.records import EvaluationRecord
+from dapt.safe.files import file_digest, write_json
 from dapt.settings import Settings
 
 # Of another dataset, unless it is told otherwise.
@@ -53,16 +56,12 @@ class Target:
         return {name: getattr(self.settings(settings), name) for name in asdict(self)}
 
 
-def recorded(run: RunDirectory, target: Target) -> Path | None:
-    """The file that holds the run's evaluation on ``target``, if there is one."""
+def recorded(run: RunDirectory, target: Target) -> tuple[Path, EvaluationRecord] | None:
+    """The run's evaluation on ``target`` and its file, if there is one that counts."""
     place = target.place(run.read_settings())
-    for file in sorted(run.path.glob("eval-*.json")):
-        try:
-            value = read_json(file, "evaluation")
-        except UserError:
-            continue  # no evaluation that counts
-        if isinstance(value, dict) and value.get("settings") == place and "test" in value:
-            return file
+    for file, found in run.evaluations():
+        if isinstance(found, EvaluationRecord) and found.settings == place:
+            return file, found
     return None
 
 
@@ -128,7 +127,8 @@ def evaluate_run(
     with nullcontext() if held else run.locked(patience=_PATIENCE):
         if _identity(run) != identity:
             raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
-        write_json(recorded(run, target) or _free_file(run, target, own), record)
+        before = recorded(run, target)
+        write_json(before[0] if before else _free_file(run, target, own), record)
     return task.name, result
 
 
@@ -147,10 +147,10 @@ def _tell_of_overlap(
     """Warn of images the run was tuned on that are tested; None where those are not at hand."""
     try:
         own = open_task(settings, evaluate=False)
-        support = load_support_set(run.support_file, own)
+        data = Data(own, load_support_set(run.support_file, own))
     except UserError:
         return None
-    return tell_of_overlap(own, support, tested, reporter)
+    return tell_of_overlap(data, tested, reporter)
 
 
 def _free_file(run: RunDirectory, target: Target, settings: Settings) -> Path:

@@ -9,10 +9,9 @@ from typing import Any
 
 from dapt import __version__
 from dapt.clip.backbone import BUNDLED
-from dapt.errors import UserError, printable
+from dapt.errors import printable
 from dapt.methods import get_method
 from dapt.run.directory import RunDirectory
-from dapt.safe.files import read_json
 from dapt.settings import FITTED, IMPORTED, Settings, backbone_name
 
 # By this a card is known for one of ours, which may be replaced.
@@ -38,23 +37,15 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         what: the form that the card goes with; the metrics stay the run's.
     """
     settings = run.read_settings()
-    dataset, names, template = run.read_task()
-    environment = run.read_environment()
-    support = read_json(run.support_file, "support set of the run")
-    method = get_method(settings.method)
-    data = {IMPORTED: "not recorded", FITTED: "images given in Python"}.get(dataset, dataset)
-    known = ("backbone_sha256", *(("imported_sha256",) if "imported_from" in environment else ()))
-    images = support.get("train") if isinstance(support, dict) else None
-    if (
-        not all(isinstance(environment.get(k), str) for k in known)
-        or not isinstance(images, list)
-        or not all(isinstance(image, dict) for image in images)
-    ):
-        raise UserError(f"{run.path} is damaged: its environment or support set is incomplete")
-    if "imported_from" in environment:
+    task, environment, method = run.read_task(), run.read_environment(), get_method(settings.method)
+    images, names = run.read_support().train, task.class_names
+    data = {IMPORTED: "not recorded", FITTED: "images given in Python"}.get(
+        task.dataset, task.dataset
+    )
+    if environment.imported_from is not None:
         made = (
-            f"The prompts were read from the checkpoint {_plain(environment['imported_from'])} "
-            f"(SHA-256 {_plain(environment['imported_sha256'])}), tuned by other code; the "
+            f"The prompts were read from the checkpoint {_plain(environment.imported_from)} "
+            f"(SHA-256 {_plain(environment.imported_sha256)}), tuned by other code; the "
             "settings are those given at import, and the images they were tuned on are not known."
         )
     else:
@@ -62,13 +53,15 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
             f"Tuned on {len(images)} images, at most {settings.shots} a class, seed "
             f"{settings.seed}."
         )
-        tuned = {str(image.get("class_name")) for image in images}
+        tuned = {image.class_name for image in images}
         if added := [_plain(name) for name in names if name not in tuned]:
             made += f" Known by {'its' if len(added) == 1 else 'their'} name alone: "
             made += f"{', '.join(added)}."
     told = {k: v for k, v in settings.model_dump().items() if k not in _NOT_TOLD and v is not None}
     listed = "\n".join(f"| {name} | {_plain(value)} |" for name, value in told.items())
-    data, backbone_licence, data_licence = _plain(data), *_licences(settings, dataset)
+    data, backbone_licence, data_licence = _plain(data), *_licences(settings, task.dataset)
+    template = _plain(settings.template or task.template)
+    learned = method.describe(settings) or "class names in a template, nothing learned,"
     mit = backbone_licence.startswith(_MIT) and data_licence.startswith(_MIT)
     return f"""{_START}license: {"mit" if mit else "other"}{"" if mit else _SEE_BELOW}
 tags:
@@ -80,13 +73,13 @@ tags:
 # {method.title} on {data}: {len(names)} classes
 
 This is {what}; written by dapt {__version__}. A frozen CLIP-like model
-with {_learned(settings)} classifies images
+with {learned} classifies images
 into the classes listed below.
 
 ## Backbone
 
 {_plain(backbone_name(settings))}. Prompts fit its weights, of SHA-256
-{_plain(environment["backbone_sha256"])}, and no others.
+{_plain(environment.backbone_sha256)}, and no others.
 
 ## Data
 
@@ -94,7 +87,7 @@ Dataset: {data}. {made}
 
 Classes, in label order: {", ".join(map(_plain, names))}.
 
-Template for class names without a learned text prompt: "{_plain(settings.template or template)}".
+Template for class names without a learned text prompt: "{template}".
 
 ## Settings
 
@@ -123,26 +116,15 @@ not use it alone for decisions about people.
 """
 
 
-def _learned(settings: Settings) -> str:
-    method = get_method(settings.method)
-    if method.probe:
-        return "a linear classifier fitted on its image features"
-    parts = []
-    if method.text:
-        parts.append(f"{settings.text_vectors} learned text prompt vectors")
-    if method.visual:
-        parts.append(f"{settings.visual_vectors} learned visual prompt vectors")
-    return " and ".join(parts) or "class names in a template, nothing learned,"
-
-
 def _metrics(run: RunDirectory) -> str:
     if not run.metrics_file.is_file():
         return "Not evaluated."
-    test: dict[str, Any] = run.read_metrics()["test"]
+    test = run.read_metrics().test
     names = {"accuracy": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1",
              "ece": "expected calibration error"}  # fmt: skip
-    rows = [f"| {label} | {100 * test[k]:.1f} % |" for k, label in names.items() if k in test]
-    return "\n".join([f"On {test['images']:,} test images:", "", "| | |", "|---|---|", *rows])
+    found = {label: getattr(test, name) for name, label in names.items()}
+    rows = [f"| {label} | {100 * v:.1f} % |" for label, v in found.items() if v is not None]
+    return "\n".join([f"On {test.images:,} test images:", "", "| | |", "|---|---|", *rows])
 
 
 _MIT = "MIT"

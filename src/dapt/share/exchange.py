@@ -19,39 +19,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapt.clip.backbone import Backbone, load_backbone
+from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.data.tasks import DEFAULT_TEMPLATE, read_class_names
-from dapt.engine.classifier import PromptedClassifier
+from dapt.engine.data import task_of
+from dapt.engine.measure import evaluate_task
+from dapt.engine.shared import backbone_of
 from dapt.errors import UserError
-from dapt.methods import get_method
-from dapt.methods.prompts import Prompts, check_prompt
+from dapt.methods import METHODS, get_method
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.run.train import check_output, evaluate_task, task_of
+from dapt.run.load import classifier_of
+from dapt.run.train import check_output
 from dapt.safe.weights import read_checkpoint
 from dapt.settings import IMPORTED, Settings, make_settings
 
-# The published method whose checkpoints hold these prompts; losses leave no trace in a file.
-_METHODS = {(True, True): "dapt", (True, False): "coop", (False, True): "vpt"}
-_TEXT, _TEXT_OF_TWO, _VISUAL = "ctx", "txt_ctx", "vis_ctx"
+# What lies beside what is learned and follows from the class names.
 _IGNORED = frozenset({"token_prefix", "token_suffix"})
 _NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 
 
 @dataclass(frozen=True)
 class PublishedPrompts:
-    """Prompts of a published checkpoint.
+    """What a published checkpoint holds.
 
     Attributes:
-        text: (M, text width) or None; ``visual``: (N, vision width) or None.
+        tensors: by the names they have in a run's files.
         epoch: after which they were saved, if the file says so.
         file: where they were read from.
     """
 
-    text: Tensor | None
-    visual: Tensor | None
+    tensors: dict[str, Tensor]
     epoch: int | None
     file: Path
 
@@ -98,34 +97,45 @@ def read_published(path: Path) -> PublishedPrompts:
             f"{file} holds CoCoOp's meta-network, whose context changes with the image; only a "
             "context that all images share can be imported"
         )
-    if odd := sorted(found.keys() - {_TEXT, _TEXT_OF_TWO, _VISUAL}):
+    known = {entry.key: entry for row in METHODS.values() for entry in row.checkpoint}
+    if odd := sorted(found.keys() - known):
         raise UserError(
-            f"{file} holds '{odd[0]}', which is neither a text prompt ({_TEXT}, {_TEXT_OF_TWO}) "
-            f"nor a visual one ({_VISUAL}) at the input; prompts of other kinds cannot be imported"
+            f"{file} holds '{odd[0]}', which is none of {', '.join(known)}; prompts of other kinds "
+            "cannot be imported"
         )
-    if _TEXT in found and _TEXT_OF_TWO in found:
-        raise UserError(f"{file} holds both {_TEXT} and {_TEXT_OF_TWO}; keep the one that counts")
     if not found:
-        raise UserError(f"{file} holds no prompts ({_TEXT}, {_TEXT_OF_TWO} or {_VISUAL})")
-    text, visual = found.get(_TEXT, found.get(_TEXT_OF_TWO)), found.get(_VISUAL)
-    if text is not None and text.ndim == 3:
+        raise UserError(f"{file} holds no prompts ({', '.join(known)})")
+    tensors: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
+    for key, tensor in found.items():
+        name, other = known[key].tensor, keys.setdefault(known[key].tensor, key)
+        if other != key:
+            raise UserError(f"{file} holds both {other} and {key}; keep the one that counts")
+        if known[key].leading and tensor.ndim == 3 and len(tensor) == 1:
+            tensor = tensor[0]
+        _check_prompt(tensor, name.replace("_", " "), known[key].leading, file)
+        tensors[name] = tensor
+    return PublishedPrompts(tensors, checkpoint.epoch, file)
+
+
+def _check_prompt(tensor: Tensor, what: str, leading: bool, file: Path) -> None:
+    if tensor.ndim == 3 and not leading:
         raise UserError(
-            f"the text prompt in {file} is class-specific, {tuple(text.shape)}; only one that all "
+            f"the {what} in {file} is class-specific, {tuple(tensor.shape)}; only one that all "
             "classes share, (vectors, width), can be imported"
         )
-    if visual is not None and visual.ndim == 3 and len(visual) == 1:
-        visual = visual[0]
-    for name, prompt in (("text", text), ("visual", visual)):
-        if prompt is None:
-            continue
-        if prompt.ndim != 2 or not prompt.numel() or not prompt.is_floating_point():
-            raise UserError(
-                f"the {name} prompt in {file} has shape {tuple(prompt.shape)} of {prompt.dtype}; "
-                "(vectors, width) of numbers is needed"
-            )
-        if not bool(prompt.isfinite().all()):
-            raise UserError(f"the {name} prompt in {file} holds numbers that are not finite")
-    return PublishedPrompts(text, visual, checkpoint.epoch, file)
+    if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
+        raise UserError(
+            f"the {what} in {file} has shape {tuple(tensor.shape)} of {tensor.dtype}; "
+            "(vectors, width) of numbers is needed"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"the {what} in {file} holds numbers that are not finite")
+
+
+def _learns(method: str) -> set[str]:
+    """Names of the tensors that a method's published checkpoints hold."""
+    return {entry.tensor for entry in get_method(method).checkpoint}
 
 
 def import_checkpoint(
@@ -163,38 +173,29 @@ def import_checkpoint(
             f"a checkpoint does not say what its classes are called; give {checkpoint} "
             "--class-names, a JSON list in label order, or --dataset"
         )
-    learns = published.text is not None, published.visual is not None
-    decided: dict[str, Any] = {"method": _METHODS[learns], "dataset": IMPORTED}
+    # Losses leave no trace in a file: of methods that learn the same, the usual one, or the first.
+    usual = Settings.model_fields["method"].default
+    fitting = [m for m in (usual, *METHODS) if _learns(m) == published.tensors.keys()]
+    decided: dict[str, Any] = {"method": fitting[0], "dataset": IMPORTED}
     if published.epoch is not None:
         decided["epochs"] = published.epoch
-    for name, prompt in (("text", published.text), ("visual", published.visual)):
-        if prompt is not None:
-            given[f"{name}_vectors"] = len(prompt)
+    for part in get_method(fitting[0]).parts:
+        given |= part.settings_of(published.tensors)
     settings = make_settings({**decided, **given})
-    method = get_method(settings.method)
-    if (method.text, method.visual) != learns:
-        has = " and a ".join(
-            n for n, there in zip(("text", "visual"), learns, strict=True) if there
-        )
+    if _learns(settings.method) != published.tensors.keys():
+        has = " and a ".join(name.replace("_", " ") for name in published.tensors)
         raise UserError(
-            f"method '{settings.method}' does not learn what {published.file} holds (a {has} "
-            "prompt); leave --method out, or give one that does"
+            f"method '{settings.method}' does not learn what {published.file} holds (a {has}); "
+            "leave --method out, or give one that does"
         )
     _check_free(run, settings, overwrite)
     named = settings.dataset == IMPORTED
     task = _named_task(Path(str(settings.class_names))) if named else task_of(settings)
-    backbone = backbone or load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=settings.device,
-        precision=settings.precision,
+    backbone = backbone or backbone_of(settings)
+    where = str(published.file)
+    classifier = classifier_of(
+        settings, published.tensors, backbone, task.class_names, task.template, where=where
     )
-    for name, prompt in (("text", published.text), ("visual", published.visual)):
-        if prompt is not None:
-            check_prompt(backbone, name, prompt, str(published.file))
-    prompts = Prompts(published.text, published.visual).to(backbone.device).requires_grad_(False)
-    template = settings.template or task.template
-    classifier = PromptedClassifier(backbone, task.class_names, prompts, template)
     started, test = time.perf_counter(), None
     if settings.dataset != IMPORTED:
         test = evaluate_task(classifier, task, settings, reporter)
@@ -207,8 +208,7 @@ def import_checkpoint(
             tuning_seconds=0.0,
             evaluation_seconds=round(spent, 2),
         )
-        named = prompts.named_parameters()
-        run.write_tensors(run.prompts_file, {f"{n}_prompt": p for n, p in named})
+        run.write_tensors(run.prompts_file, classifier.tensors())
         if test is not None:
             run.finish(
                 {
@@ -216,7 +216,7 @@ def import_checkpoint(
                     "dataset": task.name,
                     "shots": settings.shots,
                     "seed": settings.seed,
-                    "learned_parameters": prompts.count,
+                    "learned_parameters": classifier.learned_parameters,
                     "support_images": 0,
                     "dispersion": {},
                     "imported": True,
@@ -245,18 +245,14 @@ def published_bytes(run: RunDirectory) -> bytes:
     """
     run.require()
     settings = run.read_settings()
-    tensors, _ = run.read_tensors(run.prompts_file)
-    text, visual = tensors.get("text_prompt"), tensors.get("visual_prompt")
-    state = {}
-    if text is not None:
-        state[_TEXT if visual is None else _TEXT_OF_TWO] = text
-    if visual is not None:
-        state[_VISUAL] = visual.unsqueeze(0)  # (1, N, W)
-    if not state:
+    entries = get_method(settings.method).checkpoint
+    if not entries:
         raise UserError(
             f"the run in {run.path} ({settings.method}) has no learned prompts to write as a "
             "checkpoint; use --format onnx or torch"
         )
+    tensors, _ = run.read_tensors(run.prompts_file)
+    state = {e.key: tensors[e.tensor][None] if e.leading else tensors[e.tensor] for e in entries}
     file = io.BytesIO()
     torch.save({"state_dict": state, "epoch": settings.epochs}, file)
     return file.getvalue()

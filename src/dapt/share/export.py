@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt import __version__
-from dapt.clip.towers import run_image_tower
-from dapt.engine.classifier import Classifier, LinearProbe
+from dapt.clip.image import encode_image
+from dapt.engine.classifier import Classifier, inside_of
+from dapt.engine.data import task_of
 from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier, task_of
+from dapt.run.load import load_classifier
 from dapt.safe.files import write_atomic
 from dapt.settings import backbone_name
 from dapt.share.card import is_card, model_card
@@ -72,29 +73,21 @@ class ImageClassifier(nn.Module):
         classifier: whose image tower it shares; at fp32, on the CPU.
     """
 
-    prompt: Tensor | None
-    weight: Tensor
-    bias: Tensor
+    text: Tensor
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.visual = classifier.backbone.visual
+        self.visual, self.head = classifier.backbone.visual, classifier.head
+        self.parts = classifier.parts
         with torch.inference_mode(False), torch.no_grad():
-            weight = classifier.text_features().detach()  # (C, D)
-            if isinstance(classifier, LinearProbe):
-                prompt, bias = None, classifier.bias
-            else:
-                prompt, bias = classifier.prompts.visual, torch.zeros(len(weight))
-                weight = classifier.backbone.logit_scale * weight
-        self.register_buffer("prompt", None if prompt is None else prompt.detach().clone())
-        self.register_buffer("weight", weight.T.contiguous())  # (D, C)
-        self.register_buffer("bias", bias.detach().clone())
-        self.eval()
+            self.register_buffer("text", classifier.text_features().detach().clone())  # (C, D)
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C) probabilities of (B, 3, S, S) normalised images."""
-        features = F.normalize(run_image_tower(self.visual, images, self.prompt), dim=-1)
-        return (features @ self.weight + self.bias).softmax(-1)
+        inside = inside_of(self.parts, "image")
+        features = F.normalize(encode_image(self.visual, images, inside), dim=-1)
+        return self.head(features, self.text).softmax(-1)
 
 
 def export(
@@ -218,15 +211,15 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
 def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:
     """What the file says of itself, each a JSON text; no date, so the same run gives its bytes."""
     settings = run.read_settings()
-    dataset, names, _ = run.read_task()
+    task = run.read_task()
     values = {
-        "labels": list(names),
+        "labels": task.class_names,
         "preprocessing": asdict(classifier.backbone.preprocessing),
         "provenance": {
             "dapt": __version__,
             "run": run.path.resolve().name,
             "method": settings.method,
-            "dataset": dataset,
+            "dataset": task.dataset,
             "backbone": backbone_name(settings),
             "backbone_sha256": classifier.backbone.fingerprint,
             "int8": int8,

@@ -20,7 +20,7 @@ from dapt.errors import UserError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among those of a run; by itself, unless ``torchrun`` started it.
 
     Attributes:
@@ -88,10 +88,10 @@ class Ranks:
         return box[0]
 
 
-def join_ranks() -> Ranks:
+def join_processes() -> Processes:
     """This process's place among those that ``torchrun`` started with it, if it did."""
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Ranks()
+        return Processes()
     if not dist.is_initialized():
         # Both kinds of tensors are summed: flags on the CPU, gradients where the prompts are.
         gpus = torch.cuda.is_available()
@@ -100,4 +100,4 @@ def join_ranks() -> Ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         atexit.register(dist.destroy_process_group)
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local)
+    return Processes(dist.get_rank(), dist.get_world_size(), local)

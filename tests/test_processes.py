@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapt.engine.ranks import Ranks
+from dapt.engine.processes import Processes
 from dapt.run.train import train
 from dapt.settings import make_settings
 
@@ -84,8 +84,8 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(options, tmp_path):
 def test_a_batch_is_divided_whole():
     for size in (4, 5, 32):
         for count in (1, 2, 3, 4):
-            parts = [list(range(size))[Ranks(r, count).part(range(size))] for r in range(count)]
+            parts = [list(range(size))[Processes(r, count).part(range(size))] for r in range(count)]
             assert [i for part in parts for i in part] == list(range(size))
             assert min(map(len, parts)) >= 1
     with pytest.raises(Exception, match="a batch of 2 images cannot be divided among 3"):
-        Ranks(0, 3).part(range(2))
+        Processes(0, 3).part(range(2))

@@ -1,36 +1,27 @@
-"""The two towers with prompts in them.
+"""The text tower, run once for what all classes share and then for each class's own tokens.
 
-Plain functions over open_clip's frozen modules: `encode_image` puts visual prompts between the
-class token and the patches, `encode_text` puts a learned context between the start token and
-the class name. Both compute only what is read: the last image layer for the class token alone,
-the text tower once for what all classes share and then for each class's own tokens, the last
-text layer for the end tokens alone. All of it is exact. A tower built otherwise (no causal
-mask, other blocks, other pooling), or a context that classes do not share, takes a path through
-the tower's own modules, which drops what comes after the end token wherever nothing sees it.
+The last layer is computed for the end tokens alone. All of it is exact. A tower built otherwise (no
+causal mask, other blocks, other pooling), or a context that classes do not share, runs by its own
+modules, and what comes after the end token is dropped wherever nothing sees it.
 
-Letters in shape comments: B images, T image tokens, C classes, P shared prefix tokens, S own
-tokens of a class, N all own tokens of all classes, H heads, W width, D embedding dimension.
+Letters in shape comments: C classes, P shared prefix tokens, S own tokens of a class, N all own
+tokens of all classes, H heads, W width, D embedding dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from open_clip.transformer import (
-    ResidualAttentionBlock,
-    TextTransformer,
-    VisionTransformer,
-    text_global_pool,
-)
+from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dapt.clip.attention import Groups, attend, attend_after_prefix, split_heads
 from dapt.clip.backbone import Backbone
+from dapt.clip.inside import NOTHING, Inside
+from dapt.clip.layers import is_plain, norm, through, unrolled
 from dapt.errors import UserError
 
 # Bytes that text activations may take, unless told otherwise.
@@ -47,130 +38,6 @@ _CHUNKS_IN_BUDGET = 8
 # Classes at a time in a tower of which it is not known what it keeps.
 _CLASSES_OF_OTHERS = 500
 
-# ---------------------------------------------------------------------------- one block
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Layer norm whose weights may be fp32 under a low-precision stream."""
-    if isinstance(norm, nn.Identity):
-        return x
-    ln = cast(nn.LayerNorm, norm)
-    if x.dtype == ln.weight.dtype or x.device.type == "cpu":  # the CPU kernel takes mixed types
-        return F.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
-    return F.layer_norm(x.float(), ln.normalized_shape, ln.weight, ln.bias, ln.eps).to(x.dtype)
-
-
-def _qkv(block: ResidualAttentionBlock, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of every token: three of (..., L, W).
-
-    Args:
-        block: the layer.
-        parts: (..., L_i, W) of the tokens, joined here. What is frozen is given apart from what is
-            learned, so that the backward pass computes nothing for it.
-    """
-    attn = block.attn
-    packed = [F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias) for x in parts]
-    q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
-    return q, k, v
-
-
-def _asked(block: ResidualAttentionBlock, x: Tensor, at: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the tokens ``x[at]`` alone, keys and values of all of ``x`` (..., L, W)."""
-    attn, width, normed = block.attn, x.shape[-1], _norm(block.ln_1, x)
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias  # (3W, W), (3W,)
-    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
-    return F.linear(normed[at], weight[:width], bias[:width]), k, v
-
-
-def _finish(block: ResidualAttentionBlock, x: Tensor, mixed: Tensor) -> Tensor:
-    """Output projection, residuals and MLP: ``x`` and attention's ``mixed`` are (..., L, W)."""
-    x = x + block.ls_1(F.linear(mixed, block.attn.out_proj.weight, block.attn.out_proj.bias))
-    return x + block.ls_2(block.mlp(_norm(block.ln_2, x)))
-
-
-def _plain_blocks(transformer: nn.Module) -> bool:
-    """Whether every layer is open_clip's ordinary block, which the functions above unroll."""
-    return all(type(b) is ResidualAttentionBlock for b in cast(Any, transformer).resblocks)
-
-
-# -------------------------------------------------------------------------- image tower
-
-
-def encode_image(backbone: Backbone, images: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """Encode images, with visual prompt vectors among their patches if there are any.
-
-    The vectors enter after class embedding, positional embedding and ``ln_pre``, carry no
-    positional embedding, and are left out of pooling.
-
-    Args:
-        backbone: the frozen model.
-        images: (B, 3, S, S), normalised by `Backbone.normalize`.
-        prompt: (V, W) shared by the batch, or (B, V, W), or None.
-
-    Returns:
-        (B, D) features, not normalised, in fp32.
-
-    Raises:
-        UserError: the tower takes no visual prompt.
-    """
-    if prompt is not None:
-        backbone.require_visual_prompts()
-    return run_image_tower(backbone.visual, images, prompt)
-
-
-def run_image_tower(visual: nn.Module, images: Tensor, prompt: Tensor | None) -> Tensor:
-    """`encode_image` for an image tower by itself, known to take the prompt; can be traced."""
-    if prompt is None:
-        if isinstance(visual, VisionTransformer):
-            return _encode_vit(visual, images, None).float()
-        return visual(images).float()
-    prompt = prompt.to(images.dtype).expand(images.shape[0], -1, -1)  # (B, V, W)
-    if isinstance(visual, VisionTransformer):
-        return _encode_vit(visual, images, prompt).float()
-    return _encode_timm(visual, images, prompt).float()
-
-
-def _insert(x: Tensor, prompt: Tensor | None, at: int) -> Tensor:
-    return x if prompt is None else torch.cat([x[:, :at], prompt, x[:, at:]], dim=1)
-
-
-def _encode_vit(visual: VisionTransformer, images: Tensor, prompt: Tensor | None) -> Tensor:
-    x = visual._embeds(images)  # (B, T, W): class token, patches
-    pools_class_token = visual.attn_pool is None and visual.pool_type == "tok"
-    if not (pools_class_token and _plain_blocks(visual.transformer)):
-        x = visual.transformer(_insert(x, prompt, 1))
-        if prompt is not None:
-            x = torch.cat([x[:, :1], x[:, 1 + prompt.shape[1] :]], dim=1)
-        pooled = visual._pool(x)[0]
-        return pooled if visual.proj is None else pooled @ visual.proj
-
-    # Layers do not tell where a token stands: with the prompt last, the rest is one frozen piece.
-    parts = [x] if prompt is None else [x, prompt]
-    x = _insert(x, prompt, x.shape[1])
-    *blocks, last = visual.transformer.resblocks
-    heads = last.attn.num_heads
-    for block in blocks:
-        q, k, v = (split_heads(t, heads) for t in _qkv(block, *parts))
-        x = _finish(block, x, attend(q, k, v))
-        parts = [x]
-    first = (slice(None), slice(0, 1))  # only the class token is read
-    mixed = attend(*(split_heads(t, heads) for t in _asked(last, x, first)))  # (B, 1, W)
-    x = _finish(last, x[first], mixed)[:, 0]  # (B, W)
-    x = _norm(visual.ln_post, x)
-    return x if visual.proj is None else x @ visual.proj
-
-
-def _encode_timm(visual: nn.Module, images: Tensor, prompt: Tensor) -> Tensor:
-    trunk = cast(Any, visual).trunk
-    x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
-    first = trunk.num_prefix_tokens
-    x = trunk.norm(trunk.blocks(_insert(x, prompt, first)))  # (B, T, W)
-    x = torch.cat([x[:, :first], x[:, first + prompt.shape[1] :]], dim=1)
-    return cast(Any, visual).head(trunk.forward_head(x))
-
-
-# --------------------------------------------------------------------------- text tower
-
 
 @dataclass(frozen=True)
 class ClassTokens:
@@ -179,14 +46,18 @@ class ClassTokens:
     Attributes:
         shared: ids every class starts with; a learned context comes right after them.
         own: for each class its remaining ids, the end token last; never empty.
+        after: ids that every class has between the context and its own.
     """
 
     shared: tuple[int, ...]
     own: tuple[tuple[int, ...], ...]
+    after: tuple[int, ...] = ()
 
     @classmethod
-    def for_context(cls, backbone: Backbone, class_names: Sequence[str], length: int):
-        """Tokens of ``[SOS] <context> <class name> . [EOT]`` for a context of ``length`` vectors.
+    def for_context(
+        cls, backbone: Backbone, class_names: Sequence[str], length: int, after: str = ""
+    ) -> ClassTokens:
+        """Tokens of ``[SOS] <context> <after> <class name> . [EOT]``, the context of some length.
 
         Raises:
             UserError: a class name leaves no room for the context, or the reverse.
@@ -194,23 +65,29 @@ class ClassTokens:
         backbone.require_text_prompts()
         names = [name.replace("_", " ") for name in class_names]
         start = tuple(backbone.start_tokens)
-        own = tuple(tuple(ids[len(start) :]) for ids in backbone.tokenize([f"{n}." for n in names]))
+        texts = [f"{after} {name}.".strip() if after else f"{name}." for name in names]
+        rows = [tuple(ids[len(start) :]) for ids in backbone.tokenize(texts)]
         room = backbone.context_length - len(start) - length
-        longest = max(range(len(own)), key=lambda i: len(own[i]))
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if room < 2:
             raise UserError(
                 f"a text prompt of {length} vectors does not fit the {backbone.context_length} "
                 f"tokens of the text tower of '{backbone.name}'; use fewer vectors"
             )
-        if len(own[longest]) > room:
+        if len(rows[longest]) > room:
             raise UserError(
-                f"class name '{names[longest]}' takes {len(own[longest])} tokens but {length} text "
-                f"prompt vectors leave room for {room}; shorten it or use fewer vectors"
+                f"class name '{names[longest]}' takes {len(rows[longest])} tokens but {length} "
+                f"text prompt vectors leave room for {room}; shorten it or use fewer vectors"
             )
-        return cls(start, own)
+        words = tuple(backbone.tokenize([after])[0][len(start) : -1]) if after else ()
+        if not all(row[: len(words)] == words for row in rows):
+            words = ()  # a tokenizer that joins words: what they share stays each class's own
+        return cls(start, tuple(row[len(words) :] for row in rows), words)
 
     @classmethod
-    def for_template(cls, backbone: Backbone, class_names: Sequence[str], template: str):
+    def for_template(
+        cls, backbone: Backbone, class_names: Sequence[str], template: str
+    ) -> ClassTokens:
         """Tokens of each class name put into ``template`` in place of ``{}``."""
         texts = [template.replace("{}", name.replace("_", " ")) for name in class_names]
         rows = backbone.tokenize(texts)
@@ -249,6 +126,7 @@ class TextEncoder(nn.Module):
 
     backbone: Backbone
     shared: Tensor  # (P',), ids before the context
+    after: Tensor  # (P'',), ids that all classes have after it
     packed: Tensor  # (N,), own ids of all classes, shorter classes first
     positions: Tensor  # (N,), of each within its class
     ends: Tensor  # (C,), where each class's end token lies among the packed
@@ -272,13 +150,12 @@ class TextEncoder(nn.Module):
             and text.cls_emb is None
             and text.pool_type in ("argmax", "eos")
         )
-        self.shares_prefix = (
-            self.ends_at_end and _plain_blocks(text.transformer) and not class_contexts
-        )
+        self.shares_prefix = self.ends_at_end and is_plain(text.transformer) and not class_contexts
         self.order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
         lengths = [len(tokens.own[i]) for i in self.order]
         for name, values in {
             "shared": torch.tensor(tokens.shared, dtype=torch.long),
+            "after": torch.tensor(tokens.after, dtype=torch.long),
             "packed": torch.tensor([t for i in self.order for t in tokens.own[i]]),
             "positions": torch.tensor([p for s in lengths for p in range(s)]),
             "ends": torch.tensor(lengths).cumsum(0) - 1,
@@ -288,7 +165,7 @@ class TextEncoder(nn.Module):
         if self.shares_prefix:
             sizes = lengths
         elif self.ends_at_end:
-            sizes = [len(tokens.shared) + s for s in lengths]
+            sizes = [len(tokens.shared) + len(tokens.after) + s for s in lengths]
         else:
             sizes = [backbone.context_length] * len(lengths)
         if isinstance(text, TextTransformer):
@@ -300,62 +177,68 @@ class TextEncoder(nn.Module):
             budget = max(1, budget // _CHUNKS_IN_BUDGET)
         self.chunks = _chunks(lengths, sizes, budget)
 
-    def forward(self, context: Tensor | None = None) -> Tensor:
-        """Encode all classes with a context after the shared ids, or without one.
+    def forward(self, inside: Inside = NOTHING) -> Tensor:
+        """Encode all classes.
 
         Args:
-            context: (M, W), or (C, M, W) where it was said that classes have their own.
+            inside: what is put into the tower; its tokens are a context after the shared ids,
+                (M, W), or (C, M, W) where it was said that classes have their own.
 
         Returns:
             (C, D) features, not normalised, in fp32.
         """
         encode: Callable[..., Tensor] = self._own if self.shares_prefix else self._whole
-        shared = self._prefix(context) if self.shares_prefix else [context]
+        shared = self._prefix(inside) if self.shares_prefix else [inside.tokens]
         if len(self.chunks) == 1 or not torch.is_grad_enabled():
-            features = [encode(chunk, *shared) for chunk in self.chunks]
+            features = [encode(chunk, inside, *shared) for chunk in self.chunks]
         else:
             features = [
-                checkpoint(encode, chunk, *shared, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(
+                    encode, chunk, inside, *shared, use_reentrant=False, preserve_rng_state=False
+                )
                 for chunk in self.chunks
             ]
         return torch.cat(features)[self.restore].float()
 
-    def _prefix(self, context: Tensor | None) -> list[Tensor]:
+    def _prefix(self, inside: Inside) -> list[Tensor]:
         """Keys and values of the shared prefix in each layer: k, v, k, v, ..., (H, P, W/H) each."""
-        text, dtype = self.backbone.text, self.backbone.dtype
+        text, dtype, start = self.backbone.text, self.backbone.dtype, len(self.shared)
         x = text.token_embedding(self.shared).to(dtype)  # (P', W)
-        if context is not None:
-            x = torch.cat([x, context.to(dtype)])
+        if inside.tokens is not None:
+            x = torch.cat([x, inside.tokens.to(dtype)])
+        if len(self.after):
+            x = torch.cat([x, text.token_embedding(self.after).to(dtype)])
         x = x + text.positional_embedding[: len(x)].to(dtype)  # (P, W)
         found: list[Tensor] = []
-        *blocks, last = text.transformer.resblocks
-        for block in blocks:
-            q, k, v = (split_heads(t, block.attn.num_heads) for t in _qkv(block, x))
+        *layers, last = unrolled(text.transformer, inside)
+        for layer in layers:
+            x = layer.enter(x, start)
+            q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(x))
             found += [k, v]
-            x = _finish(block, x, attend(q, k, v, causal=True))
+            x = layer.finish(x, attend(q, k, v, causal=True))
         # Nothing reads what the last layer would make of the prefix itself.
-        _, k, v = (split_heads(t, last.attn.num_heads) for t in _asked(last, x, slice(0)))
+        x = last.enter(x, start)
+        _, k, v = (split_heads(t, last.heads) for t in last.asked(x, slice(0)))
         return [*found, k, v]
 
-    def _own(self, chunk: Chunk, *prefix: Tensor) -> Tensor:
+    def _own(self, chunk: Chunk, inside: Inside, *prefix: Tensor) -> Tensor:
         """Features (c, D) of a chunk's c classes, in sorted order, given the prefix."""
         text, dtype = self.backbone.text, self.backbone.dtype
         length = prefix[0].shape[-2]
         x = text.token_embedding(self.packed[chunk.tokens]).to(dtype)  # (N, W)
         x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
-        *blocks, last = text.transformer.resblocks
-        for i, block in enumerate(blocks):
-            mixed = attend_after_prefix(
-                *_qkv(block, x), prefix[2 * i], prefix[2 * i + 1], chunk.groups
-            )
-            x = _finish(block, x, mixed)
+        *layers, last = unrolled(text.transformer, inside)
+        for i, layer in enumerate(layers):
+            q, k, v = layer.qkv(x)
+            mixed = attend_after_prefix(q, k, v, prefix[2 * i], prefix[2 * i + 1], chunk.groups)
+            x = layer.finish(x, mixed)
         ends = self.ends[chunk.classes] - chunk.tokens.start
-        q, k, v = _asked(last, x, ends)
+        q, k, v = last.asked(x, ends)
         mixed = attend_after_prefix(q, k, v, prefix[-2], prefix[-1], chunk.groups)
-        x = _finish(last, x[ends], mixed)  # (c, W)
-        return _project(text, _norm(text.ln_final, x))
+        x = last.finish(x[ends], mixed)  # (c, W)
+        return _project(text, norm(text.ln_final, x))
 
-    def _whole(self, chunk: Chunk, context: Tensor | None) -> Tensor:
+    def _whole(self, chunk: Chunk, inside: Inside, context: Tensor | None) -> Tensor:
         """Features (c, D) of a chunk's c classes, each in full, through the tower's own modules."""
         text, first = self.backbone.text, len(self.tokens.shared)
         length = 0 if context is None else context.shape[-2]
@@ -372,7 +255,7 @@ class TextEncoder(nn.Module):
             x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
         if mask is not None:
             mask = mask[..., : x.shape[1], : x.shape[1]].to(x.dtype)
-        x = text.transformer(x, attn_mask=mask)
+        x = through(text.transformer.resblocks, x, inside, first, attn_mask=mask)
         if text.cls_emb is not None:
             return _project(text, text.ln_final(x[:, -1]))
         x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
@@ -386,10 +269,11 @@ class TextEncoder(nn.Module):
         there L is the tower's own.
         """
         backbone, owns = self.backbone, [self.tokens.own[i] for i in self.order[chunk.classes]]
-        pad, end = backbone.pad_token, len(self.tokens.shared) + length + len(owns[-1])
+        pad, after = backbone.pad_token, self.tokens.after
+        end = len(self.tokens.shared) + length + len(after) + len(owns[-1])
         # The context's places hold a token that is neither padding nor the end.
         stand_in = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
-        rows = [[*self.tokens.shared, *[stand_in] * length, *own] for own in owns]
+        rows = [[*self.tokens.shared, *[stand_in] * length, *after, *own] for own in owns]
         end = end if self.ends_at_end else backbone.context_length
         return torch.tensor([row + [pad] * (end - len(row)) for row in rows]).to(backbone.device)
 

@@ -1,0 +1,98 @@
+"""The image tower with tokens among its patches.
+
+A ViT of open_clip's ordinary layers is unrolled: the last layer is computed for the class token
+alone, and the first one's backward pass stops at the inserted tokens. Others (open_clip's with
+other layers or pooling, timm's) run by their own modules. All of it is exact.
+
+Letters in shape comments: B images, T tokens of the tower, N inserted tokens, W width, D embedding
+dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dapt.clip.attention import attend, split_heads
+from dapt.clip.backbone import Backbone
+from dapt.clip.inside import NOTHING, Inside
+from dapt.clip.layers import is_plain, norm, through, unrolled
+
+
+def image_features(
+    backbone: Backbone, views: Tensor, inside: Inside = NOTHING, *, normalized: bool = True
+) -> Tensor:
+    """(B, D) features, in fp32, of (B, 3, S, S) uint8 or normalised views."""
+    if views.dtype == torch.uint8:
+        views = backbone.normalize(views)
+    views = views.to(backbone.device, backbone.dtype)
+    features = encode_image(backbone.visual, views, inside)
+    return F.normalize(features, dim=-1) if normalized else features
+
+
+def encode_image(visual: nn.Module, images: Tensor, inside: Inside = NOTHING) -> Tensor:
+    """Encode images, with inserted tokens among their patches if there are any.
+
+    They enter after class embedding, positional embedding and ``ln_pre``, carry no positional
+    embedding, and are left out of pooling.
+
+    Args:
+        visual: the frozen tower.
+        images: (B, 3, S, S), normalised by `Backbone.normalize`.
+        inside: what is put into it; its tokens are (N, W) for the whole batch, or (B, N, W).
+
+    Returns:
+        (B, D) features, not normalised, in fp32.
+    """
+    tokens = inside.tokens
+    if tokens is not None:
+        tokens = tokens.to(images.dtype).expand(len(images), -1, -1)  # (B, N, W)
+    if isinstance(visual, VisionTransformer):
+        return _encode_vit(visual, images, tokens, inside).float()
+    if tokens is None:
+        return visual(images).float()
+    return _encode_timm(cast(Any, visual), images, tokens, inside).float()
+
+
+def _encode_vit(
+    visual: VisionTransformer, images: Tensor, tokens: Tensor | None, inside: Inside
+) -> Tensor:
+    x = visual._embeds(images)  # (B, T, W): class token, patches
+    # Layers do not tell where a token stands: with the inserted ones last, the rest is one frozen
+    # piece.
+    start = x.shape[1]
+    parts = [x] if tokens is None else [x, tokens]
+    x = torch.cat(parts, dim=1) if tokens is not None else x
+    if not (is_plain(visual.transformer) and _pools_class_token(visual)):
+        x = through(visual.transformer.resblocks, x, inside, start)
+        pooled = visual._pool(x[:, :start])[0]
+        return pooled if visual.proj is None else pooled @ visual.proj
+    *layers, last = unrolled(visual.transformer, inside)
+    for layer in layers:
+        if layer.index:
+            parts = [x := layer.enter(x, start)]
+        q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(*parts))
+        x = layer.finish(x, attend(q, k, v))
+        parts = [x]
+    x = last.enter(x, start)
+    first = (slice(None), slice(0, 1))  # only the class token is read
+    mixed = attend(*(split_heads(t, last.heads) for t in last.asked(x, first)))  # (B, 1, W)
+    x = last.finish(x[first], mixed)[:, 0]  # (B, W)
+    x = norm(visual.ln_post, x)
+    return x if visual.proj is None else x @ visual.proj
+
+
+def _pools_class_token(visual: VisionTransformer) -> bool:
+    return visual.attn_pool is None and visual.pool_type == "tok"
+
+
+def _encode_timm(visual: Any, images: Tensor, tokens: Tensor, inside: Inside) -> Tensor:
+    trunk = visual.trunk
+    x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+    start = x.shape[1]
+    x = trunk.norm(through(trunk.blocks, torch.cat([x, tokens], 1), inside, start))  # (B, T+N, W)
+    return visual.head(trunk.forward_head(x[:, :start]))

@@ -1,0 +1,135 @@
+"""What a run is tuned and evaluated on, as its settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapt.data import (
+    Item,
+    SupportSet,
+    Task,
+    draw_support_set,
+    images_in_both,
+    load_support_set,
+    open_task,
+    subset_classes,
+)
+from dapt.errors import UserError
+from dapt.progress import Reporter
+from dapt.settings import WITHOUT_DATASET, Settings
+
+# Images named in warnings; the record of a run has them all.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Data:
+    """Classes with their images, and those of them that are tuned on."""
+
+    task: Task
+    support: SupportSet
+
+
+def open_data(settings: Settings) -> Data:
+    """The task that settings name, and its support set.
+
+    Raises:
+        UserError: as `task_of` and `support_of`.
+    """
+    task = task_of(settings)
+    return Data(task, support_of(settings, task))
+
+
+def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
+    """Open the task that settings name; to evaluate on only, it needs no training images.
+
+    Raises:
+        UserError: as `open_task`, or the run's prompts came without a dataset.
+    """
+    if settings.dataset in WITHOUT_DATASET:
+        raise UserError(
+            f"these prompts were {WITHOUT_DATASET[settings.dataset]}; 'dapt eval RUN --dataset "
+            "...' evaluates them on one"
+        )
+    task = open_task(
+        settings.dataset,
+        root=Path(settings.root) if settings.root else None,
+        domain=settings.domain,
+        class_names=Path(settings.class_names) if settings.class_names else None,
+        evaluate=evaluate,
+    )
+    return subset_classes(task, settings.classes)
+
+
+def support_of(settings: Settings, task: Task) -> SupportSet:
+    """Draw the support set by the protocol, or read the saved one.
+
+    Raises:
+        UserError: the saved one was drawn with other shots, or there is nothing to tune on.
+    """
+    if settings.support_set:
+        support = load_support_set(Path(settings.support_set), task)
+    else:
+        support = draw_support_set(task, settings.shots, settings.seed)
+    if support.shots != settings.shots:
+        raise UserError(
+            f"support set {settings.support_set} was drawn with {support.shots} shots; give "
+            f"--shots {support.shots}, or draw another"
+        )
+    if not support.train:
+        raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
+    return support
+
+
+def skip_unreadable(
+    items: Sequence[Item], unreadable: dict[int, str], what: str, reporter: Reporter
+) -> tuple[list[int], list[dict[str, str]]]:
+    """Leave out images that could not be read, and warn of them.
+
+    Args:
+        items: all images.
+        unreadable: index -> sentence of those that could not be read.
+        what: these images are, such as "test".
+        reporter: is told.
+
+    Returns:
+        Indices of the others in order, and a record of what is skipped, for a run's files.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    skipped = sorted(unreadable)
+    if len(skipped) == len(items) > 0:
+        more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
+        raise UserError(f"{unreadable[0]}{more}")
+    for index in skipped[:_NAMED]:
+        reporter.warn(f"{unreadable[index]}; skipped")
+    if skipped:
+        reporter.warn(
+            f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
+            "the metrics name them, and --strict makes them an error"
+        )
+    record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
+    return [i for i in range(len(items)) if i not in unreadable], record
+
+
+def tell_notes(task: Task, reporter: Reporter) -> None:
+    """Warn of what its reader found odd in a task."""
+    for note in task.notes:
+        reporter.warn(note)
+
+
+def tell_of_overlap(data: Data, tested: Task, reporter: Reporter) -> list[dict[str, str]]:
+    """Warn of support images that are ``tested`` on, and return a record of them."""
+    both = images_in_both(data.task, data.support, tested)
+    if both:
+        first, same = both[0]
+        count = len(data.support.train) + len(data.support.val)
+        reporter.warn(
+            f"{len({a.path for a, _ in both}):,} of {count:,} support images are test images of "
+            f"'{tested.name}' too (such as {first.path}, the same file as {same.path}); the "
+            "accuracy says too much of them: take them out of one part"
+        )
+    return [{"support": a.path, "test": b.path} for a, b in both]

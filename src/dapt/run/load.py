@@ -1,0 +1,133 @@
+"""What is read back from a run directory: its classifier, and the images it was tuned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dapt.clip.backbone import Backbone
+from dapt.clip.image import image_features
+from dapt.data import SupportSet, Task, load_support_set, support_digest
+from dapt.engine.classifier import Classifier
+from dapt.engine.memory import keep_freed_memory
+from dapt.engine.shared import backbone_of
+from dapt.errors import UserError
+from dapt.methods import get_method
+from dapt.run.directory import RunDirectory
+from dapt.settings import Settings, text_memory
+
+
+def load_classifier(
+    run: RunDirectory,
+    class_names: Sequence[str] | None = None,
+    template: str | None = None,
+    *,
+    backbone: Backbone | None = None,
+    device: str | None = None,
+) -> Classifier:
+    """The tuned classifier of a finished run.
+
+    Args:
+        run: its directory.
+        class_names: other classes than it was tuned on, for what carries over.
+        template: goes with them, where the text prompt is not learned.
+        backbone: already loaded, to share it.
+        device: to run on, if not the one it was tuned on.
+
+    Raises:
+        UserError: no finished run is here, its backbone differs from the one it was tuned on,
+            or its head knows no other classes.
+    """
+    run.require()
+    keep_freed_memory()
+    settings, task = run.read_settings(), run.read_task()
+    backbone = backbone or backbone_of(settings, device=device)
+    run.require_backbone(backbone)
+    tensors, _ = run.read_tensors(run.prompts_file)
+    return classifier_of(
+        settings,
+        tensors,
+        backbone,
+        class_names or task.class_names,
+        template or task.template,
+        where=str(run.prompts_file),
+        own_names=task.class_names,
+    )
+
+
+def classifier_of(
+    settings: Settings,
+    tensors: dict[str, torch.Tensor],
+    backbone: Backbone,
+    class_names: Sequence[str],
+    template: str,
+    *,
+    where: str,
+    own_names: Sequence[str] | None = None,
+) -> Classifier:
+    """A classifier of what was learned or fitted.
+
+    Args:
+        settings: it was made with.
+        tensors: as `Classifier.tensors` gave them.
+        backbone: whose weights it fits.
+        class_names: of all classes.
+        template: for names, where the text prompt is not learned.
+        where: the file they are from, for errors.
+        own_names: of the classes it was tuned on, if these are others.
+
+    Raises:
+        UserError: tensors are not what the method learns or do not fit the backbone, or its head
+            knows no other classes.
+    """
+    method = get_method(settings.method)
+    if method.head.closed and own_names is not None and list(class_names) != list(own_names):
+        raise UserError(
+            f"{where} is of {method.head.closed}; use a prompt method for other classes"
+        )
+    parts = [part.create(backbone, settings) for part in method.parts]
+    learned = {name for part in parts for name, _ in part.named_parameters()}
+    own = {name for name in tensors if name in learned}
+    if own != learned or (own != tensors.keys() and not method.head.fitted):
+        raise UserError(
+            f"{where} does not hold what method '{settings.method}' learns; train again"
+        )
+    for part in parts:
+        part.load(tensors, backbone, where)
+        part.requires_grad_(False)
+    head = method.head(backbone.logit_scale)
+    if method.head.fitted:
+        size = backbone.preprocessing.size
+        with torch.inference_mode():
+            seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
+        head.load(fitted, len(class_names), seen.shape[1], where)
+        head.requires_grad_(False)
+    return Classifier(
+        backbone,
+        class_names,
+        parts,
+        head,
+        template=settings.template or template,
+        text_memory=text_memory(settings),
+    )
+
+
+def known_support(run: RunDirectory, task: Task) -> SupportSet:
+    """A run's support set, if its images are still those that it was tuned on.
+
+    To be asked before images are shown: a stranger's run may name any folder of whoever opens it,
+    but cannot know what is in the images there.
+
+    Raises:
+        UserError: they are not, or the classes are others.
+    """
+    support = load_support_set(run.support_file, task)
+    recorded, found = run.read_metrics().support_sha256, support_digest(task, support)
+    if list(task.class_names) != run.read_task().class_names or found is None or recorded != found:
+        raise UserError(
+            f"the images in {task.root} are not known to be those that {run.path} was tuned on, "
+            "so none of them is shown"
+        )
+    return support
