@@ -1,1 +1,1 @@
-"""The one room that mistrusts bytes: files, weights, pickles."""
+"""The one room that mistrusts bytes: what reads, or replaces, a file that anybody may have made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import secrets
 import shutil
 import stat
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -29,18 +32,20 @@ TEMPORARY = ".dapt-part"
 _ABANDONED = 24 * 3600
 
 
-def open_regular(path: Path | str) -> BinaryIO:
-    """Open an ordinary file to read; never waits, as opening a FIFO would.
+def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
+    """Open an ordinary file of at most ``limit`` bytes; never waits, as opening a FIFO would.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, FIFO, socket or device.
+        OSError: it cannot be opened, is a folder, FIFO, socket or device, or is larger.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
             raise OSError(f"it is {kind}")
+        if limit is not None and found.st_size > limit:
+            raise OSError(f"it has {found.st_size:,} bytes, and {limit:,} are read at most")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -51,13 +56,10 @@ def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT)
     """The text of an ordinary file of at most ``limit`` bytes, with line breaks as they are.
 
     Raises:
-        OSError: as `open_regular`, or the file is larger; nothing of it is read then.
+        OSError: as `open_regular`; nothing of a larger file is read.
         UnicodeDecodeError: it is no text in ``encoding``.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise OSError(f"it has {size:,} bytes, and {limit:,} are read at most")
+    with open_regular(path, limit) as file:
         return file.read(limit + 1).decode(encoding)
 
 
@@ -70,11 +72,7 @@ def file_size(path: Path | str) -> int | None:
 
 
 def file_digest(path: Path | str) -> bytes:
-    """SHA-256 of an ordinary file's content.
-
-    Raises:
-        OSError: as `open_regular`.
-    """
+    """SHA-256 of an ordinary file's content; an `OSError` as of `open_regular`."""
     found = hashlib.sha256()
     with open_regular(path) as content:
         while block := content.read(2**20):
@@ -105,13 +103,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Let a move survive a loss of power, as far as the system can: files are safe either way."""
+    # Let the move survive a loss of power, as far as the system can: the file is safe either way.
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -123,20 +117,12 @@ def delete_abandoned(folder: Path, prefix: str) -> None:
 
     Only what is older than any write takes: younger ones may be another process's at work.
     """
-    try:
-        places = list(folder.iterdir())
-    except OSError:  # a folder may be one to write to but not to list
-        return
-    for place in places:
-        if not (place.name.startswith(prefix) and place.name.endswith(TEMPORARY)):
-            continue
+    # Of a folder that may be written to but not listed, nothing is found.
+    for place in folder.glob(f"{glob.escape(prefix)}*{TEMPORARY}"):
         with suppress(OSError):
-            if time.time() - place.stat().st_mtime < _ABANDONED:
-                continue
-            if place.is_dir():
-                shutil.rmtree(place, ignore_errors=True)
-            else:
-                place.unlink()
+            if time.time() - place.stat().st_mtime > _ABANDONED:
+                delete = shutil.rmtree if place.is_dir() else os.unlink
+                delete(place)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -165,39 +151,52 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON from ``path``.
+    """The value of a JSON file, as `parse_json`; a `UserError` says ``what`` it is for."""
+    return _read(path, what, "JSON", parse_json, LARGEST_TEXT)
 
-    Raises:
-        UserError: the file is missing, no ordinary file, larger than `LARGEST_TEXT` or no JSON,
-            has a key twice in one object, or NaN or an infinity for a number; ``what`` names its
-            role.
-    """
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The value of a YAML file, as `parse_yaml`; a `UserError` says ``what`` it is for."""
+    return _read(path, what, "YAML", parse_yaml, LARGEST_YAML)
+
+
+def _read(path: Path, what: str, form: str, parse: Callable[[str], Any], limit: int) -> Any:
     try:
-        return parse_json(read_text(path))
+        return parse(read_text(path, limit=limit))
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} does not exist; check the path") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} {path} is not readable JSON ({error})") from error
+        raise UserError(f"{what} {path} is not readable {form} ({error})") from error
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, in which no object has a key twice and every number is one.
+    """The value of a JSON text, in which no object has a key twice and every number is finite.
 
     Raises:
         ValueError, RecursionError: it is no such text, or nested too deeply.
     """
-    return json.loads(
-        text, object_pairs_hook=_distinct, parse_constant=_no_number, parse_float=_finite
-    )
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _finite(digits: str) -> float:
+    if not isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:80]} is no finite number")
+    return number
 
 
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, whose values could be exponentially many, and with distinct keys."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has an alias (*name); write out what it stands for")
-        return super().compose_node(parent, index)
+    def fetch_alias(self) -> None:
+        raise ValueError("it has an alias (*name); write out what it stands for")
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep=deep)
@@ -233,21 +232,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(reason_of(error)) from error
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """Read YAML from ``path``, as `parse_yaml`.
-
-    Raises:
-        UserError: the file is missing, no ordinary file, larger than `LARGEST_YAML` or no YAML;
-            ``what`` names its role.
-    """
-    try:
-        return parse_yaml(read_text(path, limit=LARGEST_YAML))
-    except FileNotFoundError as error:
-        raise UserError(f"{what} {path} does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} {path} is not readable YAML ({error})") from error
-
-
 def user_path(text: str | Path) -> Path:
     """A path as a user gives it, ``~`` being their home; it need not exist.
 
@@ -263,22 +247,3 @@ def user_path(text: str | Path) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{shown(str(text))} is too long for a path; give another") from error
     return path
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return found
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite(digits: str) -> float:
-    if not isfinite(number := float(digits)):
-        raise ValueError(f"{digits[:80]} is too large for a number")
-    return number

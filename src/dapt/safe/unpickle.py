@@ -15,41 +15,21 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 # A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
 # 100 KB and 30,000 steps.
-MAX_HEADER = 2**22
+_MAX_HEADER = 2**22
 _MAX_STEPS = 2**19
-MAX_TENSORS = 2**16
-_MAX_DIMENSIONS = 64
-_MAX_ARGUMENTS = 16
-MAX_NAME = 1000
-
-_DTYPES = {
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch DoubleStorage": torch.float64,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
-    "torch CharStorage": torch.int8,
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
-}
-
-
-class AsksToRun(UnpicklingError):
-    """The pickle wants something called; its message is the name of that, such as posix.system."""
+_MAX_TENSORS = 2**16
+_MAX_PARTS = 64  # dimensions of a tensor, arguments of a call
+_MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -59,397 +39,364 @@ class Storage:
     dtype: torch.dtype
     key: str
     numel: int
+    read: Callable[[Storage], bytes] = field(compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """How many bytes there should be."""
         return self.numel * self.dtype.itemsize
 
+    def load(self) -> Tensor:
+        """All of its elements."""
+        if not self.numel:
+            return torch.empty(0, dtype=self.dtype)
+        return torch.frombuffer(bytearray(self.read(self)), dtype=self.dtype, count=self.numel)
 
-# Gives a storage's bytes: all of them, or an error.
-ReadBytes = Callable[[Storage], bytes]
 
-
+@dataclass(frozen=True, eq=False)
 class Described:
-    """A tensor as the pickle describes it: a view of a storage, and inside it."""
+    """A tensor as the pickle describes it: a view of a storage, or so it says."""
 
-    __slots__ = ("offset", "size", "storage", "stride")
+    storage: Storage
+    offset: Any
+    size: Any
+    stride: Any
 
-    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
-        shaped = type(size) is type(stride) is tuple and len(size) == len(stride) <= _MAX_DIMENSIONS
-        if not isinstance(storage, Storage) or not shaped:
+    def __post_init__(self) -> None:
+        known = isinstance(self.storage, Storage)
+        if not known or max(len(self.size), len(self.stride)) > _MAX_PARTS:
             raise UnpicklingError("it describes a tensor that cannot be")
-        if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
-            raise UnpicklingError("it describes a tensor that cannot be")
-        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        elements = prod(size)
-        if elements > storage.numel or (elements and last >= storage.numel):
-            raise UnpicklingError(f"its storage {storage.key} does not hold its tensor")
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor on its own."""
-        return prod(self.size) * self.storage.dtype.itemsize
 
 
-class Record:
+@dataclass(eq=False)
+class _Record:
     """Stands in for an object of a TorchScript archive: its attributes, no behaviour."""
 
-    __slots__ = ("fields",)
-
-    def __init__(self) -> None:
-        self.fields: dict[Any, Any] = {}
+    fields: dict[Any, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
 class _Name:
     """A name in the pickle: module and attribute with a space between."""
 
-    __slots__ = ("text",)
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+    text: str
 
 
-class _Nothing:
-    """Stands in for every other object: takes whatever the pickle gives it and keeps nothing."""
-
-    __slots__ = ()
-
-
-_NOTHING, _MARK = _Nothing(), object()
+# Stands in for every other object: takes whatever the pickle gives it and keeps nothing.
+_NOTHING = object()
 
 
 def _first(value: Any, *_: Any) -> Any:
     return value
 
 
+_DTYPES = {
+    f"torch {kind}Storage": dtype
+    for kind, dtype in {
+        "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+        "Double": torch.float64, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
+        "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+    }.items()
+}  # fmt: skip
+
 # What the pickles of state dicts and of ordinary objects (optimisers, schedulers, numbers) call
 # to make them. Only what may lead to a tensor is made.
 _MAKERS: dict[str, Callable[..., Any]] = {
-    "torch._utils _rebuild_tensor_v2": Described,
+    "torch._utils _rebuild_tensor_v2": lambda *parts: Described(*parts[:4]),
     "torch._utils _rebuild_parameter": _first,
     "torch._utils _rebuild_parameter_with_state": _first,
     "collections defaultdict": lambda *_: {},
-}
-_MAPPINGS = {"collections OrderedDict", "collections Counter"}
-_NAMES_OF_VALUES = {
-    *(f"{module} _reconstructor" for module in ("copyreg", "copy_reg")),
-    *(f"{module} {kind}" for module in ("builtins", "__builtin__")
-      for kind in ("set", "frozenset")),
-    *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core")
-      for name in ("scalar", "_reconstruct")),
-    "numpy dtype",
-    "torch Size",
-    "torch device",
-    "_codecs encode",
+    **dict.fromkeys(
+        ("builtins set", "builtins frozenset", "__builtin__ set", "__builtin__ frozenset",
+         "copyreg _reconstructor", "copy_reg _reconstructor", "_codecs encode",
+         "numpy.core.multiarray scalar", "numpy.core.multiarray _reconstruct", "numpy dtype",
+         "numpy._core.multiarray scalar", "numpy._core.multiarray _reconstruct",
+         "torch Size", "torch device"),
+        lambda *_: _NOTHING,
+    ),
 }  # fmt: skip
+_MAPPINGS = ("collections OrderedDict", "collections Counter")
 
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+
+def _new(kind: Any, *_: Any) -> Any:
+    """An object of a class, as it is before it gets its attributes."""
+    if not isinstance(kind, _Name):
+        raise UnpicklingError("it makes an object of what is no class")
+    return _Record() if kind.text.startswith("__torch__") else _NOTHING
+
+
+def _build(thing: Any, state: Any) -> Any:
+    """Give an object its attributes; those of dictionaries (a state dict's metadata) go."""
+    if isinstance(thing, _Record) and isinstance(state, dict):
+        thing.fields = state
+    elif thing is not _NOTHING and not isinstance(thing, _Record | dict):
+        raise UnpicklingError("it tries to change what was checked")
+    return thing
+
+
+def _extend(container: Any, values: list[Any]) -> Any:
+    if container is not _NOTHING:
+        container.extend(values)
+    return container
+
+
+def _update(container: Any, items: Iterable[Any]) -> Any:
+    """Put pairs of a key and a value into a dictionary."""
+    if container is _NOTHING:
+        return container
+    for key, value in items:
+        # Of other keys, which no tensor is found by, nothing but that they are there is kept:
+        # hashing them may take as long as whoever made them likes.
+        plain = type(key) is str or (type(key) is int and abs(key) < 2**64)
+        if plain and key in container:
+            raise UnpicklingError(f"the key {str(key)[:80]!r} is there twice")
+        container[key if plain else object()] = value
+    return container
+
+
+# What each step makes of what it takes from the stack, and of its argument.
+_STEPS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING",
+         "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
+         "SHORT_BINBYTES", "BINBYTES8"),
+        _first,
+    ),
+    **dict.fromkeys(("NONE", "POP", "POP_MARK", "PROTO", "FRAME"), lambda *_: None),
+    **dict.fromkeys(("EMPTY_SET", "ADDITEMS", "FROZENSET"), lambda *_: _NOTHING),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda *parts: parts),
+    **dict.fromkeys(("EMPTY_TUPLE", "TUPLE"), tuple),
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "APPEND": lambda container, value: _extend(container, [value]),
+    "APPENDS": _extend,
+    "SETITEM": lambda container, *item: _update(container, [item]),
+    "SETITEMS": lambda old, new: _update(old, zip(new[::2], new[1::2], strict=True)),
+    "GLOBAL": _Name,
+    "STACK_GLOBAL": lambda *parts: _Name(" ".join(part[:_MAX_NAME] for part in parts)),
+    **dict.fromkeys(("NEWOBJ", "NEWOBJ_EX"), _new),
+    "BUILD": _build,
 }  # fmt: skip
 
 
 class _Machine:
-    """Carries out the pickles of one file (protocol 2 and later, as PyTorch writes them).
+    """Carries out the pickles of one file (protocol 2 and later, as PyTorch writes them)."""
 
-    Attributes:
-        storages: those that it named, by their keys.
-    """
-
-    def __init__(self, stream: io.BytesIO) -> None:
-        self.stream, self.left = stream, _MAX_STEPS
-        self.stack: list[Any] = []
-        self.storages: dict[str, Storage] = {}
+    def __init__(self, stream: io.BytesIO, read: Callable[[Storage], bytes]) -> None:
+        self.stream, self.read, self.left = stream, read, _MAX_STEPS
+        self.storages: dict[str, Storage] = {}  # that it named, by their keys
+        self.steps = _STEPS | {"REDUCE": self.call, "BINPERSID": self.storage}
 
     def run(self) -> Any:
         """The value of the pickle where the stream is; the stream is left behind it."""
-        memo: dict[int, Any] = {}
-        push, pop = self.stack.append, self.pop
-        steps: Iterable[tuple[pickletools.OpcodeInfo, Any, Any]] = pickletools.genops(self.stream)
-        for opcode, argument, _ in steps:
-            self.spend(1)
-            name = opcode.name
-            if name in _LITERALS:
-                push(argument)
-                continue
-            match name:
-                case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                    memo[len(memo) if argument is None else argument] = self.top()
-                case "BINGET" | "LONG_BINGET":
-                    push(memo[argument])
-                case "MARK":
-                    push(_MARK)
-                case "NONE":
-                    push(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    push(name == "NEWTRUE")
-                case "EMPTY_TUPLE":
-                    push(())
-                case "TUPLE":
-                    push(tuple(self.pop_to_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    push(tuple([pop() for _ in range(int(name[-1]))][::-1]))
-                case "EMPTY_LIST":
-                    push([])
-                case "APPEND":
-                    value = pop()
-                    self.extend([value])
-                case "APPENDS":
-                    self.extend(self.pop_to_mark())
-                case "EMPTY_DICT":
-                    push({})
-                case "SETITEM":
-                    value, key = pop(), pop()
-                    self.update([key, value])
-                case "SETITEMS":
-                    self.update(self.pop_to_mark())
-                case "EMPTY_SET":
-                    push(_NOTHING)
-                case "ADDITEMS":
-                    self.extend(self.pop_to_mark())
-                case "FROZENSET":
-                    self.pop_to_mark()
-                    push(_NOTHING)
-                case "GLOBAL":
-                    push(_Name(argument))
-                case "STACK_GLOBAL":
-                    attribute, module = pop(), pop()
-                    if not isinstance(module, str) or not isinstance(attribute, str):
-                        raise UnpicklingError("it holds a name that is no text")
-                    push(_Name(f"{module[:MAX_NAME]} {attribute[:MAX_NAME]}"))
-                case "REDUCE":
-                    arguments, called = pop(), pop()
-                    push(self.call(called, arguments))
-                case "NEWOBJ" | "NEWOBJ_EX":
-                    for _argument in range(1 if name == "NEWOBJ" else 2):
-                        pop()
-                    push(self.new(pop()))
-                case "BUILD":
-                    state = pop()
-                    self.build(self.top(), state)
-                case "BINPERSID":
-                    push(self.storage(pop()))
-                case "POP":
-                    self.stack.pop()
-                case "POP_MARK":
-                    self.pop_to_mark()
-                case "FRAME":
-                    if argument > len(self.stream.getbuffer()) - self.stream.tell():
-                        raise UnpicklingError("it ends before it should")
-                case "PROTO":
-                    pass
-                case "STOP":
+        # A mark puts the stack aside for a new one; what takes all above the mark gets it back.
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        try:
+            for opcode, argument, _ in pickletools.genops(self.stream):
+                self.spend(1)
+                if opcode.name == "STOP":
                     break
-                case _:
-                    raise UnpicklingError(f"it has a step, {name}, that no tensor needs")
-        value = pop()
-        if self.stack:
+                self.step(opcode, argument)
+            (value,) = self.take(opcode)
+        except LookupError as error:
+            raise UnpicklingError("it takes what is not there") from error
+        if self.stack or self.below:
             raise UnpicklingError("it leaves something over")
         return value
+
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Carry out one step."""
+        match opcode.name:
+            case "MARK":
+                self.below.append(self.stack)
+                self.stack = []
+            case "POP" if not self.stack:
+                self.stack = self.below.pop()
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "FRAME" if argument > len(self.stream.getbuffer()) - self.stream.tell():
+                raise UnpicklingError("it ends before it should")
+            case name if name in self.steps:
+                taken = self.take(opcode) if argument is None else [argument]
+                made = self.steps[name](*taken)
+                if opcode.stack_after:
+                    self.stack.append(made)
+            case name:
+                raise UnpicklingError(f"it has a step, {name}, that no tensor needs")
+
+    def take(self, opcode: pickletools.OpcodeInfo) -> list[Any]:
+        """Take from the stack what a step needs, of the types that it needs."""
+        taken = []
+        for kind in reversed(opcode.stack_before):
+            if kind is pickletools.stackslice:
+                taken.append(self.stack)
+                self.stack = self.below.pop()
+            elif kind is not pickletools.markobject:
+                taken.append(self.stack.pop())
+                if taken[-1] is not _NOTHING and not isinstance(taken[-1], kind.obtype):
+                    raise UnpicklingError(f"its step {opcode.name} is given no {kind.name}")
+        return taken[::-1]
 
     def spend(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
             raise UnpicklingError(f"it takes more than {_MAX_STEPS:,} steps to read")
 
-    def top(self) -> Any:
-        if not self.stack or self.stack[-1] is _MARK:
-            raise UnpicklingError("it takes what is not there")
-        return self.stack[-1]
-
-    def pop(self) -> Any:
-        value = self.top()
-        self.stack.pop()
-        return value
-
-    def pop_to_mark(self) -> list[Any]:
-        place = len(self.stack) - 1
-        while place >= 0 and self.stack[place] is not _MARK:
-            place -= 1
-        if place < 0:
-            raise UnpicklingError("it takes what is not there")
-        values = self.stack[place + 1 :]
-        del self.stack[place:]
-        return values
-
-    def extend(self, values: list[Any]) -> None:
-        container = self.top()
-        if isinstance(container, list):
-            container.extend(values)
-        elif container is not _NOTHING:
-            raise UnpicklingError("it adds to what is no list")
-
-    def update(self, items: list[Any]) -> None:
-        """Put keys and values, in turns, into what is on top."""
-        container = self.top()
-        if container is _NOTHING:
-            return
-        if not isinstance(container, dict) or len(items) % 2:
-            raise UnpicklingError("it sets items of what is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of other keys, which no tensor is found by, nothing but that they are there is kept:
-            # hashing them may take as long as whoever made them likes.
-            plain = type(key) is str or (type(key) is int and abs(key) < 2**64)
-            if plain and key in container:
-                raise UnpicklingError(f"the key {str(key)[:80]!r} is there twice")
-            container[key if plain else object()] = value
-
     def call(self, called: Any, arguments: Any) -> Any:
-        few = type(arguments) is tuple and len(arguments) <= _MAX_ARGUMENTS
+        few = type(arguments) is tuple and len(arguments) <= _MAX_PARTS
         if not isinstance(called, _Name) or not few:
             raise UnpicklingError("it calls what is no function")
+        if called.text in _MAPPINGS:  # of pairs, as Python 2 wrote them, or of a dictionary
+            items = arguments[0] if arguments else ()
+            self.spend(len(items))
+            return items if isinstance(items, dict) else _update({}, items)
         if called.text in _MAKERS:
             return _MAKERS[called.text](*arguments)
-        if called.text in _MAPPINGS:
-            return self.mapping(*arguments)
-        if called.text in _NAMES_OF_VALUES:
-            return _NOTHING
         if called.text.startswith("torch.jit._pickle "):  # a typed list or tag: its content
             return _first(*arguments)
-        said = "".join(c if c.isprintable() else "?" for c in called.text.replace(" ", ".", 1))
-        raise AsksToRun(said[:100])
-
-    def new(self, kind: Any) -> Any:
-        """An object of a class, as it is before it gets its attributes."""
-        if not isinstance(kind, _Name):
-            raise UnpicklingError("it makes an object of what is no class")
-        return Record() if kind.text.startswith("__torch__") else _NOTHING
-
-    def mapping(self, items: Any = (), *_: Any) -> dict[Any, Any]:
-        """A dictionary of pairs, as Python 2 wrote them, or the one that it is given."""
-        if isinstance(items, dict):
-            return items
-        if not isinstance(items, list | tuple):
-            raise UnpicklingError("it makes a dictionary of something else")
-        self.spend(len(items))
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in items):
-            raise UnpicklingError("it makes a dictionary of something else")
-        self.stack.append({})
-        self.update([part for pair in items for part in pair])
-        return self.pop()
-
-    def build(self, thing: Any, state: Any) -> None:
-        """Give an object its attributes; those of dictionaries (a state dict's metadata) go."""
-        if isinstance(thing, Record) and isinstance(state, dict):
-            thing.fields = state
-        elif not isinstance(thing, Record | dict | _Nothing):
-            raise UnpicklingError("it tries to change what was checked")
+        said = called.text.replace(" ", ".", 1)[:80]
+        raise UnpicklingError(
+            f"it asks for {said} to be run, which no tensors need; nothing in it was executed, as "
+            "it should not be trusted"
+        )
 
     def storage(self, pid: Any) -> Storage:
-        few = type(pid) is tuple and 5 <= len(pid) <= 6
-        if not few or not isinstance(pid[1], _Name):
-            raise UnpicklingError("it holds an unknown kind of storage")
-        kind, named, key, _device, numel, *view = pid
-        dtype = _DTYPES.get(named.text)
+        kind, named, key, _device, numel, *view = pid[:7]
         if (
-            dtype is None
-            or (kind, view) not in (("storage", []), ("storage", [None]))
-            or not (type(key) is str and len(key) <= MAX_NAME)
+            (kind, view) not in (("storage", []), ("storage", [None]))
+            or not (isinstance(named, _Name) and named.text in _DTYPES)
+            or not (type(key) is str and len(key) <= _MAX_NAME)
             or not (type(numel) is int and 0 <= numel < 2**63)
         ):
             raise UnpicklingError("it holds an unknown kind of storage")
-        storage = Storage(dtype, key, numel)
+        storage = Storage(_DTYPES[named.text], key, numel, self.read)
         if self.storages.setdefault(key, storage) != storage:
             raise UnpicklingError(f"its storage {key} has two sizes")
         return storage
 
 
-def read_zip(archive: zipfile.ZipFile) -> tuple[Any, ReadBytes]:
-    """The value in a PyTorch zip, and what reads its storages; no entry is ever extracted.
+def check_header(size: int) -> None:
+    """Raise `ValueError` if what lists a file's tensors has more bytes than any model needs."""
+    if size > _MAX_HEADER:
+        raise ValueError(f"its list of tensors has {size:,} bytes, and {_MAX_HEADER:,} are read")
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
+    """The zip that a file is, None if it is none; `ValueError` if its directory is too long."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if not end:
+        return None
+    check_header(end[zipfile._ECD_SIZE])  # type: ignore[attr-defined]
+    return zipfile.ZipFile(file)
+
+
+def read_pickled(file: BinaryIO) -> Any:
+    """The value in a PyTorch file, with `Described` in place of tensors.
+
+    Of a TorchScript archive it is the tensors of all its modules, by their dotted names. No entry
+    of a zip is ever extracted; storages are read from ``file``, while it is open.
 
     Raises:
-        AsksToRun: its pickle asks for a call.
-        Exception: it is no such zip, or damaged, in one of many ways.
+        Exception: it is no such file, or damaged, in one of many ways, or asks for a call.
     """
+    archive = open_zip(file)
+    if archive is None:
+        return _read_legacy(file)
     names = archive.namelist()
     if len(set(names)) < len(names):
         raise UnpicklingError("it has two entries of one name")
-    found = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
-    if not found or found[0] == "/data.pkl" or archive.getinfo(found[0]).file_size > MAX_HEADER:
-        raise UnpicklingError("it has no data.pkl of a sensible size")
-    prefix = found[0].rsplit("/", 1)[0]
+    found = next((n for n in names if n.endswith("/data.pkl") and n.count("/") == 1), "data.pkl")
+    check_header(archive.getinfo(found).file_size)
 
     def read(storage: Storage) -> bytes:
-        entry = archive.getinfo(f"{prefix}/data/{storage.key}")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < storage.nbytes:
-            raise UnpicklingError(f"its storage {storage.key} does not hold its tensor")
-        with archive.open(entry) as file:
-            return file.read(storage.nbytes)
+        entry = archive.getinfo(f"{found.removesuffix('.pkl')}/{storage.key}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UnpicklingError(f"its storage {storage.key} is compressed")
+        with archive.open(entry) as content:
+            return content.read(storage.nbytes)
 
-    return _Machine(io.BytesIO(archive.read(found[0]))).run(), read
-
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+    value = _Machine(io.BytesIO(archive.read(found)), read).run()
+    return _flat(value, "", {}, set()) if isinstance(value, _Record) else value
 
 
-def read_legacy(path: Path) -> tuple[Any, ReadBytes]:
-    """The value in a file of PyTorch before 1.6, and what reads its storages.
+def _flat(module: _Record, place: str, state: dict[str, Any], seen: set[int]) -> dict[str, Any]:
+    """Add a module's tensors, and those of the modules inside it, to ``state``."""
+    if id(module.fields) not in seen:  # shared, or a ring: once is enough
+        seen.add(id(module.fields))
+        for name, value in module.fields.items():
+            if not isinstance(name, str) or len(place) + len(name) > _MAX_NAME:
+                raise UnpicklingError("it has a name that no module has")
+            if isinstance(value, Described):
+                state[f"{place}{name}"] = value
+            elif isinstance(value, _Record):
+                _flat(value, f"{place}{name}.", state, seen)
+    return state
+
+
+def _read_legacy(file: BinaryIO) -> Any:
+    """The value in a file of PyTorch before 1.6.
 
     Such a file is five pickles (a magic number, a version, facts of the machine, the value, the
     storages' keys in order), then for each key the number of elements and the bytes.
-
-    Raises:
-        AsksToRun: its pickle asks for a call.
-        Exception: it is no such file, or damaged, in one of many ways.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        stream = io.BytesIO(file.read(MAX_HEADER))
-    pickles = _Machine(stream)
-    magic, _version, machine = (pickles.run() for _ in range(3))
-    if type(magic) is not int or magic != _LEGACY_MAGIC:
-        raise UnpicklingError("it is no PyTorch file")
-    if not machine["little_endian"]:
-        raise UnpicklingError("it was written on a big-endian machine")
-    value, storages, keys = pickles.run(), pickles.storages, pickles.run()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise UnpicklingError("its list of storages is no list of names")
-    if len(keys) != len(storages) or set(keys) != set(storages):
-        raise UnpicklingError("its list of storages is not that of its tensors")
-    places, position = dict[str, int](), stream.tell()
-    for key in keys:
-        places[key] = position
-        position += 8 + storages[key].nbytes
-    if position > size:
-        raise UnpicklingError("it ends before its tensors do")
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    stream, places = io.BytesIO(file.read(_MAX_HEADER)), dict[str, int]()
 
     def read(storage: Storage) -> bytes:
-        with path.open("rb") as file:
-            file.seek(places[storage.key])
-            if int.from_bytes(file.read(8), "little") != storage.numel:
-                raise UnpicklingError(f"its storage {storage.key} has another size")
-            return file.read(storage.nbytes)
+        file.seek(places[storage.key])
+        if int.from_bytes(file.read(8), "little") != storage.numel:
+            raise UnpicklingError(f"its storage {storage.key} has another size")
+        return file.read(storage.nbytes)
 
-    return value, read
+    pickles = _Machine(stream, read)
+    if stream.getbuffer()[:1] != b"\x80" or pickles.run() != 0x1950A86A20F9469CFC6C:
+        raise UnpicklingError("it is no PyTorch file")
+    _version, machine, value, keys = (pickles.run() for _ in range(4))
+    if not machine["little_endian"]:
+        raise UnpicklingError("it was written on a big-endian machine")
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not named or len(keys) != len(pickles.storages) or set(keys) != set(pickles.storages):
+        raise UnpicklingError("its list of storages is not that of its tensors")
+    position = stream.tell()
+    for key in keys:
+        places[key] = position
+        position += 8 + pickles.storages[key].nbytes
+    if position > size:
+        raise UnpicklingError("it ends before its tensors do")
+    return value
 
 
-def build(described: Mapping[str, Described], read: ReadBytes, size: int) -> dict[str, Tensor]:
+def build(described: dict[str, Described], size: int) -> dict[str, Tensor]:
     """Give descriptions their bytes; each storage is read once.
 
     Args:
         described: what is wanted, by name.
-        read: gives the bytes of a storage.
         size: of the file. Views may overlap: no more than its bytes is built of them.
 
     Raises:
-        UnpicklingError: it describes more than it holds.
+        Exception: they describe more than it holds, or tensors that cannot be.
     """
-    storages = {d.storage.key: d.storage for d in described.values() if d.nbytes}
-    held = max(sum(d.nbytes for d in described.values()), sum(s.nbytes for s in storages.values()))
-    if held > size or len(described) > MAX_TENSORS:
-        raise UnpicklingError("it describes more than it holds")
-    flat = {
-        key: torch.frombuffer(bytearray(read(s)), dtype=s.dtype, count=s.numel)
-        for key, s in storages.items()
+    storages = {d.storage.key: d.storage for d in described.values()}
+    too_much = UnpicklingError("it describes more than it holds")
+    if len(described) > _MAX_TENSORS or sum(s.nbytes for s in storages.values()) > size:
+        raise too_much
+    flat = {key: storage.load() for key, storage in storages.items()}
+    # A view inside of its storage, of sizes that can be: `as_strided` sees to that.
+    views = {
+        name: flat[d.storage.key].as_strided(d.size, d.stride, d.offset)
+        for name, d in described.items()
     }
-    built = {}
-    for name, d in described.items():
-        if not d.nbytes:
-            built[name] = torch.empty(d.size, dtype=d.storage.dtype)
-            continue
-        view = flat[d.storage.key].as_strided(d.size, d.stride, d.offset)
-        # A part would keep all of its storage.
-        built[name] = view if d.nbytes == d.storage.nbytes else view.clone()
-    return built
+    if sum(view.nbytes for view in views.values()) > size:
+        raise too_much
+    # A part would keep all of its storage.
+    return {
+        name: view if view.nbytes == described[name].storage.nbytes else view.clone()
+        for name, view in views.items()
+    }

@@ -9,13 +9,11 @@ pickles, which `dapt.safe.unpickle` reads; it knows tensors and plain containers
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Container
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -23,17 +21,7 @@ from torch import Tensor
 
 from dapt.errors import UserError, reason_of
 from dapt.safe.files import open_regular
-from dapt.safe.unpickle import (
-    MAX_HEADER,
-    MAX_NAME,
-    AsksToRun,
-    Described,
-    ReadBytes,
-    Record,
-    build,
-    read_legacy,
-    read_zip,
-)
+from dapt.safe.unpickle import Described, build, check_header, open_zip, read_pickled
 
 StateDict = dict[str, Tensor]
 
@@ -41,8 +29,7 @@ StateDict = dict[str, Tensor]
 _DESCRIPTIONS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What training code saved: its state dict, and after which epoch if it says so."""
 
     state: StateDict
@@ -56,8 +43,7 @@ def read_state_dict(path: Path) -> StateDict:
     ``state_dict`` and a ``module.`` prefix are unwrapped) and TorchScript archives.
 
     Raises:
-        UserError: the file is missing, is none of these, holds anything but tensors, or an empty
-            one, or asks for something to be run.
+        UserError: as of `read_checkpoint`, or it holds no tensor.
     """
     state = read_checkpoint(path, _DESCRIPTIONS, what="weights").state
     if not state:
@@ -81,77 +67,48 @@ def read_checkpoint(
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the path of a file that holds {what}")
+    refused = f"{path} could not be read as {what}"
     try:
-        with ExitStack() as stack:
-            value, read = _open(path, stack)
-            epoch = value.get("epoch") if isinstance(value, dict) else None
-            state = _state_of(value)
-            if state is None:
-                raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
+        with open_regular(path) as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise UserError(
+                    f"{refused}: it is a git-lfs pointer; run 'git lfs pull' to fetch it"
+                )
+            if path.suffix == ".safetensors":
+                check_safetensors(path)
+                value = load_file(path)
+            else:
+                value = read_pickled(file)
+            state = _state_of(value, path)
             wanted = {
                 name.removeprefix("module."): v
                 for name, v in state.items()
                 if name.rpartition(".")[2] not in ignore
             }
             described = {name: v for name, v in wanted.items() if isinstance(v, Described)}
-            if read is not None:
-                wanted.update(build(described, read, path.stat().st_size))
+            wanted |= build(described, path.stat().st_size)
     except (UserError, MemoryError, PermissionError):
         raise
-    except AsksToRun as error:
-        raise UserError(
-            f"{path} could not be read as {what}: it asks for {error} to be run, which no tensors "
-            "need; nothing in it was executed, and it should not be trusted"
-        ) from error
     except Exception as error:  # damaged files fail in whatever way
-        raise UserError(f"{path} could not be read as {what}: {_reason(path, error)}") from error
+        way_out = "save it as safetensors or as a plain state dict"
+        raise UserError(f"{refused}: {reason_of(error)}; {way_out}") from error
     for name, tensor in wanted.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path} holds '{name}', which is no tensor; save only tensors there")
         if not tensor.numel():
             shape = tuple(tensor.shape)
             raise UserError(f"{path} holds '{name}' of shape {shape}, a tensor without numbers")
+    epoch = value.get("epoch") if isinstance(value, dict) else None
     return Checkpoint(wanted, epoch if type(epoch) is int and 0 < epoch < 2**31 else None)
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[Any, ReadBytes | None]:
-    """A file's value, and what reads the tensors described in it, if it is not read already."""
-    if path.suffix == ".safetensors":
-        check_safetensors(path)
-        return load_file(path), None
-    if _is_zip(path):
-        return read_zip(stack.enter_context(_zip(path)))
-    return read_legacy(path)
-
-
-def _state_of(value: Any) -> dict[str, Any] | None:
+def _state_of(value: Any, path: Path) -> dict[str, Any]:
     """The state dict in what was read."""
-    if isinstance(value, Record):
-        return _flat(value)
     state = value.get("state_dict", value) if isinstance(value, dict) else None
     if isinstance(state, Tensor | Described):  # one tensor of that name
         state = value
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        return None
-    return state
-
-
-def _flat(module: Record) -> dict[str, Described]:
-    """The tensors of a TorchScript module and of those inside it, by their dotted names."""
-    state: dict[str, Described] = {}
-    waiting, seen = [("", module)], set[int]()
-    while waiting:
-        place, record = waiting.pop()
-        if id(record.fields) in seen:  # shared, or a ring: once is enough
-            continue
-        seen.add(id(record.fields))
-        for name, value in record.fields.items():
-            if not isinstance(name, str) or len(place) + len(name) > MAX_NAME:
-                raise ValueError("it has a name that no module has")
-            if isinstance(value, Described):
-                state[f"{place}{name}"] = value
-            elif isinstance(value, Record):
-                waiting.append((f"{place}{name}.", value))
+        raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
     return state
 
 
@@ -168,59 +125,23 @@ def digest(state: StateDict) -> str:
     return sha.hexdigest()
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read, in a few words."""
-    with path.open("rb") as file:
-        start = file.read(32)
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer; fetch the file itself with 'git lfs pull'"
-    if path.suffix != ".safetensors" and not _is_zip(path) and start[:1] != b"\x80":
-        return "it is no PyTorch file; give safetensors or a saved state dict"
-    return f"{reason_of(error)}; save it as safetensors or as a plain state dict"
-
-
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a TorchScript archive, the form of OpenAI's own weights."""
-    if not _is_zip(path):
-        return False
-    try:
-        with _zip(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (ValueError, zipfile.BadZipFile):  # whoever reads it says so
-        return False
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it is one, but so damaged that not even that can be told
-        return True
-
-
-def _zip(path: Path) -> zipfile.ZipFile:
-    """A zip whose directory is small enough to be listed, which `ZipFile` does whatever it is."""
-    with path.open("rb") as file:
-        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
-    _check_header(end[zipfile._ECD_SIZE] if end else 0)  # type: ignore[attr-defined]
-    return zipfile.ZipFile(path)
+    # Of what cannot be opened, whoever reads it says so.
+    with suppress(OSError, ValueError, zipfile.BadZipFile), open_regular(path) as file:
+        archive = open_zip(file)
+        names = archive.namelist() if archive else []
+        return any(name.endswith("/constants.pkl") for name in names)
+    return False
 
 
 def check_safetensors(path: Path, largest: int | None = None) -> None:
     """See that a safetensors file is an ordinary one and lists no more tensors than a model has.
 
-    The library would make an object of each, a hundred megabytes of names if need be. ``largest``
-    is the most bytes it may have.
+    The library would make an object of each, a hundred megabytes of names if need be.
 
     Raises:
-        OSError, ValueError: it is not.
+        OSError, ValueError: it is not, or has more than ``largest`` bytes.
     """
-    with open_regular(path) as file:
-        _check_header(int.from_bytes(file.read(8), "little"))
-        size = os.fstat(file.fileno()).st_size
-    if largest is not None and size > largest:
-        raise ValueError(f"it has {size:,} bytes, and {largest:,} are read")
-
-
-def _check_header(size: int) -> None:
-    if size > MAX_HEADER:
-        raise ValueError(f"its list of tensors has {size:,} bytes, and {MAX_HEADER:,} are read")
+    with open_regular(path, largest) as file:
+        check_header(int.from_bytes(file.read(8), "little"))
