@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.meters import count_operations, now, peak_memory
 from benchmarks.plain import PlainClassifier
-from dapt.clip.backbone import load_backbone, load_model
+from dapt.clip.sources import load_backbone, load_model
 from dapt.engine.classifier import Classifier
 from dapt.engine.memory import keep_freed_memory
 from dapt.engine.step import Tuner

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from dapt.engine.shared import Shared, backbone_of
+from dapt.engine.features import Shared, backbone_of
 from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
 from dapt.run.train import load_classifier, task_of

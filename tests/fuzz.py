@@ -153,7 +153,7 @@ def run(content, place):
 def _good_run(place):
     from miniatures import make_photos, make_weights
 
-    from dapt.engine.shared import backbone_of
+    from dapt.engine.features import backbone_of
     from dapt.run.train import train
     from dapt.settings import make_settings
 
@@ -169,7 +169,7 @@ def _good_run(place):
 
 def backbone(content, place):
     """The configuration in a backbone's folder."""
-    from dapt.clip.backbone import load_backbone
+    from dapt.clip.sources import load_backbone
 
     folder = _good_backbone(place)
     put(folder, "open_clip_config.json", content)

@@ -14,7 +14,8 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
 from conftest import frugal, fuzzed
-from dapt.clip.backbone import config_from_shapes, load_backbone, usable_precision
+from dapt.clip.backbone import usable_precision
+from dapt.clip.sources import config_from_shapes, load_backbone
 from dapt.errors import UserError
 from dapt.safe.weights import read_state_dict
 
@@ -339,8 +340,8 @@ def test_a_strangers_configuration_is_not_handed_on(
 ):
     folder, name = folder_of(tmp_path / "b", state, **{place: value}), str(tmp_path / "b")
     if hub:
-        monkeypatch.setattr("dapt.clip.backbone.snapshot_download", lambda *_, **__: str(folder))
-        monkeypatch.setattr("dapt.clip.backbone.download_pretrained_from_hf", lambda *_: None)
+        monkeypatch.setattr("dapt.clip.sources.snapshot_download", lambda *_, **__: str(folder))
+        monkeypatch.setattr("dapt.clip.sources.download_pretrained_from_hf", lambda *_: None)
         name = "somebody/backbone"
     with pytest.raises(UserError, match=f"asks for '{named}"):
         load_backbone(name)
@@ -357,15 +358,15 @@ def test_from_the_hub_comes_what_a_folder_holds(state, tmp_path, monkeypatch, ti
     fetched = []
     folder = folder_of(tmp_path, state)
     monkeypatch.setattr(
-        "dapt.clip.backbone.snapshot_download", lambda *a, **k: fetched.append(a) or str(folder)
+        "dapt.clip.sources.snapshot_download", lambda *a, **k: fetched.append(a) or str(folder)
     )
     monkeypatch.setattr(
-        "dapt.clip.backbone.download_pretrained_from_hf", lambda *a: fetched.append(a)
+        "dapt.clip.sources.download_pretrained_from_hf", lambda *a: fetched.append(a)
     )
     for name in ("hf-hub:org/repo", "org/repo"):
         assert load_backbone(name).fingerprint == load_backbone(str(folder)).fingerprint
     assert fetched == [("org/repo",)] * 4
-    monkeypatch.setattr("dapt.clip.backbone.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("dapt.clip.sources.snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match="'org/repo' is no local file and could not be fetched"):
         load_backbone("org/repo")
 

@@ -23,7 +23,7 @@ from benchmarks.meters import count_operations
 from benchmarks.plain import PlainClassifier
 from conftest import REPOSITORY
 from dapt.cli import app
-from dapt.clip.backbone import load_backbone, load_model
+from dapt.clip.sources import load_backbone, load_model
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
 from dapt.errors import UserError

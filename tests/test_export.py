@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from dapt.cli import app
 from dapt.engine.data import task_of
 from dapt.engine.evaluate import classify
-from dapt.engine.shared import Shared
+from dapt.engine.features import Shared
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
 from dapt.run.train import train

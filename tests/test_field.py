@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import REPOSITORY
-from dapt.clip.backbone import load_backbone
+from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
 from dapt.methods.contract import Examples

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapt.clip.backbone import load_backbone
 from dapt.clip.image import image_features
+from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
 from dapt.methods.context import Context

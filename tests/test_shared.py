@@ -3,7 +3,7 @@
 import pytest
 
 from dapt.data import ImageStore
-from dapt.engine.shared import Shared, backbone_of
+from dapt.engine.features import Shared, backbone_of
 from dapt.run.train import train
 from dapt.settings import make_settings
 

@@ -242,7 +242,7 @@ def good(photo_folder, tiny_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone(good):
-    from dapt.engine.shared import backbone_of
+    from dapt.engine.features import backbone_of
 
     return backbone_of(RunDirectory(good / "dapt").read_settings())
 

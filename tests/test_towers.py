@@ -9,9 +9,10 @@ from miniatures import new_parts, tiny_config
 from open_clip.model import CustomTextCLIP
 
 from benchmarks.plain import image_plain, text_plain
-from dapt.clip.backbone import Backbone, Preprocessing, load_backbone
+from dapt.clip.backbone import Backbone, Preprocessing
 from dapt.clip.image import encode_image
 from dapt.clip.inside import Inside
+from dapt.clip.sources import load_backbone
 from dapt.clip.text import ClassTokens, TextEncoder, _bytes_per_token
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError

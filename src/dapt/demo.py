@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from dapt.clip.backbone import load_backbone
+from dapt.clip.sources import load_backbone
 from dapt.data import Task, open_image
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import open_data
 from dapt.engine.evaluate import classify
-from dapt.engine.shared import Shared
+from dapt.engine.features import Shared
 from dapt.errors import UserError
 from dapt.methods import METHODS
 from dapt.progress import Reporter, console

@@ -24,8 +24,8 @@ from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data
 from dapt.engine.evaluate import classify
+from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Interrupted, Journal, fit
-from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
@@ -53,9 +53,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         pretrained: open_clip tag, weights file, or 'random'.
         class_names: what prompts call the classes, where labels are not their names: a mapping
             from label to name, or a list in the order of ``classes_``.
-        epochs, lr, beta_visual, beta_text: None takes the default for own data; see
-            ``dapt settings``.
-        text_vectors, visual_vectors, batch_size: of prompts and steps.
+        epochs, lr, beta_visual, beta_text, text_vectors, visual_vectors, batch_size: None takes the
+            method's default for own data; see ``dapt settings``.
         seed: of support set, prompts, order and views.
         precision: fp32, bf16 or fp16, of the frozen model.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -80,9 +79,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         lr: float | None = None,
         beta_visual: float | None = None,
         beta_text: float | None = None,
-        text_vectors: int = 16,
-        visual_vectors: int = 16,
-        batch_size: int = 32,
+        text_vectors: int | None = None,
+        visual_vectors: int | None = None,
+        batch_size: int | None = None,
         seed: int = 1,
         precision: str = "fp32",
         device: str = "auto",
@@ -139,9 +138,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
                 "names; give class_names, such as {0: 'cat', 1: 'dog'}",
                 stacklevel=2,
             )
-        support = draw_support_set(_task(images, codes, names), shots, settings.seed)
+        # Each item's path is its image's place, until it is known which are files.
+        items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
+        task = Task(FITTED, Path(), names, items, (), (), DEFAULT_TEMPLATE, pictures=images)
+        support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
-        data = Data(_task(images, codes, names), replace(support, train=drawn))
+        data = Data(task, replace(support, train=drawn))
         journal, shared = Journal(), Shared(_backbone(settings))
         reporter = RichReporter() if self.verbose else Reporter()
         try:
@@ -168,13 +170,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self, "files_")
         images, classifier = as_sequence(X), self._loaded()
-        seen = classifier.backbone.preprocessing
-        store = ImageStore(
-            images,
-            size=seen.size,
-            interpolation=seen.interpolation,
-            resize_mode=seen.resize_mode,
-        )
+        store = ImageStore(images, **classifier.backbone.preprocessing.of_views())
         return classify(classifier, store).double().softmax(-1).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -265,7 +261,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         found = cls(
             **{name: getattr(settings, name) for name in _OWN if name != "device"},
             device=device,
-            settings={name: values[name] for name in _FREE & values.keys()} or None,
+            settings={name: values[name] for name in _free() & values.keys()} or None,
         )
         names = run.read_task().class_names
         labels = _from_json(run, names)
@@ -281,7 +277,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def _settings(self, shots: int) -> Settings:
         own = {name: getattr(self, name) for name in _OWN}
         others = dict(self.settings or {})
-        if clash := sorted(others.keys() - _FREE):
+        if clash := sorted(others.keys() - _free()):
             raise UserError(
                 f"setting '{clash[0]}' is no entry of PromptClassifier's settings; give it as a "
                 "parameter, if it is one"
@@ -330,11 +326,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return state
 
 
-# Settings that are parameters; of the others, those that the way images are given leaves open.
+# Settings that are parameters.
 _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
-_FREE = frozenset(all_fields()) - _OWN - {
-    "dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget", "strict"
-}  # fmt: skip
+
+
+def _free() -> frozenset[str]:
+    """Other settings, that the way images are given leaves open."""
+    given = {"dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget",
+             "strict"}  # fmt: skip
+    return frozenset(all_fields()) - _OWN - given
 
 
 @lru_cache(maxsize=2)
@@ -379,12 +379,6 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
         names = labels
     check_class_names([str(n) for n in names], "labels" if given is None else "class_names")
     return tuple(str(name) for name in names)
-
-
-def _task(images: Sequence[Any], codes: np.ndarray, names: tuple[str, ...]) -> Task:
-    """A task of images in memory: each item's path is its image's place."""
-    items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
-    return Task(FITTED, Path(), names, items, (), (), DEFAULT_TEMPLATE, pictures=images)
 
 
 def _located(images: Sequence[Any], item: Item) -> Item:

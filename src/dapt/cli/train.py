@@ -93,8 +93,8 @@ def train(
         torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
     """
     with readable_errors(output):
+        from dapt.engine.features import Shared, backbone_of
         from dapt.engine.ranks import join_ranks
-        from dapt.engine.shared import Shared, backbone_of
         from dapt.methods import get_method
         from dapt.run.directory import RunDirectory
         from dapt.run.train import check_output, evaluate_zero_shot, task_of

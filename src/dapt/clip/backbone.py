@@ -1,28 +1,17 @@
-"""A frozen CLIP-like model: where it comes from, and what of it prompts need.
+"""A frozen CLIP-like model, and what of it prompts need.
 
-Models and tokenizers are open_clip's. Whatever the source, the result is one `Backbone`:
-an image tower, a text tower, a temperature, a tokenizer and the preprocessing that belongs to
-the weights, in eval mode, without gradients, on one device at one precision.
+Whatever the source (`dapt.clip.sources`), the result is one `Backbone`: an image tower, a text
+tower, a temperature, a tokenizer and the preprocessing that belongs to the weights, in eval mode,
+without gradients, on one device at one precision. Models and tokenizers are open_clip's.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from math import isfinite
-from pathlib import Path
 from typing import Any, cast
 
-import open_clip
-import timm
 import torch
-from huggingface_hub import snapshot_download
-from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
-from open_clip.pretrained import download_pretrained_from_hf
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -33,25 +22,10 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from dapt.errors import UserError, nearest, reason_of, shown
-from dapt.safe.files import parse_json, read_text, user_path
-from dapt.safe.weights import StateDict, digest, is_torchscript, read_state_dict
+from dapt.errors import UserError
+from dapt.safe.weights import digest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BUNDLED = "bundled"
-# OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
-_HEAD_WIDTH = 64
-_WIDEST = 1024
-# Of what open_clip hands on to other libraries, the part that its own configurations use.
-_HANDED_ON = {
-    "tokenizer_kwargs": {"clean", "strip_sep_token"},
-    "norm_kwargs": {"eps"},
-    "act_kwargs": {"approximate"},
-}
-# Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
-_LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
-
-Loaded = tuple[nn.Module, Any, "Preprocessing"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +37,11 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
+
+    def of_views(self) -> dict[str, Any]:
+        """What decides the views of an image, by the names that `ImageStore` gives it."""
+        return {"size": self.size, "interpolation": self.interpolation,
+                "resize_mode": self.resize_mode}  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -249,77 +228,6 @@ class Backbone(nn.Module):
         return [a] if a == b else []
 
 
-def load_backbone(
-    name: str = BUNDLED,
-    pretrained: str | None = None,
-    *,
-    device: str = "auto",
-    precision: str = "fp32",
-) -> Backbone:
-    """Load a frozen backbone.
-
-    Args:
-        name: one of
-            ``"bundled"``, the small CLIP in this package;
-            an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
-            a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``);
-            a directory with ``open_clip_config.json`` and weights;
-            a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
-            whose architecture is read from the shapes.
-        pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
-            weights, always the same; by default OpenAI's weights where the model has them.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
-        precision: ``"fp32"``, ``"bf16"`` (fp16 on a GPU without it) or ``"fp16"``.
-
-    Raises:
-        UserError: unknown name, tag, device or precision; unreadable or unfit weights.
-    """
-    if precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise UserError(f"unknown precision '{precision}'; use one of {known}")
-    place = choose_device(device)
-    precision = usable_precision(precision, place)
-    model, tokenizer, preprocess = load_model(name, pretrained)
-    label = name if pretrained is None else f"{name}/{pretrained}"
-    return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
-
-
-def load_model(name: str, pretrained: str | None) -> Loaded:
-    """open_clip's own model, tokenizer and preprocessing, from any source of `load_backbone`.
-
-    Raises:
-        UserError: unknown name or tag; unreadable or unfit weights.
-    """
-    path = user_path(name)
-    if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
-        raise UserError(
-            f"--pretrained {pretrained} goes with open_clip model names; backbone '{name}' brings "
-            "its own weights, so leave it out"
-        )
-    if name == BUNDLED:
-        return _from_directory(Path(str(files("dapt") / "assets/backbone")))
-    if path.is_dir():
-        return _from_directory(path)
-    if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        return _from_file(path)
-    return _from_open_clip(name, pretrained)
-
-
-def taken_for_granted(name: str) -> str | None:
-    """What a file of weights does not tell and is guessed, in a sentence; None where nothing is.
-
-    Such a file may be another's CLIP with OpenAI's key names, which would do worse in silence.
-    """
-    path = user_path(name)
-    if name == BUNDLED or not path.is_file() or is_torchscript(path):
-        return None
-    return (
-        f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
-        "normalisation of images; if it is not, give a folder with open_clip_config.json, or its "
-        "open_clip name with --pretrained and this file"
-    )
-
-
 def usable_precision(precision: str, device: torch.device) -> str:
     """``precision``, or fp16 where bf16 is asked for and a GPU has none (those before Ampere).
 
@@ -353,274 +261,6 @@ def choose_device(device: str) -> torch.device:
             f"device '{device}' is not available here; use 'cpu' or leave it 'auto'"
         ) from error
     return place
-
-
-def _from_directory(path: Path) -> Loaded:
-    config_file = path / "open_clip_config.json"
-    if not config_file.is_file():
-        raise UserError(
-            f"{path} has no open_clip_config.json; a backbone directory holds that file and its "
-            "weights"
-        )
-    try:
-        config = parse_json(read_text(config_file))
-        model_config = dict(config["model_cfg"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
-    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
-    found = [p for pattern in ("*.safetensors", "*.pt", "*.bin") for p in path.glob(pattern)]
-    weights = sorted(
-        found, key=lambda p: (not p.name.startswith("open_clip"), p.suffix != ".safetensors", p)
-    )
-    if not weights:
-        raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
-    model = _build(model_config, read_state_dict(weights[0]), weights[0])
-    # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
-    tokenizer = _tokenizer(f"local-dir:{path}", model_config)
-    return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
-
-
-def _from_hub(repo: str) -> Loaded:
-    """What open_clip put on the hub is, fetched into the hub's cache, such a directory."""
-    try:
-        # First what is small: configuration and vocabulary. The weights arrive beside them.
-        folder = _quietly(snapshot_download, repo, allow_patterns=["*.json", "*.txt", "*.model"])
-        _quietly(download_pretrained_from_hf, repo)
-    except Exception as error:  # the hub's client raises a wide family
-        raise UserError(
-            f"'{repo}' is no local file and could not be fetched from the hub "
-            f"({reason_of(error)}); check the name and the connection"
-        ) from error
-    return _from_directory(Path(folder))
-
-
-def _from_file(path: Path) -> Loaded:
-    state = read_state_dict(path)
-    if "visual.conv1.weight" not in state or "text_projection" not in state:
-        raise UserError(
-            f"{path} has no weights named as OpenAI's CLIP names them; convert it, or give a "
-            "directory with open_clip_config.json"
-        )
-    if "visual.proj" not in state:
-        raise UserError(
-            f"{path} holds a ResNet image tower, which cannot be read from its shapes here; load "
-            "it by its open_clip name, such as RN50 with pretrained openai"
-        )
-    model = _build(config_from_shapes(state), state, path)
-    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    return model, tokenizer, _preprocessing(model, {}, path)
-
-
-def config_from_shapes(state: StateDict) -> dict[str, Any]:
-    """Read an open_clip model configuration off the shapes of an OpenAI-key state dict.
-
-    What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
-    """
-
-    needed = {"visual.conv1.weight": 4, "visual.positional_embedding": 2,
-              "positional_embedding": 2, "token_embedding.weight": 2, "ln_final.weight": 1,
-              "text_projection": 2}  # fmt: skip
-    if missing := [k for k in needed if k not in state]:
-        raise UserError(f"the weights lack '{missing[0]}'; give the whole state dict of a CLIP")
-    if odd := [k for k, dimensions in needed.items() if state[k].ndim != dimensions]:
-        raise UserError(
-            f"the weights' '{odd[0]}' has shape {tuple(state[odd[0]].shape)}, where a CLIP's has "
-            f"{needed[odd[0]]} dimensions"
-        )
-
-    def layers(prefix: str) -> int:
-        return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
-
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-    text_width = state["ln_final.weight"].shape[0]
-    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH or width > _WIDEST:
-        raise UserError(
-            f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH} "
-            "wide, as OpenAI's do; give a directory with open_clip_config.json, which says their "
-            "number"
-        )
-    return {
-        "embed_dim": state["text_projection"].shape[1],
-        "quick_gelu": True,
-        "vision_cfg": {
-            "layers": layers("visual.transformer.resblocks"),
-            "width": width,
-            "head_width": _HEAD_WIDTH,
-            "patch_size": patch,
-            "image_size": side * patch,
-        },
-        "text_cfg": {
-            "context_length": state["positional_embedding"].shape[0],
-            "vocab_size": state["token_embedding.weight"].shape[0],
-            "width": text_width,
-            "heads": max(1, text_width // _HEAD_WIDTH),
-            "layers": layers("transformer.resblocks"),
-        },
-    }
-
-
-def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
-    """The model that a configuration describes, with the weights that belong to it.
-
-    Either may be a stranger's: the model is laid out without memory first, and made only if the
-    weights fill it.
-    """
-    config.pop("custom_text", None)
-    try:
-        _check_config(config, state, source)
-        if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
-            raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
-        state = convert_to_custom_text_state_dict(state)
-        with torch.device("meta"):
-            CustomTextCLIP(**config).load_state_dict(
-                {k: v.to("meta") for k, v in state.items()}, assign=True
-            )
-        model = CustomTextCLIP(**config)
-        model.load_state_dict({k: v.float() for k, v in state.items()})
-    except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
-            AttributeError) as error:  # fmt: skip
-        raise UserError(
-            f"the weights in {source} do not fit their model: {reason_of(error)}"
-        ) from error
-    return model
-
-
-def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> None:
-    """Refuse an open_clip configuration that would run or fetch something, or be too large.
-
-    open_clip hands ``tokenizer_kwargs`` on to transformers, which takes ``trust_remote_code``
-    there, and model names to timm and transformers, which fetch those that are not their own.
-
-    Raises:
-        UserError: the configuration asks for something else than weights and their tokenizer.
-        Exception: it is none, in one of many ways.
-    """
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    refused = [
-        f"{setting}.{key}"
-        for setting, known in _HANDED_ON.items()
-        for part in (vision, text)
-        for key in (part.get(setting) or {}).keys() - known
-    ]
-    if (hf_name := text.get("hf_model_name")) and hf_name not in _hf_models():
-        refused.append("hf_model_name")
-    if (timm_name := vision.get("timm_model_name")) and not timm.is_model(timm_name):
-        refused.append("timm_model_name")
-    if refused:
-        raise UserError(
-            f"the configuration that came with {source} asks for '{refused[0]}', by which others' "
-            "code or files may be fetched or run; take it out if the model does without"
-        )
-    vision["timm_model_pretrained"] = text["hf_model_pretrained"] = False  # weights are here
-    # What takes time or memory even where a model is laid out without memory.
-    deep = [n for part in (vision, text) for n in _numbers(part.get("layers", 0))]
-    if sum(deep) > len(state):
-        raise ValueError(f"{len(state)} tensors do not make {sum(deep):,} layers")
-    if text.get("context_length", 0) > _LONGEST_CONTEXT:
-        raise ValueError(f"its texts are longer than {_LONGEST_CONTEXT} tokens")
-    if max(_numbers(vision.get("image_size", 0))) > _LARGEST_IMAGE:
-        raise ValueError(f"its images are larger than {_LARGEST_IMAGE} px")
-    if vision.get("pos_embed_type", "learnable") != "learnable":
-        raise ValueError("its positions are computed; only learned ones are known here")
-
-
-def _hf_models() -> set[Any]:
-    """Text towers of transformers that open_clip's own configurations name."""
-    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
-    return {config["text_cfg"].get("hf_model_name") for config in configs}
-
-
-def _numbers(value: Any) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
-    if name.startswith("hf-hub:") or "/" in name:
-        return _from_hub(name.removeprefix("hf-hub:"))
-    if open_clip.get_model_config(name) is None:
-        known = open_clip.list_models()
-        raise UserError(
-            f"unknown backbone '{name}'{nearest(name, known)}; use 'bundled', an open_clip model "
-            "name, a hub id org/repo, or a file of weights"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        if "openai" not in tags:
-            raise UserError(
-                f"backbone '{name}' needs pretrained weights: one of {', '.join(tags) or 'none'}, "
-                "a weights file, or 'random'"
-            )
-        pretrained = "openai"
-    if pretrained == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # untrained, yet the same everywhere
-            model = _quietly(open_clip.create_model, name, force_custom_text=True)
-    elif pretrained in tags:
-        # Which activation the weights were trained with is the tag's to say, not the name's.
-        quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
-        try:
-            model = _quietly(
-                open_clip.create_model,
-                name,
-                pretrained=pretrained,
-                force_custom_text=True,
-                quick_gelu=quick,
-            )
-        except RuntimeError as error:
-            raise UserError(
-                f"weights '{pretrained}' of '{name}' could not be fetched; check the connection, "
-                "or download them and pass the file"
-            ) from error
-    elif Path(pretrained).is_file():
-        config = open_clip.get_model_config(name)
-        if is_torchscript(Path(pretrained)):  # OpenAI's own, whatever the name's config says
-            config["quick_gelu"] = True
-        model = _build(config, read_state_dict(Path(pretrained)), Path(pretrained))
-    else:
-        raise UserError(
-            f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use one of "
-            f"{', '.join(tags)}, a weights file, or 'random'"
-        )
-    tokenizer = _tokenizer(name, open_clip.get_model_config(name))
-    seen = getattr(model.visual, "preprocess_cfg", {})
-    return model, tokenizer, _preprocessing(model, seen, name)
-
-
-def _tokenizer(source: str, config: dict[str, Any]) -> Any:
-    # transformers would ask on the terminal whether it may run what lies beside a vocabulary.
-    never = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
-    try:
-        return _quietly(open_clip.get_tokenizer, source, **never)
-    except Exception as error:  # transformers missing, or its files out of reach
-        raise UserError(
-            f"the tokenizer of '{source}' could not be loaded ({reason_of(error)}); it needs "
-            "'pip install transformers sentencepiece' and, once, a connection to the model hub"
-        ) from error
-
-
-def _preprocessing(model: nn.Module, config: Any, source: Path | str) -> Preprocessing:
-    try:
-        merged = merge_preprocess_dict(PreprocessCfg(), config)
-        visual = cast(nn.Module, model.visual)
-        size = getattr(visual, "image_size", merged["size"])
-        side = int(cast(int, size[0] if isinstance(size, list | tuple) else size))
-        mean, std = (tuple(float(x) for x in merged[k]) for k in ("mean", "std"))
-        finite = all(map(isfinite, mean + std)) and min(std) > 0
-        if not 0 < side <= _LARGEST_IMAGE or not finite or not len(mean) == len(std) == 3:
-            raise ValueError(f"size {side}, mean {mean}, std {std}")
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise UserError(
-            f"{source} says of images what cannot be ({shown(str(error))}); three finite means "
-            f"and positive deviations are needed, and a size of at most {_LARGEST_IMAGE}"
-        ) from error
-    return Preprocessing(
-        size=side,
-        mean=mean,
-        std=std,
-        interpolation=merged["interpolation"],
-        resize_mode=merged["resize_mode"],
-    )
 
 
 def _fold_quick_gelu(block: ResidualAttentionBlock) -> None:
@@ -657,15 +297,3 @@ def _is_timm_vit(visual: nn.Module) -> bool:
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
     return isinstance(trunk, TimmVisionTransformer)
-
-
-def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call open_clip without its log lines and activation warnings, which we settle ourselves."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return function(*args, **kwargs)
-    finally:
-        logging.disable(level)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dapt.data import (
-    Item,
     SupportSet,
     Task,
     draw_support_set,
@@ -19,9 +17,6 @@ from dapt.data import (
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.settings import WITHOUT_DATASET, Settings
-
-# Images named in warnings; the record of a run has them all.
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -81,38 +76,6 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
     return support
-
-
-def skip_unreadable(
-    items: Sequence[Item], unreadable: dict[int, str], what: str, reporter: Reporter
-) -> tuple[list[int], list[dict[str, str]]]:
-    """Leave out images that could not be read, and warn of them.
-
-    Args:
-        items: all images.
-        unreadable: index -> sentence of those that could not be read.
-        what: these images are, such as "test".
-        reporter: is told.
-
-    Returns:
-        Indices of the others in order, and a record of what is skipped, for a run's files.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    skipped = sorted(unreadable)
-    if len(skipped) == len(items) > 0:
-        more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}")
-    for index in skipped[:_NAMED]:
-        reporter.warn(f"{unreadable[index]}; skipped")
-    if skipped:
-        reporter.warn(
-            f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
-            "the metrics name them, and --strict makes them an error"
-        )
-    record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
-    return [i for i in range(len(items)) if i not in unreadable], record
 
 
 def tell_notes(task: Task, reporter: Reporter) -> None:

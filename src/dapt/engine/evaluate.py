@@ -1,8 +1,8 @@
-"""Features and logits of a classifier on images, and the figures that sum them up."""
+"""How well a classifier does on images, in figures, and what tuning did to its features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,77 +10,19 @@ import torch
 from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
-from dapt.clip.backbone import Backbone
-from dapt.clip.image import image_features
-from dapt.data import ImageStore
-from dapt.engine.classifier import Classifier
+from dapt.data import ImageStore, Task
+from dapt.engine.classifier import Classifier, new_classifier
+from dapt.engine.features import Shared, encode_store, require_finite
+from dapt.engine.fit import Tuned
 from dapt.errors import UserError
-from dapt.progress import Advance, nothing
+from dapt.methods import ZERO_SHOT, get_method
+from dapt.progress import Advance, Reporter, nothing
+from dapt.settings import Settings, text_memory
 
 ECE_BINS = 15
 
 # Rows of logits or distances that are held at once: at 20,000 classes, 80 MB.
 _ROWS = 1000
-
-
-def chunks(count: int, size: int) -> list[list[int]]:
-    """Indices 0 .. count-1 in order, ``size`` at a time."""
-    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-
-
-def encode_store(
-    encode: Callable[[Tensor], Tensor],
-    store: ImageStore,
-    *,
-    batch_size: int = 100,
-    advance: Advance = nothing,
-    unreadable: dict[int, str] | None = None,
-) -> Tensor:
-    """Run ``encode`` on the test views of every image in ``store``: (n, D) in fp32 on the CPU.
-
-    Decoding runs ahead of the model in other threads. Rows of images that ``unreadable`` comes to
-    name (see `ImageStore.batches`) mean nothing.
-
-    Raises:
-        UserError: an image cannot be read, and there is no ``unreadable``.
-    """
-    features = []
-    with torch.inference_mode():
-        for views in store.batches(chunks(len(store), batch_size), unreadable=unreadable):
-            features.append(encode(views))
-            advance(len(views))
-    # Copied from the device once, not batch by batch, each of which would wait for it. A clone is
-    # an ordinary tensor, which later gradient computations may use.
-    found = torch.cat(features).cpu().clone()
-    require_finite(found, "image features")
-    return found
-
-
-def require_finite(values: Tensor, what: str) -> None:
-    """Raise `UserError` where a model gives what is no number: nothing can be told from it."""
-    if not bool(values.isfinite().all()):
-        raise UserError(
-            f"the model's {what} are not finite numbers; its weights are damaged, its --precision "
-            "is too low for them, or tuning diverged (train again with a smaller --lr)"
-        )
-
-
-def unprompted_features(
-    backbone: Backbone,
-    store: ImageStore,
-    *,
-    batch_size: int = 100,
-    advance: Advance = nothing,
-    unreadable: dict[int, str] | None = None,
-) -> Tensor:
-    """(n, D) normalised features without any prompt, on the CPU; as `encode_store`."""
-    return encode_store(
-        lambda views: image_features(backbone, views),
-        store,
-        batch_size=batch_size,
-        advance=advance,
-        unreadable=unreadable,
-    )
 
 
 def classify(
@@ -198,3 +140,75 @@ def mean_text_distance(text_features: Tensor) -> float:
 def mean_prototype_distance(features: Tensor, labels: Tensor, prototypes: Tensor) -> float:
     """Mean Euclidean distance of features (n, D) to their class prototype: intra-dispersion."""
     return float((features - prototypes[labels]).norm(dim=-1).mean())
+
+
+def evaluate_task(
+    classifier: Classifier,
+    task: Task,
+    settings: Settings,
+    reporter: Reporter | None = None,
+    shared: Shared | None = None,
+) -> dict[str, Any]:
+    """`metrics` of a classifier on a task's test images, and ``skipped``, those left out.
+
+    Images that cannot be read are left out, unless settings are strict.
+
+    Raises:
+        UserError: the task has no test images; one cannot be read, and settings are strict or
+            none can.
+    """
+    if not task.test:
+        raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
+    shared, reporter = shared or Shared(classifier.backbone), reporter or Reporter()
+    with reporter.stage("evaluating", len(task.test)) as advance:
+        found = shared.encode(
+            task, task.test, settings, classifier, reporter=reporter, advance=advance
+        )
+    logits = logits_of(classifier, found.features)
+    labels = found.labels.tolist()
+    return {**metrics(logits, labels, task.class_names), "skipped": found.skipped}
+
+
+def evaluate_zero_shot(
+    task: Task, settings: Settings, reporter: Reporter, shared: Shared
+) -> dict[str, Any]:
+    """`metrics` of the bare backbone, with the template's words, on a task's test images.
+
+    Raises:
+        UserError: the task has no test images.
+    """
+    method = get_method(ZERO_SHOT)
+    classifier = new_classifier(shared.backbone, task.class_names, task.template, method, settings)
+    return evaluate_task(classifier, task, settings, reporter, shared)
+
+
+def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
+    """Mean inter- and intra-dispersion before and after tuning; empty where nothing was tuned.
+
+    Inter: mean distance between class text features, in the template before, in the learned
+    context after. Intra: mean distance of support images to their class prototype.
+    """
+    settings, classifier, support = tuned.settings, tuned.classifier, tuned.support
+    method = get_method(settings.method)
+    if not method.learns:
+        return {}
+    after = support.features
+    if classifier.changes_images:
+        size = settings.eval_batch_size
+        after = encode_store(classifier.image_features, support.store, batch_size=size)
+    plain = classifier  # where the words are not learned, they are those before
+    if method.changes("text"):
+        plain = Classifier(
+            classifier.backbone,
+            classifier.class_names,
+            template=classifier.template,
+            text_memory=text_memory(settings),
+        )
+    with torch.inference_mode():
+        text = [mean_text_distance(c.text_features().cpu()) for c in (plain, classifier)]
+    labels, prototypes = support.labels, support.prototypes
+    image = [mean_prototype_distance(z, labels, prototypes) for z in (support.features, after)]
+    return {
+        "inter": {"before": text[0], "after": text[1]},
+        "intra": {"before": image[0], "after": image[1]},
+    }

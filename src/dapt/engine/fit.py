@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapt.clip.backbone import Backbone, taken_for_granted
+from dapt.clip.backbone import Backbone
+from dapt.clip.sources import taken_for_granted
 from dapt.data import ImageStore
 from dapt.engine.classifier import Classifier, new_classifier
-from dapt.engine.data import Data, skip_unreadable, tell_notes
-from dapt.engine.evaluate import chunks, encode_store
+from dapt.engine.data import Data, tell_notes
+from dapt.engine.features import Shared, Support, backbone_of, chunks, encode_store
 from dapt.engine.memory import keep_freed_memory
 from dapt.engine.processes import join_processes
-from dapt.engine.shared import Shared, Support, backbone_of
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
 from dapt.errors import UserError
 from dapt.methods import Evidence, get_method
@@ -174,22 +174,13 @@ def _evidence(
     reporter: Reporter,
 ) -> tuple[Evidence, list[dict[str, str]]]:
     """What a head is fitted on, and a record of the val images that could not be read."""
-    items, size = data.support.val, settings.eval_batch_size
-    val, skipped = None, list[dict[str, str]]()
-    features = support.features
+    features, val, skipped = support.features, None, list[dict[str, str]]()
     if classifier.changes_images:
+        size = settings.eval_batch_size
         features = encode_store(classifier.image_features, support.store, batch_size=size)
-    if items:
-        unreadable: dict[int, str] | None = None if settings.strict else {}
-        if classifier.changes_images:
-            store = shared.store(data.task, items, settings)
-            found = encode_store(
-                classifier.image_features, store, batch_size=size, unreadable=unreadable
-            )
-        else:
-            found = shared.features(data.task, items, settings, unreadable=unreadable)
-        kept, skipped = skip_unreadable(items, unreadable or {}, "val", reporter)
-        val = Examples(found[kept], torch.tensor([items[i].label for i in kept]))
+    if items := data.support.val:
+        found = shared.encode(data.task, items, settings, classifier, what="val", reporter=reporter)
+        val, skipped = Examples(found.features, found.labels), found.skipped
     with torch.inference_mode():
         text = classifier.text_features().cpu().clone()
     evidence = Evidence(

@@ -8,9 +8,9 @@ from itertools import product
 
 from dapt.data import Item, SupportSet
 from dapt.engine.data import Data, open_data
+from dapt.engine.evaluate import evaluate_task
+from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Diverged, fit
-from dapt.engine.measure import evaluate_task
-from dapt.engine.shared import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter

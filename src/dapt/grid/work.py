@@ -13,7 +13,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from dapt.data import Task
-from dapt.engine.shared import Shared, backbone_of
+from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, task_key
 from dapt.progress import Reporter

@@ -118,7 +118,7 @@ def _look(
 
     from dapt.engine.classifier import PromptedClassifier
     from dapt.engine.evaluate import ECE_BINS, encode_store
-    from dapt.engine.shared import Shared, backbone_of, skip_unreadable
+    from dapt.engine.features import Shared, backbone_of, skip_unreadable
     from dapt.methods.prompts import Prompts
     from dapt.run.directory import RunDirectory
     from dapt.run.train import known_support, load_classifier, task_of

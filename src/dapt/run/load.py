@@ -10,8 +10,8 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.data import SupportSet, Task, load_support_set, support_digest
 from dapt.engine.classifier import Classifier
+from dapt.engine.features import backbone_of
 from dapt.engine.memory import keep_freed_memory
-from dapt.engine.shared import backbone_of
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.run.directory import RunDirectory

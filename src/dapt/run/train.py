@@ -13,10 +13,10 @@ from torch import Tensor
 from dapt.clip.backbone import Backbone
 from dapt.data import support_digest
 from dapt.engine.data import Data, open_data, tell_of_overlap
+from dapt.engine.evaluate import dispersion, evaluate_task
+from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Journal, Tuned, fit
-from dapt.engine.measure import dispersion, evaluate_task
 from dapt.engine.processes import join_processes
-from dapt.engine.shared import Shared, backbone_of
 from dapt.engine.step import StepResult
 from dapt.errors import UserError
 from dapt.progress import Reporter

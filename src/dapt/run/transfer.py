@@ -10,8 +10,8 @@ from typing import Any
 
 from dapt.data import Task, load_support_set
 from dapt.engine.data import Data, task_of, tell_notes, tell_of_overlap
-from dapt.engine.measure import evaluate_task
-from dapt.engine.shared import Shared
+from dapt.engine.evaluate import evaluate_task
+from dapt.engine.features import Shared
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory

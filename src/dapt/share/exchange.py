@@ -24,8 +24,8 @@ from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.data.tasks import DEFAULT_TEMPLATE, read_class_names
 from dapt.engine.data import task_of
-from dapt.engine.measure import evaluate_task
-from dapt.engine.shared import backbone_of
+from dapt.engine.evaluate import evaluate_task
+from dapt.engine.features import backbone_of
 from dapt.errors import UserError
 from dapt.methods import METHODS, get_method
 from dapt.progress import Reporter

@@ -29,7 +29,7 @@ from dapt import __version__
 from dapt.clip.image import encode_image
 from dapt.engine.classifier import Classifier, inside_of
 from dapt.engine.data import task_of
-from dapt.engine.shared import Shared, backbone_of
+from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
