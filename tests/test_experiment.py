@@ -20,7 +20,8 @@ from dapt.cli import app
 from dapt.data import bundled_domains
 from dapt.errors import UserError
 from dapt.grid import make_plan, read_suite, run_plan, suite_file, suite_names
-from dapt.grid.plan import DONE, Estimator
+from dapt.grid.estimate import Estimator
+from dapt.grid.plan import DONE
 from dapt.progress import Reporter
 from dapt.settings import Settings
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from dapt.cli.common import DeviceOption, RootOption, app, readable_errors, say, say_error
 from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, cell, console, errors
+from dapt.progress import RichReporter, cell, console, errors
 
 if TYPE_CHECKING:
     from dapt.grid import Plan, PlannedRun, Result, Suite
@@ -99,44 +99,38 @@ def experiment(
             "precision": precision,
             "device": device,
         }
-        chosen = _chosen(
-            read_suite(file),
-            {name: value for name, value in given.items() if value is not None},
-            lists={"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds},
-            assignments=settings or [],
-            quick=quick,
-        )
+        lists = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
+        chosen = _chosen(read_suite(file), given, lists, settings or [], quick=quick)
         plan = make_plan(chosen, output)
         try:
-            result = _run(plan, workers, threads, ray, retry=retry, dry_run=dry_run)
+            _run(plan, workers, threads, ray, retry=retry, dry_run=dry_run)
         except (Interrupted, KeyboardInterrupt):
-            done = sum(run.state() == DONE for run in plan.runs)
+            done = list(plan.states().values()).count(DONE)
             say_error(
                 f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on"
             )
             raise typer.Exit(130) from None
-        if result is not None:
-            _show_result(plan, result)
 
 
 def _chosen(
     suite: Suite,
     given: dict[str, Any],
-    *,
     lists: dict[str, str | None],
     assignments: list[str],
+    *,
     quick: bool,
 ) -> Suite:
     """The suite as the command line changes it."""
     from dapt.settings import parse_assignment
 
     axes: dict[str, Any] = {
-        f"{name}": _list(f"--{name}", text, number=name in ("shots", "seeds"))
+        name: _list(f"--{name}", text, number=name in ("shots", "seeds"))
         for name, text in lists.items()
         if text is not None
     }
     columns = axes.pop("methods", None)
-    changes = {**given, **dict(parse_assignment(text) for text in assignments)}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes |= dict(parse_assignment(text) for text in assignments)
     if "backbone" in changes:  # its weights are not those of the suite's
         changes = {"pretrained": None, **changes}
     part = {**axes, "settings": changes}
@@ -174,49 +168,35 @@ def _run(
     *,
     retry: bool,
     dry_run: bool,
-) -> Result | None:
-    """Print the plan and, unless told otherwise, do it."""
-    from dapt.grid.grid import estimate, open_tasks, run_plan, threads_of
-    from dapt.grid.plan import DONE, FAILED
+) -> None:
+    """Print the plan and, unless told otherwise, do it and print what became of it."""
+    from dapt.grid.estimate import Estimator
+    from dapt.grid.grid import run_plan, threads_of
+    from dapt.grid.plan import to_do
     from dapt.grid.work import Session
     from dapt.grid.work import threads as computing_with
 
-    states = {run: run.state() for run in plan.runs}
-    failed = [run for run, state in states.items() if state == FAILED]
-    if retry and not dry_run:
-        for run in failed:
-            run.directory.failure_file.unlink(missing_ok=True)
-            states[run] = run.state()
-    pending = [r for r, s in states.items() if s != DONE and (retry or s != FAILED)]
-    reporter, session = RichReporter(), Session()
-    each = threads or threads_of(workers)
-    seconds: dict[PlannedRun, float] = {}
-    estimator = None
+    states = plan.states()
+    pending = to_do(states, retry=retry)
+    reporter = RichReporter()
+    estimator = Estimator(Session(reporter if errors.is_terminal else None))
     if pending:
-        open_tasks(pending, session, reporter)
-        with computing_with(each):
-            estimator = estimate(plan, pending, session)
-        seconds = {run: _seconds(estimator, run) for run in pending}
+        estimator.session.open_tasks(pending, reporter)
+        with computing_with(threads or threads_of(workers)):
+            estimator.prepare(plan, pending)
+    seconds = {run: estimator.seconds(run) for run in pending}
     _show_plan(plan, states, seconds, workers or (None if ray else 1), retry=retry)
-    if dry_run:
-        return None
-    return run_plan(
-        plan,
-        workers=workers,
-        threads_each=threads,
-        ray=ray,
-        session=session,
-        estimator=estimator,
-        reporter=reporter,
-        run_reporter=reporter if errors.is_terminal else Reporter(),
-    )
-
-
-def _seconds(estimator: Any, run: PlannedRun) -> float:
-    try:
-        return estimator.seconds(run)
-    except UserError:  # its dataset is missing, which was told
-        return 0.0
+    if not dry_run:
+        result = run_plan(
+            plan,
+            workers=workers,
+            threads_each=threads,
+            ray=ray,
+            retry=retry,
+            estimator=estimator,
+            reporter=reporter,
+        )
+        _show_result(plan, result)
 
 
 def _show_plan(
@@ -228,30 +208,24 @@ def _show_plan(
     retry: bool,
 ) -> None:
     """A row a dataset, and how long all takes; the work in total where ``workers`` is unknown."""
-    from dapt.grid.grid import duration
+    from dapt.grid.estimate import duration
     from dapt.grid.plan import BEGUN, DONE, FAILED, NEW
 
-    table = Table(
-        title=cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}"), title_justify="left"
-    )
-    table.add_column("dataset")
     shown = (DONE, BEGUN, FAILED, NEW)
-    for column in ("runs", *shown, "time"):
-        table.add_column(column, justify="right")
+    numbers = (Column(name, justify="right") for name in ("runs", *shown, "time"))
+    title = cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}")
+    table = Table("dataset", *numbers, title=title, title_justify="left")
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
+        found = [states[run] for run in runs]
         expected = sum(seconds.get(run, 0.0) for run in runs)
-        table.add_row(
-            cell(Path(dataset).name),
-            f"{len(runs)}",
-            *(f"{sum(states[run] == state for run in runs)}" for state in shown),
-            duration(expected) if expected else "",
-        )
+        time = duration(expected) if expected else ""
+        counts = (str(found.count(state)) for state in shown)
+        table.add_row(cell(Path(dataset).name), str(len(runs)), *counts, time)
     console.print(table)
     if plan.same:
         say(f"{plan.same} more have the same settings as one of these, and are not done twice")
-    known = sum(state == FAILED for state in states.values())
-    if known:
+    if known := list(states.values()).count(FAILED):
         say(f"{known} failed before; " + ("tried again" if retry else "--retry tries them again"))
     if seconds:
         total = sum(seconds.values())

@@ -1,4 +1,4 @@
-"""Grids of runs: a suite says what, a plan lists the runs, a crew does them.
+"""Grids of runs: a suite says what, a plan lists the runs, workers do them.
 
     suite = read_suite(suite_file("few-shot"))
     plan = make_plan(suite, "results")

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 from joblib import cpu_count
 
 from dapt.errors import UserError
-from dapt.grid.crew import DIED, READY, Alone, Crew, Processes, RayCrew
-from dapt.grid.plan import DONE, FAILED, Estimator, Plan, PlannedRun, heaviest
-from dapt.grid.work import BUSY, Session, threads
+from dapt.grid.estimate import Estimator, duration
+from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun, to_do
+from dapt.grid.work import BUSY, Outcome, threads
+from dapt.grid.workers import Crew, Here, Process, Told, Worker, answering, cluster
 from dapt.progress import Advance, Reporter
-from dapt.run.train import tell_notes
 
 # A run whose worker dies this often is given up: it may be what kills them.
 _DEATHS = 3
 # Seconds between two looks at runs that another process holds.
 _REVISIT = 2.0
+# Seconds that workers get to reach the end of a step.
+_PATIENCE = 60
 
 
 @dataclass
@@ -39,85 +39,15 @@ def threads_of(workers: int | None) -> int:
     return max(1, cpu_count() // (workers or 1))
 
 
-def open_tasks(runs: Sequence[PlannedRun], session: Session, reporter: Reporter) -> None:
-    """Open what runs are tuned and evaluated on, before any is begun.
-
-    What cannot be opened is told, and what is odd; the runs that need the one will fail, the others
-    go on.
-
-    Raises:
-        UserError: no run has all it needs.
-    """
-    alike = {(run.group, run.targets): run for run in runs}
-    wrong: dict[str, UserError] = {}
-    good = 0
-    for run in alike.values():
-        try:
-            tell_notes(session.task(run.settings), reporter)
-            for target in run.targets:
-                settings = target.settings(run.settings)
-                tell_notes(session.task(settings, evaluate=target.dataset is not None), reporter)
-            good += 1
-        except UserError as error:
-            wrong[str(error)] = error
-    for sentence, first in wrong.items():
-        if not good:
-            raise first
-        reporter.warn(f"{sentence}; the runs that need it will fail")
-
-
-def estimate(plan: Plan, pending: Sequence[PlannedRun], session: Session) -> Estimator:
-    """What the pending runs cost, by those that are done, or by timing a step of each dataset.
-
-    Raises:
-        UserError: the backbone of all runs cannot be loaded.
-    """
-    estimator, left = Estimator(session.task), set(pending)
-    datasets = dict.fromkeys(run.settings.dataset for run in pending)
-    for run in plan.runs:
-        if run.settings.dataset in datasets and run not in left and run.directory.finished:
-            with _unless_missing():
-                estimator.observe(run)
-    one_backbone = len({run.group[:4] for run in pending}) == 1
-    for dataset in datasets:
-        timed = heaviest(r for r in pending if r.settings.dataset == dataset)
-        if timed is None or estimator.knows(dataset):
-            continue
-        if one_backbone:
-            session.shared(timed.settings)
-        with _unless_missing():
-            estimator.time_step(timed, session.shared(timed.settings).backbone)
-    return estimator
-
-
-@contextmanager
-def _unless_missing() -> Iterator[None]:
-    """What an estimate cannot open is left out of it: its runs will tell."""
-    with suppress(UserError):
-        yield
-
-
-def duration(seconds: float) -> str:
-    """``"about 5 min"``, in the unit a reader would use."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        return f"about {seconds / 3600:.1f} h"
-    return f"about {timedelta(seconds=seconds).days} days"
-
-
 def run_plan(
     plan: Plan,
     *,
     workers: int | None = None,
     threads_each: int | None = None,
     ray: str | None = None,
-    session: Session | None = None,
+    retry: bool = False,
     estimator: Estimator | None = None,
     reporter: Reporter | None = None,
-    run_reporter: Reporter | None = None,
 ) -> Result:
     """Do what is not done of a plan.
 
@@ -131,162 +61,166 @@ def run_plan(
             room for, if not given.
         threads_each: of a worker; by default the cores are divided.
         ray: address of a Ray cluster, or ``local``.
-        session, estimator: already made, to share what they hold.
+        retry: do again what failed earlier.
+        estimator: already made, to share what it and its session hold. The session's reporter is
+            told the progress: of each run where this process does them, else of all.
         reporter: is told what became of each run.
-        run_reporter: is told the progress: of each run where this process does them, else of all.
 
     Raises:
         Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
         UserError: workers cannot be started.
         OSError: nothing more can be written.
     """
-    reporter = reporter or Reporter()
-    session, estimator = session or Session(), estimator or Estimator()
-    states = {run: run.state() for run in plan.runs}
-    result = Result(done=sum(state == DONE for state in states.values()))
+    reporter, estimator = reporter or Reporter(), estimator or Estimator()
+    session, states, result = estimator.session, plan.states(), Result()
+    pending = to_do(states, retry=retry)
     for run, state in states.items():
-        if state == FAILED:
+        if state == DONE:
+            result.done += 1
+        elif state == FAILED and retry:
+            run.directory.failure_file.unlink(missing_ok=True)
+        elif state == FAILED:
             result.failed[run.title] = run.directory.read_failure() or ""
-    pending = [run for run, state in states.items() if state not in (DONE, FAILED)]
     if not pending:
         return result
     groups = list(dict.fromkeys(run.group for run in pending))
     pending.sort(key=lambda run: groups.index(run.group))  # stable: each group's order stays
-    crew: Crew
-    if ray is not None:
-        crew = RayCrew(ray, threads_each)
-        count, each = min(workers or crew.room, len(pending)), crew.threads
-    else:
-        count = min(workers or 1, len(pending))
-        each = threads_each or threads_of(workers)
-        crew = Alone(session, run_reporter or Reporter()) if count == 1 else Processes(each)
-    if count > 1:
+    each, count = threads_each or threads_of(workers), min(workers or 1, len(pending))
+    alone = ray is None and count == 1
+    if not alone:
         session.clear()  # the workers load their own
+    here = Crew((lambda: Here(session)) if alone else (lambda: Process(each)), count, each)
     # Where this process does the runs, their own progress is shown.
-    watched = Reporter() if isinstance(crew, Alone) else run_reporter or Reporter()
-    with threads(each), _stoppable(), watched.stage("runs", len(pending)) as advance:
+    watched = Reporter() if alone else session.reporter
+    with (
+        nullcontext(here) if ray is None else cluster(ray, threads_each) as crew,
+        threads(crew.threads),
+        answering(signal.SIGTERM, signal.default_int_handler),  # stops a grid as Ctrl-C does
+        watched.stage("runs", len(pending)) as advance,
+    ):
+        count, total = min(workers or crew.room, len(pending)), len(plan.runs)
+        foreman = _Foreman(crew, count, total, pending, result, estimator, reporter, advance)
         try:
-            foreman = _Foreman(crew, pending, len(plan.runs), count, result, estimator)
-            foreman.work(reporter, advance)
+            foreman.work()
         finally:
-            crew.dismiss()
+            foreman.stop()
     return result
 
 
+@dataclass
 class _Foreman:
-    """Hands runs to a crew until none is left."""
+    """Hands runs to workers until none is left."""
 
-    def __init__(
-        self,
-        crew: Crew,
-        pending: list[PlannedRun],
-        total: int,
-        count: int,
-        result: Result,
-        estimator: Estimator,
-    ) -> None:
-        self.crew, self.result, self.estimator = crew, result, estimator
-        self.waiting, self.total, self.count = deque(pending), total, count
-        self.held: list[PlannedRun] = []  # by other processes
-        self.idle: list[int] = []
-        self.doing: dict[int, tuple[PlannedRun, float]] = {}
-        self.groups: dict[int, tuple[str | None, ...]] = {}
-        self.deaths: Counter[PlannedRun] = Counter()
-        self.unborn = 0  # workers that died without work since one was ready
+    crew: Crew
+    count: int  # of workers
+    total: int  # of runs, those included that are done
+    waiting: list[PlannedRun]
+    result: Result
+    estimator: Estimator
+    reporter: Reporter
+    advance: Advance  # is told one for each run that ended
+    held: list[PlannedRun] = field(default_factory=list)  # by other processes
+    workers: list[Worker] = field(default_factory=list)
+    idle: list[Worker] = field(default_factory=list)
+    # With what each worker was asked and when; without a run, whether it is ready.
+    asked: dict[Future[Told], tuple[Worker, PlannedRun | None, float]] = field(default_factory=dict)
+    loaded: dict[Worker, tuple[str | None, ...]] = field(default_factory=dict)
+    deaths: Counter[PlannedRun] = field(default_factory=Counter)
+    unborn: int = 0  # workers that died without work since one was ready
 
-    def work(self, reporter: Reporter, advance: Advance) -> None:
-        """Until every run is done or failed; ``advance`` is told one for each."""
-        self.reporter, self.advance = reporter, advance
+    def work(self) -> None:
+        """Until every run is done or failed."""
         for _ in range(self.count):
-            self.crew.hire()
+            self._hire()
         announced = False
-        while self.waiting or self.doing or self.held:
+        while self.waiting or self.held or self._doing():
             while self.idle and self.waiting:
                 self._give(self.idle.pop(0))
-            if not self.waiting and not self.doing:
-                if not announced:
-                    self.reporter.say(
-                        f"waiting for {len(self.held)} runs that other processes hold"
-                    )
-                announced = True
-                time.sleep(_REVISIT)
-                self.waiting, self.held = deque(self.held), []
+            if self.waiting or self._doing():
+                for future in wait(self.asked, 1.0, FIRST_COMPLETED).done:
+                    self._hear(future, *self.asked.pop(future))
                 continue
-            for worker, outcome in self.crew.wait(1.0):
-                if outcome == DIED:
-                    self._died(worker)
-                elif outcome == READY:
-                    self.unborn = 0
-                    self.idle.append(worker)
-                else:
-                    run, started = self.doing.pop(worker)
-                    self.idle.append(worker)
-                    if outcome.state == BUSY:
-                        self.held.append(run)
-                    else:
-                        self._ended(run, outcome.state, outcome.note, time.perf_counter() - started)
+            if not announced:
+                self.reporter.say(f"waiting for {len(self.held)} runs that other processes hold")
+            announced = True
+            time.sleep(_REVISIT)
+            self.waiting, self.held = self.held, []
 
-    def _give(self, worker: int) -> None:
+    def stop(self) -> None:
+        """Stop all workers between two steps, as far as they can."""
+        for worker in self.workers:
+            worker.end()
+        wait(self.asked, _PATIENCE)
+        for worker in self.workers:
+            worker.end(now=True)
+
+    def _doing(self) -> list[PlannedRun]:
+        return [run for _, run, _ in self.asked.values() if run is not None]
+
+    def _hire(self) -> None:
+        worker = self.crew.hire()
+        self.workers.append(worker)
+        self._ask(worker, None)
+
+    def _ask(self, worker: Worker, run: PlannedRun | None) -> None:
+        started = time.perf_counter()
+        self.asked[worker.do(run)] = worker, run, started
+
+    def _give(self, worker: Worker) -> None:
         """The next run of what this worker has loaded, else of what nobody works on, else any."""
-        mine = self.groups.get(worker)
-        others = {run.group for run, _ in self.doing.values()}
-        run = next(
-            (r for r in self.waiting if r.group == mine),
-            next((r for r in self.waiting if r.group not in others), self.waiting[0]),
-        )
+        mine, others = self.loaded.get(worker), {run.group for run in self._doing()}
+        run = min(self.waiting, key=lambda run: (run.group != mine, run.group in others))
         self.waiting.remove(run)
-        self.groups[worker] = run.group
-        self.doing[worker] = run, time.perf_counter()
-        self.crew.give(worker, run)
+        self.loaded[worker] = run.group
+        self._ask(worker, run)
 
-    def _ended(self, run: PlannedRun, state: str, note: str, seconds: float) -> None:
-        if state == FAILED:
+    def _hear(
+        self, future: Future[Told], worker: Worker, run: PlannedRun | None, started: float
+    ) -> None:
+        seconds = time.perf_counter() - started
+        if future.exception() is not None:
+            worker.end(now=True)  # it may only be out of reach
+            self._died(run, seconds)
+            return
+        told = future.result()
+        if isinstance(told, BaseException):
+            raise told
+        self.idle.append(worker)
+        if run is None:
+            self.unborn = 0
+        elif told.state == BUSY:
+            self.held.append(run)
+        else:
+            self._ended(run, told, seconds)
+
+    def _ended(self, run: PlannedRun, outcome: Outcome, seconds: float) -> None:
+        note = outcome.note
+        if outcome.state == FAILED:
             self.result.failed[run.title] = note
             note = f"failed: {note}"
         else:
             self.result.done += 1
-            with _unless_missing():
-                self.estimator.observe(run)
-        ended = self.result.done + len(self.result.failed)
-        rest = [*self.waiting, *self.held, *(r for r, _ in self.doing.values())]
-        left = ""
-        if rest:
-            with _unless_missing():
-                expected = sum(map(self.estimator.seconds, rest)) / self.count
-                left = f" ({duration(expected)} left)"
+            self.estimator.observe(run)
+        ended, left = self.result.done + len(self.result.failed), ""
+        if rest := [*self.waiting, *self.held, *self._doing()]:
+            left = f" ({duration(sum(map(self.estimator.seconds, rest)) / self.count)} left)"
         self.advance(1)
         self.reporter.say(f"[{ended}/{self.total}] {run.title}: {note}, {seconds:.1f} s{left}")
 
-    def _died(self, worker: int) -> None:
+    def _died(self, run: PlannedRun | None, seconds: float) -> None:
         """Of a lack of memory, a lost node, a kill: its run goes on elsewhere, and that is told."""
-        if worker in self.idle:
-            self.idle.remove(worker)
-        if worker not in self.doing:
+        if run is None:
             self.unborn += 1
-            if self.unborn >= _DEATHS * self.count and not self.doing:
+            if self.unborn >= _DEATHS * self.count and not self._doing():
                 raise UserError("workers end as soon as they are started; try --workers 1")
         else:
-            run, started = self.doing.pop(worker)
             self.deaths[run] += 1
             if self.deaths[run] < _DEATHS:
                 self.reporter.say(f"{run.title}: its worker died; the run goes on in another")
-                self.waiting.appendleft(run)
+                self.waiting.insert(0, run)
             else:
                 note = f"its worker died {_DEATHS} times, perhaps for lack of memory"
                 run.directory.fail(note)
-                self._ended(run, FAILED, note, time.perf_counter() - started)
-        if len(self.waiting) + len(self.held) > len(self.idle):
-            self.crew.hire()
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM stops a grid as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+                self._ended(run, Outcome(FAILED, note), seconds)
+        if self.waiting or self.held:
+            self._hire()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
@@ -20,6 +20,7 @@ SUITES = Path(__file__).resolve().parent / "suites"
 _LISTED = {"dataset": "datasets", "method": "methods", "shots": "shots", "seed": "seeds"}
 # Names become folders, on any system.
 _NAME = re.compile(r"[\w=+-][\w.=+-]{0,79}")
+_LETTERS = "letters, digits and . _ = + -"
 
 Shots = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
@@ -27,6 +28,9 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Kind = TypeVar("Kind", bound=_Model)
 
 
 class Evaluation(_Model):
@@ -64,18 +68,41 @@ class Suite(Grid):
     )
     quick: dict[str, Any] = Field({}, description="what to change for --quick")
 
+    @model_validator(mode="after")
+    def _sound(self) -> Suite:
+        """Check what makes sense only together; pydantic lets a `UserError` through as it is."""
+        if not _NAME.fullmatch(self.name):
+            raise UserError(f"name '{self.name}' must be {_LETTERS} to name a folder")
+        for method in self.methods:
+            get_method(method)
+        _check_settings(self.settings, set(_LISTED))
+        for name, given in self.variants.items():
+            if name in METHODS:
+                raise UserError(f"variant '{name}' has the name of a method; give it another")
+            _check_settings(given, {"dataset", "seed"}, f"variant '{name}': ")
+        _check_settings(self.sweeps, {"dataset", "seed", "method"}, "sweeps: ")
+        for name in self.columns():
+            if not _NAME.fullmatch(name):
+                raise UserError(
+                    f"variant '{name}' must be named by {_LETTERS} (its runs get a folder of this "
+                    "name); give it a name under variants"
+                )
+        for axis in ("datasets", "shots", "seeds"):
+            if not getattr(self, axis):
+                raise UserError(f"{axis} is empty; list at least one")
+        if not self.columns():
+            raise UserError("no methods and no variants; list at least one")
+        return self
+
     def changed(self, part: dict[str, Any], where: str) -> Suite:
         """This suite with a part's keys in place of its own; ``settings`` are merged.
 
         Raises:
             UserError: the part is wrong, or what comes out; ``where`` tells the user what is meant.
         """
-        _checked(Grid, part, where)
-        values = {**self.model_dump(), **part}
-        values["settings"] = {**self.settings, **part.get("settings", {})}
-        suite = _checked(Suite, values, where)
-        check_suite(suite, where)
-        return suite
+        given = _checked(Grid, part, where).model_dump(exclude_unset=True)
+        merged = {**self.settings, **given.get("settings", {})}
+        return _checked(Suite, {**self.model_dump(), **given, "settings": merged}, where)
 
     def needs_root(self) -> bool:
         """Whether a dataset is a benchmark and no setting says where benchmarks are."""
@@ -151,20 +178,20 @@ def read_suite(file: Path) -> Suite:
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"{where} must map keys such as datasets and methods to values")
     suite = _checked(Suite, {"name": file.stem, **values}, where)
-    check_suite(suite, where)
     for part in ("bundled", "quick"):
         suite.changed(getattr(suite, part), f"{where}, {part}")
     return suite
 
 
-def _checked(model: type[Any], values: dict[str, Any], where: str) -> Any:
+def _checked(model: type[Kind], values: dict[str, Any], where: str) -> Kind:
+    """The model of these values, or one sentence on what is wrong with them."""
     try:
-        return model(**values)
-    except (ValidationError, TypeError) as error:
-        if isinstance(error, TypeError):  # keys that are no text
-            raise UserError(f"{where} must map names to values") from error
+        return model.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
         first = error.errors()[0]
-        *path, last = map(str, first["loc"] or ("it",))
+        *path, last = map(str, first["loc"])
         if first["type"] == "extra_forbidden":
             inside = " in " + ".".join(path) if path else ""
             known = Evaluation if path and path[0] == "evaluations" else model
@@ -179,48 +206,15 @@ def _checked(model: type[Any], values: dict[str, Any], where: str) -> Any:
         ) from error
 
 
-def check_suite(suite: Suite, where: str) -> None:
-    """Check what makes sense only together; ``where`` tells the user what is meant.
-
-    Raises:
-        UserError: an unknown setting or method, a name that cannot be a folder's, or nothing
-            to run.
-    """
-    if not _NAME.fullmatch(suite.name):
-        raise UserError(
-            f"{where}: name '{suite.name}' must be letters, digits and . _ = + - to name a folder"
-        )
-    for method in suite.methods:
-        get_method(method)
-    _check_settings(suite.settings, where, set(_LISTED))
-    for name, given in suite.variants.items():
-        inside = f"{where}, variant '{name}'"
-        if name in METHODS:
-            raise UserError(f"{inside} has the name of a method; give it another")
-        _check_settings(given, inside, {"dataset", "seed"})
-    for setting in suite.sweeps:
-        _check_settings({setting: None}, f"{where}, sweeps", {"dataset", "seed", "method"})
-    for name in suite.columns():
-        if not _NAME.fullmatch(name):
-            raise UserError(
-                f"{where}: variant '{name}' must be named by letters, digits and . _ = + - "
-                "(its runs get a folder of this name); give it a name under variants"
-            )
-    for axis in ("datasets", "shots", "seeds"):
-        if not getattr(suite, axis):
-            raise UserError(f"{where}: {axis} is empty; list at least one")
-    if not suite.columns():
-        raise UserError(f"{where} has no methods and no variants; list at least one")
-
-
-def _check_settings(given: dict[str, Any], where: str, listed: set[str]) -> None:
+def _check_settings(given: dict[str, Any], listed: set[str], where: str = "") -> None:
+    """Refuse names that are no setting, or that a suite lists elsewhere."""
+    known = list(Settings.model_fields)
     for name in given:
         if name in listed:
-            axis = _LISTED.get(name)
-            way = f"list it under {axis}" if axis else "give it under variants"
-            raise UserError(f"{where}: '{name}' is no fixed setting here; {way}")
-        if name not in Settings.model_fields:
             raise UserError(
-                f"{where}: unknown setting '{name}'{nearest(name, list(Settings.model_fields))}; "
-                "'dapt settings' lists all"
+                f"{where}'{name}' is no fixed setting here; list it under {_LISTED[name]}"
+            )
+        if name not in known:
+            raise UserError(
+                f"{where}unknown setting '{name}'{nearest(name, known)}; 'dapt settings' lists all"
             )
