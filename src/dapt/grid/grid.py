@@ -5,18 +5,19 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 from joblib import cpu_count
 
 from dapt.errors import UserError
+from dapt.grid import work
 from dapt.grid.estimate import Estimator, duration
-from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun, to_do
-from dapt.grid.work import BUSY, Outcome, threads
-from dapt.grid.workers import Crew, Here, Process, Told, Worker, answering, cluster
-from dapt.progress import Advance, Reporter
+from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun
+from dapt.grid.work import BUSY, DIED, READY, Crew, Outcome, Session, Worker
+from dapt.progress import Reporter
 
 # A run whose worker dies this often is given up: it may be what kills them.
 _DEATHS = 3
@@ -26,30 +27,9 @@ _REVISIT = 2.0
 _PATIENCE = 60
 
 
-@dataclass
-class Result:
-    """What became of a plan: how many runs are done, and why the others failed."""
-
-    done: int = 0
-    failed: dict[str, str] = field(default_factory=dict)  # title -> sentence
-
-
-def threads_of(workers: int | None) -> int:
-    """Threads of each worker where none are asked for: the cores, divided."""
-    return max(1, cpu_count() // (workers or 1))
-
-
-def run_plan(
-    plan: Plan,
-    *,
-    workers: int | None = None,
-    threads_each: int | None = None,
-    ray: str | None = None,
-    retry: bool = False,
-    estimator: Estimator | None = None,
-    reporter: Reporter | None = None,
-) -> Result:
-    """Do what is not done of a plan.
+@dataclass(kw_only=True)
+class Grid:
+    """A plan and who does it.
 
     A run that is done is skipped, an unfinished one resumed, one that failed earlier left failed.
     One that another process holds is looked at again when the others are done. A run's result
@@ -59,168 +39,178 @@ def run_plan(
         plan: from `make_plan`.
         workers: processes; one is this process itself. With Ray, actors; as many as there is
             room for, if not given.
-        threads_each: of a worker; by default the cores are divided.
+        threads: of a worker; by default the cores are divided.
         ray: address of a Ray cluster, or ``local``.
         retry: do again what failed earlier.
-        estimator: already made, to share what it and its session hold. The session's reporter is
-            told the progress: of each run where this process does them, else of all.
         reporter: is told what became of each run.
+        progress: is told the progress: of each run where this process does them, else of all.
 
-    Raises:
-        Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
-        UserError: workers cannot be started.
-        OSError: nothing more can be written.
+    Attributes:
+        states: what was found of each run.
+        done: how many runs are done.
+        failed: why others failed: title -> sentence.
     """
-    reporter, estimator = reporter or Reporter(), estimator or Estimator()
-    session, states, result = estimator.session, plan.states(), Result()
-    pending = to_do(states, retry=retry)
-    for run, state in states.items():
-        if state == DONE:
-            result.done += 1
-        elif state == FAILED and retry:
-            run.directory.failure_file.unlink(missing_ok=True)
-        elif state == FAILED:
-            result.failed[run.title] = run.directory.read_failure() or ""
-    if not pending:
-        return result
-    groups = list(dict.fromkeys(run.group for run in pending))
-    pending.sort(key=lambda run: groups.index(run.group))  # stable: each group's order stays
-    each, count = threads_each or threads_of(workers), min(workers or 1, len(pending))
-    alone = ray is None and count == 1
-    if not alone:
-        session.clear()  # the workers load their own
-    here = Crew((lambda: Here(session)) if alone else (lambda: Process(each)), count, each)
-    # Where this process does the runs, their own progress is shown.
-    watched = Reporter() if alone else session.reporter
-    with (
-        nullcontext(here) if ray is None else cluster(ray, threads_each) as crew,
-        threads(crew.threads),
-        answering(signal.SIGTERM, signal.default_int_handler),  # stops a grid as Ctrl-C does
-        watched.stage("runs", len(pending)) as advance,
-    ):
-        count, total = min(workers or crew.room, len(pending)), len(plan.runs)
-        foreman = _Foreman(crew, count, total, pending, result, estimator, reporter, advance)
-        try:
-            foreman.work()
-        finally:
-            foreman.stop()
-    return result
 
+    plan: Plan = field(kw_only=False)
+    workers: int | None = None
+    threads: int | None = None
+    ray: str | None = None
+    retry: bool = False
+    reporter: Reporter = field(default_factory=Reporter)
+    progress: Reporter = field(default_factory=Reporter)
 
-@dataclass
-class _Foreman:
-    """Hands runs to workers until none is left."""
+    def __post_init__(self) -> None:
+        self.states = {run: run.state() for run in self.plan.runs}
+        settled = (DONE,) if self.retry else (DONE, FAILED)
+        self.waiting = [run for run, state in self.states.items() if state not in settled]
+        self.done, self.failed = 0, dict[str, str]()
+        self._each = self.threads or max(1, cpu_count() // (self.workers or 1))
+        self.session = Session(self.progress)
+        self.estimator = Estimator(self.session)
+        self._held: list[PlannedRun] = []  # by other processes
+        self._workers: list[Worker] = []
+        # Of workers, by what they did; by None since one was last ready.
+        self._deaths: Counter[PlannedRun | None] = Counter()
 
-    crew: Crew
-    count: int  # of workers
-    total: int  # of runs, those included that are done
-    waiting: list[PlannedRun]
-    result: Result
-    estimator: Estimator
-    reporter: Reporter
-    advance: Advance  # is told one for each run that ended
-    held: list[PlannedRun] = field(default_factory=list)  # by other processes
-    workers: list[Worker] = field(default_factory=list)
-    idle: list[Worker] = field(default_factory=list)
-    # With what each worker was asked and when; without a run, whether it is ready.
-    asked: dict[Future[Told], tuple[Worker, PlannedRun | None, float]] = field(default_factory=dict)
-    loaded: dict[Worker, tuple[str | None, ...]] = field(default_factory=dict)
-    deaths: Counter[PlannedRun] = field(default_factory=Counter)
-    unborn: int = 0  # workers that died without work since one was ready
+    def prepare(self) -> dict[PlannedRun, float]:
+        """Open what the runs to do need, and tell how many seconds each will take.
 
-    def work(self) -> None:
-        """Until every run is done or failed."""
-        for _ in range(self.count):
-            self._hire()
+        Raises:
+            UserError: no run has all it needs, or the backbone of all cannot be loaded.
+        """
+        if self.waiting:
+            self.session.open_tasks(self.waiting, self.reporter)
+            with work.computing_with(self._each):
+                self.estimator.prepare(self.plan.runs, self.waiting)
+        return {run: self.estimator.seconds(run) for run in self.waiting}
+
+    def run(self) -> Grid:
+        """Do what is to do; returns the grid, which tells what became of it.
+
+        Raises:
+            Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
+            UserError: workers cannot be started.
+            OSError: nothing more can be written.
+        """
+        for run, state in self.states.items():
+            if state == DONE:
+                self.done += 1
+            elif state == FAILED and self.retry:
+                run.directory.failure_file.unlink(missing_ok=True)
+            elif state == FAILED:
+                self.failed[run.title] = run.directory.read_failure() or ""
+        if not self.waiting:
+            return self
+        alone = self.ray is None and min(self.workers or 1, len(self.waiting)) == 1
+        if not alone:
+            self.session.backbones.clear()  # the workers load their own
+        hire = partial(work.here, self.session) if alone else partial(work.process, self._each)
+        crew: Crew = hire, self.workers or 1, self._each
+        # Where this process does the runs, their own progress is shown.
+        watched = Reporter() if alone else self.progress
+        with (
+            nullcontext(crew) if self.ray is None else work.cluster(self.ray, self.threads) as crew,
+            work.computing_with(crew[2]),
+            work.answering(signal.SIGTERM, signal.default_int_handler),  # it stops as by Ctrl-C
+            watched.stage("runs", len(self.waiting)) as self._advance,
+        ):
+            self._hire, room, _ = crew
+            self._count = min(self.workers or room, len(self.waiting))
+            try:
+                self._work()
+            finally:
+                self._stop()
+        return self
+
+    def _work(self) -> None:
+        """Hand runs to workers until none is left."""
+        for _ in range(self._count):
+            self._hire_one()
         announced = False
-        while self.waiting or self.held or self._doing():
-            while self.idle and self.waiting:
-                self._give(self.idle.pop(0))
+        while self.waiting or self._held or self._doing():
+            for worker in [w for w in self._workers if w.told is None][: len(self.waiting)]:
+                self._give(worker)
             if self.waiting or self._doing():
-                for future in wait(self.asked, 1.0, FIRST_COMPLETED).done:
-                    self._hear(future, *self.asked.pop(future))
+                asked = {w.told: w for w in self._workers if w.told is not None}
+                for told in wait(asked, 1.0, FIRST_COMPLETED).done:
+                    self._hear(asked[told])
                 continue
             if not announced:
-                self.reporter.say(f"waiting for {len(self.held)} runs that other processes hold")
+                self.reporter.say(f"waiting for {len(self._held)} runs that other processes hold")
             announced = True
             time.sleep(_REVISIT)
-            self.waiting, self.held = self.held, []
+            self.waiting, self._held = self._held, []
 
-    def stop(self) -> None:
-        """Stop all workers between two steps, as far as they can."""
-        for worker in self.workers:
-            worker.end()
-        wait(self.asked, _PATIENCE)
-        for worker in self.workers:
-            worker.end(now=True)
+    def _stop(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        wait([w.told for w in self._workers if w.told is not None], _PATIENCE)
+        for worker in self._workers:
+            worker.kill()
 
     def _doing(self) -> list[PlannedRun]:
-        return [run for _, run, _ in self.asked.values() if run is not None]
+        return [w.run for w in self._workers if w.told is not None and w.run is not None]
 
-    def _hire(self) -> None:
-        worker = self.crew.hire()
-        self.workers.append(worker)
-        self._ask(worker, None)
-
-    def _ask(self, worker: Worker, run: PlannedRun | None) -> None:
-        started = time.perf_counter()
-        self.asked[worker.do(run)] = worker, run, started
+    def _hire_one(self) -> None:
+        self._workers.append(self._hire())
+        self._workers[-1].ask(None)
 
     def _give(self, worker: Worker) -> None:
         """The next run of what this worker has loaded, else of what nobody works on, else any."""
-        mine, others = self.loaded.get(worker), {run.group for run in self._doing()}
+        mine = worker.run and worker.run.group
+        others = {run.group for run in self._doing()}
         run = min(self.waiting, key=lambda run: (run.group != mine, run.group in others))
         self.waiting.remove(run)
-        self.loaded[worker] = run.group
-        self._ask(worker, run)
+        worker.ask(run)
 
-    def _hear(
-        self, future: Future[Told], worker: Worker, run: PlannedRun | None, started: float
-    ) -> None:
-        seconds = time.perf_counter() - started
-        if future.exception() is not None:
-            worker.end(now=True)  # it may only be out of reach
-            self._died(run, seconds)
-            return
-        told = future.result()
-        if isinstance(told, BaseException):
-            raise told
-        self.idle.append(worker)
-        if run is None:
-            self.unborn = 0
-        elif told.state == BUSY:
-            self.held.append(run)
+    def _hear(self, worker: Worker) -> None:
+        """What a worker answers: it is idle then, or another takes its place."""
+        assert worker.told is not None
+        told, run, seconds = worker.told, worker.run, time.perf_counter() - worker.since
+        worker.told = None
+        if told.exception() is not None:
+            state, note = self._died(worker)
+        elif isinstance(answer := told.result(), BaseException):
+            raise answer
         else:
-            self._ended(run, told, seconds)
+            state, note = answer
+        if state == READY:
+            self._deaths[None] = 0
+        if run is None:
+            return
+        if state == DIED:
+            self.reporter.say(f"{run.title}: its worker died; the run goes on in another")
+            self.waiting.insert(0, run)
+        elif state == BUSY:
+            self._held.append(run)
+        else:
+            self._ended(run, state, note, seconds)
 
-    def _ended(self, run: PlannedRun, outcome: Outcome, seconds: float) -> None:
-        note = outcome.note
-        if outcome.state == FAILED:
-            self.result.failed[run.title] = note
+    def _died(self, worker: Worker) -> Outcome:
+        """Of a lack of memory, a lost node, a kill: what that means for the run it was doing."""
+        run = worker.run
+        worker.kill()  # it may only be out of reach
+        self._workers.remove(worker)
+        self._deaths[run] += 1
+        if run is None and self._deaths[run] >= _DEATHS * self._count and not self._doing():
+            raise UserError("workers end as soon as they are started; try --workers 1")
+        if run is not None or self.waiting or self._held:
+            self._hire_one()
+        if run is None or self._deaths[run] < _DEATHS:
+            return DIED, ""
+        note = f"its worker died {_DEATHS} times, perhaps for lack of memory"
+        run.directory.fail(note)
+        return FAILED, note
+
+    def _ended(self, run: PlannedRun, state: str, note: str, seconds: float) -> None:
+        if state == FAILED:
+            self.failed[run.title] = note
             note = f"failed: {note}"
         else:
-            self.result.done += 1
+            self.done += 1
             self.estimator.observe(run)
-        ended, left = self.result.done + len(self.result.failed), ""
-        if rest := [*self.waiting, *self.held, *self._doing()]:
-            left = f" ({duration(sum(map(self.estimator.seconds, rest)) / self.count)} left)"
-        self.advance(1)
-        self.reporter.say(f"[{ended}/{self.total}] {run.title}: {note}, {seconds:.1f} s{left}")
-
-    def _died(self, run: PlannedRun | None, seconds: float) -> None:
-        """Of a lack of memory, a lost node, a kill: its run goes on elsewhere, and that is told."""
-        if run is None:
-            self.unborn += 1
-            if self.unborn >= _DEATHS * self.count and not self._doing():
-                raise UserError("workers end as soon as they are started; try --workers 1")
-        else:
-            self.deaths[run] += 1
-            if self.deaths[run] < _DEATHS:
-                self.reporter.say(f"{run.title}: its worker died; the run goes on in another")
-                self.waiting.insert(0, run)
-            else:
-                note = f"its worker died {_DEATHS} times, perhaps for lack of memory"
-                run.directory.fail(note)
-                self._ended(run, Outcome(FAILED, note), seconds)
-        if self.waiting or self.held:
-            self._hire()
+        ended, total, left = self.done + len(self.failed), len(self.plan.runs), ""
+        if rest := [*self.waiting, *self._held, *self._doing()]:
+            left = f" ({duration(sum(map(self.estimator.seconds, rest)) / self._count)} left)"
+        self._advance(1)
+        self.reporter.say(f"[{ended}/{total}] {run.title}: {note}, {seconds:.1f} s{left}")

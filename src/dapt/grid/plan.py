@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from dapt.errors import UserError
 from dapt.grid.suite import Suite
@@ -22,32 +22,20 @@ from dapt.settings import Settings, absolute_paths, make_settings
 DONE, FAILED, BEGUN, NEW = "done", "failed", "unfinished", "to do"
 
 
-class Row(NamedTuple):
+# What decides which backbone settings load, and which task they open.
+backbone_key = attrgetter("backbone", "pretrained", "device", "precision")
+task_key = attrgetter("dataset", "root", "domain", "class_names", "classes")
+
+
+def row_of(settings: Settings) -> SimpleNamespace:
     """What a grid asks of a method's row."""
-
-    learns: bool  # gradient descent has something to do
-    still: bool  # nothing depends on the support images
-    closed: bool  # it knows only the classes it was fitted on
-    changes: int  # towers that prompts are learned in
-
-
-def row_of(settings: Settings) -> Row:
-    """The row of the settings' method."""
     row = get_method(settings.method)
-    learns = row.learns_prompts
-    return Row(learns, not (learns or row.probe), row.probe, row.text + row.visual)
-
-
-def backbone_key(settings: Settings) -> tuple[str | None, ...]:
-    """What decides which backbone settings load."""
-    s = settings
-    return (s.backbone, s.pretrained, s.device, s.precision)
-
-
-def task_key(settings: Settings) -> tuple[str | None, ...]:
-    """What decides which task settings open."""
-    s = settings
-    return (s.dataset, s.root, s.domain, s.class_names, s.classes)
+    return SimpleNamespace(
+        learns=row.learns_prompts,  # gradient descent has something to do
+        still=not (row.learns_prompts or row.probe),  # nothing depends on the support images
+        closed=row.probe,  # it knows only the classes it was fitted on
+        changes=row.text + row.visual,  # towers that prompts are learned in
+    )
 
 
 @dataclass(frozen=True)
@@ -110,16 +98,6 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     same: int = 0  # runs left out, as an earlier column has the same settings
 
-    def states(self) -> dict[PlannedRun, str]:
-        """What has been done of each run."""
-        return {run: run.state() for run in self.runs}
-
-
-def to_do(states: Mapping[PlannedRun, str], *, retry: bool = False) -> list[PlannedRun]:
-    """Runs that are not done; those that failed only to ``retry`` them."""
-    settled = (DONE,) if retry else (DONE, FAILED)
-    return [run for run, state in states.items() if state not in settled]
-
 
 def make_plan(suite: Suite, output: Path | str) -> Plan:
     """Lay a suite out under ``output``: ``<suite>/<dataset>/<column>/<k>shots-seed<s>``.
@@ -140,19 +118,17 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
                 "rename one"
             )
     runs: dict[tuple[str, tuple[Target, ...]], PlannedRun] = {}  # one of each settings
-    still: set[tuple[str, str]] = set()  # datasets' columns that learn nothing and have their run
     same = 0
     axes = (dict.fromkeys(suite.shots), dict.fromkeys(suite.seeds), suite.columns().items())
     for (name, dataset), shots, seed, (column, changes) in product(datasets.items(), *axes):
         # A column that sets its own number of shots has one run a seed.
-        if "shots" in changes and shots != suite.shots[0]:
+        first = shots == suite.shots[0]
+        if "shots" in changes and not first:
             continue
         grid = {"dataset": dataset, "shots": shots, "seed": seed}
         settings = make_settings(absolute_paths({**suite.settings, **grid, **changes}))
-        if row_of(settings).still:
-            if (name, column) in still:
-                continue
-            still.add((name, column))
+        if row_of(settings).still and not (first and seed == suite.seeds[0]):
+            continue
         targets = _targets(suite, settings)
         key = (settings.model_dump_json(), targets)
         if key in runs:

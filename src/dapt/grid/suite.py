@@ -10,17 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
-from dapt.methods import METHODS, get_method
+from dapt.methods import METHODS
 from dapt.safe.files import read_yaml, user_path
-from dapt.settings import Settings
+from dapt.settings import make_settings
 
-SUITES = Path(__file__).resolve().parent / "suites"
+# Those that ship with the package, by name.
+SUITES = {f.stem: f for f in sorted(Path(__file__).resolve().parent.glob("suites/*.yaml"))}
 
 # What a suite has lists for is not set by hand.
 _LISTED = {"dataset": "datasets", "method": "methods", "shots": "shots", "seed": "seeds"}
 # Names become folders, on any system.
 _NAME = re.compile(r"[\w=+-][\w.=+-]{0,79}")
-_LETTERS = "letters, digits and . _ = + -"
 
 Shots = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
@@ -41,57 +41,53 @@ class Evaluation(_Model):
     classes: Literal["all", "base", "new"] | None = None
 
 
-class Grid(_Model):
-    """The axes of a grid. Field descriptions are the user's reference."""
+class Axes(_Model):
+    """What a grid has runs of."""
 
-    datasets: list[str] = Field([], description="to tune on; each one's name or path")
-    methods: list[str] = Field([], description="rows of the method table")
-    variants: dict[str, dict[str, Any]] = Field(
-        {}, description="further columns beside the methods: name -> settings"
-    )
-    sweeps: dict[str, list[Any]] = Field(
-        {}, description="setting -> values, each a variant named setting=value"
-    )
-    shots: list[Shots] = Field([16], description="support images a class")
-    seeds: list[Seed] = Field([1, 2, 3], description="of support set, prompts and order")
-    settings: dict[str, Any] = Field({}, description="fixed for all runs")
-    evaluations: list[Evaluation] = Field([], description="to do after each run")
+    datasets: list[str] = []  # to tune on; each one's name or path
+    methods: list[str] = []  # rows of the method table
+    variants: dict[str, dict[str, Any]] = {}  # further columns beside these: name -> settings
+    sweeps: dict[str, list[Any]] = {}  # setting -> values, each a variant named setting=value
+    shots: list[Shots] = [16]  # support images a class
+    seeds: list[Seed] = [1, 2, 3]  # of support set, prompts and order
+    settings: dict[str, Any] = {}  # fixed for all runs
+    evaluations: list[Evaluation] = []  # to do after each run
 
 
-class Suite(Grid):
+class Suite(Axes):
     """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
 
-    name: str = Field("", description="folder of its runs; the file's name, if not given")
-    about: str = Field("", description="what it is for")
-    bundled: dict[str, Any] = Field(
-        {}, description="what to change where benchmarks are meant but no root is given"
-    )
-    quick: dict[str, Any] = Field({}, description="what to change for --quick")
+    name: str  # folder of its runs; the file's name, if not given
+    about: str = ""  # what it is for
+    bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
+    quick: dict[str, Any] = {}  # changes for --quick
 
     @model_validator(mode="after")
     def _sound(self) -> Suite:
         """Check what makes sense only together; pydantic lets a `UserError` through as it is."""
-        if not _NAME.fullmatch(self.name):
-            raise UserError(f"name '{self.name}' must be {_LETTERS} to name a folder")
-        for method in self.methods:
-            get_method(method)
-        _check_settings(self.settings, set(_LISTED))
-        for name, given in self.variants.items():
-            if name in METHODS:
-                raise UserError(f"variant '{name}' has the name of a method; give it another")
-            _check_settings(given, {"dataset", "seed"}, f"variant '{name}': ")
-        _check_settings(self.sweeps, {"dataset", "seed", "method"}, "sweeps: ")
-        for name in self.columns():
-            if not _NAME.fullmatch(name):
-                raise UserError(
-                    f"variant '{name}' must be named by {_LETTERS} (its runs get a folder of this "
-                    "name); give it a name under variants"
-                )
+        columns = self.columns()
         for axis in ("datasets", "shots", "seeds"):
             if not getattr(self, axis):
                 raise UserError(f"{axis} is empty; list at least one")
-        if not self.columns():
+        if not columns:
             raise UserError("no methods and no variants; list at least one")
+        if clash := self.variants.keys() & METHODS:
+            raise UserError(f"variant '{min(clash)}' has the name of a method; give it another")
+        fixed = [(self.settings, {"method", "shots"}), (self.sweeps, {"method"})]
+        fixed += [(given, set()) for given in self.variants.values()]
+        for given, more in fixed:
+            for name in sorted(given.keys() & {"dataset", "seed", *more}):
+                axis = _LISTED[name]
+                raise UserError(f"'{name}' is no fixed setting here; list it under {axis}")
+        named = {f"variant '{name}' must be named by": name for name in columns}
+        for rule, name in {f"name '{self.name}' must be": self.name, **named}.items():
+            if not _NAME.fullmatch(name):
+                raise UserError(
+                    f"{rule} letters, digits and . _ = + - (runs get a folder of this name); give "
+                    "it another, under variants where it comes of a sweep"
+                )
+        for given in columns.values():
+            make_settings({"dataset": self.datasets[0], **self.settings, **given})
         return self
 
     def changed(self, part: dict[str, Any], where: str) -> Suite:
@@ -100,7 +96,7 @@ class Suite(Grid):
         Raises:
             UserError: the part is wrong, or what comes out; ``where`` tells the user what is meant.
         """
-        given = _checked(Grid, part, where).model_dump(exclude_unset=True)
+        given = _checked(Axes, part, where).model_dump(exclude_unset=True)
         merged = {**self.settings, **given.get("settings", {})}
         return _checked(Suite, {**self.model_dump(), **given, "settings": merged}, where)
 
@@ -116,19 +112,16 @@ class Suite(Grid):
             UserError: a name is neither.
         """
         columns = self.columns()
+        known = list(dict.fromkeys([*columns, *METHODS]))
         for name in names:
-            if name not in columns and name not in METHODS:
-                known = list(dict.fromkeys([*columns, *METHODS]))
+            if name not in known:
                 raise UserError(
                     f"{where}: '{name}' is no method and no variant of the suite"
                     f"{nearest(name, known)}; use some of {', '.join(known)}"
                 )
-        part = {
-            "methods": [name for name in names if name in METHODS],
-            "variants": {n: columns[n] for n in names if n not in METHODS},
-            "sweeps": {},
-        }
-        return self.changed(part, where)
+        methods = [name for name in names if name in METHODS]
+        variants = {name: columns[name] for name in names if name not in METHODS}
+        return self.changed({"methods": methods, "variants": variants, "sweeps": {}}, where)
 
     def columns(self) -> dict[str, dict[str, Any]]:
         """Methods, variants and sweeps as name -> settings, in this order."""
@@ -141,29 +134,19 @@ class Suite(Grid):
         return {**found, **self.variants, **swept}
 
 
-def suite_names() -> list[str]:
-    """Names of the suites that ship with the package."""
-    return sorted(file.stem for file in SUITES.glob("*.yaml"))
-
-
 def suite_file(suite: str) -> Path:
     """The file of a suite: one that ships with the package, or a path.
 
     Raises:
         UserError: there is neither.
     """
-    names = suite_names()
-    if suite in names:
-        return SUITES / f"{suite}.yaml"
-    path = user_path(suite)
-    if path.is_file():
-        return path
-    if path.suffix.lower() in (".yaml", ".yml", ".json") or len(path.parts) > 1:
-        raise UserError(f"suite file {suite} does not exist; check the path")
-    raise UserError(
-        f"unknown suite '{suite}'{nearest(suite, names)}; give a YAML file, or one of "
-        f"{', '.join(names)}"
-    )
+    path = SUITES.get(suite) or user_path(suite)
+    if not path.is_file():
+        raise UserError(
+            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and a file of this name does "
+            f"not exist; give a YAML file, or one of {', '.join(SUITES)}"
+        )
+    return path
 
 
 def read_suite(file: Path) -> Suite:
@@ -192,29 +175,12 @@ def _checked(model: type[Kind], values: dict[str, Any], where: str) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         *path, last = map(str, first["loc"])
-        if first["type"] == "extra_forbidden":
-            inside = " in " + ".".join(path) if path else ""
-            known = Evaluation if path and path[0] == "evaluations" else model
-            names = list(known.model_fields)
-            raise UserError(
-                f"{where}: unknown key '{last}'{inside}{nearest(last, names)}; use one of "
-                f"{', '.join(names)}"
-            ) from error
-        place = ".".join([*path, last])
+        if first["type"] != "extra_forbidden":
+            place, value = ".".join([*path, last]), shown(first["input"])
+            raise UserError(f"{where}: {place}: {value}: {first['msg'].lower()}") from error
+        names = list((Evaluation if path else model).model_fields)
+        inside = f" in {'.'.join(path)}" if path else ""
         raise UserError(
-            f"{where}: {place}: {shown(first['input'])}: {first['msg'].lower()}"
+            f"{where}: unknown key '{last}'{inside}{nearest(last, names)}; use one of "
+            f"{', '.join(names)}"
         ) from error
-
-
-def _check_settings(given: dict[str, Any], listed: set[str], where: str = "") -> None:
-    """Refuse names that are no setting, or that a suite lists elsewhere."""
-    known = list(Settings.model_fields)
-    for name in given:
-        if name in listed:
-            raise UserError(
-                f"{where}'{name}' is no fixed setting here; list it under {_LISTED[name]}"
-            )
-        if name not in known:
-            raise UserError(
-                f"{where}unknown setting '{name}'{nearest(name, known)}; 'dapt settings' lists all"
-            )
