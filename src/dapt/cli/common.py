@@ -58,7 +58,7 @@ def readable_errors(run: Path | None = None, command: str = "train") -> Iterator
         run: directory that ``command`` writes to; a hint says how to go on with what is there.
         command: "train" or "demo".
     """
-    from dapt.run.train import Interrupted
+    from dapt.engine.fit import Interrupted
 
     def again(start: str) -> str:
         if run is None or not run.exists():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
+from typer import Argument, Option
 
 from dapt.cli.common import (
     DomainOption,
@@ -17,7 +18,7 @@ from dapt.cli.common import (
     say,
     say_json,
 )
-from dapt.errors import printable
+from dapt.errors import UserError, printable
 from dapt.progress import RichReporter, cell, console
 
 if TYPE_CHECKING:
@@ -32,16 +33,14 @@ app.add_typer(data, name="data")
 
 @data.command(name="support-set")
 def support_set(
-    dataset: Annotated[str, typer.Argument(help="As for 'dapt train'.")],
-    shots: Annotated[int, typer.Option(min=1, help="Support images a class.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 1,
+    dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
+    shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
+    seed: Annotated[int, Option(min=0, help="Of the draw.")] = 1,
     root: RootOption = None,
     domain: DomainOption = None,
     class_names: NamesOption = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write it to a file that 'dapt train' can take.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    save: Annotated[Path | None, Option(help="Write it to a file for 'dapt train'.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Draw a support set exactly as the published protocol does, and print it.
 
@@ -69,7 +68,7 @@ def support_set(
 
 @data.command(name="list")
 def list_datasets(
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """List the datasets that are known by name: sizes, licences, and where to get them.
 
@@ -84,42 +83,41 @@ def list_datasets(
         from dapt.data.benchmarks import LAYOUT
         from dapt.data.items import PARTS
 
+        rows = BENCHMARKS.values()
         if as_json:
-            keys = ("name", "folder", "images", "index", "classes", "counts", "gigabytes",
-                    "licence", "url", "template")  # fmt: skip
-            rows = [{key: getattr(row, key) for key in keys} for row in BENCHMARKS.values()]
-            say_json(rows)
+            inner = ("read", "least")
+            say_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows])
             return
-        table = Table("dataset")
-        for column in ("classes", "train", "val", "test", "GB"):
-            table.add_column(column, justify="right")
-        for row in BENCHMARKS.values():
+        table = Table("dataset", *_numbers("classes", *PARTS, "GB"))
+        for row in rows:
             counts = (f"{row.counts[p]:,}" if p in row.counts else "–" for p in PARTS)
             size = f"{row.gigabytes:.1f}" if row.gigabytes < 10 else f"{row.gigabytes:.0f}"
             table.add_row(row.name, f"{row.classes:,}", *counts, size)
         console.print(table)
         say("folder below --root, licence, and where to get it:")
-        for row in BENCHMARKS.values():
+        for row in rows:
             say(f"  {row.folder:21} {row.licence:23} {row.url}")
         say(f"split files and layout: {LAYOUT}")
         say("without a download: bundled, or any folder of images")
 
 
+def _numbers(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
 @data.command()
 def check(
     dataset: Annotated[
-        str | None, typer.Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
+        str | None, Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
     ] = None,
     root: RootOption = None,
     domain: DomainOption = None,
     class_names: NamesOption = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Look for the files alone, not into them.")
-    ] = False,
+    quick: Annotated[bool, Option("--quick", help="Look for files alone, not into them.")] = False,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every image in full, not just its ends.")
+        bool, Option("--decode", help="Decode every image in full, not just its ends.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all that is wrong.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print all that is wrong.")] = False,
 ) -> None:
     """Check a dataset's layout, counts and images; exit code 1 if anything is wrong.
 
@@ -134,7 +132,6 @@ def check(
     with readable_errors():
         from dapt.data import BENCHMARKS
         from dapt.data.check import check_dataset
-        from dapt.errors import UserError
         from dapt.safe.files import user_path
 
         if quick and decode:
@@ -146,33 +143,23 @@ def check(
         root = user_path(root) if root else None
         if root is not None and not root.is_dir():
             raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
-        chosen = [dataset] if dataset else []
-        if root and not dataset:
-            chosen = [n for n, row in BENCHMARKS.items() if (root / row.folder).is_dir()]
-            if not chosen:
-                raise UserError(
-                    f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
-                )
-        level = "listed" if quick else "decoded" if decode else "whole"
-        reporter = RichReporter()
-        checks = [
-            check_dataset(
-                name,
-                root=root,
-                level=level,
-                reporter=reporter,
-                domain=domain,
-                class_names=class_names,
+        below = [n for n, row in BENCHMARKS.items() if root and (root / row.folder).is_dir()]
+        chosen = [dataset] if dataset else below
+        if not chosen:
+            raise UserError(
+                f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
             )
-            for name in chosen
-        ]
+        options: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
+        options["level"] = "listed" if quick else "decoded" if decode else "whole"
+        reporter = RichReporter()
+        checks = [check_dataset(name, reporter=reporter, **options) for name in chosen]
         if as_json:
             say_json([c.to_json() for c in checks])
         else:
             _show_checks(checks)
-            absent = [n for n in BENCHMARKS if n not in chosen] if dataset is None else []
-            if absent:
-                say(f"not below --root: {', '.join(absent)}")
+            absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
+            if absent and dataset is None:
+                say(f"not below --root: {absent}")
     if any(c.problems for c in checks):
         raise typer.Exit(1)
 
@@ -181,20 +168,15 @@ def _show_checks(checks: list[Check]) -> None:
     """A row a dataset, and below it what is wrong: the first few of each kind."""
     from dapt.data.items import PARTS
 
-    table = Table("dataset")
-    for column in ("classes", *PARTS):
-        table.add_column(column, justify="right")
-    table.add_column("problems", justify="right")
+    table = Table("dataset", *_numbers("classes", *PARTS, "problems"))
     for found in checks:
-        cells = [_share(found.classes[0], found.classes[1])]
-        for part in PARTS:
-            row = found.parts.get(part)
-            cells.append(_share(row[1], row[0] if row[2] is None else row[2]) if row else "–")
-        table.add_row(cell(found.dataset), *cells, f"{len(found.problems):,}")
+        rows = [found.parts.get(part) for part in PARTS]
+        cells = [_share(r[1], r[0] if r[2] is None else r[2]) if r else "–" for r in rows]
+        classes, problems = _share(*found.classes), f"{len(found.problems):,}"
+        table.add_row(cell(found.dataset), classes, *cells, problems)
     console.print(table)
     for found in checks:
-        kinds = list(dict.fromkeys(problem.kind for problem in found.problems))
-        for kind in kinds:
+        for kind in dict.fromkeys(problem.kind for problem in found.problems):
             alike = [p for p in found.problems if p.kind == kind]
             for problem in alike[:_SHOWN]:
                 say(f"{found.dataset}: {problem.text}")

@@ -7,60 +7,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
+from typer import Argument, Option
 
 from dapt.cli.common import DeviceOption, RootOption, app, readable_errors, say, say_error
 from dapt.errors import UserError
 from dapt.progress import Reporter, RichReporter, cell, console, errors
 
 if TYPE_CHECKING:
-    from dapt.grid import Plan, PlannedRun, Result, Suite
+    from dapt.grid import Grid, PlannedRun, Suite
 
 
 @app.command()
 def experiment(
     suite: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="few-shot, domain-generalization, base-to-new, cross-dataset, ablation, or a "
             "YAML file of your own."
         ),
     ],
     root: RootOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where runs go.")] = Path(
-        "results"
-    ),
-    datasets: Annotated[str | None, typer.Option(help="Instead of the suite's: a,b.")] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Methods, and variants of the suite: a,b.")
-    ] = None,
-    shots: Annotated[str | None, typer.Option(help="Instead of the suite's: 1,16.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Instead of the suite's: 1,2,3.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option("--backbone", "-b", help="As for 'dapt train'.")
-    ] = None,
-    pretrained: Annotated[str | None, typer.Option(help="As for 'dapt train'.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Where runs go.")] = Path("results"),
+    datasets: Annotated[str | None, Option(help="Instead of the suite's: a,b.")] = None,
+    methods: Annotated[str | None, Option(help="Methods, and variants of the suite: a,b.")] = None,
+    shots: Annotated[str | None, Option(help="Instead of the suite's: 1,16.")] = None,
+    seeds: Annotated[str | None, Option(help="Instead of the suite's: 1,2,3.")] = None,
+    backbone: Annotated[str | None, Option("--backbone", "-b", help="As for 'dapt train'.")] = None,
+    pretrained: Annotated[str | None, Option(help="As for 'dapt train'.")] = None,
+    precision: Annotated[str | None, Option(help="fp32, bf16 or fp16.")] = None,
     device: DeviceOption = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="A setting of all runs as name=value."),
+        list[str] | None, Option("--set", "-s", help="A setting of all runs as name=value.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")
-    ] = False,
-    yaml: Annotated[bool, typer.Option("--yaml", help="Print the suite's file, to copy.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that do runs at the same time.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each run; by default cores / workers.")
-    ] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster to run on, or 'local'.")
-    ] = None,
+    quick: Annotated[bool, Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its time.")] = False,
+    yaml: Annotated[bool, Option("--yaml", help="Print the suite's file, to copy.")] = False,
+    retry: Annotated[bool, Option("--retry", help="Try failed runs again.")] = False,
+    workers: Annotated[int | None, Option(min=1, help="Processes that do runs at once.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="Of a run; else cores / workers.")] = None,
+    ray: Annotated[str | None, Option(help="Address of a Ray cluster, or 'local'.")] = None,
 ) -> None:
     """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere.
 
@@ -77,11 +63,12 @@ def experiment(
 
         dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml
     """
-    from dapt.run.train import Interrupted
+    from dapt.engine.fit import Interrupted
 
     with readable_errors():
-        from dapt.grid import make_plan, read_suite, suite_file
+        from dapt.grid import Grid, make_plan, read_suite, suite_file
         from dapt.grid.plan import DONE
+        from dapt.settings import parse_assignment
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
@@ -92,51 +79,42 @@ def experiment(
         if yaml:
             typer.echo(file.read_text(encoding="utf-8"), nl=False)
             return
-        given = {
-            "root": root and str(root),
-            "backbone": backbone,
-            "pretrained": pretrained,
-            "precision": precision,
-            "device": device,
-        }
-        chosen = _chosen(
-            read_suite(file),
-            {name: value for name, value in given.items() if value is not None},
-            lists={"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds},
-            assignments=settings or [],
-            quick=quick,
+        given = {"root": root and str(root), "backbone": backbone, "pretrained": pretrained}
+        given |= {"precision": precision, "device": device}
+        changes = {name: value for name, value in given.items() if value is not None}
+        changes |= dict(parse_assignment(text) for text in settings or [])
+        lists = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
+        chosen, reporter = _chosen(read_suite(file), changes, lists, quick), RichReporter()
+        grid = Grid(
+            make_plan(chosen, output),
+            workers=workers,
+            threads=threads,
+            ray=ray,
+            retry=retry,
+            reporter=reporter,
+            progress=reporter if errors.is_terminal else Reporter(),
         )
-        plan = make_plan(chosen, output)
         try:
-            result = _run(plan, workers, threads, ray, retry=retry, dry_run=dry_run)
+            _show_plan(grid, grid.prepare())
+            if not dry_run:
+                _show_result(grid.run())
         except (Interrupted, KeyboardInterrupt):
-            done = sum(run.state() == DONE for run in plan.runs)
-            say_error(
-                f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on"
-            )
+            runs = grid.plan.runs
+            done = sum(run.state() == DONE for run in runs)
+            say_error(f"stopped with {done} of {len(runs)} runs done; the same command goes on")
             raise typer.Exit(130) from None
-        if result is not None:
-            _show_result(plan, result)
 
 
 def _chosen(
-    suite: Suite,
-    given: dict[str, Any],
-    *,
-    lists: dict[str, str | None],
-    assignments: list[str],
-    quick: bool,
+    suite: Suite, changes: dict[str, Any], lists: dict[str, str | None], quick: bool
 ) -> Suite:
-    """The suite as the command line changes it."""
-    from dapt.settings import parse_assignment
-
+    """The suite as the command line changes it: its settings, and its lists."""
     axes: dict[str, Any] = {
-        f"{name}": _list(f"--{name}", text, number=name in ("shots", "seeds"))
+        name: _list(f"--{name}", text, int if name in ("shots", "seeds") else str)
         for name, text in lists.items()
         if text is not None
     }
     columns = axes.pop("methods", None)
-    changes = {**given, **dict(parse_assignment(text) for text in assignments)}
     if "backbone" in changes:  # its weights are not those of the suite's
         changes = {"pretrained": None, **changes}
     part = {**axes, "settings": changes}
@@ -155,121 +133,56 @@ def _chosen(
     return suite if columns is None else suite.select(columns, "--methods")
 
 
-def _list(option: str, text: str, *, number: bool) -> list[Any]:
-    values = [value.strip() for value in text.split(",") if value.strip()]
+def _list(option: str, text: str, kind: type[Any]) -> list[Any]:
+    """What stands between commas."""
+    try:
+        values = [kind(value.strip()) for value in text.split(",") if value.strip()]
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text}: give numbers with commas between them, such as 1,2,4"
+        ) from error
     if not values:
         raise UserError(f"{option} is empty; list at least one")
-    if not number:
-        return values
-    if not all(value.isascii() and value.isdigit() for value in values):
-        raise UserError(f"{option} {text}: give numbers with commas between them, such as 1,2,4")
-    return [int(value) for value in values]
+    return values
 
 
-def _run(
-    plan: Plan,
-    workers: int | None,
-    threads: int | None,
-    ray: str | None,
-    *,
-    retry: bool,
-    dry_run: bool,
-) -> Result | None:
-    """Print the plan and, unless told otherwise, do it."""
-    from dapt.grid.grid import estimate, open_tasks, run_plan, threads_of
-    from dapt.grid.plan import DONE, FAILED
-    from dapt.grid.work import Session
-    from dapt.grid.work import threads as computing_with
-
-    states = {run: run.state() for run in plan.runs}
-    failed = [run for run, state in states.items() if state == FAILED]
-    if retry and not dry_run:
-        for run in failed:
-            run.directory.failure_file.unlink(missing_ok=True)
-            states[run] = run.state()
-    pending = [r for r, s in states.items() if s != DONE and (retry or s != FAILED)]
-    reporter, session = RichReporter(), Session()
-    each = threads or threads_of(workers)
-    seconds: dict[PlannedRun, float] = {}
-    estimator = None
-    if pending:
-        open_tasks(pending, session, reporter)
-        with computing_with(each):
-            estimator = estimate(plan, pending, session)
-        seconds = {run: _seconds(estimator, run) for run in pending}
-    _show_plan(plan, states, seconds, workers or (None if ray else 1), retry=retry)
-    if dry_run:
-        return None
-    return run_plan(
-        plan,
-        workers=workers,
-        threads_each=threads,
-        ray=ray,
-        session=session,
-        estimator=estimator,
-        reporter=reporter,
-        run_reporter=reporter if errors.is_terminal else Reporter(),
-    )
-
-
-def _seconds(estimator: Any, run: PlannedRun) -> float:
-    try:
-        return estimator.seconds(run)
-    except UserError:  # its dataset is missing, which was told
-        return 0.0
-
-
-def _show_plan(
-    plan: Plan,
-    states: dict[PlannedRun, str],
-    seconds: dict[PlannedRun, float],
-    workers: int | None,
-    *,
-    retry: bool,
-) -> None:
-    """A row a dataset, and how long all takes; the work in total where ``workers`` is unknown."""
-    from dapt.grid.grid import duration
+def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
+    """A row a dataset, and how long all takes: the work in total, for a cluster of any size."""
+    from dapt.grid.estimate import duration
     from dapt.grid.plan import BEGUN, DONE, FAILED, NEW
 
-    table = Table(
-        title=cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}"), title_justify="left"
-    )
-    table.add_column("dataset")
-    shown = (DONE, BEGUN, FAILED, NEW)
-    for column in ("runs", *shown, "time"):
-        table.add_column(column, justify="right")
+    plan, shown = grid.plan, (DONE, BEGUN, FAILED, NEW)
+    numbers = (Column(name, justify="right") for name in ("runs", *shown, "time"))
+    title = cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}")
+    table = Table("dataset", *numbers, title=title, title_justify="left")
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
+        states = [grid.states[run] for run in runs]
         expected = sum(seconds.get(run, 0.0) for run in runs)
-        table.add_row(
-            cell(Path(dataset).name),
-            f"{len(runs)}",
-            *(f"{sum(states[run] == state for run in runs)}" for state in shown),
-            duration(expected) if expected else "",
-        )
+        counts = (str(states.count(state)) for state in shown)
+        time = duration(expected) if expected else ""
+        table.add_row(cell(Path(dataset).name), str(len(runs)), *counts, time)
     console.print(table)
     if plan.same:
         say(f"{plan.same} more have the same settings as one of these, and are not done twice")
-    known = sum(state == FAILED for state in states.values())
-    if known:
-        say(f"{known} failed before; " + ("tried again" if retry else "--retry tries them again"))
+    if failed := list(grid.states.values()).count(FAILED):
+        how = "tried again" if grid.retry else "--retry tries them again"
+        say(f"{failed} failed before; {how}")
     if seconds:
-        total = sum(seconds.values())
-        if workers is None:  # a cluster has what room it has
+        total, workers = sum(seconds.values()), grid.workers or 1
+        time = f"{duration(total / workers)} with {workers} worker(s)"
+        if grid.ray is not None and grid.workers is None:
             time = f"{duration(total)} of work for a machine like this one"
-        else:
-            time = f"{duration(total / workers)} with {workers} worker(s)"
         say(f"{len(seconds)} runs to do, {time}")
 
 
-def _show_result(plan: Plan, result: Result) -> None:
+def _show_result(grid: Grid) -> None:
     """How many runs are done and, with exit code 1, why the others are not."""
-    say(f"{result.done} of {len(plan.runs)} runs are done; all is in {plan.folder}")
-    if not result.failed:
+    say(f"{grid.done} of {len(grid.plan.runs)} runs are done; all is in {grid.plan.folder}")
+    if not grid.failed:
         return
     reasons: dict[str, list[str]] = {}
-    for title, sentence in result.failed.items():
-        # A run's own path in the sentence would make each one's reason another.
+    for title, sentence in grid.failed.items():
         reasons.setdefault(sentence, []).append(title)
     for sentence, titles in reasons.items():
         more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""

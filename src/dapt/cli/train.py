@@ -93,11 +93,13 @@ def train(
         torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
     """
     with readable_errors(output):
+        from dapt.engine.data import task_of
         from dapt.engine.features import Shared, backbone_of
-        from dapt.engine.ranks import join_ranks
+        from dapt.engine.measure import evaluate_zero_shot
+        from dapt.engine.processes import join_processes
         from dapt.methods import get_method
         from dapt.run.directory import RunDirectory
-        from dapt.run.train import check_output, evaluate_zero_shot, task_of
+        from dapt.run.train import check_output
         from dapt.run.train import train as run_training
         from dapt.settings import (
             absolute_paths,
@@ -142,7 +144,7 @@ def train(
         if given.get("support_set"):
             given.setdefault("shots", _shots_of(Path(given["support_set"])))
         final = make_settings(given)
-        ranks = join_ranks()
+        ranks = join_processes()
         if ranks.first:
             check_output(run, final, resume=resume, overwrite=overwrite)
         if tune_settings and not ranks.alone:

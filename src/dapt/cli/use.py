@@ -118,7 +118,7 @@ def predict(
     with readable_errors():
         from dapt.predict import Unreadable, find_images, named_in, predict_each
         from dapt.run.directory import RunDirectory
-        from dapt.run.train import load_classifier
+        from dapt.run.load import load_classifier
 
         given = images or (["-"] if null else [])
         listed = "-" in given

@@ -1,25 +1,17 @@
-"""Grids of runs: a suite says what, a plan lists the runs, a crew does them.
+"""Grids of runs: a suite says what, a plan lists the runs, workers do them.
 
     suite = read_suite(suite_file("few-shot"))
     plan = make_plan(suite, "results")
-    result = run_plan(plan, workers=2)
+    grid = Grid(plan, workers=2).run()
 
 Each run is an ordinary run directory; a grid keeps no state of its own, so it can be killed at
 any moment and started again.
 """
 
-from dapt.grid.grid import Result, run_plan
+from dapt.grid.grid import Grid
 from dapt.grid.plan import Plan, PlannedRun, make_plan
-from dapt.grid.suite import Suite, read_suite, suite_file, suite_names
+from dapt.grid.suite import SUITES, Suite, read_suite, suite_file
 
 __all__ = [
-    "Plan",
-    "PlannedRun",
-    "Result",
-    "Suite",
-    "make_plan",
-    "read_suite",
-    "run_plan",
-    "suite_file",
-    "suite_names",
-]
+    "SUITES", "Grid", "Plan", "PlannedRun", "Suite", "make_plan", "read_suite", "suite_file",
+]  # fmt: skip

@@ -1,29 +1,45 @@
-"""One process's part of a grid: runs one after another, sharing what they have in common."""
+"""A worker of a grid: what it does, and where it is: in this process, in another, on a cluster."""
 
 from __future__ import annotations
 
 import errno
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from dapt.data import Task
+from dapt.engine.data import Data, support_of, task_of, tell_notes
 from dapt.engine.features import Shared, backbone_of
-from dapt.errors import UserError
-from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, task_key
+from dapt.engine.fit import Interrupted
+from dapt.errors import UserError, reason_of
+from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, backbone_key, task_key
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
-from dapt.run.train import Interrupted, task_of, train
+from dapt.run.records import EvaluationRecord, Metrics
+from dapt.run.train import train
 from dapt.run.transfer import evaluate_run, recorded
-from dapt.safe.files import read_json
 from dapt.settings import Settings
 
-BUSY = "busy"
+READY, BUSY, DIED = "ready", "busy", "died"
+
+# What became of a run: `DONE`, `FAILED` with a sentence, `BUSY` in another process, and so on.
+Outcome = tuple[str, str]
+# That, or what stops the whole grid; where the future itself fails, the worker died.
+Answer = Future[Outcome | BaseException]
 
 # No later run would fare better, so the grid stops instead of failing one run after another.
 _NO_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -32,121 +48,129 @@ _NO_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _TASKS_KEPT = 16
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run: `DONE`, `FAILED` with a sentence, or `BUSY` in another process."""
-
-    state: str
-    note: str = ""
-
-
 class Session:
-    """What the runs of one process share: the backbone in use with what it saw, and tasks."""
+    """What a worker does runs with: the backbone in use with what it saw, and tasks.
 
-    def __init__(self) -> None:
-        self._shared: tuple[tuple[str | None, ...], Shared] | None = None
-        self._tasks: OrderedDict[tuple[object, ...], Task] = OrderedDict()
+    Args:
+        progress: is told the progress of each run.
+        threads: to compute with for as long as the process lives; as it did, if not given.
+    """
 
-    def clear(self) -> None:
-        """Let the backbone go."""
-        self._shared = None
+    def __init__(self, progress: Reporter | None = None, threads: int | None = None) -> None:
+        self.progress = progress or Reporter()
+        self.backbones: dict[object, Shared] = {}
+        self._tasks: dict[object, Task] = {}
+        if threads is not None:
+            torch.set_num_threads(threads)
+            threadpool_limits(threads)
 
     def shared(self, settings: Settings) -> Shared:
         """The settings' backbone and what runs with it have in common; one is kept at a time."""
-        s = settings
-        key = (s.backbone, s.pretrained, s.device, s.precision)
-        if self._shared is None or self._shared[0] != key:
-            self._shared = None  # there may be no room for two
-            self._shared = key, Shared(backbone_of(settings))
-        return self._shared[1]
+        key = backbone_key(settings)
+        if key not in self.backbones:
+            self.backbones.clear()  # there may be no room for two
+            self.backbones[key] = Shared(backbone_of(settings))
+        return self.backbones[key]
 
     def task(self, settings: Settings, *, evaluate: bool = False) -> Task:
         """The settings' task, as `task_of` opens it."""
         key = (*task_key(settings), evaluate)
-        if key not in self._tasks:
-            self._tasks[key] = task_of(settings, evaluate=evaluate)
-            if len(self._tasks) > _TASKS_KEPT:
-                self._tasks.popitem(last=False)
-        self._tasks.move_to_end(key)
-        return self._tasks[key]
+        task = self._tasks.pop(key, None) or task_of(settings, evaluate=evaluate)
+        self._tasks[key] = task  # the latest stands last
+        if len(self._tasks) > _TASKS_KEPT:
+            del self._tasks[next(iter(self._tasks))]
+        return task
+
+    def open_tasks(self, runs: Sequence[PlannedRun], reporter: Reporter) -> None:
+        """Open what runs are tuned and evaluated on, before any is begun, and tell what is odd.
+
+        Raises:
+            UserError: no run has all it needs; where some have, it is told that others will fail.
+        """
+        wrong: dict[str, UserError] = {}
+        good = 0
+        for run in {(run.group, run.targets): run for run in runs}.values():
+            try:
+                for settings, evaluate in ((run.settings, False), *run.elsewhere()):
+                    tell_notes(self.task(settings, evaluate=evaluate), reporter)
+                good += 1
+            except UserError as error:
+                wrong[str(error)] = error
+        for sentence, first in wrong.items():
+            if not good:
+                raise first
+            reporter.warn(f"{sentence}; the runs that need it will fail")
+
+    def do(self, run: PlannedRun | None) -> Outcome | BaseException:
+        """What became of a run, or what stops the whole grid; without a run, that this is here."""
+        try:
+            return (READY, "") if run is None else execute(run, self)
+        except BaseException as error:  # to be raised where the grid is
+            return error
 
 
-def execute(run: PlannedRun, session: Session, reporter: Reporter) -> Outcome:
+def execute(run: PlannedRun, session: Session) -> Outcome:
     """Do one run with its evaluations, as far as they are not done; what fails is recorded.
 
     Raises:
         Interrupted: the process was asked to stop; the run can be resumed.
         OSError: nothing more can be written.
     """
-    directory = run.directory
     try:
         state = run.state()
         if state == FAILED:
-            return Outcome(FAILED, directory.read_failure() or "")
+            return FAILED, run.directory.read_failure() or ""
         if state != DONE:
-            task, shared = session.task(run.settings), session.shared(run.settings)
-            twin = run.twin() if state == NEW else None
-            if twin is not None:
-                directory.copy_from(twin)
-            else:
-                train(
-                    run.settings,
-                    run.path,
-                    resume=True,
-                    shared=shared,
-                    task=task,
-                    reporter=reporter,
-                )
-            with directory.locked():
-                for target in run.targets:
-                    if recorded(directory, target) is None:
-                        evaluate_run(
-                            directory,
-                            target,
-                            shared=shared,
-                            open_task=session.task,
-                            held=True,
-                            reporter=reporter,
-                        )
-        return Outcome(DONE, summary(run))
+            _tune_and_evaluate(run, state, session)
+        return DONE, summary(run)
     except Interrupted:
         raise
     except InUse:
-        return Outcome(BUSY)
+        return BUSY, ""
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_STORAGE:
             raise
         expected = isinstance(error, UserError)
         note = str(error) if expected else f"{type(error).__name__}: {error}"
-        directory.fail(note, None if expected else traceback.format_exc())
-        return Outcome(FAILED, note)
+        run.directory.fail(note, None if expected else traceback.format_exc())
+        return FAILED, note
+
+
+def _tune_and_evaluate(run: PlannedRun, state: str, session: Session) -> None:
+    settings, directory = run.settings, run.directory
+    task, told = session.task(settings), session.progress
+    shared = session.shared(settings)
+    if state == NEW and (twin := run.twin()) is not None:
+        directory.copy_from(twin)
+    else:
+        data = Data(task, support_of(settings, task))
+        train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
+    evaluate = partial(evaluate_run, shared=shared, open_task=session.task, reporter=told)
+    with directory.locked():
+        for target in run.targets:
+            if recorded(directory, target) is None:
+                evaluate(directory, target, held=True)
 
 
 def summary(run: PlannedRun) -> str:
     """Accuracy of a finished run, and on its targets, in one line, and what was odd about it."""
     metrics = run.directory.read_metrics()
-    parts = [f"{metrics['test']['accuracy']:.1%}"]
-    records = [metrics]
-    for target in run.targets:
-        if (file := recorded(run.directory, target)) is not None:
-            records.append(read_json(file, "evaluation"))
-            accuracy = records[-1]["test"]["accuracy"]
-            parts.append(f"{file.stem.removeprefix('eval-')} {accuracy:.1%}")
-    skipped = list(metrics.get("skipped") or ())
-    skipped += [image for record in records for image in record["test"].get("skipped") or ()]
-    twice = [pair for record in records for pair in record.get("also_tested") or ()]
+    found: dict[str, Metrics | EvaluationRecord] = {"": metrics}
+    for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
+        found[f"{file.stem.removeprefix('eval-')} "] = record
+    parts = [f"{name}{record.test.accuracy:.1%}" for name, record in found.items()]
+    skipped = [*metrics.skipped, *(image for r in found.values() for image in r.test.skipped)]
+    twice = [pair for record in found.values() for pair in record.also_tested or ()]
     if skipped:
-        parts.append(f"images skipped: {len({entry['image'] for entry in skipped}):,}")
+        parts.append(f"images skipped: {len({image['image'] for image in skipped}):,}")
     if twice:
         parts.append(f"support images tested too: {len({pair['support'] for pair in twice}):,}")
-    if metrics.get("rose"):
-        parts.append("its loss rose")
-    return ", ".join(parts)
+    return ", ".join([*parts, "its loss rose"] if metrics.rose else parts)
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads: the number may change the last bits of a result."""
+def computing_with(count: int) -> Iterator[None]:
+    """Compute with so many threads: the number may change the last bits of a result."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -155,3 +179,143 @@ def threads(count: int) -> Iterator[None]:
     finally:
         with suppress(RuntimeError):
             torch.set_num_threads(before)
+
+
+# -------------------------------------------------------------------------- where it is
+
+
+@dataclass(eq=False)
+class Worker:
+    """Does runs, one at a time.
+
+    Attributes:
+        do: asks for what `Session.do` returns.
+        stop: has it stop between two steps, as far as it can.
+        kill: ends it at once.
+        run: what it was last asked to do; None: whether it is there.
+        since: when that was.
+        told: the answer, until it is heard.
+    """
+
+    do: Callable[[PlannedRun | None], Answer]
+    stop: Callable[[], object] = lambda: None
+    kill: Callable[[], object] = lambda: None
+    run: PlannedRun | None = None
+    since: float = 0.0
+    told: Answer | None = None
+
+    def ask(self, run: PlannedRun | None) -> None:
+        """Let it do a run."""
+        self.run, self.since = run, time.perf_counter()
+        self.told = self.do(run)
+
+
+def here(session: Session) -> Worker:
+    """This process: what it is asked is done at once."""
+
+    def do(run: PlannedRun | None) -> Answer:
+        told: Answer = Future()
+        told.set_result(session.do(run))
+        return told
+
+    return Worker(do)
+
+
+def process(threads: int) -> Worker:
+    """A process of this machine with its own backbone; it dies with this one."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    started = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+    # Ctrl-C reaches the whole process group; who is not tuning must not die of it with a
+    # traceback, and is told to stop by this process.
+    with answering(signal.SIGINT, signal.SIG_IGN):
+        started.start()
+    theirs.close()  # so that the pipe ends where the process does
+    thread = ThreadPoolExecutor(1)
+
+    def ask(run: PlannedRun | None) -> Outcome | BaseException:
+        pipe.send(run)
+        return pipe.recv()
+
+    return Worker(lambda run: thread.submit(ask, run), started.terminate, started.kill)
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """A worker process: do what comes through the pipe, until something stops the grid."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    session, told = Session(threads=threads), None
+    with suppress(EOFError, OSError):  # nobody is there any more
+        while not isinstance(told, BaseException):
+            told = session.do(pipe.recv())
+            pipe.send(told)
+
+
+def _die_with_parent() -> None:
+    """A grid that was killed leaves no process behind; a run may be cut off at any moment."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def answering(number: signal.Signals, answer: Any) -> Iterator[None]:
+    """Answer a signal otherwise for a while; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+# How to hire a worker, for how many there is room, and how many threads each has.
+Crew = tuple[Callable[[], Worker], int, int]
+
+
+@contextmanager
+def cluster(address: str, threads: int | None) -> Iterator[Crew]:
+    """Actors on a Ray cluster whose nodes share the results folder.
+
+    The address ``local`` starts one on this machine. By default a worker has as many threads as
+    the smallest node has cores.
+
+    Raises:
+        UserError: Ray is not installed or does not answer, or no node has so many cores.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--ray needs Ray: pip install 'dapt[ray]'") from error
+    if begun := not ray.is_initialized():
+        dashboard = False if address == "local" else None
+        quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            ray.init(address, include_dashboard=dashboard, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = reason_of(error)
+            raise UserError(f"--ray {address}: no cluster answers there ({reason})") from error
+    try:
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node.get("Alive")]
+        each = threads or min((c for c in cores if c), default=1)
+        room = sum(c // each for c in cores)
+        if not room:
+            raise UserError(f"no node of the cluster has {each} CPUs; give a smaller --threads")
+        # Ray hides GPUs from those that ask for none.
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=each, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+
+        def hire() -> Worker:  # ready when some node has room for it
+            actor: Any = remote(Session).remote(threads=each)
+
+            def end() -> None:  # where it is: the last checkpoint stays
+                with suppress(Exception):
+                    ray.kill(actor)
+
+            return Worker(lambda run: actor.do.remote(run).future(), end, end)
+
+        yield hire, room, each
+    finally:
+        if begun:
+            ray.shutdown()
