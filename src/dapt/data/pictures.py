@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.sparse import issparse
 
-from dapt.data import BadImage, decode_image, open_image, upright_rgb
-from dapt.data.packed import IMAGE_COLUMNS, LABEL_COLUMNS
+from dapt.data.images import BadImage, decode_image, open_image, upright_rgb
+from dapt.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
 from dapt.errors import UserError
 
 
@@ -63,9 +62,8 @@ def _read(value: Any) -> Image.Image:
 
 
 def _of_row(row: Mapping[str, Any]) -> Any:
-    for name in IMAGE_COLUMNS:
-        if name in row:
-            return row[name]
+    if (column := first_of(IMAGE_COLUMNS, row)) is not None:
+        return row[column]
     # An image that a dataset has not decoded.
     if found := row.get("bytes") or row.get("path"):
         return found
@@ -98,18 +96,18 @@ def as_sequence(images: Any) -> Sequence[Any]:
     Raises:
         InputError: it is one image, no collection of images, or empty.
     """
-    if issparse(images):  # some are mappings too
+    if hasattr(images, "tocsr"):  # scipy's sparse matrices, of which some are mappings too
         raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise InputError(f"give a list of images, not one {type(images).__name__}")
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim in (0, 2):
+    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else None
+    if shape is not None and len(shape) in (0, 2):
         raise InputError(
-            f"an array of shape {tuple(images.shape)} holds no images; reshape your data to "
-            "(n, H, W, 3)"
+            f"an array of shape {shape} holds no images; reshape your data to (n, H, W, 3)"
         )
-    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else ()
     # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
-    if len(shape) == 3 and (shape[2] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)):
+    colours = shape and (shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3))
+    if shape and len(shape) == 3 and colours:
         raise InputError(
             f"give a list of images, not one of shape {shape}; grey ones as (n, H, W, 1)"
         )
@@ -134,49 +132,33 @@ def labels_of(images: Sequence[Any]) -> list[Any]:
     Raises:
         InputError: ``images`` holds no labels.
     """
-    whole, places = _whole(images)
-    columns = getattr(whole, "column_names", None) or ()
-    column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    whole: Any = images
+    places: Sequence[int] = range(len(images))
+    while hasattr(whole, "dataset") and hasattr(whole, "indices"):  # torch's Subset
+        places = [int(whole.indices[i]) for i in places]
+        whole = whole.dataset
+    names, labels = getattr(whole, "classes", None), getattr(whole, "targets", None)
+    column = first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ())
     if column is not None:
         names = getattr(whole.features[column], "names", None)
         labels = list(whole[column])
-        return _named([labels[i] for i in places], names)
-    names = getattr(whole, "classes", None)
-    if (targets := getattr(whole, "targets", None)) is not None:
-        return _named([_plain(targets[i]) for i in places], names)
-    return _named([_plain(_label_of(images[i])) for i in range(len(images))], names)
-
-
-def _whole(images: Any) -> tuple[Any, Sequence[int]]:
-    """The dataset of which this is a part (torch's ``Subset``), and the places of the part."""
-    places: Sequence[int] = range(len(images))
-    while hasattr(images, "dataset") and hasattr(images, "indices"):
-        places = [int(images.indices[i]) for i in places]
-        images = images.dataset
-    return images, places
+    elif labels is None:
+        places, labels = range(len(images)), [_label_of(images[i]) for i in range(len(images))]
+    found = [labels[i] for i in places]
+    found = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in found]
+    if names is None or not all(isinstance(label, int) for label in found):
+        return found
+    if not 0 <= min(found) <= max(found) < len(names):
+        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
+    return [str(names[label]) for label in found]
 
 
 def _label_of(row: Any) -> Any:
     if isinstance(row, tuple) and len(row) == 2:
         return row[1]
-    if isinstance(row, Mapping):
-        for name in LABEL_COLUMNS:
-            if name in row:
-                return row[name]
+    if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)) is not None:
+        return row[column]
     raise InputError(
         "requires y to be passed, but the target y is None: give labels, or a dataset that has "
         f"them (a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label)"
     )
-
-
-def _named(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
-    if names is None or not all(isinstance(label, int) for label in labels):
-        return labels
-    if labels and not 0 <= min(labels) <= max(labels) < len(names):
-        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
-    return [str(names[label]) for label in labels]
-
-
-def _plain(label: Any) -> Any:
-    """A Python value, of a scalar of numpy or torch too."""
-    return label.item() if isinstance(label, torch.Tensor | np.generic) else label
