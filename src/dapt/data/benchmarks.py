@@ -1,10 +1,8 @@
 """The published benchmarks: how each is listed, where it lies, and what it is.
 
 All lie under one root, in the layout of the CoOp code base (Zhou et al., 2022), whose list of
-downloads and split files is at `LAYOUT`. Counts are those of the published splits.
-
-A reader takes the file that lists a benchmark's images or classes and the folder of its images,
-and finds the same order on every file system.
+downloads and split files is at `LAYOUT`. A reader takes the file that lists a benchmark's images or
+classes, and the folder of its images, and finds the same order on every file system.
 """
 
 from __future__ import annotations
@@ -38,11 +36,7 @@ _NAMED = 20
 
 
 def read_split(file: Path, images: Path | None = None) -> Task:
-    """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``.
-
-    Labels must be 0 .. C-1, and a label have one class name.
-    """
-    _check_there(file, "split file")
+    """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``."""
     whole, data = f"split file {file}", read_json(file, "split file")
     if not isinstance(data, dict) or not all(isinstance(data.get(p), list) for p in PARTS):
         form = "a JSON object with the lists train, val and test"
@@ -63,7 +57,8 @@ def read_split(file: Path, images: Path | None = None) -> Task:
         what = f"labels must be 0 .. {len(names) - 1} for its {len(names)} classes"
         raise UserError(f"{whole}: {what}, but {missing[0]} is missing; number them anew")
     names = dict(sorted(names.items()))
-    return make_task(file.stem, images or file.parent, rows, whole, names=names, distinct=True)
+    check_class_names(list(names.values()), whole)
+    return make_task(file.stem, images or file.parent, rows, whole, names=names)
 
 
 def read_variants(file: Path, images: Path) -> Task:
@@ -89,14 +84,10 @@ def read_class_folders(
 ) -> Task:
     """Read folders of images called by WordNet id, with classnames.txt of "wnid name" lines.
 
-    Labels are in the order of classnames.txt.
-
-    Args:
-        file: classnames.txt.
-        images: the images' folder.
-        parts: of the task, to the folder in ``images`` that holds the part's class folders.
-        numbered: class folders are called by line number, from 0, in place of the id.
-        some: the classes are those that have a folder, in place of all that the file lists.
+    Labels are in the order of that file. ``parts`` tells the folder in ``images`` that holds the
+    class folders of each part of the task. Where they are ``numbered``, class folders are called
+    by line number, from 0, in place of the id. Where there are only ``some`` (in one part), the
+    classes are those that have a folder, in place of all that the file lists.
     """
     names, rows = dict[str, str](), list[Row]()
     for where, line in _lines(file):
@@ -107,22 +98,21 @@ def read_class_folders(
         if key in names:
             raise UserError(f"{where}: {key} is listed twice; take one out")
         names[key] = name.strip()
-    there = {place: set(subfolders(images / place)) for place in parts.values()}
-    for place, keys in there.items():
-        if unknown := sorted(keys.difference(names)):
-            hint = "take it out, or mend the file"
-            raise UserError(
-                f"folder {images / place / unknown[0]} is no class that {file} lists; {hint}"
-            )
-    if some:
-        names = {key: name for key, name in names.items() if any(key in t for t in there.values())}
     for part, place in parts.items():
         folder = images / place
-        missing = [key for key in names if key not in there[place]]
-        _refuse(missing, f"class folders that {file} lists are missing from {folder}")
+        there = set(subfolders(folder))
+        if unknown := sorted(there.difference(names)):
+            what = f"folder {folder / unknown[0]} is no class that {file} lists"
+            raise UserError(f"{what}; take it out, or mend the file")
+        if some:
+            names = {key: name for key, name in names.items() if key in there}
+        if missing := [key for key in names if key not in there]:
+            what = f"{len(missing):,} class folders that {file} lists are missing from {folder}"
+            raise UserError(f"{what}: {', '.join(missing[:_NAMED])}; download what is not there")
         found = {key: sorted(filter(has_image_name, os.listdir(folder / key))) for key in names}
-        empty = [key for key, files in found.items() if not files]
-        _refuse(empty, f"class folders in {folder} hold no images")
+        if empty := [key for key, files in found.items() if not files]:
+            what = f"{len(empty):,} class folders in {folder} hold no images"
+            raise UserError(f"{what}: {', '.join(empty[:_NAMED])}; download what is not there")
         for key, files in found.items():
             inside = f"{place}/{key}".removeprefix("./")
             rows += [(part, check_path(f"{inside}/{f}", f"folder {images}"), key) for f in files]
@@ -130,16 +120,11 @@ def read_class_folders(
     return make_task(images.name, images, rows, where, names=names, tuned="train" in parts)
 
 
-def _refuse(keys: list[str], what: str) -> None:
-    """Raise, naming the class folders that are not as they should be, if there are any."""
-    if keys:
-        more = f" and {len(keys) - _NAMED:,} more" if len(keys) > _NAMED else ""
-        raise UserError(f"{what}: {', '.join(keys[:_NAMED])}{more}; download what is not there")
-
-
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """A text file's lines that are not blank, each after where it is."""
-    _check_there(file, "index file")
+    if not file.exists():
+        hint = "put the published one there, or check --root"
+        raise UserError(f"index file {file} does not exist; {hint}")
     with refusing(f"index file {file} cannot be read", "download it anew"):
         text = read_text(file)
     if not text.strip():
@@ -147,12 +132,6 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"index file {file}, line {number}", line.strip()
-
-
-def _check_there(file: Path, what: str) -> None:
-    if not file.exists():
-        hint = "put the published one there, or check --root"
-        raise UserError(f"{what} {file} does not exist; {hint}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +143,7 @@ class Benchmark:
     images: str  # the images' folder in that one; paths are relative to it
     index: str  # the file in ``folder`` that lists its images or classes
     classes: int
-    counts: dict[str, int]  # images to train, validate and test on; those that it has
+    counts: dict[str, int]  # images of the published split, by the parts that it has
     gigabytes: float  # of its download, about
     licence: str  # as its authors state it
     url: str  # where they give it
@@ -194,47 +173,44 @@ class Benchmark:
         return replace(task, name=self.name, template=self.template)
 
 
-def _counts(train: int, val: int, test: int) -> dict[str, int]:
-    return {"train": train, "val": val, "test": test}
-
-
 _RESEARCH = "non-commercial research"
 _UNSTATED = "none stated"
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 _TARGET = partial(read_class_folders, parts={"test": "."})
 
 # fmt: off
-_ROWS = (
+BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in (
     Benchmark("caltech101", "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json",
-              100, _counts(4128, 1649, 2465), 0.1, "CC BY 4.0",
+              100, {"train": 4128, "val": 1649, "test": 2465}, 0.1, "CC BY 4.0",
               "https://data.caltech.edu/records/mzrjq-6wc02"),
     Benchmark("dtd", "dtd", "images", "split_zhou_DescribableTextures.json",
-              47, _counts(2820, 1128, 1692), 0.6, "research", f"{_VGG}/dtd/", "{} texture."),
+              47, {"train": 2820, "val": 1128, "test": 1692}, 0.6, "research", f"{_VGG}/dtd/",
+              "{} texture."),
     Benchmark("eurosat", "eurosat", "2750", "split_zhou_EuroSAT.json",
-              10, _counts(13500, 5400, 8100), 0.1, "MIT", "https://github.com/phelber/EuroSAT",
-              "a centered satellite photo of {}."),
+              10, {"train": 13500, "val": 5400, "test": 8100}, 0.1, "MIT",
+              "https://github.com/phelber/EuroSAT", "a centered satellite photo of {}."),
     Benchmark("food101", "food-101", "images", "split_zhou_Food101.json",
-              101, _counts(50500, 20200, 30300), 5.0, _RESEARCH,
+              101, {"train": 50500, "val": 20200, "test": 30300}, 5.0, _RESEARCH,
               "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
               "a photo of {}, a type of food."),
     Benchmark("oxford_flowers", "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
-              102, _counts(4093, 1633, 2463), 0.3, _UNSTATED, f"{_VGG}/flowers/102/",
-              "a photo of a {}, a type of flower."),
+              102, {"train": 4093, "val": 1633, "test": 2463}, 0.3, _UNSTATED,
+              f"{_VGG}/flowers/102/", "a photo of a {}, a type of flower."),
     Benchmark("oxford_pets", "oxford_pets", "images", "split_zhou_OxfordPets.json",
-              37, _counts(2944, 736, 3669), 0.8, "CC BY-SA 4.0", f"{_VGG}/pets/",
+              37, {"train": 2944, "val": 736, "test": 3669}, 0.8, "CC BY-SA 4.0", f"{_VGG}/pets/",
               "a photo of a {}, a type of pet."),
     Benchmark("stanford_cars", "stanford_cars", ".", "split_zhou_StanfordCars.json",
-              196, _counts(6509, 1635, 8041), 1.9, _RESEARCH,
+              196, {"train": 6509, "val": 1635, "test": 8041}, 1.9, _RESEARCH,
               "https://ai.stanford.edu/~jkrause/cars/car_dataset.html"),
     Benchmark("sun397", "sun397", "SUN397", "split_zhou_SUN397.json",
-              397, _counts(15880, 3970, 19850), 37.0, _RESEARCH,
+              397, {"train": 15880, "val": 3970, "test": 19850}, 37.0, _RESEARCH,
               "https://vision.princeton.edu/projects/2010/SUN/"),
     Benchmark("ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
-              101, _counts(7639, 1898, 3783), 0.2, _UNSTATED,
+              101, {"train": 7639, "val": 1898, "test": 3783}, 0.2, _UNSTATED,
               "https://www.crcv.ucf.edu/data/UCF101.php", "a photo of a person doing {}."),
     Benchmark("fgvc_aircraft", "fgvc_aircraft", "images", "variants.txt",
-              100, _counts(3334, 3333, 3333), 2.6, _RESEARCH, f"{_VGG}/fgvc-aircraft/",
-              "a photo of a {}, a type of aircraft.", read_variants),
+              100, {"train": 3334, "val": 3333, "test": 3333}, 2.6, _RESEARCH,
+              f"{_VGG}/fgvc-aircraft/", "a photo of a {}, a type of aircraft.", read_variants),
     Benchmark("imagenet", "imagenet", "images", CLASS_NAMES,
               1000, {"train": 1281167, "test": 50000}, 145.0, _RESEARCH, "https://image-net.org",
               read=partial(read_class_folders, parts={"train": "train", "test": "val"}),
@@ -251,7 +227,5 @@ _ROWS = (
     Benchmark("imagenet_r", "imagenet-rendition", "imagenet-r", CLASS_NAMES,
               200, {"test": 30000}, 2.0, "MIT", "https://github.com/hendrycks/imagenet-r",
               read=partial(_TARGET, some=True)),
-)
+)}
 # fmt: on
-
-BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _ROWS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -49,9 +49,7 @@ class Check:
     parts: dict[str, tuple[int, int, int | None]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)  # of a kind, in the listing's order
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+    to_json = asdict
 
 
 def check_dataset(
@@ -89,7 +87,7 @@ def check_dataset(
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
         return check
     items = [item for part in PARTS for item in getattr(task, part)]
-    folders = list(grouped(items, lambda item: _folder(item.path)).values())
+    folders = grouped(items, lambda item: os.path.dirname(item.path)).values()
     with reporter.stage(f"{dataset}: look for the files", len(items)) as advance:
         bad = _examine(folders, partial(_missing, task.root), advance)
     if level != "listed":
@@ -105,16 +103,14 @@ def check_dataset(
     return check
 
 
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0]
-
-
 # What is wrong, by the path of the image.
 _Bad = dict[str, Problem]
 
 
-def _examine(lots: list[list[Item]], look: Callable[[list[Item]], _Bad], advance: Advance) -> _Bad:
-    """What is wrong with images, lot by lot, as far as ``look`` finds out."""
+def _examine(
+    lots: Collection[list[Item]], look: Callable[[list[Item]], _Bad], advance: Advance
+) -> _Bad:
+    """What ``look`` finds wrong, lot by lot."""
     bad: _Bad = {}
     # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -129,7 +125,7 @@ def _missing(root: Path, items: list[Item]) -> _Bad:
 
     A folder that is not there is one problem, not one for each of its images: the topmost one.
     """
-    folder = _folder(items[0].path)
+    folder, bad = os.path.dirname(items[0].path), _Bad()
     try:
         with os.scandir(root / folder) as entries:
             there = {entry.name for entry in entries if entry.is_file()}
@@ -138,11 +134,10 @@ def _missing(root: Path, items: list[Item]) -> _Bad:
         if isinstance(error, FileNotFoundError):
             why = "does not exist"
             while folder and not (root / folder).parent.exists():
-                folder = _folder(folder)
+                folder = os.path.dirname(folder)
         problem = Problem("folder", folder, f"folder {root / folder} {why}")
         return {item.path: problem for item in items}
-    bad: _Bad = {}
-    for path in (item.path for item in items if item.path.rpartition("/")[2] not in there):
+    for path in (item.path for item in items if os.path.basename(item.path) not in there):
         why = "is no ordinary file" if (root / path).exists() else "does not exist"
         bad[path] = Problem("missing", path, f"image {root / path} {why}")
     return bad
@@ -152,21 +147,18 @@ def _unreadable(root: Path, decode: bool, items: list[Item]) -> _Bad:
     """Which files do not open, those that look whole only where all are to be decoded."""
     bad: _Bad = {}
     for path in (item.path for item in items):
+        whole = False
+        with suppress(OSError), open_regular(root / path) as file:
+            head = file.read(_TAIL)
+            file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            tail = file.read(_TAIL)
+            whole = any(head.startswith(start) and end in tail for start, end in _WHOLE)
         try:
-            if decode or not _looks_whole(root / path):
+            if decode or not whole:
                 open_image(root / path)
         except UserError as error:
             bad[path] = Problem("unreadable", path, str(error))
     return bad
-
-
-def _looks_whole(path: Path) -> bool:
-    with suppress(OSError), open_regular(path) as file:
-        head = file.read(_TAIL)
-        file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        tail = file.read(_TAIL)
-        return any(head.startswith(start) and end in tail for start, end in _WHOLE)
-    return False
 
 
 def _count(task: Task, check: Check, bad: _Bad) -> None:

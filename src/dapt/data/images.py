@@ -11,6 +11,7 @@ import os
 import random
 import re
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -113,11 +114,7 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(
-    file: BinaryIO,
-    name: str,
-    *,
-    formats: tuple[str, ...] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    file: BinaryIO, name: str, *, formats: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
@@ -213,12 +210,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def check_resizing(interpolation: str, resize_mode: str) -> None:
     """Raise `UserError` where ``interpolation`` or ``resize_mode`` is unknown."""
-    ways = (("interpolation", interpolation, INTERPOLATIONS),
-            ("resize mode", resize_mode, RESIZE_MODES))  # fmt: skip
-    for what, value, known in ways:
-        if value not in known:
+    known = {"interpolation": INTERPOLATIONS, "resize mode": RESIZE_MODES}
+    for (what, ways), way in zip(known.items(), (interpolation, resize_mode), strict=True):
+        if way not in ways:
             hint = "use a backbone with one of these"
-            raise UserError(f"{what} '{value}' is none of {', '.join(known)}; {hint}")
+            raise UserError(f"{what} '{way}' is none of {', '.join(ways)}; {hint}")
 
 
 def centre_view(
@@ -228,9 +224,6 @@ def centre_view(
 
     ``shortest`` resizes the short side and crops the centre, as torchvision's ``Resize`` and
     ``CenterCrop`` do on a PIL image (to the bit); ``squash`` resizes both sides.
-
-    Raises:
-        UserError: ``interpolation`` or ``resize_mode`` is unknown.
     """
     check_resizing(interpolation, resize_mode)
     resample = Image.Resampling[interpolation.upper()]
@@ -257,8 +250,7 @@ def train_view(
     """A random resized crop (area ``crop_min`` to 1, aspect 3/4 to 4/3), mirrored half the time.
 
     The distribution is that of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
-    Only ``generator.random()`` is called: the one method whose values Python promises not to
-    change between versions.
+    Only ``generator.random()`` is called: the one method whose values Python promises to keep.
     """
     box = crop_box(*image.size, generator, crop_min)
     view = image.crop(box).resize((size, size), Image.Resampling[interpolation.upper()])

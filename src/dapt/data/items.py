@@ -47,25 +47,21 @@ class Item:
 class Task:
     """Classes, and the images to tune on (train, val) and to evaluate on (test).
 
-    ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
-    text prompts that are not learned. A target domain has test images only. ``source_sha256`` is
-    the hash of the files that images were unpacked from, where they were. ``notes`` are sentences
-    on what its user should know, for whoever opens it to tell. Of a subset of classes ``part_of``
-    is the task that has them all, with their labels there. ``pictures`` are images in memory, as
-    `read_picture` takes them: where there are some, an item's path is its number among them, or
-    the absolute path of a file.
+    A target domain has test images only.
     """
 
     name: str
     root: Path
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in label order
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
-    template: str = DEFAULT_TEMPLATE
-    source_sha256: str | None = None
-    notes: tuple[str, ...] = ()
-    part_of: tuple[Task, range] | None = None
+    template: str = DEFAULT_TEMPLATE  # {} is the class name, in text prompts that are not learned
+    source_sha256: str | None = None  # of the files that images were unpacked from
+    notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
+    part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
+    # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
+    # number among them, or the absolute path of a file.
     pictures: Sequence[Any] | None = field(default=None, compare=False, repr=False)
 
     def image_path(self, item: Item) -> Path:
@@ -95,10 +91,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list
 def subset_classes(task: Task, which: str) -> Task:
     """A task's first half of classes by label (``base``, the larger), the other (``new``), or all.
 
-    Labels are counted anew from 0.
-
-    Raises:
-        UserError: ``which`` is none of these, or there is one class only.
+    Labels are counted anew from 0. There must be two classes.
     """
     if which == "all":
         return task
@@ -134,7 +127,6 @@ def make_task(
     where: str,
     *,
     names: Mapping[Any, str] | None = None,
-    distinct: bool = False,
     split: Split | None = None,
     tuned: bool = True,
     **facts: Any,
@@ -146,21 +138,21 @@ def make_task(
     it tests on everything, or the task is not ``tuned``, every class needs images to tune on.
     """
     names = names or {key: key for key in label_order({key for _, _, key in rows})}
+    check_class_names(list(names.values()), where, distinct=False)
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
         parts[part].append(Item(path, labels[key], names[key]))
-    if split and parts[""]:
-        tested = _tested(parts[""], *split)
-        for item in parts[""]:
-            parts["test" if item in tested else "train"].append(item)
-    check_class_names(list(names.values()), where, distinct=distinct)
+    tested = _tested(parts[""], *split) if split else set()
+    for item in parts[""]:
+        parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
-    tuned = tuned and (split is None or split[0] < 1)
+    tuned = tuned and not (split and split[0] == 1)
     if tuned and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
-        raise UserError(f"{where} names no test images; every task needs some (of two a class)")
+        hint = "every task needs some (classes of one image have none to spare)"
+        raise UserError(f"{where} names no test images; {hint}")
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
         for item in parts[part]:
@@ -176,7 +168,7 @@ def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
     They depend on the class's name, its images and the seed alone, not on other classes. Of two
     or more images of a class some are left to tune on, and of a single one all.
     """
-    if fraction >= 1:
+    if fraction == 1:
         return set(items)
     tested: set[Item] = set()
     by_class = grouped(sorted(items, key=lambda i: i.path), lambda i: i.class_name)
@@ -189,9 +181,8 @@ def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
 
 def label_order(names: set[str]) -> list[str]:
     """Class keys in label order: by number where all are numbers, else by code point."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def check_path(text: str, where: str) -> str:
@@ -209,7 +200,8 @@ def check_path(text: str, where: str) -> str:
 def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
     """Labels of classes that no prompt can tell apart, each with the first of its name."""
     first: dict[str, int] = {}
-    pairs = [(first.setdefault(_read_as(name), label), label) for label, name in enumerate(names)]
+    read = (" ".join(name.replace("_", " ").split()).casefold() for name in names)
+    pairs = [(first.setdefault(name, label), label) for label, name in enumerate(read)]
     return [(one, other) for one, other in pairs if one != other]
 
 
@@ -220,17 +212,11 @@ def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True
     them apart. ``where`` is the file or folder that they come from.
     """
     for name in names:
-        if not _read_as(name) or _UNSAFE_NAME.search(name):
+        if not name.replace("_", " ").strip() or _UNSAFE_NAME.search(name):
             raise UserError(f"{where}: {name!r} is no class name; give a printable one")
-    if distinct and (alike := names_alike(names)):
-        one, other = (names[label] for label in alike[0])
-        what = f"classes '{one}' and '{other}' have the same name to a text prompt"
+    for one, other in names_alike(names) if distinct else ():
+        what = f"classes '{names[one]}' and '{names[other]}' have the same name to a text prompt"
         raise UserError(f"{where}: {what}; rename one, or give --class-names")
-
-
-def _read_as(class_name: str) -> str:
-    """How prompts read a class name, as far as two names can differ to a tokenizer."""
-    return " ".join(class_name.replace("_", " ").split()).casefold()
 
 
 def first_of(names: Iterable[str], there: Any) -> str | None:
@@ -245,17 +231,14 @@ def subfolders(folder: Path) -> list[str]:
 
 
 @contextmanager
-def refusing(
-    what: str, hint: str, errors: tuple[type[Exception], ...] = (OSError, ValueError)
-) -> Iterator[None]:
-    """Turn such errors, by default those of a file that cannot be read, into a `UserError`.
-
-    Its sentence is "``what`` (reason); ``hint``".
-    """
+def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn such errors, or those of reading a file, into the sentence "what (reason); hint"."""
     try:
         yield
     except UserError:
         raise
-    except errors as error:
+    except Exception as error:
+        if not isinstance(error, errors or (OSError, ValueError)):
+            raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({reason}); {hint}") from error

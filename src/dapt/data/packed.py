@@ -91,7 +91,7 @@ def read_packed(path: Path, split: Split) -> Task:
         _unpack(path, folder)
     listing = read_json(folder / _LISTING, "listing of unpacked images")
     errors = (AttributeError, LookupError, TypeError, ValueError)
-    with refusing(f"{folder} is damaged", _ANEW, errors):
+    with refusing(f"{folder} is damaged", _ANEW, *errors):
         rows = [
             (part, check_path(file, str(folder)), str(listing["class_names"][label]))
             for part, pairs in listing["parts"].items()
@@ -146,8 +146,23 @@ def _unpack(path: Path, folder: Path) -> None:
     cache, prefix = folder.parent, f".{folder.name}."
     cache.mkdir(parents=True, exist_ok=True)
     delete_abandoned(cache, prefix)
+    found: dict[str, list[tuple[str, str]]] = {}  # part -> (file, class name)
     with tempfile.TemporaryDirectory(TEMPORARY, prefix, cache, ignore_cleanup_errors=True) as place:
-        write_json(Path(place, _LISTING), _write_images(path, Path(place)))
+        images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
+        for number, (part, name, content) in enumerate(images):
+            file = f"{part or 'all'}-{number // 1000:04d}/{number:07d}.img"
+            Path(place, file).parent.mkdir(exist_ok=True)
+            Path(place, file).write_bytes(content)
+            found.setdefault(part, []).append((file, name))
+        if not found:
+            raise UserError(f"dataset {path} holds no images; check that it is complete")
+        if "" in found and len(found) > 1:
+            what = "either every shard's name starts with train, val or test, or none"
+            raise UserError(f"dataset {path}: {what}")
+        classes = label_order({name for pairs in found.values() for _, name in pairs})
+        labels = {name: label for label, name in enumerate(classes)}
+        parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *PARTS) if p in found}
+        write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
         if hasattr(os, "sync"):  # the images must be on disk before the name says so
             os.sync()
         with refusing(f"{folder} cannot be written", _ANEW):
@@ -156,30 +171,6 @@ def _unpack(path: Path, folder: Path) -> None:
             except OSError:
                 if not (folder / _LISTING).is_file():  # not just another process that was faster
                     raise
-
-
-def _write_images(path: Path, place: Path) -> dict[str, Any]:
-    """Write a source's images below ``place``; their listing."""
-    found: dict[str, list[tuple[str, str]]] = {}  # part -> (file, class name)
-    images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
-    for number, (part, name, content) in enumerate(images):
-        file = f"{part or 'all'}-{number // 1000:04d}/{number:07d}.img"
-        (place / file).parent.mkdir(exist_ok=True)
-        (place / file).write_bytes(content)
-        found.setdefault(part, []).append((file, name))
-    if not found:
-        raise UserError(f"dataset {path} holds no images; check that it is complete")
-    if "" in found and len(found) > 1:
-        what = "either every shard's name starts with train, val or test, or none"
-        raise UserError(f"dataset {path}: {what}")
-    classes = label_order({name for pairs in found.values() for _, name in pairs})
-    labels = {name: label for label, name in enumerate(classes)}
-    parts = {
-        part: [[file, labels[name]] for file, name in found[part]]
-        for part in ("", *PARTS)
-        if part in found
-    }
-    return {"class_names": classes, "parts": parts}
 
 
 def _named(label: Any, names: list[str] | None, where: str) -> str:
@@ -197,11 +188,11 @@ def _named(label: Any, names: list[str] | None, where: str) -> str:
 
 
 def _hugging_face(path: Path) -> Iterator[_Image]:
-    with refusing(f"{path} is a Hugging Face dataset", _INSTALL, (ImportError,)):
+    with refusing(f"{path} is a Hugging Face dataset", _INSTALL, ImportError):
         import datasets
     _check_names(path)
     # Arrow's errors are a wide family.
-    with refusing(f"dataset {path} cannot be loaded", "save it anew", (Exception,)):
+    with refusing(f"dataset {path} cannot be loaded", "save it anew", Exception):
         loaded = datasets.load_from_disk(str(path))
         split = isinstance(loaded, datasets.DatasetDict)
         for part, rows in loaded.items() if split else [("", loaded)]:
@@ -209,8 +200,11 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             if split and part not in _PARTS:
                 what = f"split '{part}' is none of train, validation, test"
                 raise UserError(f"dataset {path}: {what}; rename it, or take it out")
-            image = _column(rows, IMAGE_COLUMNS, where, "images")
-            label = _column(rows, LABEL_COLUMNS, where, "labels")
+            image, label = (first_of(c, rows.column_names) for c in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            if image is None or label is None:
+                what, known = ("labels", LABEL_COLUMNS) if image else ("images", IMAGE_COLUMNS)
+                there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
+                raise UserError(f"{where} has no column of {what} {there}; rename one")
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.
@@ -223,15 +217,6 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
                 line = f"{where}, row {number}"
                 name = _named(row[label], names, line)
                 yield _PARTS.get(part, ""), name, _content(row[image], line, path)
-
-
-def _column(rows: Any, known: tuple[str, ...], where: str, what: str) -> str:
-    if (found := first_of(known, rows.column_names)) is None:
-        there = ", ".join(rows.column_names)
-        raise UserError(
-            f"{where} has no column of {what} ({', '.join(known)}), but {there}; rename one"
-        )
-    return found
 
 
 def _content(value: Any, where: str, root: Path) -> bytes:
@@ -286,7 +271,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _webdataset(path: Path) -> Iterator[_Image]:
-    with refusing(f"{path} is read as WebDataset shards", _INSTALL, (ImportError,)):
+    with refusing(f"{path} is read as WebDataset shards", _INSTALL, ImportError):
         from webdataset.tariterators import group_by_keys
     folder, shards = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
     names = None
@@ -299,7 +284,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
         part = _PARTS.get(start[0], "") if start else ""
         # The file is opened here: the library would take some names for commands or addresses.
         # Errors are tarfile's, and the library's own.
-        refuse = refusing(f"shard {shard} cannot be read", "copy it anew", (Exception,))
+        refuse = refusing(f"shard {shard} cannot be read", "copy it anew", Exception)
         with refuse, open_regular(shard) as stream:
             for sample in group_by_keys(_members(stream)):
                 where = f"shard {shard}, sample {sample['__key__']}"
@@ -331,7 +316,7 @@ def _label(sample: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where} has no label; add a .cls, or a .json with 'label'")
     hint = ".cls must be text, .json an object with 'label'"
     errors = (LookupError, RecursionError, TypeError, ValueError)
-    with refusing(f"{where}: its label cannot be read", hint, errors):
+    with refusing(f"{where}: its label cannot be read", hint, *errors):
         if "cls" in sample:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text

@@ -48,28 +48,20 @@ def _read(value: Any) -> Image.Image:
         except Exception as error:  # one from a file is decoded only now; see `decode_image`
             raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
     if isinstance(value, Mapping):
-        return _read(_of_row(value))
+        # The last two are those of an image that a dataset has not decoded.
+        for name in (*IMAGE_COLUMNS, "bytes", "path"):
+            if value.get(name) is not None:
+                return _read(value[name])
+        there = ", ".join(map(str, value))
+        raise InputError(f"a row with the columns {there} has no image; name the column 'image'")
     if isinstance(value, tuple) and len(value) == 2:
         return _read(value[0])
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.ndim > 0:
         return _of_array(value)
-    raise InputError(
-        f"{type(value).__name__} is no image; give paths, PIL images, arrays of (H, W, 3), tensors "
-        "of (3, H, W), or a dataset"
-    )
-
-
-def _of_row(row: Mapping[str, Any]) -> Any:
-    if (column := first_of(IMAGE_COLUMNS, row)) is not None:
-        return row[column]
-    # An image that a dataset has not decoded.
-    if found := row.get("bytes") or row.get("path"):
-        return found
-    raise InputError(
-        f"a row with the columns {', '.join(map(str, row))} has no image; name the column 'image'"
-    )
+    hint = "give paths, PIL images, arrays of (H, W, 3), tensors of (3, H, W), or a dataset"
+    raise InputError(f"{type(value).__name__} is no image; {hint}")
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -100,17 +92,14 @@ def as_sequence(images: Any) -> Sequence[Any]:
         raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise InputError(f"give a list of images, not one {type(images).__name__}")
-    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else None
-    if shape is not None and len(shape) in (0, 2):
-        raise InputError(
-            f"an array of shape {shape} holds no images; reshape your data to (n, H, W, 3)"
-        )
-    # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
-    colours = shape and (shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3))
-    if shape and len(shape) == 3 and colours:
-        raise InputError(
-            f"give a list of images, not one of shape {shape}; grey ones as (n, H, W, 1)"
-        )
+    if isinstance(images, np.ndarray | torch.Tensor):
+        array, shape = f"an array of shape {tuple(images.shape)}", images.shape
+        if len(shape) in (0, 2):
+            raise InputError(f"{array} holds no images; reshape your data to (n, H, W, 3)")
+        # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
+        tensor = isinstance(images, torch.Tensor)
+        if len(shape) == 3 and (shape[2] in (1, 3, 4) or (tensor and shape[0] == 3)):
+            raise InputError(f"give a list of images, not {array}; grey ones as (n, H, W, 1)")
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
             images = list(images)
@@ -137,28 +126,26 @@ def labels_of(images: Sequence[Any]) -> list[Any]:
     while hasattr(whole, "dataset") and hasattr(whole, "indices"):  # torch's Subset
         places = [int(whole.indices[i]) for i in places]
         whole = whole.dataset
-    names, labels = getattr(whole, "classes", None), getattr(whole, "targets", None)
-    column = first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ())
-    if column is not None:
-        names = getattr(whole.features[column], "names", None)
-        labels = list(whole[column])
-    elif labels is None:
-        places, labels = range(len(images)), [_label_of(images[i]) for i in range(len(images))]
-    found = [labels[i] for i in places]
-    found = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in found]
-    if names is None or not all(isinstance(label, int) for label in found):
-        return found
-    if not 0 <= min(found) <= max(found) < len(names):
+    names, targets = getattr(whole, "classes", None), getattr(whole, "targets", None)
+    if column := first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ()):
+        names, targets = getattr(whole.features[column], "names", None), list(whole[column])
+    if targets is None:
+        labels = [_label_of(images[i]) for i in range(len(images))]
+    else:
+        labels = [targets[i] for i in places]
+    labels = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in labels]
+    if names is None or not all(isinstance(label, int) for label in labels):
+        return labels
+    if not 0 <= min(labels) <= max(labels) < len(names):
         raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
-    return [str(names[label]) for label in found]
+    return [str(names[label]) for label in labels]
 
 
 def _label_of(row: Any) -> Any:
     if isinstance(row, tuple) and len(row) == 2:
         return row[1]
-    if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)) is not None:
+    if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)):
         return row[column]
-    raise InputError(
-        "requires y to be passed, but the target y is None: give labels, or a dataset that has "
-        f"them (a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label)"
-    )
+    columns = f"a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label"
+    hint = f"give labels, or a dataset that has them ({columns})"
+    raise InputError(f"requires y to be passed, but the target y is None: {hint}")

@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from dapt.errors import UserError
 
 # Images a thread takes at a time: enough to hide the cost of handing them out.
 _CHUNK = 8
+
+_View = Callable[[int], Image.Image]
 
 
 class Allowance:
@@ -44,45 +48,36 @@ class Allowance:
             self.used -= count
 
 
+def _read(source: Any) -> Image.Image:
+    return open_image(source) if isinstance(source, str | Path) else read_picture(source)
+
+
+@dataclass(eq=False)
 class ImageStore:
     """Views of many images, of which as many as fit a budget stay decoded in memory.
 
-    What is kept never changes a view; it only saves decoding. Nothing is read at construction.
-
-    Args:
-        sources: image files, or whatever else `read_picture` takes; an image's index is its place
-            here. They are taken when they are read: there may be more than memory holds.
-        size: side of a view, px.
-        interpolation: ``bicubic`` or another of `INTERPOLATIONS`.
-        resize_mode: ``shortest`` or ``squash``, of test views; see `centre_view`.
-        crop_min: least share of an image's area that a train view shows; the protocol's is 0.08.
-        allowance: bytes that kept images may take. First come, first kept.
-        threads: decoding threads; by default one a core, at most eight.
-        read: one of ``sources`` -> upright RGB, called in those threads, where they are neither
-            files nor pictures.
+    What is kept never changes a view; it only saves decoding. Nothing is read at construction, and
+    sources are taken when they are read: there may be more than memory holds.
 
     Raises:
         UserError: ``interpolation`` or ``resize_mode`` is unknown.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Any],
-        *,
-        size: int,
-        interpolation: str = "bicubic",
-        resize_mode: str = "shortest",
-        crop_min: float = CROP_MIN,
-        allowance: Allowance | None = None,
-        threads: int | None = None,
-        read: Callable[[Any], Image.Image] | None = None,
-    ) -> None:
-        check_resizing(interpolation, resize_mode)
-        self.sources, self.size = sources, size
-        self.interpolation, self.resize_mode, self.crop_min = interpolation, resize_mode, crop_min
-        self.allowance = allowance or Allowance(0)
-        self.threads = threads or min(8, cpu_count())
-        self._read = read or _read
+    sources: Sequence[Any]  # image files, or whatever else `read_picture` takes
+    _: KW_ONLY
+    size: int  # side of a view, px
+    interpolation: str = "bicubic"  # or another of `INTERPOLATIONS`
+    resize_mode: str = "shortest"  # or "squash", of test views; see `centre_view`
+    crop_min: float = CROP_MIN  # least share of an image's area that a train view shows
+    # bytes that kept images may take; first come, first kept
+    allowance: Allowance = field(default_factory=lambda: Allowance(0))
+    threads: int = 0  # that decode; by default one a core, at most eight
+    # upright RGB from one of the sources, called in those threads
+    read: Callable[[Any], Image.Image] = _read
+
+    def __post_init__(self) -> None:
+        check_resizing(self.interpolation, self.resize_mode)
+        self.threads = self.threads or min(8, cpu_count())
         self._kept: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
 
@@ -90,14 +85,10 @@ class ImageStore:
         return len(self.sources)
 
     def image(self, index: int) -> Image.Image:
-        """The whole image, upright RGB, not to be changed.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """The whole image, upright RGB, not to be changed; a `UserError` if it cannot be read."""
         if (kept := self._kept.get(index)) is not None:
             return kept
-        image = self._read(self.sources[index])
+        image = self.read(self.sources[index])
         with self._lock:
             if index not in self._kept and self.allowance.take(_bytes(image)):
                 self._kept[index] = image
@@ -116,12 +107,12 @@ class ImageStore:
     def train_batches(
         self, batches: Iterable[tuple[int, Sequence[int]]], *, seed: int, prefetch: int = 2
     ) -> Iterator[Tensor]:
-        """As `batches`, of views that `train_view` makes; given the epoch of each, and indices.
+        """As `batches`, of the views of `train_view`; given the epoch and the indices of each.
 
         A view is a function of seed, epoch and index alone.
         """
-        wanted = ((indices, f"{seed}/{epoch}") for epoch, indices in batches)
-        return self._made_ahead(wanted, prefetch, None)
+        wanted = ((ids, partial(self._train_view, f"{seed}/{epoch}")) for epoch, ids in batches)
+        return self._made_ahead(wanted, prefetch)
 
     def batches(
         self,
@@ -138,84 +129,65 @@ class ImageStore:
             unreadable: where given, an image that cannot be read is black in its batch, and the
                 sentence why is put here under its index by the time the batch is yielded.
 
-        Yields:
-            (B, 3, size, size) uint8.
-
         Raises:
-            UserError: an image cannot be read, and there is no ``unreadable`` to name it in;
-                raised in its batch's place.
+            UserError: in its batch's place, an image cannot be read, and there is no
+                ``unreadable`` to name it in.
         """
-        return self._made_ahead(((indices, None) for indices in index_lists), prefetch, unreadable)
+        view = partial(self._test_view, unreadable)
+        return self._made_ahead(((indices, view) for indices in index_lists), prefetch)
 
-    def _made_ahead(
-        self,
-        wanted: Iterable[tuple[Sequence[int], str | None]],
-        prefetch: int,
-        unreadable: dict[int, str] | None,
-    ) -> Iterator[Tensor]:
-        """Views of batches of indices; those beside a seed are train views."""
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
-        started: deque[tuple[Tensor, list[Future[None]]]] = deque()
-        try:
-            for indices, seed in wanted:
-                started.append(self._start(pool, [int(i) for i in indices], seed, unreadable))
-                if len(started) > prefetch:
-                    yield _finished(*started.popleft())
-            while started:
-                yield _finished(*started.popleft())
-        finally:
-            # Also where the consumer has had enough, or an image could not be read.
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _start(
-        self,
-        pool: ThreadPoolExecutor,
-        indices: list[int],
-        seed: str | None,
-        unreadable: dict[int, str] | None,
-    ) -> tuple[Tensor, list[Future[None]]]:
-        """A batch's views, and the work that is filling them."""
-        # Page-locked, a batch goes to a GPU while that is at work on another. Crops stay on the
-        # CPU: the protocol's bicubic resizing is PIL's.
-        shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
-        views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        pixels = views.numpy()
-
-        def fill(start: int) -> None:
-            for row, index in enumerate(indices[start : start + _CHUNK], start):
-                pixels[row] = self._pixels(index, seed, unreadable)
-
-        return views, [pool.submit(fill, start) for start in range(0, len(indices), _CHUNK)]
-
-    def _pixels(
-        self, index: int, seed: str | None, unreadable: dict[int, str] | None
-    ) -> np.ndarray | int:
+    def _test_view(self, unreadable: dict[int, str] | None, index: int) -> Image.Image:
         try:
             image = self.image(index)
         except UserError as error:
             if unreadable is None:
                 raise
             unreadable[index] = str(error)
-            return 0
-        way = {"interpolation": self.interpolation}
-        if seed is None:
-            view = centre_view(image, self.size, resize_mode=self.resize_mode, **way)
-        else:
-            # A string is hashed by SHA-512: the same in every process, and no pattern between
-            # neighbouring numbers.
-            generator = random.Random(f"{seed}/{index}")
-            view = train_view(image, self.size, generator, crop_min=self.crop_min, **way)
-        return np.asarray(view).transpose(2, 0, 1)
+            return Image.new("RGB", (self.size, self.size))
+        how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
+        return centre_view(image, self.size, **how)
 
+    def _train_view(self, seed: str, index: int) -> Image.Image:
+        # A string is hashed by SHA-512: the same in every process, and no pattern between
+        # neighbouring numbers.
+        generator, how = random.Random(f"{seed}/{index}"), {"interpolation": self.interpolation}
+        return train_view(self.image(index), self.size, generator, crop_min=self.crop_min, **how)
 
-def _finished(views: Tensor, work: list[Future[None]]) -> Tensor:
-    for part in work:
-        part.result()
-    return views
+    def _made_ahead(
+        self, wanted: Iterable[tuple[Sequence[int], _View]], prefetch: int
+    ) -> Iterator[Tensor]:
+        """A batch of views of each of these indices, by the function beside them."""
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
+        started: deque[tuple[Tensor, list[Future[None]]]] = deque()
 
+        def start(indices: list[int], view: _View) -> tuple[Tensor, list[Future[None]]]:
+            # Page-locked, a batch goes to a GPU while that is at work on another. Crops stay on
+            # the CPU: the protocol's bicubic resizing is PIL's.
+            shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
+            views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
-def _read(source: Any) -> Image.Image:
-    return open_image(source) if isinstance(source, str | Path) else read_picture(source)
+            def fill(start: int) -> None:
+                for row, index in enumerate(indices[start : start + _CHUNK], start):
+                    views.numpy()[row] = np.asarray(view(index)).transpose(2, 0, 1)
+
+            return views, [pool.submit(fill, i) for i in range(0, len(indices), _CHUNK)]
+
+        def finished() -> Tensor:
+            views, work = started.popleft()
+            for part in work:
+                part.result()
+            return views
+
+        try:
+            for indices, view in wanted:
+                started.append(start([int(i) for i in indices], view))
+                if len(started) > prefetch:
+                    yield finished()
+            while started:
+                yield finished()
+        finally:
+            # Also where the consumer has had enough, or an image could not be read.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _bytes(image: Image.Image) -> int:

@@ -36,12 +36,8 @@ class SupportSet:
         return {**values, "train": list(values["train"]), "val": list(values["val"])}
 
     def save(self, path: Path) -> None:
-        """Write it to a JSON file, all or nothing.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        with refusing(f"support set file {path} cannot be written", "choose another", (OSError,)):
+        """Write it to a JSON file, all or nothing; a `UserError` if that cannot be."""
+        with refusing(f"support set file {path} cannot be written", "choose another", OSError):
             write_json(path, self.to_json())
 
 

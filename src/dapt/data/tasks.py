@@ -90,11 +90,10 @@ def open_task(
         raise UserError(_unknown(dataset, path))
     if class_names is not None:
         return _renamed(task, class_names)
-    # Some benchmarks do have two classes of one name; their readers check what should hold.
-    if dataset not in BENCHMARKS:
-        check_class_names(task.class_names, f"dataset '{dataset}'")
-        return task
-    return replace(task, notes=_notes_on(task))
+    if dataset in BENCHMARKS:  # some do have two classes of one name
+        return replace(task, notes=_notes_on_names(task))
+    check_class_names(task.class_names, f"dataset '{dataset}'")
+    return task
 
 
 def _unknown(dataset: str, path: Path) -> str:
@@ -107,38 +106,28 @@ def _unknown(dataset: str, path: Path) -> str:
     return f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}"
 
 
-def _notes_on(benchmark: Task) -> tuple[str, ...]:
-    """A sentence on classes of one name, if there are any."""
-    names, alike = benchmark.class_names, names_alike(benchmark.class_names)
+def _notes_on_names(task: Task) -> tuple[str, ...]:
+    names, alike = task.class_names, names_alike(task.class_names)
     return tuple(
-        f"{len(alike)} of the {len(names):,} classes of '{benchmark.name}' have another's name "
-        f"(such as '{names[other]}', label {other}, that of label {one}), which text prompts "
-        "cannot tell apart; better names can be given with --class-names"
+        f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name (such as "
+        f"'{names[other]}', label {other}, that of label {one}), which text prompts cannot tell "
+        "apart; better names can be given with --class-names"
         for one, other in alike[:1]
     )
 
 
-# -- the bundled task ------------------------------------------------------------------------
-
-
 def bundled_domains() -> tuple[str, ...]:
     """Styles of the bundled task, the source domain first."""
-    return tuple(_bundled()["domains"])
-
-
-def _bundled() -> dict[str, Any]:
-    return read_json(BUNDLED_ROOT / "task.json", "bundled task")
+    return tuple(read_json(BUNDLED_ROOT / "task.json", "bundled task")["domains"])
 
 
 def _read_bundled(domain: str | None) -> Task:
-    data = _bundled()
+    data = read_json(BUNDLED_ROOT / "task.json", "bundled task")
     domains, names = list(data["domains"]), tuple(data["class_names"])
     chosen = domains[0] if domain is None else domain
     if chosen not in domains:
-        raise UserError(
-            f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}; use one of "
-            f"{', '.join(domains)}"
-        )
+        what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"
+        raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
     train, val, test = (
         tuple(Item(path, k, names[k]) for path, k in data["domains"][chosen].get(part, ()))
@@ -147,18 +136,11 @@ def _read_bundled(domain: str | None) -> Task:
     return Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
-# -- folders ---------------------------------------------------------------------------------
-
-
 def read_folder(folder: Path, split: Split) -> Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
     Either ``train/<class>/`` and ``test/<class>/`` (and ``val/<class>/``), or ``<class>/`` alone,
     which is then split. Images may lie deeper in a class's folder.
-
-    Raises:
-        UserError: there are no class folders or one is empty; ``test/`` or a test class's train
-            folder is missing; the parts have other names; two folders' names read the same.
     """
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
@@ -170,21 +152,28 @@ def read_folder(folder: Path, split: Split) -> Task:
         classes = tuned
     else:
         _check_classes(folder, classes)
-    rows, others = list[Row](), list[str]()
+    order, where = label_order(set(classes)), f"folder {folder}"
+    rows, left = list[Row](), list[str]()
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
-            where = f"class folder {place / unknown[0]}"
-            raise UserError(f"{where} has no counterpart in {folder / 'train'}; add or remove one")
-        for name in label_order(set(classes)):
-            if name in there:
-                rows += [(part, path, name) for path in _images(folder, place / name, others)]
+            what = f"class folder {place / unknown[0]} has no counterpart in {folder / 'train'}"
+            raise UserError(f"{what}; add one, or take it out")
+        for name in (name for name in order if name in there):
+            inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
+            found = sorted(f"{inside}/{path}" for path in images_below(place / name, others))
+            others = sorted(f"{inside}/{path}" for path in others)
+            if not found:
+                named = f" (by its name, {others[0]} is none)" if others else ""
+                what = f"class folder {place / name} holds no images{named}"
+                raise UserError(f"{what}; add some, or take it out")
+            rows += [(part, check_path(path, where), name) for path in found]
+            left += others
     notes = tuple(
-        f"{len(others):,} files in the class folders of {folder} have no image's name and are "
-        f"left out (such as {other}); convert them, or give them the extension of an image"
-        for other in others[:1]
+        f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
+        f"out (such as {such}); convert them, or give them the extension that they should have"
+        for such in left[:1]
     )
-    where = f"folder {folder}"
     return make_task(folder.resolve().name, folder, rows, where, split=split, notes=notes)
 
 
@@ -204,15 +193,16 @@ def _check_classes(folder: Path, names: list[str]) -> None:
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
 
-    What has the name and is no image is found out, and told, when it is read. Files of other names
-    are added to ``others``.
+    What has the name and is no image is found out, and told, when it is read: an empty folder, say.
+    Files of other names are added to ``others``.
     """
     found = []
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        empty = [name for name in folders if has_image_name(name) and _is_empty(place, name)]
         inside = Path(place).relative_to(folder)
-        for name in (*files, *empty):
+        if not folders and not files and has_image_name(inside.name):
+            found.append(inside.as_posix())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
             if has_image_name(name):
                 found.append((inside / name).as_posix())
             elif others is not None and not name.startswith("."):
@@ -220,50 +210,28 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     return found
 
 
-def _is_empty(place: str, name: str) -> bool:
-    try:
-        return not os.listdir(os.path.join(place, name))
-    except OSError:
-        return False
-
-
-def _images(root: Path, folder: Path, others: list[str]) -> list[str]:
-    """`images_below` a class's folder, relative to ``root``, sorted."""
-    inside, unlike = folder.relative_to(root).as_posix(), list[str]()
-    found = sorted(f"{inside}/{path}" for path in images_below(folder, unlike))
-    unlike = sorted(f"{inside}/{path}" for path in unlike)
-    if not found:
-        named = f" (by its name, {unlike[0]} is none)" if unlike else ""
-        raise UserError(f"class folder {folder} holds no images{named}; add some, or take it out")
-    others += unlike
-    return [check_path(path, f"folder {root}") for path in found]
-
-
-# -- tables ----------------------------------------------------------------------------------
-
-
 def read_table(file: Path, split: Split) -> Task:
     """Read a table: one image a row, its path relative to the file's folder.
 
     ``label`` is the class name. Where no row has a ``split`` (train, val or test), classes are
     split. Other columns are ignored.
-
-    Raises:
-        UserError: naming the line that is malformed, or repeats an image.
     """
     rows, seen = list[Row](), dict[str, int]()
-    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-        text = read_text(file, encoding="utf-8-sig")
-    read = _csv if file.suffix.lower() == ".csv" else _json_lines
-    for line, record in read(text, file):
+    for line, record in _records(file):
         where = f"{file}, line {line}"
-        part, path, label = _row(record, where)
-        check_path(path, where)
+        path, label, part = (record.get(key) for key in ("path", "label", "split"))
+        if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
+            label = str(label)
+        if not (isinstance(path, str) and isinstance(label, str) and path and label.strip()):
+            raise UserError(f"{where}: needs a path and a label, both text")
+        if not isinstance(part, str | None):
+            raise UserError(f"{where}: split must be train, val or test")
+        path, part = check_path(path.strip(), where), (part or "").strip()
         if seen.setdefault(path, line) != line:
             raise UserError(f"{where}: {path} is on line {seen[path]} already; take one out")
         if part and part not in PARTS:
             raise UserError(f"{where}: split '{part}' is none of train, val, test")
-        rows.append((part, path, label))
+        rows.append((part, path, label.strip()))
         if bool(part) != bool(rows[0][0]):
             raise UserError(f"{where}: either every line has a split, or none")
     if not rows:
@@ -271,45 +239,29 @@ def read_table(file: Path, split: Split) -> Task:
     return make_task(file.stem, file.parent, rows, str(file), split=split)
 
 
-def _csv(text: str, file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a table, each after the number of its line."""
+    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
+        text = read_text(file, encoding="utf-8-sig")
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
+            if line.strip():
+                with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
+                    record = parse_json(line)
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: must be an object such as {form}")
+                yield number, record
+        return
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
         if not {"path", "label"} <= set(columns):
-            raise UserError(
-                f"{file}, line 1: the header must name the columns path and label (and may name "
-                f"split), but is '{','.join(columns)[:80]}'"
-            )
-        for record in reader:
-            yield reader.line_num, record
+            form = "must name the columns path and label (and may name split)"
+            raise UserError(f"{file}, line 1: the header {form}, not '{','.join(columns)[:80]}'")
+        yield from ((reader.line_num, record) for record in reader)
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
-
-
-def _json_lines(text: str, file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
-        with refusing(f"{where}: malformed JSON", "mend it", (ValueError, RecursionError)):
-            record = parse_json(line)
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: must be an object such as {form}")
-        yield number, record
-
-
-def _row(record: dict[Any, Any], where: str) -> Row:
-    path, label, part = (record.get(key) for key in ("path", "label", "split"))
-    if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
-        label = str(label)
-    if not (isinstance(path, str) and isinstance(label, str) and path and label.strip()):
-        raise UserError(f"{where}: needs a path and a label, both text")
-    if not isinstance(part, str | None):
-        raise UserError(f"{where}: split must be train, val or test")
-    return (part or "").strip(), path.strip(), label.strip()
-
-
-# -- other names for the classes -------------------------------------------------------------
 
 
 def read_class_names(file: Path) -> list[str] | dict[str, str]:
@@ -321,10 +273,8 @@ def read_class_names(file: Path) -> list[str] | dict[str, str]:
     given = read_json(user_path(file), "class name file")
     values = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        raise UserError(
-            f"class name file {file} must hold a JSON object of folder name to class name, or a "
-            "list of class names in label order"
-        )
+        form = "a JSON object of folder name to class name, or a list of names in label order"
+        raise UserError(f"class name file {file} must hold {form}")
     return given
 
 
@@ -338,10 +288,8 @@ def _renamed(task: Task, file: Path) -> Task:
                 raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
         given = [given.get(name, name) for name in names]
     if len(given) != len(names):
-        raise UserError(
-            f"{where} lists {len(given)} names, but the dataset has {len(names)} classes; list one "
-            "for each, in label order"
-        )
+        what = f"lists {len(given)} names, but the dataset has {len(names)} classes"
+        raise UserError(f"{where} {what}; list one for each, in label order")
     check_class_names(given, where)
     train, val, test = (
         tuple(replace(item, class_name=given[item.label]) for item in getattr(task, part))
