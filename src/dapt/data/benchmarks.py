@@ -31,9 +31,6 @@ from dapt.safe.files import read_json, read_text, user_path
 LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 CLASS_NAMES = "classnames.txt"
 
-# Class folders that one sentence names.
-_NAMED = 20
-
 
 def read_split(file: Path, images: Path | None = None) -> Task:
     """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``."""
@@ -107,17 +104,17 @@ def read_class_folders(
         if some:
             names = {key: name for key, name in names.items() if key in there}
         if missing := [key for key in names if key not in there]:
-            what = f"{len(missing):,} class folders that {file} lists are missing from {folder}"
-            raise UserError(f"{what}: {', '.join(missing[:_NAMED])}; download what is not there")
+            what = f"class folders ({len(missing):,}) that {file} lists are missing from {folder}"
+            raise UserError(f"{what}: {', '.join(missing[:20])}; download what is not there")
         found = {key: sorted(filter(has_image_name, os.listdir(folder / key))) for key in names}
         if empty := [key for key, files in found.items() if not files]:
-            what = f"{len(empty):,} class folders in {folder} hold no images"
-            raise UserError(f"{what}: {', '.join(empty[:_NAMED])}; download what is not there")
+            what = f"class folders ({len(empty):,}) in {folder} hold no images"
+            raise UserError(f"{what}: {', '.join(empty[:20])}; download what is not there")
         for key, files in found.items():
             inside = f"{place}/{key}".removeprefix("./")
             rows += [(part, check_path(f"{inside}/{f}", f"folder {images}"), key) for f in files]
-    where = f"benchmark folder {images}"
-    return make_task(images.name, images, rows, where, names=names, tuned="train" in parts)
+    where, tuned = f"benchmark folder {images}", "train" in parts
+    return make_task(images.name, images, rows, where, names=names, tuned=tuned)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -218,14 +215,13 @@ BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in (
     Benchmark("imagenetv2", "imagenetv2", "imagenetv2-matched-frequency-format-val", CLASS_NAMES,
               1000, {"test": 10000}, 1.2, "MIT", "https://github.com/modestyachts/ImageNetV2",
               read=partial(_TARGET, numbered=True), least={"test": 10}),
-    Benchmark("imagenet_sketch", "imagenet-sketch", "images", CLASS_NAMES,
-              1000, {"test": 50889}, 7.0, "MIT", "https://github.com/HaohanWang/ImageNet-Sketch",
-              read=_TARGET),
-    Benchmark("imagenet_a", "imagenet-adversarial", "imagenet-a", CLASS_NAMES,
-              200, {"test": 7500}, 0.7, "MIT", "https://github.com/hendrycks/natural-adv-examples",
+    Benchmark("imagenet_sketch", "imagenet-sketch", "images", CLASS_NAMES, 1000, {"test": 50889},
+              7.0, "MIT", "https://github.com/HaohanWang/ImageNet-Sketch", read=_TARGET),
+    Benchmark("imagenet_a", "imagenet-adversarial", "imagenet-a", CLASS_NAMES, 200, {"test": 7500},
+              0.7, "MIT", "https://github.com/hendrycks/natural-adv-examples",
               read=partial(_TARGET, some=True)),
-    Benchmark("imagenet_r", "imagenet-rendition", "imagenet-r", CLASS_NAMES,
-              200, {"test": 30000}, 2.0, "MIT", "https://github.com/hendrycks/imagenet-r",
+    Benchmark("imagenet_r", "imagenet-rendition", "imagenet-r", CLASS_NAMES, 200, {"test": 30000},
+              2.0, "MIT", "https://github.com/hendrycks/imagenet-r",
               read=partial(_TARGET, some=True)),
 )}
 # fmt: on

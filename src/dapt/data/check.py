@@ -24,10 +24,8 @@ LEVELS = ("listed", "whole", "decoded")
 
 # How the formats that datasets come in begin, and what is among their last bytes when whole.
 _WHOLE = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"))
-_TAIL = 16
-
-_THREADS = 8
-_CHUNK = 256
+_TAIL = 16  # bytes
+_THREADS, _CHUNK = 8, 256
 
 
 @dataclass(frozen=True)
@@ -53,35 +51,25 @@ class Check:
 
 
 def check_dataset(
-    dataset: str,
-    *,
-    root: Path | None = None,
-    level: str = "whole",
-    reporter: Reporter | None = None,
-    **options: Any,
+    dataset: str, *, level: str = "whole", reporter: Reporter | None = None, **options: Any
 ) -> Check:
     """Look whether everything a dataset lists is there and, if asked, opens.
 
+    A layout that cannot be read at all is a problem too, not an error.
+
     Args:
-        dataset, root, options: as for `open_task`.
+        dataset, options: as for `open_task`.
         level: "listed" looks for files alone, a directory at a time. "whole" also reads each
             file's first and last bytes, and decodes what does not begin and end as an image
             should: a broken download shows, a flipped bit does not. "decoded" decodes all.
-        reporter: is told the progress: of reading the listing, then image by image of looking
-            for the files and of looking into them.
-
-    Returns:
-        What was found. A layout that cannot be read at all is a problem too, not an error.
-
-    Raises:
-        UserError: ``level`` is unknown.
+        reporter: is told how far it is: with the listing, then image by image.
     """
     if level not in LEVELS:
         raise UserError(f"level '{level}' must be one of {', '.join(LEVELS)}")
     check, reporter = Check(dataset), reporter or Reporter()
     try:
         with reporter.stage(f"{dataset}: read the listing", None):
-            task = open_task(dataset, root=root, **options)
+            task = open_task(dataset, **options)
     except UserError as error:
         hint = f"; the layout is described at {LAYOUT}" if dataset in BENCHMARKS else ""
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
@@ -103,15 +91,11 @@ def check_dataset(
     return check
 
 
-# What is wrong, by the path of the image.
-_Bad = dict[str, Problem]
-
-
 def _examine(
-    lots: Collection[list[Item]], look: Callable[[list[Item]], _Bad], advance: Advance
-) -> _Bad:
+    lots: Collection[list[Item]], look: Callable[[list[Item]], dict[str, Problem]], advance: Advance
+) -> dict[str, Problem]:
     """What ``look`` finds wrong, lot by lot."""
-    bad: _Bad = {}
+    bad: dict[str, Problem] = {}
     # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
     with ThreadPoolExecutor(_THREADS) as pool:
         for lot, found in zip(lots, pool.map(look, lots), strict=True):
@@ -120,12 +104,12 @@ def _examine(
     return bad
 
 
-def _missing(root: Path, items: list[Item]) -> _Bad:
+def _missing(root: Path, items: list[Item]) -> dict[str, Problem]:
     """Which files of one folder are not there, by one listing of it.
 
     A folder that is not there is one problem, not one for each of its images: the topmost one.
     """
-    folder, bad = os.path.dirname(items[0].path), _Bad()
+    folder, bad = os.path.dirname(items[0].path), dict[str, Problem]()
     try:
         with os.scandir(root / folder) as entries:
             there = {entry.name for entry in entries if entry.is_file()}
@@ -143,9 +127,9 @@ def _missing(root: Path, items: list[Item]) -> _Bad:
     return bad
 
 
-def _unreadable(root: Path, decode: bool, items: list[Item]) -> _Bad:
+def _unreadable(root: Path, decode: bool, items: list[Item]) -> dict[str, Problem]:
     """Which files do not open, those that look whole only where all are to be decoded."""
-    bad: _Bad = {}
+    bad: dict[str, Problem] = {}
     for path in (item.path for item in items):
         whole = False
         with suppress(OSError), open_regular(root / path) as file:
@@ -161,10 +145,9 @@ def _unreadable(root: Path, decode: bool, items: list[Item]) -> _Bad:
     return bad
 
 
-def _count(task: Task, check: Check, bad: _Bad) -> None:
+def _count(task: Task, check: Check, bad: dict[str, Problem]) -> None:
     """Fill in the counts, and compare them with the published ones."""
-    published = BENCHMARKS.get(check.dataset)
-    found = check.problems
+    published, found = BENCHMARKS.get(check.dataset), check.problems
     check.classes = (len(task.class_names), published.classes if published else None)
     if published and check.classes[0] != published.classes:
         text = f"{check.classes[0]:,} classes are there, {published.classes:,} are published"

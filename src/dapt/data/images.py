@@ -26,12 +26,8 @@ from dapt.safe.files import open_regular
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-RESIZE_MODES = ("shortest", "squash")
-
-# Of the training crop, as in Inception-style training: least share of the area, width / height.
+# Least share of an image's area in a training crop, as in Inception-style training.
 CROP_MIN = 0.08
-CROP_RATIO = (3 / 4, 4 / 3)
 
 # What undoes each EXIF orientation; 1 is upright. (PIL's `exif_transpose` also writes the block
 # anew, and fails where it is damaged.)
@@ -44,9 +40,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-# A TIFF's tile is decoded whole, however little of it lies within the image.
-_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
 # Encoders write about ten; PIL sets no limit.
@@ -118,12 +111,9 @@ def decode_image(
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
-    Args:
-        file, name: the image.
-        formats: PIL's names of those to accept; all that are safe, if not given.
-        max_pixels: most of width x height that is decoded. What a TIFF's tile tags say counts too,
-            as far as PIL understands them, which is not as far as libtiff does: strangers who may
-            not exceed a limit should send other formats.
+    ``formats`` are PIL's names of those to accept; all that are safe, if not given. To the pixels
+    of ``max_pixels`` those of a TIFF's tiles count too, as far as PIL understands their tags, which
+    is not as far as libtiff does: strangers who may not exceed it should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more.
@@ -136,8 +126,7 @@ def decode_image(
             _check_pixels(image, name, max_pixels)
             if image.format in ("JPEG", "MPO"):
                 _check_scans(file)
-            large = image.width * image.height > _LARGE
-            with _one_large if large else nullcontext():
+            with _one_large if image.width * image.height > _LARGE else nullcontext():
                 image.load()
                 if min(image.size) < 1:
                     raise ValueError("it has no pixels")
@@ -157,8 +146,9 @@ def decode_image(
 
 
 def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
-    tags = getattr(image, "tag_v2", {})  # of a TIFF; PIL knows nothing of its tiles yet
-    tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
+    # A TIFF's tile is decoded whole, however little of it lies within the image.
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(322, 0), tags.get(323, 0)
     for what, (width, height) in (("", image.size), ("a tile of ", tile)):
         if width * height > limit:
             has = f"image {name} has {what}{width:,} x {height:,} pixels"
@@ -205,13 +195,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
-# -- views -----------------------------------------------------------------------------------
-
-
 def check_resizing(interpolation: str, resize_mode: str) -> None:
     """Raise `UserError` where ``interpolation`` or ``resize_mode`` is unknown."""
-    known = {"interpolation": INTERPOLATIONS, "resize mode": RESIZE_MODES}
-    for (what, ways), way in zip(known.items(), (interpolation, resize_mode), strict=True):
+    for what, way, ways in (
+        ("interpolation", interpolation, ("nearest", "bilinear", "bicubic", "lanczos")),
+        ("resize mode", resize_mode, ("shortest", "squash")),
+    ):
         if way not in ways:
             hint = "use a backbone with one of these"
             raise UserError(f"{what} '{way}' is none of {', '.join(ways)}; {hint}")
@@ -265,7 +254,7 @@ def crop_box(
     Area is uniform, aspect log-uniform; after ten crops that do not fit, the largest centred one
     of an allowed aspect is taken (Szegedy et al., 2015, as in torchvision).
     """
-    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
         area = width * height * (crop_min + (1 - crop_min) * generator.random())
         aspect = math.exp(low + (high - low) * generator.random())
@@ -274,7 +263,7 @@ def crop_box(
             top = int(generator.random() * (height - h + 1))
             left = int(generator.random() * (width - w + 1))
             return left, top, left + w, top + h
-    w = min(width, max(1, round(height * CROP_RATIO[1])))
-    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    w = min(width, max(1, round(height * (4 / 3))))
+    h = min(height, max(1, round(width / (3 / 4))))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -112,12 +112,8 @@ def subset_items(items: Sequence[Item], labels: range) -> tuple[Item, ...]:
     return tuple(replace(i, label=i.label - labels.start) for i in items if i.label in labels)
 
 
-# -- what the readers share ------------------------------------------------------------------
-
-# Of an image that a reader found: its part ("" where nothing is split yet), path and class.
-Row = tuple[str, str, Any]
-# How images without parts are split: the share of each class to test on, and the seed.
-Split = tuple[float, int]
+Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class
+Split = tuple[float, int]  # of images without parts: the share of each class to test on, the seed
 
 
 def make_task(
@@ -165,8 +161,8 @@ def make_task(
 def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
     """The test images among all, at random but always the same.
 
-    They depend on the class's name, its images and the seed alone, not on other classes. Of two
-    or more images of a class some are left to tune on, and of a single one all.
+    A class's do not depend on other classes. Of two or more images some are left to tune on, and
+    of a single one all.
     """
     if fraction == 1:
         return set(items)
@@ -235,10 +231,8 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn such errors, or those of reading a file, into the sentence "what (reason); hint"."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if not isinstance(error, errors or (OSError, ValueError)):
+        if isinstance(error, UserError) or not isinstance(error, errors or (OSError, ValueError)):
             raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({reason}); {hint}") from error

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from dapt.data.items import (
@@ -30,18 +30,7 @@ from dapt.data.items import (
     refusing,
 )
 from dapt.errors import UserError
-from dapt.safe.files import (
-    TEMPORARY,
-    delete_abandoned,
-    file_digest,
-    open_regular,
-    parse_json,
-    read_json,
-    read_text,
-    user_path,
-    write_atomic,
-    write_json,
-)
+from dapt.safe import files
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -89,14 +78,11 @@ def read_packed(path: Path, split: Split) -> Task:
     folder = cache_folder() / digest[:32]
     if not (folder / _LISTING).is_file():
         _unpack(path, folder)
-    listing = read_json(folder / _LISTING, "listing of unpacked images")
+    listing = files.read_json(folder / _LISTING, "listing of unpacked images")
     errors = (AttributeError, LookupError, TypeError, ValueError)
     with refusing(f"{folder} is damaged", _ANEW, *errors):
-        rows = [
-            (part, check_path(file, str(folder)), str(listing["class_names"][label]))
-            for part, pairs in listing["parts"].items()
-            for file, label in pairs
-        ]
+        names, parts = listing["class_names"], listing["parts"]
+        rows = [(p, check_path(f, str(folder)), str(names[k])) for p in parts for f, k in parts[p]]
         name, where = path.resolve().stem, f"dataset {path}"
         return make_task(name, folder, rows, where, split=split, source_sha256=digest)
 
@@ -105,10 +91,11 @@ def cache_folder() -> Path:
     """Where unpacked images are kept: $DAPT_CACHE, or dapt in the user's cache folder."""
     usual = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dapt"
     try:
-        return user_path(os.environ.get("DAPT_CACHE") or usual)
+        return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
-        what = f"there is no folder for unpacked images ({error})"
-        raise UserError(f"{what}; name one in DAPT_CACHE") from error
+        raise UserError(
+            f"no place for unpacked images ({error}); name one in DAPT_CACHE"
+        ) from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -116,28 +103,28 @@ def _fingerprint(path: Path) -> str:
 
     It is remembered in the cache by the files' places, sizes and times: making it reads them all.
     """
-    files = [path]
+    found = [path]
     if is_hugging_face(path):
-        files = [p for p in path.rglob("*") if not p.name.startswith(("cache-", "."))]
+        found = [p for p in path.rglob("*") if not p.name.startswith(("cache-", "."))]
     elif path.is_dir():
-        files = [*_shards(path), path / _NAMES_FILE]
-    files = sorted(file for file in files if file.is_file())
+        found = [*_shards(path), path / _NAMES_FILE]
+    found = sorted(file for file in found if file.is_file())
     total, seen = sha256(), sha256()
     with refusing(f"dataset {path} cannot be read", "check it"):
-        for file in files:
+        for file in found:
             stat = file.stat()
             known = (os.fsencode(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             seen.update(repr(known).encode())
         memory = cache_folder() / f"{seen.hexdigest()[:32]}.sha256"
         with suppress(OSError, ValueError):
-            if re.fullmatch("[0-9a-f]{64}", remembered := read_text(memory)):
+            if re.fullmatch("[0-9a-f]{64}", remembered := files.read_text(memory)):
                 return remembered
-        for file in files:
+        for file in found:
             name = os.fsencode(file.name if file == path else file.relative_to(path).as_posix())
-            total.update(f"{len(name)} ".encode() + name + file_digest(file))
+            total.update(f"{len(name)} ".encode() + name + files.file_digest(file))
     with suppress(OSError):  # a cache that is only read still serves
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(memory, total.hexdigest())
+        files.write_atomic(memory, total.hexdigest())
     return total.hexdigest()
 
 
@@ -145,9 +132,9 @@ def _unpack(path: Path, folder: Path) -> None:
     """Write a source's images and their listing into ``folder``, all or nothing."""
     cache, prefix = folder.parent, f".{folder.name}."
     cache.mkdir(parents=True, exist_ok=True)
-    delete_abandoned(cache, prefix)
+    files.delete_abandoned(cache, prefix)
     found: dict[str, list[tuple[str, str]]] = {}  # part -> (file, class name)
-    with tempfile.TemporaryDirectory(TEMPORARY, prefix, cache, ignore_cleanup_errors=True) as place:
+    with TemporaryDirectory(files.TEMPORARY, prefix, cache, ignore_cleanup_errors=True) as place:
         images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
         for number, (part, name, content) in enumerate(images):
             file = f"{part or 'all'}-{number // 1000:04d}/{number:07d}.img"
@@ -162,7 +149,7 @@ def _unpack(path: Path, folder: Path) -> None:
         classes = label_order({name for pairs in found.values() for _, name in pairs})
         labels = {name: label for label, name in enumerate(classes)}
         parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *PARTS) if p in found}
-        write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
+        files.write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
         if hasattr(os, "sync"):  # the images must be on disk before the name says so
             os.sync()
         with refusing(f"{folder} cannot be written", _ANEW):
@@ -182,9 +169,6 @@ def _named(label: Any, names: list[str] | None, where: str) -> str:
     if type(label) is int or (isinstance(label, str) and label.strip()):
         return str(label).strip()
     raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
-
-
-# -- Hugging Face ----------------------------------------------------------------------------
 
 
 def _hugging_face(path: Path) -> Iterator[_Image]:
@@ -230,7 +214,7 @@ def _content(value: Any, where: str, root: Path) -> bytes:
         # Whoever wrote the dataset must not choose which of this machine's files are read.
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("it is not in the dataset's folder")
-        with open_regular(file) as opened:
+        with files.open_regular(file) as opened:
             if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
                 raise OSError("it is too large")
             return opened.read()
@@ -248,21 +232,18 @@ def _check_names(path: Path) -> None:
         for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
             what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"
             with refusing(what, "save it anew"):
-                open_regular(place / name).close()
+                files.open_regular(place / name).close()
 
 
 def _names_in(file: Path, key: str) -> list[str]:
     """What a dataset's record lists under a key, if all of it lies in the record's folder."""
-    record = read_json(file, "record of the dataset")
+    record = files.read_json(file, "record of the dataset")
     entries = record.get(key) if isinstance(record, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
     names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
     where = f"dataset {file.parent}"
     return [check_path(name if isinstance(name, str) else "", where) for name in names]
-
-
-# -- WebDataset ------------------------------------------------------------------------------
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -277,15 +258,14 @@ def _webdataset(path: Path) -> Iterator[_Image]:
     names = None
     if (file := folder / _NAMES_FILE).is_file():
         with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-            names = [line.strip() for line in read_text(file).splitlines()]
+            names = [line.strip() for line in files.read_text(file).splitlines()]
     for shard in shards:
         # Of a single shard, the name says nothing.
         start = re.match("[a-z]*", shard.relative_to(path).as_posix())
         part = _PARTS.get(start[0], "") if start else ""
         # The file is opened here: the library would take some names for commands or addresses.
-        # Errors are tarfile's, and the library's own.
         refuse = refusing(f"shard {shard} cannot be read", "copy it anew", Exception)
-        with refuse, open_regular(shard) as stream:
+        with refuse, files.open_regular(shard) as stream:
             for sample in group_by_keys(_members(stream)):
                 where = f"shard {shard}, sample {sample['__key__']}"
                 if (suffix := first_of(_IMAGE_SUFFIXES, sample)) is None:
@@ -297,8 +277,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
 def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
     """The files in a tar that is not compressed, as webdataset's own reader gives them.
 
-    That one would unpack what looks compressed, however much it becomes. An error tells of a
-    header that promises more than an image has.
+    That one would unpack what looks compressed, however much it becomes.
     """
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
@@ -320,5 +299,5 @@ def _label(sample: dict[str, Any], where: str) -> Any:
         if "cls" in sample:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
-        value = parse_json(sample["json"].decode())
+        value = files.parse_json(sample["json"].decode())
         return value[first_of(LABEL_COLUMNS, value) or "label"]

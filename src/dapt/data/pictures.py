@@ -23,25 +23,20 @@ class InputError(UserError, ValueError):
 def read_picture(value: Any) -> Image.Image:
     """Any of what stands for an image, as upright 8-bit RGB.
 
-    Args:
-        value: a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
-            (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a
-            Hugging Face dataset; or a pair of any of these and a label.
+    That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
+    (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
+    dataset; or a pair of any of these and a label.
 
     Raises:
         InputError: it is none of these, or cannot be read.
     """
     try:
-        return _read(value)
+        if isinstance(value, (str, os.PathLike)):
+            return open_image(os.fspath(value))
+        if isinstance(value, bytes):
+            return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
     except BadImage as error:
         raise InputError(str(error)) from error
-
-
-def _read(value: Any) -> Image.Image:
-    if isinstance(value, (str, os.PathLike)):
-        return open_image(os.fspath(value))
-    if isinstance(value, bytes):
-        return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
     if isinstance(value, Image.Image):
         try:
             return upright_rgb(value)
@@ -51,11 +46,11 @@ def _read(value: Any) -> Image.Image:
         # The last two are those of an image that a dataset has not decoded.
         for name in (*IMAGE_COLUMNS, "bytes", "path"):
             if value.get(name) is not None:
-                return _read(value[name])
+                return read_picture(value[name])
         there = ", ".join(map(str, value))
         raise InputError(f"a row with the columns {there} has no image; name the column 'image'")
     if isinstance(value, tuple) and len(value) == 2:
-        return _read(value[0])
+        return read_picture(value[0])
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.ndim > 0:
@@ -85,8 +80,7 @@ def _of_array(array: np.ndarray) -> Image.Image:
 def as_sequence(images: Any) -> Sequence[Any]:
     """``images`` if they can be counted and picked from, as a list where they cannot.
 
-    Raises:
-        InputError: it is one image, no collection of images, or empty.
+    One image, what is no collection, and an empty one are an `InputError`.
     """
     if hasattr(images, "tocsr"):  # scipy's sparse matrices, of which some are mappings too
         raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
@@ -97,8 +91,8 @@ def as_sequence(images: Any) -> Sequence[Any]:
         if len(shape) in (0, 2):
             raise InputError(f"{array} holds no images; reshape your data to (n, H, W, 3)")
         # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
-        tensor = isinstance(images, torch.Tensor)
-        if len(shape) == 3 and (shape[2] in (1, 3, 4) or (tensor and shape[0] == 3)):
+        colours = shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)
+        if len(shape) == 3 and colours:
             raise InputError(f"give a list of images, not {array}; grey ones as (n, H, W, 1)")
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
@@ -115,11 +109,7 @@ def as_sequence(images: Any) -> Sequence[Any]:
 def labels_of(images: Sequence[Any]) -> list[Any]:
     """Labels that come with a dataset, or with rows or pairs; as class names where it has them.
 
-    Args:
-        images: as `as_sequence` gives them.
-
-    Raises:
-        InputError: ``images`` holds no labels.
+    ``images`` are what `as_sequence` gives; that they hold no labels is an `InputError`.
     """
     whole: Any = images
     places: Sequence[int] = range(len(images))
@@ -146,6 +136,5 @@ def _label_of(row: Any) -> Any:
         return row[1]
     if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)):
         return row[column]
-    columns = f"a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label"
-    hint = f"give labels, or a dataset that has them ({columns})"
+    hint = f"give labels, or a dataset with a column {', '.join(LABEL_COLUMNS)}, or of pairs"
     raise InputError(f"requires y to be passed, but the target y is None: {hint}")

@@ -58,22 +58,17 @@ class ImageStore:
 
     What is kept never changes a view; it only saves decoding. Nothing is read at construction, and
     sources are taken when they are read: there may be more than memory holds.
-
-    Raises:
-        UserError: ``interpolation`` or ``resize_mode`` is unknown.
     """
 
     sources: Sequence[Any]  # image files, or whatever else `read_picture` takes
     _: KW_ONLY
     size: int  # side of a view, px
-    interpolation: str = "bicubic"  # or another of `INTERPOLATIONS`
+    interpolation: str = "bicubic"  # or another that `check_resizing` knows
     resize_mode: str = "shortest"  # or "squash", of test views; see `centre_view`
     crop_min: float = CROP_MIN  # least share of an image's area that a train view shows
-    # bytes that kept images may take; first come, first kept
-    allowance: Allowance = field(default_factory=lambda: Allowance(0))
+    allowance: Allowance = field(default_factory=lambda: Allowance(0))  # first come, first kept
     threads: int = 0  # that decode; by default one a core, at most eight
-    # upright RGB from one of the sources, called in those threads
-    read: Callable[[Any], Image.Image] = _read
+    read: Callable[[Any], Image.Image] = _read  # upright RGB of a source, called in those threads
 
     def __post_init__(self) -> None:
         check_resizing(self.interpolation, self.resize_mode)
@@ -123,15 +118,9 @@ class ImageStore:
     ) -> Iterator[Tensor]:
         """`test_views` batch by batch, made in other threads while earlier batches are in use.
 
-        Args:
-            index_lists: the batches, B indices each.
-            prefetch: batches to be ahead of the one in use.
-            unreadable: where given, an image that cannot be read is black in its batch, and the
-                sentence why is put here under its index by the time the batch is yielded.
-
-        Raises:
-            UserError: in its batch's place, an image cannot be read, and there is no
-                ``unreadable`` to name it in.
+        So many as ``prefetch`` are ahead of the one in use. An image that cannot be read raises a
+        `UserError` in its batch's place. Where ``unreadable`` is given, it is black in its batch
+        instead, and the sentence why is there, under its index, by the time the batch is yielded.
         """
         view = partial(self._test_view, unreadable)
         return self._made_ahead(((indices, view) for indices in index_lists), prefetch)

@@ -16,9 +16,6 @@ from dapt.data.pictures import read_picture
 from dapt.errors import UserError, nearest
 from dapt.safe.files import file_digest, file_size, read_json, write_json
 
-# The published protocol never draws more validation images a class.
-VAL_SHOTS = 4
-
 
 @dataclass(frozen=True)
 class SupportSet:
@@ -48,9 +45,6 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
     ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
     gives all it has, without a draw. Zhou et al. (2022) drew the published sets like this. A subset
     of classes has its images of the draw from all: they drew before they took base or new classes.
-
-    Raises:
-        UserError: ``shots`` is below 1 or ``seed`` below 0.
     """
     if shots < 1:
         raise UserError(f"shots {shots} must be 1 or more")
@@ -61,7 +55,7 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
         return _subset(draw_support_set(whole, shots, seed), labels)
     generator = random.Random(seed)
     train = _draw(task.train, shots, generator)
-    val = _draw(task.val, min(shots, VAL_SHOTS), generator)
+    val = _draw(task.val, min(shots, 4), generator)
     return SupportSet(task.name, shots, seed, train, val)
 
 
@@ -124,9 +118,8 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
     classes it may be one of that subset, or of all classes, of which the subset's images are taken.
 
     Raises:
-        UserError: the file is missing or malformed or names no train image, an item's class is
-            not the task's, a path leaves the task's folder, or an image is listed twice or is a
-            test image.
+        UserError: it is none, or an item's class is not the task's, its path leaves the task's
+            folder, or it is listed twice or is a test image.
     """
     data, file = read_json(path, "support set file"), f"support set file {path}"
     if not isinstance(data, dict):
@@ -167,10 +160,9 @@ def _item(entry: Any, task: Task, where: str) -> Item:
     # True is an int to isinstance, but no label
     if [type(value) for value in (path, label, name)] != [str, int, str]:
         raise UserError(f"{where} must be an object of path, label (a number) and class_name")
-    if name not in names:
-        what = f"'{task.name}' has no class '{name}'{nearest(name, names)}"
-        raise UserError(f"{where}: {what}; use the task it was drawn from")
     if not _fits(entry, task):
-        known = names.index(name)
-        raise UserError(f"{where}: class '{name}' has label {known} in '{task.name}', not {label}")
+        what = f"'{task.name}' has no class '{name}'{nearest(name, names)}"
+        if name in names:
+            what = f"class '{name}' has label {names.index(name)} in '{task.name}', not {label}"
+        raise UserError(f"{where}: {what}; use the task it was drawn from")
     return Item(check_path(path, where), label, name)

@@ -36,7 +36,6 @@ __all__ = ["DEFAULT_TEMPLATE", "bundled_domains", "images_below", "open_task", "
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
 TABLES = (".csv", ".jsonl")
-
 # Names of parts that others give, in lower case.
 _PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -86,24 +85,20 @@ def open_task(
         task = read_folder(path, split)
     elif path.suffix.lower() in TABLES and path.is_file():
         task = read_table(path, split)
+    elif path.is_file():
+        raise UserError(f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder")
+    elif path.suffix.lower() in TABLES or len(path.parts) > 1:
+        raise UserError(f"dataset {path} does not exist; check the path")
     else:
-        raise UserError(_unknown(dataset, path))
+        known = (BUNDLED, *BENCHMARKS)
+        hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
+        raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
     if class_names is not None:
         return _renamed(task, class_names)
     if dataset in BENCHMARKS:  # some do have two classes of one name
         return replace(task, notes=_notes_on_names(task))
     check_class_names(task.class_names, f"dataset '{dataset}'")
     return task
-
-
-def _unknown(dataset: str, path: Path) -> str:
-    if path.is_file():
-        return f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder"
-    if path.suffix.lower() in TABLES or len(path.parts) > 1:
-        return f"dataset {path} does not exist; check the path"
-    known = (BUNDLED, *BENCHMARKS)
-    hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
-    return f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}"
 
 
 def _notes_on_names(task: Task) -> tuple[str, ...]:
@@ -150,8 +145,14 @@ def read_folder(folder: Path, split: Split) -> Task:
             hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
             raise UserError(f"folder {folder} has train/ but no test/; {hint}")
         classes = tuned
-    else:
-        _check_classes(folder, classes)
+    elif not classes:
+        hint = "put each class's images in one of its own, or train/ and test/ with such folders"
+        raise UserError(f"folder {folder} holds no class folders; {hint}")
+    # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
+    elif all(name.casefold() in _PART_NAMES and subfolders(folder / name) for name in classes):
+        listed = ", ".join(f"{name}/" for name in classes)
+        hint = "rename them train/ and test/ (and val/)"
+        raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
     order, where = label_order(set(classes)), f"folder {folder}"
     rows, left = list[Row](), list[str]()
     for part, place in places.items():
@@ -177,24 +178,11 @@ def read_folder(folder: Path, split: Split) -> Task:
     return make_task(folder.resolve().name, folder, rows, where, split=split, notes=notes)
 
 
-def _check_classes(folder: Path, names: list[str]) -> None:
-    """Refuse a folder without class folders, and one of parts that are called as others do."""
-    if not names:
-        hint = "put each class's images in one of its own, or train/ and test/ with such folders"
-        raise UserError(f"folder {folder} holds no class folders; {hint}")
-    parts = {name.casefold() for name in names} <= _PART_NAMES
-    # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
-    if parts and all(subfolders(folder / name) for name in names):
-        listed = ", ".join(f"{name}/" for name in names)
-        hint = "rename them train/ and test/ (and val/)"
-        raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
-
-
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
 
-    What has the name and is no image is found out, and told, when it is read: an empty folder, say.
-    Files of other names are added to ``others``.
+    What has the name and is no image (an empty folder, say) is told when it is read. Files of other
+    names are added to ``others``.
     """
     found = []
     for place, folders, files in os.walk(folder):
@@ -265,11 +253,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
 
 
 def read_class_names(file: Path) -> list[str] | dict[str, str]:
-    """Class names in label order, or an object from listed names to better ones.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else or nothing.
-    """
+    """Class names in label order, or an object from listed names to better ones."""
     given = read_json(user_path(file), "class name file")
     values = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
