@@ -106,8 +106,7 @@ def settings(content, place):
 
 def split(content, place):
     """Lists of images: split files, support sets, tables."""
-    from dapt.data import Item, Task, load_support_set, open_task
-    from dapt.data.splits import read_split
+    from dapt.data import Item, Task, load_support_set, open_task, read_split
 
     file = put(place, "a.json", content)
     with read_or_refused():

@@ -311,7 +311,7 @@ def test_the_fingerprint_is_made_once(photo_folder, tmp_path, cache, monkeypatch
     file = shard(tmp_path / "data.tar", samples(rows, TEXT))
     first = open_task(str(file))
     with monkeypatch.context() as patch:
-        patch.setattr("dapt.data.packed.file_digest", None)
+        patch.setattr("dapt.data.packed.files.file_digest", None)
         assert open_task(str(file)) == first
     (memory,) = cache.glob("*.sha256")
     memory.write_text("damaged")

@@ -26,6 +26,7 @@ from dapt.data import (
     open_image,
 )
 from dapt.data import images as images_module
+from dapt.data import store as store_module
 from dapt.data.images import crop_box, train_view
 from dapt.errors import UserError, printable
 
@@ -280,6 +281,10 @@ def test_views_are_mirrored_half_the_time():
 # -- stores ----------------------------------------------------------------------------------
 
 
+def train_views(store, indices, *, seed, epoch):
+    return next(store.train_batches([(epoch, indices)], seed=seed))
+
+
 def test_test_views(photos):
     store = ImageStore(photos, size=24)
     views = store.test_views([3, 0, 3])
@@ -294,8 +299,8 @@ def test_test_views(photos):
 
 def test_train_views_depend_on_seed_epoch_and_index_alone(photos):
     plain = ImageStore(photos, size=24, threads=1)
-    reference = plain.train_views(range(12), seed=1, epoch=2)
-    assert torch.equal(reference, plain.train_views(range(12), seed=1, epoch=2))
+    reference = train_views(plain, range(12), seed=1, epoch=2)
+    assert torch.equal(reference, train_views(plain, range(12), seed=1, epoch=2))
     for threads, kept in ((4, 2**30), (1, 0), (3, 40_000)):
         store = ImageStore(photos, size=24, threads=threads, allowance=Allowance(kept))
         order = random.Random(0).sample(range(12), 12)
@@ -308,9 +313,9 @@ def test_train_views_depend_on_seed_epoch_and_index_alone(photos):
     assert torch.equal(epochs[0][0], reference[5])
     assert not torch.equal(epochs[1][0], reference[5])
     for seed, epoch in ((2, 2), (1, 3), (2, 1)):
-        other = plain.train_views(range(12), seed=seed, epoch=epoch)
+        other = train_views(plain, range(12), seed=seed, epoch=epoch)
         assert all(not torch.equal(a, b) for a, b in zip(reference, other, strict=True))
-    same = ImageStore([photos[0]] * 2, size=24).train_views([0, 1], seed=1, epoch=2)
+    same = train_views(ImageStore([photos[0]] * 2, size=24), [0, 1], seed=1, epoch=2)
     assert not torch.equal(same[0], same[1])
 
 
@@ -322,15 +327,15 @@ def test_crops_never_change():
 
 def test_global_generators_are_left_alone(photos):
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    ImageStore(photos, size=24).train_views(range(12), seed=1, epoch=2)
+    train_views(ImageStore(photos, size=24), range(12), seed=1, epoch=2)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_memory_budget(photos, monkeypatch):
     opened = []
-    reader = images_module.open_image
-    monkeypatch.setattr(images_module, "open_image", lambda p: opened.append(p) or reader(p))
+    reader = store_module.open_image
+    monkeypatch.setattr(store_module, "open_image", lambda p: opened.append(p) or reader(p))
     sizes = [4 * np.prod(Image.open(p).size) for p in photos]
     allowance = Allowance(int(sum(sizes[:4])))
     store = ImageStore(photos, size=8, allowance=allowance, threads=1)

@@ -403,8 +403,8 @@ def test_any_split_is_read_or_refused(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "split.json"
     file.write_text(json.dumps(value))
     with suppress(UserError):
-        listing = read_split(file)
-        assert {label for _, label in listing.train} == set(range(len(listing.class_names)))
+        task = read_split(file)
+        assert {item.label for item in task.train} == set(range(len(task.class_names)))
 
 
 @pytest.mark.fuzz

@@ -1,20 +1,30 @@
-"""What a task is made of, and what is checked of every listing wherever it was read from."""
+"""What a task is made of, and what is checked of every task wherever it was read from.
+
+Here and in all readers, whatever is wrong with what is read is a `UserError`: one sentence that
+names the file, the line or entry, and what to do.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from dapt.errors import UserError
+from dapt.errors import UserError, reason_of
 from dapt.safe.files import file_size
 
 PARTS = ("train", "val", "test")
+DEFAULT_TEMPLATE = "a photo of a {}."
 
-# (path relative to the task's root, label)
-Pair = tuple[str, int]
+# Names that columns of images and labels have, the usual ones first.
+IMAGE_COLUMNS = ("image", "img", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 
 # Rooted or drive-lettered, a '..' step, or a character no file system takes. Of the surrogates,
 # those that stand for a file name's bytes that are no UTF-8 are left (PEP 383).
@@ -37,63 +47,64 @@ class Item:
 class Task:
     """Classes, and the images to tune on (train, val) and to evaluate on (test).
 
-    ``class_names`` is in label order. ``template`` holds ``{}`` where the class name goes, for
-    text prompts that are not learned. A target domain has test images only. ``source_sha256`` is
-    the hash of the files that images were unpacked from, where they were. ``notes`` are sentences
-    on what its user should know, for whoever opens it to tell. Of a subset of classes ``part_of``
-    is the task that has them all, with their labels there.
+    A target domain has test images only.
     """
 
     name: str
     root: Path
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in label order
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     test: tuple[Item, ...]
-    template: str = "a photo of a {}."
-    source_sha256: str | None = None
-    notes: tuple[str, ...] = ()
-    part_of: tuple[Task, range] | None = None
+    template: str = DEFAULT_TEMPLATE  # {} is the class name, in text prompts that are not learned
+    source_sha256: str | None = None  # of the files that images were unpacked from
+    notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
+    part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
+    # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
+    # number among them, or the absolute path of a file.
+    pictures: Sequence[Any] | None = field(default=None, compare=False, repr=False)
 
     def image_path(self, item: Item) -> Path:
         """Where the item's image file is."""
         return self.root / item.path
 
+    def source(self, item: Item) -> Any:
+        """What the item's image is read from: the path of its file, or one of ``pictures``."""
+        if self.pictures is not None and item.path.isdecimal():
+            return self.pictures[int(item.path)]
+        return self.image_path(item)
+
     @cached_property
-    def test_by_size(self) -> dict[int, list[Item]]:
+    def test_by_size(self) -> dict[int | None, list[Item]]:
         """Test images by the bytes of their files; found out once, for all runs of a grid."""
-        found: dict[int, list[Item]] = {}
-        for item in self.test:
-            if (size := file_size(self.image_path(item))) is not None:
-                found.setdefault(size, []).append(item)
-        return found
+        return grouped(self.test, lambda item: file_size(self.image_path(item)))
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """The items by a key, keys in order of first appearance."""
+    found: dict[Any, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def subset_classes(task: Task, which: str) -> Task:
     """A task's first half of classes by label (``base``, the larger), the other (``new``), or all.
 
-    Labels are counted anew from 0.
-
-    Raises:
-        UserError: ``which`` is none of these, or there is one class only.
+    Labels are counted anew from 0. There must be two classes.
     """
     if which == "all":
         return task
     if which not in ("base", "new"):
         raise UserError(f"classes '{which}' must be all, base or new")
-    count = len(task.class_names)
-    if count < 2:
+    names = task.class_names
+    if len(names) < 2:
         raise UserError(f"dataset '{task.name}' has one class; base and new classes need two")
-    half = (count + 1) // 2
-    labels = range(half) if which == "base" else range(half, count)
-    return replace(
-        task,
-        class_names=task.class_names[labels.start : labels.stop],
-        train=subset_items(task.train, labels),
-        val=subset_items(task.val, labels),
-        test=subset_items(task.test, labels),
-        part_of=(task, labels),
-    )
+    half = (len(names) + 1) // 2
+    labels = range(half) if which == "base" else range(half, len(names))
+    names, part_of = names[labels.start : labels.stop], (task, labels)
+    train, val, test = (subset_items(getattr(task, part), labels) for part in PARTS)
+    return replace(task, class_names=names, train=train, val=val, test=test, part_of=part_of)
 
 
 def subset_items(items: Sequence[Item], labels: range) -> tuple[Item, ...]:
@@ -101,95 +112,127 @@ def subset_items(items: Sequence[Item], labels: range) -> tuple[Item, ...]:
     return tuple(replace(i, label=i.label - labels.start) for i in items if i.label in labels)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a reader finds: class names in label order, and (path, label) pairs by part."""
+Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class
+Split = tuple[float, int]  # of images without parts: the share of each class to test on, the seed
 
-    class_names: tuple[str, ...]
-    train: tuple[Pair, ...] = ()
-    val: tuple[Pair, ...] = ()
-    test: tuple[Pair, ...] = ()
+
+def make_task(
+    name: str,
+    root: Path,
+    rows: Sequence[Row],
+    where: str,
+    *,
+    names: Mapping[Any, str] | None = None,
+    split: Split | None = None,
+    tuned: bool = True,
+    **facts: Any,
+) -> Task:
+    """The task that a reader's rows make, once checked; ``where`` is what they were read from.
+
+    ``names`` are the class names in label order, by what rows call the classes; if not given, rows
+    have the names, which `label_order` puts in order. ``split`` is of rows without a part. Unless
+    it tests on everything, or the task is not ``tuned``, every class needs images to tune on.
+    """
+    names = names or {key: key for key in label_order({key for _, _, key in rows})}
+    check_class_names(list(names.values()), where, distinct=False)
+    labels = {key: label for label, key in enumerate(names)}
+    parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
+    for part, path, key in rows:
+        parts[part].append(Item(path, labels[key], names[key]))
+    tested = _tested(parts[""], *split) if split else set()
+    for item in parts[""]:
+        parts["test" if item in tested else "train"].append(item)
+    train, val, test, _ = map(tuple, parts.values())
+    tuned = tuned and not (split and split[0] == 1)
+    if tuned and not train:
+        raise UserError(f"{where} names no images to tune on; check that it is complete")
+    if not test:
+        hint = "every task needs some (classes of one image have none to spare)"
+        raise UserError(f"{where} names no test images; {hint}")
+    taught = {item.label for item in train}
+    for part in ("test", "val") if tuned else ():
+        for item in parts[part]:
+            if item.label not in taught:
+                what = f"class '{item.class_name}' of {part} image {item.path} has no train images"
+                raise UserError(f"{where}: {what}; add some, or take the class out")
+    return Task(name, root, tuple(names.values()), train, val, test, **facts)
+
+
+def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
+    """The test images among all, at random but always the same.
+
+    A class's do not depend on other classes. Of two or more images some are left to tune on, and
+    of a single one all.
+    """
+    if fraction == 1:
+        return set(items)
+    tested: set[Item] = set()
+    by_class = grouped(sorted(items, key=lambda i: i.path), lambda i: i.class_name)
+    for name, members in by_class.items():
+        random.Random(f"{seed}/{name}").shuffle(members)
+        count = round(fraction * len(members))
+        tested.update(members[: min(max(count, 1), len(members) - 1)])
+    return tested
+
+
+def label_order(names: set[str]) -> list[str]:
+    """Class keys in label order: by number where all are numbers, else by code point."""
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def check_path(text: str, where: str) -> str:
-    """Return ``text`` if it is a relative path that stays below its root.
+    """Return ``text`` if it is a relative path that stays below its root, without a '..' step.
 
     Links on disk are followed, wherever they lead: datasets are laid out with them. What is at
     their end is read as an image, or named in a warning, and goes nowhere else.
-
-    Raises:
-        UserError: it is empty, absolute, or has a '..' step; ``where`` tells where it was read.
     """
     if not text.strip() or _UNSAFE_PATH.search(text):
-        raise UserError(
-            f"{where}: {text!r} is no safe image path; give one relative to the dataset's folder, "
-            "without '..'"
-        )
+        hint = "give one relative to the dataset's folder, without '..'"
+        raise UserError(f"{where}: {text!r} is no safe image path; {hint}")
     return text
-
-
-def read_as(class_name: str) -> str:
-    """How prompts read a class name, as far as two names can differ to a tokenizer."""
-    return " ".join(class_name.replace("_", " ").split()).casefold()
 
 
 def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
     """Labels of classes that no prompt can tell apart, each with the first of its name."""
     first: dict[str, int] = {}
-    return [
-        (first[read_as(name)], label)
-        for label, name in enumerate(names)
-        if first.setdefault(read_as(name), label) != label
-    ]
+    read = (" ".join(name.replace("_", " ").split()).casefold() for name in names)
+    pairs = [(first.setdefault(name, label), label) for label, name in enumerate(read)]
+    return [(one, other) for one, other in pairs if one != other]
 
 
 def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True) -> None:
     """Refuse blank names, control characters and (unless told otherwise) two equal names.
 
     Two names that differ by case, spaces or underscores alone are equal: no prompt can tell
-    them apart.
-
-    Raises:
-        UserError: with ``where``, the file or folder the names come from.
+    them apart. ``where`` is the file or folder that they come from.
     """
     for name in names:
-        if not read_as(name) or _UNSAFE_NAME.search(name):
+        if not name.replace("_", " ").strip() or _UNSAFE_NAME.search(name):
             raise UserError(f"{where}: {name!r} is no class name; give a printable one")
-    if distinct and (alike := names_alike(names)):
-        one, other = (names[label] for label in alike[0])
-        raise UserError(
-            f"{where}: classes '{one}' and '{other}' have the same name to a text prompt; rename "
-            "one, or give --class-names"
-        )
+    for one, other in names_alike(names) if distinct else ():
+        what = f"classes '{names[one]}' and '{names[other]}' have the same name to a text prompt"
+        raise UserError(f"{where}: {what}; rename one, or give --class-names")
 
 
-def check_listing(listing: Listing, where: str, *, tuned: bool = True) -> None:
-    """There must be images to test on and, where it is ``tuned`` on, to tune on for every class.
-
-    Raises:
-        UserError: with ``where``, the file or folder the listing was read from.
-    """
-    if tuned and not listing.train:
-        raise UserError(f"{where} names no images to tune on; check that it is complete")
-    if not listing.test:
-        raise UserError(
-            f"{where} names no test images; every task needs some (classes of one image have none "
-            "to spare)"
-        )
-    if not tuned:
-        return
-    taught = {label for _, label in listing.train}
-    for part in ("test", "val"):
-        for path, label in getattr(listing, part):
-            if label not in taught:
-                raise UserError(
-                    f"{where}: class '{listing.class_names[label]}' of {part} image {path} has no "
-                    "train images; add some, or take the class out"
-                )
+def first_of(names: Iterable[str], there: Any) -> str | None:
+    """The first of the names that is in a table's columns, a row, or whatever holds names."""
+    return next((name for name in names if name in there), None)
 
 
-def label_order(names: set[str]) -> list[str]:
-    """Class keys in label order: by number where all are numbers, else by code point."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones left out."""
+    with refusing(f"folder {folder} cannot be read", "check the path"), os.scandir(folder) as found:
+        return sorted(e.name for e in found if not e.name.startswith(".") and e.is_dir())
+
+
+@contextmanager
+def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn such errors, or those of reading a file, into the sentence "what (reason); hint"."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, errors or (OSError, ValueError)):
+            raise
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"{what} ({reason}); {hint}") from error

@@ -7,46 +7,33 @@ decoded to objects, and no name in them becomes a path.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from dapt.data.folders import split_by_class
 from dapt.data.items import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
     PARTS,
-    Listing,
-    Pair,
-    check_class_names,
-    check_listing,
+    Split,
+    Task,
     check_path,
+    first_of,
     label_order,
+    make_task,
+    refusing,
 )
-from dapt.errors import UserError, reason_of
-from dapt.safe.files import (
-    TEMPORARY,
-    delete_abandoned,
-    file_digest,
-    open_regular,
-    parse_json,
-    read_json,
-    read_text,
-    user_path,
-    write_atomic,
-    write_json,
-)
+from dapt.errors import UserError
+from dapt.safe import files
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# Names that columns of images and labels have, the usual ones first.
-IMAGE_COLUMNS = ("image", "img", "picture")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 # In the folder of shards whose .cls are numbers: a class name a line, in label order.
 _NAMES_FILE = "classnames.txt"
@@ -54,6 +41,8 @@ _LISTING = "listing.json"
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
+_INSTALL = "pip install 'dapt[sources]'"
+_ANEW = "delete it, and it is unpacked anew"
 
 # part (or "" where nothing is split), class name, bytes of an image file
 _Image = tuple[str, str, bytes]
@@ -71,65 +60,41 @@ def is_webdataset(path: Path) -> bool:
 
     A folder with class folders is none, whatever archive lies beside them.
     """
-    if path.is_dir():
-        shards = _shards(path)
-        places = {path, *(shard.parent for shard in shards)}
-        folders = {d for p in places for d in p.iterdir() if d.is_dir() and d.name[0] != "."}
-        return bool(shards) and folders <= places
-    return path.suffix.lower() == ".tar" and path.is_file()
+    if not path.is_dir():
+        return path.suffix.lower() == ".tar" and path.is_file()
+    shards = _shards(path)
+    places = {path, *(shard.parent for shard in shards)}
+    folders = {d for p in places for d in p.iterdir() if d.is_dir() and d.name[0] != "."}
+    return bool(shards) and folders <= places
 
 
-def read_packed(path: Path, test_fraction: float, split_seed: int) -> tuple[Path, Listing, str]:
+def read_packed(path: Path, split: Split) -> Task:
     """Unpack a source, if that was not done before, and read what is in it.
 
-    Args:
-        path: a folder that ``save_to_disk`` wrote; a ``.tar`` shard; or a folder of shards, whose
-            part is the start of their name or the folder they are in (``train-000.tar``,
-            ``train/0.tar``).
-        test_fraction, split_seed: where there are no parts, `split_by_class` makes them.
-
-    Returns:
-        The folder that images are unpacked in, their listing, and the SHA-256 of the source.
-
-    Raises:
-        UserError: a library is missing, or the source is damaged or has no images or labels.
+    It is a folder that ``save_to_disk`` wrote; a ``.tar`` shard; or a folder of shards, whose part
+    is the start of their name or the folder they are in (``train-000.tar``, ``train/0.tar``).
     """
     digest = _fingerprint(path)
     folder = cache_folder() / digest[:32]
     if not (folder / _LISTING).is_file():
         _unpack(path, folder)
-    value = read_json(folder / _LISTING, "listing of unpacked images")
-    try:
-        classes = [str(name) for name in value["class_names"]]
-        parts: dict[str, tuple[Pair, ...]] = {
-            part: tuple((check_path(p, str(folder)), int(label)) for p, label in pairs)
-            for part, pairs in value["parts"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} is damaged; delete it, and it is unpacked anew") from error
-    if (unsplit := parts.pop("", None)) is not None:
-        train, test = split_by_class(unsplit, classes, test_fraction, split_seed)
-        parts = {"train": train, "test": test}
-    listing = Listing(tuple(classes), **parts)
-    check_class_names(listing.class_names, f"dataset {path}", distinct=False)
-    check_listing(listing, f"dataset {path}", tuned=test_fraction < 1)
-    return folder, listing, digest
+    listing = files.read_json(folder / _LISTING, "listing of unpacked images")
+    errors = (AttributeError, LookupError, TypeError, ValueError)
+    with refusing(f"{folder} is damaged", _ANEW, *errors):
+        names, parts = listing["class_names"], listing["parts"]
+        rows = [(p, check_path(f, str(folder)), str(names[k])) for p in parts for f, k in parts[p]]
+        name, where = path.resolve().stem, f"dataset {path}"
+        return make_task(name, folder, rows, where, split=split, source_sha256=digest)
 
 
 def cache_folder() -> Path:
-    """Where unpacked images are kept: $DAPT_CACHE, or dapt in the user's cache folder.
-
-    Raises:
-        UserError: the user has no home, or $DAPT_CACHE is no path.
-    """
-    if given := os.environ.get("DAPT_CACHE"):
-        return user_path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    """Where unpacked images are kept: $DAPT_CACHE, or dapt in the user's cache folder."""
+    usual = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dapt"
     try:
-        return user_path(base) / "dapt"
+        return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
         raise UserError(
-            f"there is no folder for unpacked images ({error}); name one in DAPT_CACHE"
+            f"no place for unpacked images ({error}); name one in DAPT_CACHE"
         ) from error
 
 
@@ -138,282 +103,61 @@ def _fingerprint(path: Path) -> str:
 
     It is remembered in the cache by the files' places, sizes and times: making it reads them all.
     """
-    if path.is_file():
-        files = [path]
-    elif is_hugging_face(path):
-        files = [
-            p for p in path.rglob("*") if p.is_file() and not p.name.startswith(("cache-", "."))
-        ]
-    else:
-        names = path / _NAMES_FILE
-        files = [*_shards(path), *([names] if names.is_file() else [])]
-    total, seen = hashlib.sha256(), hashlib.sha256()
-    try:
-        for file in sorted(files):
+    found = [path]
+    if is_hugging_face(path):
+        found = [p for p in path.rglob("*") if not p.name.startswith(("cache-", "."))]
+    elif path.is_dir():
+        found = [*_shards(path), path / _NAMES_FILE]
+    found = sorted(file for file in found if file.is_file())
+    total, seen = sha256(), sha256()
+    with refusing(f"dataset {path} cannot be read", "check it"):
+        for file in found:
             stat = file.stat()
             known = (os.fsencode(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             seen.update(repr(known).encode())
         memory = cache_folder() / f"{seen.hexdigest()[:32]}.sha256"
         with suppress(OSError, ValueError):
-            if re.fullmatch("[0-9a-f]{64}", remembered := read_text(memory)):
+            if re.fullmatch("[0-9a-f]{64}", remembered := files.read_text(memory)):
                 return remembered
-        for file in sorted(files):
-            name = file.name if path.is_file() else file.relative_to(path).as_posix()
-            one = file_digest(file)
-            total.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + one)
-    except OSError as error:
-        raise UserError(f"dataset {path} cannot be read ({error}); check it") from error
+        for file in found:
+            name = os.fsencode(file.name if file == path else file.relative_to(path).as_posix())
+            total.update(f"{len(name)} ".encode() + name + files.file_digest(file))
     with suppress(OSError):  # a cache that is only read still serves
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(memory, total.hexdigest())
+        files.write_atomic(memory, total.hexdigest())
     return total.hexdigest()
 
 
 def _unpack(path: Path, folder: Path) -> None:
     """Write a source's images and their listing into ``folder``, all or nothing."""
-    images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}."
-    delete_abandoned(folder.parent, prefix)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=TEMPORARY))
-    try:
-        found: list[tuple[str, str, str]] = []
+    cache, prefix = folder.parent, f".{folder.name}."
+    cache.mkdir(parents=True, exist_ok=True)
+    files.delete_abandoned(cache, prefix)
+    found: dict[str, list[tuple[str, str]]] = {}  # part -> (file, class name)
+    with TemporaryDirectory(files.TEMPORARY, prefix, cache, ignore_cleanup_errors=True) as place:
+        images = _hugging_face(path) if is_hugging_face(path) else _webdataset(path)
         for number, (part, name, content) in enumerate(images):
             file = f"{part or 'all'}-{number // 1000:04d}/{number:07d}.img"
-            (place / file).parent.mkdir(exist_ok=True)
-            (place / file).write_bytes(content)
-            found.append((part, file, name))
+            Path(place, file).parent.mkdir(exist_ok=True)
+            Path(place, file).write_bytes(content)
+            found.setdefault(part, []).append((file, name))
         if not found:
             raise UserError(f"dataset {path} holds no images; check that it is complete")
-        split = {part for part, _, _ in found}
-        if "" in split and len(split) > 1:
-            raise UserError(
-                f"dataset {path}: either every shard's name starts with train, val or test, or none"
-            )
-        classes = label_order({name for _, _, name in found})
-        number_of = {name: label for label, name in enumerate(classes)}
-        parts = {
-            part: [[file, number_of[name]] for p, file, name in found if p == part]
-            for part in ("", *PARTS)
-            if part in split
-        }
-        write_json(place / _LISTING, {"class_names": classes, "parts": parts})
+        if "" in found and len(found) > 1:
+            what = "either every shard's name starts with train, val or test, or none"
+            raise UserError(f"dataset {path}: {what}")
+        classes = label_order({name for pairs in found.values() for _, name in pairs})
+        labels = {name: label for label, name in enumerate(classes)}
+        parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *PARTS) if p in found}
+        files.write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
         if hasattr(os, "sync"):  # the images must be on disk before the name says so
             os.sync()
-        try:
-            place.rename(folder)
-        except OSError as error:
-            if not (folder / _LISTING).is_file():  # not just another process that was faster
-                raise UserError(
-                    f"{folder} cannot be written ({error}); delete it, and it is unpacked anew"
-                ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-# -- Hugging Face ----------------------------------------------------------------------------
-
-
-def _hugging_face(path: Path) -> Iterator[_Image]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"{path} is a Hugging Face dataset, which needs {error.name}: pip install "
-            "'dapt[sources]'"
-        ) from error
-    _check_names(path)
-    try:
-        yield from _rows(datasets.load_from_disk(str(path)), path)
-    except UserError:
-        raise
-    except Exception as error:  # Arrow's errors are a wide family
-        raise UserError(
-            f"dataset {path} cannot be loaded ({reason_of(error)}); save it anew"
-        ) from error
-
-
-def _rows(loaded: Any, path: Path) -> Iterator[_Image]:
-    from datasets import DatasetDict, Image
-
-    split = isinstance(loaded, DatasetDict)
-    for part, rows in loaded.items() if split else [("", loaded)]:
-        if split and part not in _PARTS:
-            raise UserError(
-                f"dataset {path}: split '{part}' is none of train, validation, test; rename it, or "
-                "take it out"
-            )
-        where = f"dataset {path}{f', {part}' if part else ''}"
-        image = _column(rows, IMAGE_COLUMNS, where, "images")
-        label = _column(rows, LABEL_COLUMNS, where, "labels")
-        kind = rows.features[label]
-        names = getattr(kind, "names", None)
-        # The library would decode others, with whatever program or address an image there asks for.
-        if names is None and not _PLAIN.fullmatch(str(getattr(kind, "dtype", None))):
-            raise UserError(
-                f"{where}: column '{label}' is of type {type(kind).__name__}; make it a "
-                "ClassLabel, whole numbers or text"
-            )
-        rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-        for number, row in enumerate(rows):
-            line = f"{where}, row {number}"
-            content = _content(row[image], line, path)
-            yield _PARTS.get(part, ""), _named(row[label], names, line), content
-
-
-def _check_names(path: Path) -> None:
-    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
-
-    The library opens whatever they name, and would wait for a FIFO without end.
-    """
-    places = [path]
-    if (path / "dataset_dict.json").is_file():
-        record = read_json(path / "dataset_dict.json", "list of splits")
-        names = record.get("splits") if isinstance(record, dict) else None
-        if not isinstance(names, list):
-            raise UserError(f"dataset {path}: dataset_dict.json lists no splits; save it anew")
-        places = [path / _inside(name, path) for name in names]
-    for place in places:
-        record = read_json(place / "state.json", "state of the dataset")
-        files = record.get("_data_files") if isinstance(record, dict) else None
-        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
-            raise UserError(f"{place / 'state.json'} lists no data files; save the dataset anew")
-        data = [_inside(file.get("filename"), place) for file in files]
-        for file in (place / name for name in ("dataset_info.json", *data)):
+        with refusing(f"{folder} cannot be written", _ANEW):
             try:
-                open_regular(file).close()
-            except OSError as error:
-                raise UserError(
-                    f"dataset {path} cannot be loaded: {file} cannot be opened ({error}); save it "
-                    "anew"
-                ) from error
-
-
-def _inside(name: Any, place: Path) -> str:
-    """A name from a record, if it leads to what lies in a folder."""
-    return check_path(name if isinstance(name, str) else "", f"dataset {place}")
-
-
-def _column(rows: Any, known: tuple[str, ...], where: str, what: str) -> str:
-    for name in known:
-        if name in rows.column_names:
-            return name
-    raise UserError(
-        f"{where} has no column of {what} ({', '.join(known)}), but {', '.join(rows.column_names)};"
-        " rename one"
-    )
-
-
-def _content(value: Any, where: str, root: Path) -> bytes:
-    value = value or {}
-    if content := value.get("bytes"):
-        return bytes(content)
-    try:
-        file = Path(value["path"])
-        # Whoever wrote the dataset must not choose which of this machine's files are read.
-        if not file.resolve().is_relative_to(root.resolve()):
-            raise OSError("it is not in the dataset's folder")
-        with open_regular(file) as opened:
-            if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
-                raise OSError("it is too large")
-            return opened.read()
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where} has no image; take the row out") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where}: its image {value['path']} cannot be read ({reason_of(error)}); save the "
-            "dataset with its images in it"
-        ) from error
-
-
-# -- WebDataset ------------------------------------------------------------------------------
-
-
-def _shards(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("*.tar") if p.is_file()]
-    for part in _PARTS:
-        found += [p for p in (folder / part).glob("*.tar") if p.is_file()]
-    return sorted(found)
-
-
-def _part_of(shard: Path, root: Path) -> str:
-    name = shard.relative_to(root).as_posix() if root.is_dir() else ""
-    start = re.match(r"[a-z]+", name)
-    return _PARTS.get(start[0], "") if start else ""
-
-
-def _webdataset(path: Path) -> Iterator[_Image]:
-    try:
-        from webdataset.tariterators import group_by_keys
-    except ImportError as error:
-        raise UserError(
-            f"{path} is read as WebDataset shards, which needs {error.name}: pip install "
-            "'dapt[sources]'"
-        ) from error
-    folder = path if path.is_dir() else path.parent
-    names = _names_beside(folder)
-    for shard in _shards(path) if path.is_dir() else [path]:
-        # The file is opened here: the library would take some names for commands or addresses.
-        try:
-            with open_regular(shard) as stream:
-                for sample in group_by_keys(_members(stream)):
-                    where = f"shard {shard}, sample {sample['__key__']}"
-                    image = next((sample[s] for s in _IMAGE_SUFFIXES if s in sample), None)
-                    if image is None:
-                        raise UserError(
-                            f"{where} has no image (.{', .'.join(_IMAGE_SUFFIXES)}); take it out"
-                        )
-                    yield _part_of(shard, path), _named(_label(sample, where), names, where), image
-        except UserError:
-            raise
-        except Exception as error:  # tarfile's errors, and the library's own
-            raise UserError(
-                f"shard {shard} cannot be read ({reason_of(error)}); copy it anew"
-            ) from error
-
-
-def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    """The files in a tar that is not compressed, as webdataset's own reader gives them.
-
-    That one would unpack what looks compressed, however much it becomes.
-
-    Raises:
-        ValueError: a header promises more than an image has.
-    """
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            if member.issparse() or member.size > _LARGEST_IMAGE:
-                raise ValueError(f"{member.name[:80]!r} has {member.size:,} bytes")
-            content = archive.extractfile(member) if member.isreg() else None  # links lead nowhere
-            if content is not None and not _META.match(member.name):
-                yield {"fname": member.name, "data": content.read(), "__url__": ""}
-
-
-def _names_beside(folder: Path) -> list[str] | None:
-    file = folder / _NAMES_FILE
-    if not file.is_file():
-        return None
-    try:
-        return [line.strip() for line in read_text(file).splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); save it as UTF-8 text") from error
-
-
-def _label(sample: dict[str, Any], where: str) -> Any:
-    """A sample's label: what its .cls says, or the entry of its .json."""
-    try:
-        if "cls" in sample:
-            text = sample["cls"].decode().strip()
-            return int(text) if text.isascii() and text.isdigit() else text
-        if "json" in sample:
-            value = parse_json(sample["json"].decode())
-            return next(value[name] for name in LABEL_COLUMNS if name in value)
-    except (ValueError, TypeError, StopIteration, RecursionError) as error:
-        raise UserError(
-            f"{where}: its label cannot be read; .cls must be text, .json an object with 'label'"
-        ) from error
-    raise UserError(f"{where} has no label; add a .cls, or a .json with 'label'")
+                os.rename(place, folder)
+            except OSError:
+                if not (folder / _LISTING).is_file():  # not just another process that was faster
+                    raise
 
 
 def _named(label: Any, names: list[str] | None, where: str) -> str:
@@ -425,3 +169,135 @@ def _named(label: Any, names: list[str] | None, where: str) -> str:
     if type(label) is int or (isinstance(label, str) and label.strip()):
         return str(label).strip()
     raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
+
+
+def _hugging_face(path: Path) -> Iterator[_Image]:
+    with refusing(f"{path} is a Hugging Face dataset", _INSTALL, ImportError):
+        import datasets
+    _check_names(path)
+    # Arrow's errors are a wide family.
+    with refusing(f"dataset {path} cannot be loaded", "save it anew", Exception):
+        loaded = datasets.load_from_disk(str(path))
+        split = isinstance(loaded, datasets.DatasetDict)
+        for part, rows in loaded.items() if split else [("", loaded)]:
+            where = f"dataset {path}{f', {part}' if part else ''}"
+            if split and part not in _PARTS:
+                what = f"split '{part}' is none of train, validation, test"
+                raise UserError(f"dataset {path}: {what}; rename it, or take it out")
+            image, label = (first_of(c, rows.column_names) for c in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            if image is None or label is None:
+                what, known = ("labels", LABEL_COLUMNS) if image else ("images", IMAGE_COLUMNS)
+                there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
+                raise UserError(f"{where} has no column of {what} {there}; rename one")
+            kind = rows.features[label]
+            names = getattr(kind, "names", None)
+            # Others would be decoded, with whatever program or address an image there asks for.
+            if names is None and not _PLAIN.fullmatch(str(getattr(kind, "dtype", None))):
+                what = f"column '{label}' is of type {type(kind).__name__}"
+                raise UserError(f"{where}: {what}; make it a ClassLabel, whole numbers or text")
+            rows = rows.select_columns([image, label])
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+            for number, row in enumerate(rows):
+                line = f"{where}, row {number}"
+                name = _named(row[label], names, line)
+                yield _PARTS.get(part, ""), name, _content(row[image], line, path)
+
+
+def _content(value: Any, where: str, root: Path) -> bytes:
+    """The bytes of an image in a row: those in it, or of the file that it names."""
+    if content := (value or {}).get("bytes"):
+        return bytes(content)
+    if not (value or {}).get("path"):
+        raise UserError(f"{where} has no image; take the row out")
+    file = Path(value["path"])
+    with refusing(f"{where}: its image {file} cannot be read", "save the dataset with its images"):
+        # Whoever wrote the dataset must not choose which of this machine's files are read.
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise OSError("it is not in the dataset's folder")
+        with files.open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
+                raise OSError("it is too large")
+            return opened.read()
+
+
+def _check_names(path: Path) -> None:
+    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
+
+    The library opens whatever they name, and would wait for a FIFO without end.
+    """
+    places = [path]
+    if (path / "dataset_dict.json").is_file():
+        places = [path / name for name in _names_in(path / "dataset_dict.json", "splits")]
+    for place in places:
+        for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
+            what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"
+            with refusing(what, "save it anew"):
+                files.open_regular(place / name).close()
+
+
+def _names_in(file: Path, key: str) -> list[str]:
+    """What a dataset's record lists under a key, if all of it lies in the record's folder."""
+    record = files.read_json(file, "record of the dataset")
+    entries = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    where = f"dataset {file.parent}"
+    return [check_path(name if isinstance(name, str) else "", where) for name in names]
+
+
+def _shards(folder: Path) -> list[Path]:
+    places = (folder, *(folder / part for part in _PARTS))
+    return sorted(p for place in places for p in place.glob("*.tar") if p.is_file())
+
+
+def _webdataset(path: Path) -> Iterator[_Image]:
+    with refusing(f"{path} is read as WebDataset shards", _INSTALL, ImportError):
+        from webdataset.tariterators import group_by_keys
+    folder, shards = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
+    names = None
+    if (file := folder / _NAMES_FILE).is_file():
+        with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
+            names = [line.strip() for line in files.read_text(file).splitlines()]
+    for shard in shards:
+        # Of a single shard, the name says nothing.
+        start = re.match("[a-z]*", shard.relative_to(path).as_posix())
+        part = _PARTS.get(start[0], "") if start else ""
+        # The file is opened here: the library would take some names for commands or addresses.
+        refuse = refusing(f"shard {shard} cannot be read", "copy it anew", Exception)
+        with refuse, files.open_regular(shard) as stream:
+            for sample in group_by_keys(_members(stream)):
+                where = f"shard {shard}, sample {sample['__key__']}"
+                if (suffix := first_of(_IMAGE_SUFFIXES, sample)) is None:
+                    what = f"no image (.{', .'.join(_IMAGE_SUFFIXES)})"
+                    raise UserError(f"{where} has {what}; take it out")
+                yield part, _named(_label(sample, where), names, where), sample[suffix]
+
+
+def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The files in a tar that is not compressed, as webdataset's own reader gives them.
+
+    That one would unpack what looks compressed, however much it becomes.
+    """
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+            if member.issparse() or member.size > _LARGEST_IMAGE:
+                raise ValueError(f"{member.name[:80]!r} has {member.size:,} bytes")
+            content = archive.extractfile(member) if member.isreg() else None  # links lead nowhere
+            if content is not None and not _META.match(member.name):
+                yield {"fname": member.name, "data": content.read(), "__url__": ""}
+
+
+def _label(sample: dict[str, Any], where: str) -> Any:
+    """A sample's label: what its .cls says, or the entry of its .json."""
+    if "cls" not in sample and "json" not in sample:
+        raise UserError(f"{where} has no label; add a .cls, or a .json with 'label'")
+    hint = ".cls must be text, .json an object with 'label'"
+    errors = (LookupError, RecursionError, TypeError, ValueError)
+    with refusing(f"{where}: its label cannot be read", hint, *errors):
+        if "cls" in sample:
+            text = sample["cls"].decode().strip()
+            return int(text) if text.isascii() and text.isdigit() else text
+        value = files.parse_json(sample["json"].decode())
+        return value[first_of(LABEL_COLUMNS, value) or "label"]

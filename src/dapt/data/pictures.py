@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.sparse import issparse
 
-from dapt.data import BadImage, decode_image, open_image, upright_rgb
-from dapt.data.packed import IMAGE_COLUMNS, LABEL_COLUMNS
+from dapt.data.images import BadImage, decode_image, open_image, upright_rgb
+from dapt.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
 from dapt.errors import UserError
 
 
@@ -24,54 +23,40 @@ class InputError(UserError, ValueError):
 def read_picture(value: Any) -> Image.Image:
     """Any of what stands for an image, as upright 8-bit RGB.
 
-    Args:
-        value: a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
-            (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a
-            Hugging Face dataset; or a pair of any of these and a label.
+    That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
+    (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
+    dataset; or a pair of any of these and a label.
 
     Raises:
         InputError: it is none of these, or cannot be read.
     """
     try:
-        return _read(value)
+        if isinstance(value, (str, os.PathLike)):
+            return open_image(os.fspath(value))
+        if isinstance(value, bytes):
+            return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
     except BadImage as error:
         raise InputError(str(error)) from error
-
-
-def _read(value: Any) -> Image.Image:
-    if isinstance(value, (str, os.PathLike)):
-        return open_image(os.fspath(value))
-    if isinstance(value, bytes):
-        return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
     if isinstance(value, Image.Image):
         try:
             return upright_rgb(value)
         except Exception as error:  # one from a file is decoded only now; see `decode_image`
             raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
     if isinstance(value, Mapping):
-        return _read(_of_row(value))
+        # The last two are those of an image that a dataset has not decoded.
+        for name in (*IMAGE_COLUMNS, "bytes", "path"):
+            if value.get(name) is not None:
+                return read_picture(value[name])
+        there = ", ".join(map(str, value))
+        raise InputError(f"a row with the columns {there} has no image; name the column 'image'")
     if isinstance(value, tuple) and len(value) == 2:
-        return _read(value[0])
+        return read_picture(value[0])
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.ndim > 0:
         return _of_array(value)
-    raise InputError(
-        f"{type(value).__name__} is no image; give paths, PIL images, arrays of (H, W, 3), tensors "
-        "of (3, H, W), or a dataset"
-    )
-
-
-def _of_row(row: Mapping[str, Any]) -> Any:
-    for name in IMAGE_COLUMNS:
-        if name in row:
-            return row[name]
-    # An image that a dataset has not decoded.
-    if found := row.get("bytes") or row.get("path"):
-        return found
-    raise InputError(
-        f"a row with the columns {', '.join(map(str, row))} has no image; name the column 'image'"
-    )
+    hint = "give paths, PIL images, arrays of (H, W, 3), tensors of (3, H, W), or a dataset"
+    raise InputError(f"{type(value).__name__} is no image; {hint}")
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -95,24 +80,20 @@ def _of_array(array: np.ndarray) -> Image.Image:
 def as_sequence(images: Any) -> Sequence[Any]:
     """``images`` if they can be counted and picked from, as a list where they cannot.
 
-    Raises:
-        InputError: it is one image, no collection of images, or empty.
+    One image, what is no collection, and an empty one are an `InputError`.
     """
-    if issparse(images):  # some are mappings too
+    if hasattr(images, "tocsr"):  # scipy's sparse matrices, of which some are mappings too
         raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise InputError(f"give a list of images, not one {type(images).__name__}")
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim in (0, 2):
-        raise InputError(
-            f"an array of shape {tuple(images.shape)} holds no images; reshape your data to "
-            "(n, H, W, 3)"
-        )
-    shape = tuple(images.shape) if isinstance(images, np.ndarray | torch.Tensor) else ()
-    # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
-    if len(shape) == 3 and (shape[2] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)):
-        raise InputError(
-            f"give a list of images, not one of shape {shape}; grey ones as (n, H, W, 1)"
-        )
+    if isinstance(images, np.ndarray | torch.Tensor):
+        array, shape = f"an array of shape {tuple(images.shape)}", images.shape
+        if len(shape) in (0, 2):
+            raise InputError(f"{array} holds no images; reshape your data to (n, H, W, 3)")
+        # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
+        colours = shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)
+        if len(shape) == 3 and colours:
+            raise InputError(f"give a list of images, not {array}; grey ones as (n, H, W, 1)")
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
             images = list(images)
@@ -128,55 +109,32 @@ def as_sequence(images: Any) -> Sequence[Any]:
 def labels_of(images: Sequence[Any]) -> list[Any]:
     """Labels that come with a dataset, or with rows or pairs; as class names where it has them.
 
-    Args:
-        images: as `as_sequence` gives them.
-
-    Raises:
-        InputError: ``images`` holds no labels.
+    ``images`` are what `as_sequence` gives; that they hold no labels is an `InputError`.
     """
-    whole, places = _whole(images)
-    columns = getattr(whole, "column_names", None) or ()
-    column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    if column is not None:
-        names = getattr(whole.features[column], "names", None)
-        labels = list(whole[column])
-        return _named([labels[i] for i in places], names)
-    names = getattr(whole, "classes", None)
-    if (targets := getattr(whole, "targets", None)) is not None:
-        return _named([_plain(targets[i]) for i in places], names)
-    return _named([_plain(_label_of(images[i])) for i in range(len(images))], names)
-
-
-def _whole(images: Any) -> tuple[Any, Sequence[int]]:
-    """The dataset of which this is a part (torch's ``Subset``), and the places of the part."""
+    whole: Any = images
     places: Sequence[int] = range(len(images))
-    while hasattr(images, "dataset") and hasattr(images, "indices"):
-        places = [int(images.indices[i]) for i in places]
-        images = images.dataset
-    return images, places
+    while hasattr(whole, "dataset") and hasattr(whole, "indices"):  # torch's Subset
+        places = [int(whole.indices[i]) for i in places]
+        whole = whole.dataset
+    names, targets = getattr(whole, "classes", None), getattr(whole, "targets", None)
+    if column := first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ()):
+        names, targets = getattr(whole.features[column], "names", None), list(whole[column])
+    if targets is None:
+        labels = [_label_of(images[i]) for i in range(len(images))]
+    else:
+        labels = [targets[i] for i in places]
+    labels = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in labels]
+    if names is None or not all(isinstance(label, int) for label in labels):
+        return labels
+    if not 0 <= min(labels) <= max(labels) < len(names):
+        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
+    return [str(names[label]) for label in labels]
 
 
 def _label_of(row: Any) -> Any:
     if isinstance(row, tuple) and len(row) == 2:
         return row[1]
-    if isinstance(row, Mapping):
-        for name in LABEL_COLUMNS:
-            if name in row:
-                return row[name]
-    raise InputError(
-        "requires y to be passed, but the target y is None: give labels, or a dataset that has "
-        f"them (a column {', '.join(LABEL_COLUMNS)}, or pairs of image and label)"
-    )
-
-
-def _named(labels: list[Any], names: Sequence[str] | None) -> list[Any]:
-    if names is None or not all(isinstance(label, int) for label in labels):
-        return labels
-    if labels and not 0 <= min(labels) <= max(labels) < len(names):
-        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
-    return [str(names[label]) for label in labels]
-
-
-def _plain(label: Any) -> Any:
-    """A Python value, of a scalar of numpy or torch too."""
-    return label.item() if isinstance(label, torch.Tensor | np.generic) else label
+    if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)):
+        return row[column]
+    hint = f"give labels, or a dataset with a column {', '.join(LABEL_COLUMNS)}, or of pairs"
+    raise InputError(f"requires y to be passed, but the target y is None: {hint}")

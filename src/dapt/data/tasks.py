@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dapt.data.benchmarks import BENCHMARKS
-from dapt.data.folders import read_folder
+from dapt.data.images import has_image_name
 from dapt.data.items import (
+    DEFAULT_TEMPLATE,
     PARTS,
     Item,
-    Listing,
-    Pair,
+    Row,
+    Split,
     Task,
     check_class_names,
     check_path,
+    label_order,
+    make_task,
     names_alike,
+    refusing,
+    subfolders,
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
-from dapt.data.tables import SUFFIXES, read_table
 from dapt.errors import UserError, nearest
-from dapt.safe.files import read_json, user_path
+from dapt.safe.files import parse_json, read_json, read_text, user_path
+
+__all__ = ["DEFAULT_TEMPLATE", "bundled_domains", "images_below", "open_task", "read_class_names"]
 
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
-DEFAULT_TEMPLATE = "a photo of a {}."
-
-__all__ = ["BUNDLED", "DEFAULT_TEMPLATE", "Item", "Task", "bundled_domains", "open_task"]
+TABLES = (".csv", ".jsonl")
+# Names of parts that others give, in lower case.
+_PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 def open_task(
@@ -62,128 +73,210 @@ def open_task(
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
-    if evaluate:
-        test_fraction = 1.0
-    template, source, notes = DEFAULT_TEMPLATE, None, tuple[str, ...]()
+    split = (1.0 if evaluate else test_fraction, split_seed)
     path = user_path(dataset)
     if dataset == BUNDLED:
-        name, listing, template = _read_bundled(domain)
-        images = BUNDLED_ROOT
+        task = _read_bundled(domain)
     elif dataset in BENCHMARKS:
-        benchmark = BENCHMARKS[dataset]
-        if root is None:
-            raise UserError(
-                f"benchmark '{dataset}' needs --root, the folder that holds {benchmark.folder}/"
-            )
-        root = user_path(root)
-        name, listing, template = dataset, benchmark.open(root), benchmark.template
-        images = benchmark.image_root(root)
+        task = BENCHMARKS[dataset].open(root)
     elif is_hugging_face(path) or is_webdataset(path):
-        name = path.resolve().stem
-        images, listing, source = read_packed(path, test_fraction, split_seed)
+        task = read_packed(path, split)
     elif path.is_dir():
-        name, images = path.resolve().name, path
-        listing, notes = read_folder(path, test_fraction, split_seed)
-    elif path.suffix.lower() in SUFFIXES and path.is_file():
-        name, images = path.stem, path.parent
-        listing = read_table(path, test_fraction, split_seed)
+        task = read_folder(path, split)
+    elif path.suffix.lower() in TABLES and path.is_file():
+        task = read_table(path, split)
+    elif path.is_file():
+        raise UserError(f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder")
+    elif path.suffix.lower() in TABLES or len(path.parts) > 1:
+        raise UserError(f"dataset {path} does not exist; check the path")
     else:
-        raise UserError(_unknown(dataset, path))
-    names = _renamed(listing.class_names, class_names)
-    # Some benchmarks do have two classes of one name; their readers check what should hold.
-    published = dataset in BENCHMARKS and class_names is None
-    where = f"class name file {class_names}" if class_names else f"dataset '{dataset}'"
-    check_class_names(names, where, distinct=not published)
-    train, val, test = (
-        tuple(Item(path, label, names[label]) for path, label in getattr(listing, part))
-        for part in PARTS
+        known = (BUNDLED, *BENCHMARKS)
+        hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
+        raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
+    if class_names is not None:
+        return _renamed(task, class_names)
+    if dataset in BENCHMARKS:  # some do have two classes of one name
+        return replace(task, notes=_notes_on_names(task))
+    check_class_names(task.class_names, f"dataset '{dataset}'")
+    return task
+
+
+def _notes_on_names(task: Task) -> tuple[str, ...]:
+    names, alike = task.class_names, names_alike(task.class_names)
+    return tuple(
+        f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name (such as "
+        f"'{names[other]}', label {other}, that of label {one}), which text prompts cannot tell "
+        "apart; better names can be given with --class-names"
+        for one, other in alike[:1]
     )
-    if published and (alike := names_alike(names)):
-        one, other = alike[0]
-        notes += (
-            f"{len(alike)} of the {len(names):,} classes of '{name}' have another's name (such as "
-            f"'{names[other]}', label {other}, that of label {one}), which text prompts cannot "
-            "tell apart; better names can be given with --class-names",
-        )
-    return Task(name, images, names, train, val, test, template, source, notes)
 
 
 def bundled_domains() -> tuple[str, ...]:
     """Styles of the bundled task, the source domain first."""
-    return tuple(_bundled_index()["domains"])
+    return tuple(read_json(BUNDLED_ROOT / "task.json", "bundled task")["domains"])
 
 
-def _unknown(dataset: str, path: Path) -> str:
-    if path.is_file():
-        return f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder"
-    if path.suffix.lower() in SUFFIXES or len(path.parts) > 1:
-        return f"dataset {path} does not exist; check the path"
-    known = (BUNDLED, *BENCHMARKS)
-    return (
-        f"unknown dataset '{dataset}'{nearest(dataset, known)}; give a folder, a .csv or .jsonl "
-        f"file, or one of {', '.join(known)}"
-    )
-
-
-def _bundled_index() -> dict[str, Any]:
+def _read_bundled(domain: str | None) -> Task:
     data = read_json(BUNDLED_ROOT / "task.json", "bundled task")
-    if not isinstance(data, dict) or not isinstance(data.get("domains"), dict):
-        raise UserError(f"bundled task {BUNDLED_ROOT} is damaged; reinstall dapt")
-    return data
+    domains, names = list(data["domains"]), tuple(data["class_names"])
+    chosen = domains[0] if domain is None else domain
+    if chosen not in domains:
+        what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"
+        raise UserError(f"{what}; use one of {', '.join(domains)}")
+    name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
+    train, val, test = (
+        tuple(Item(path, k, names[k]) for path, k in data["domains"][chosen].get(part, ()))
+        for part in PARTS
+    )
+    return Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
-def _read_bundled(domain: str | None) -> tuple[str, Listing, str]:
-    """The bundled task's name, listing and template; the first domain is the source."""
-    data = _bundled_index()
-    domains = list(data["domains"])
-    if domain is None:
-        domain = domains[0]
-    if domain not in domains:
-        raise UserError(
-            f"the bundled task has no domain '{domain}'{nearest(domain, domains)}; use one of "
-            f"{', '.join(domains)}"
-        )
-    name = BUNDLED if domain == domains[0] else f"{BUNDLED}:{domain}"
-    parts = {part: _bundled_pairs(data["domains"][domain].get(part, ())) for part in PARTS}
-    return name, Listing(tuple(data["class_names"]), **parts), data["template"]
+def read_folder(folder: Path, split: Split) -> Task:
+    """Read a tree of images, class by class folder, labelled in the order of folder names.
+
+    Either ``train/<class>/`` and ``test/<class>/`` (and ``val/<class>/``), or ``<class>/`` alone,
+    which is then split. Images may lie deeper in a class's folder.
+    """
+    places, classes = {"": folder}, subfolders(folder)
+    # A class may be called "train": a split tree's train/ holds folders.
+    if "train" in classes and (tuned := subfolders(folder / "train")):
+        places = {part: folder / part for part in PARTS if part in classes}
+        if "test" not in places:
+            hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
+            raise UserError(f"folder {folder} has train/ but no test/; {hint}")
+        classes = tuned
+    elif not classes:
+        hint = "put each class's images in one of its own, or train/ and test/ with such folders"
+        raise UserError(f"folder {folder} holds no class folders; {hint}")
+    # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
+    elif all(name.casefold() in _PART_NAMES and subfolders(folder / name) for name in classes):
+        listed = ", ".join(f"{name}/" for name in classes)
+        hint = "rename them train/ and test/ (and val/)"
+        raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
+    order, where = label_order(set(classes)), f"folder {folder}"
+    rows, left = list[Row](), list[str]()
+    for part, place in places.items():
+        there = set(subfolders(place))
+        if unknown := sorted(there.difference(classes)):
+            what = f"class folder {place / unknown[0]} has no counterpart in {folder / 'train'}"
+            raise UserError(f"{what}; add one, or take it out")
+        for name in (name for name in order if name in there):
+            inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
+            found = sorted(f"{inside}/{path}" for path in images_below(place / name, others))
+            others = sorted(f"{inside}/{path}" for path in others)
+            if not found:
+                named = f" (by its name, {others[0]} is none)" if others else ""
+                what = f"class folder {place / name} holds no images{named}"
+                raise UserError(f"{what}; add some, or take it out")
+            rows += [(part, check_path(path, where), name) for path in found]
+            left += others
+    notes = tuple(
+        f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
+        f"out (such as {such}); convert them, or give them the extension that they should have"
+        for such in left[:1]
+    )
+    return make_task(folder.resolve().name, folder, rows, where, split=split, notes=notes)
 
 
-def _bundled_pairs(entries: list[Any] | tuple[()]) -> tuple[Pair, ...]:
-    return tuple((check_path(path, "bundled task"), label) for path, label in entries)
+def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
+    """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
+
+    What has the name and is no image (an empty folder, say) is told when it is read. Files of other
+    names are added to ``others``.
+    """
+    found = []
+    for place, folders, files in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        if not folders and not files and has_image_name(inside.name):
+            found.append(inside.as_posix())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if has_image_name(name):
+                found.append((inside / name).as_posix())
+            elif others is not None and not name.startswith("."):
+                others.append((inside / name).as_posix())
+    return found
 
 
-def _renamed(names: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
-    """Class names after the user's mapping or list."""
-    if file is None:
-        return names
-    given = read_class_names(file)
-    if isinstance(given, dict):
-        for name in given:
-            if name not in names:
-                raise UserError(
-                    f"class name file {file}: the dataset has no class '{name}'"
-                    f"{nearest(name, names)}; take it out"
-                )
-        return tuple(given.get(name, name) for name in names)
-    if len(given) != len(names):
-        raise UserError(
-            f"class name file {file} lists {len(given)} names, but the dataset has {len(names)} "
-            "classes; list one for each, in label order"
-        )
-    return tuple(given)
+def read_table(file: Path, split: Split) -> Task:
+    """Read a table: one image a row, its path relative to the file's folder.
+
+    ``label`` is the class name. Where no row has a ``split`` (train, val or test), classes are
+    split. Other columns are ignored.
+    """
+    rows, seen = list[Row](), dict[str, int]()
+    for line, record in _records(file):
+        where = f"{file}, line {line}"
+        path, label, part = (record.get(key) for key in ("path", "label", "split"))
+        if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
+            label = str(label)
+        if not (isinstance(path, str) and isinstance(label, str) and path and label.strip()):
+            raise UserError(f"{where}: needs a path and a label, both text")
+        if not isinstance(part, str | None):
+            raise UserError(f"{where}: split must be train, val or test")
+        path, part = check_path(path.strip(), where), (part or "").strip()
+        if seen.setdefault(path, line) != line:
+            raise UserError(f"{where}: {path} is on line {seen[path]} already; take one out")
+        if part and part not in PARTS:
+            raise UserError(f"{where}: split '{part}' is none of train, val, test")
+        rows.append((part, path, label.strip()))
+        if bool(part) != bool(rows[0][0]):
+            raise UserError(f"{where}: either every line has a split, or none")
+    if not rows:
+        raise UserError(f"{file} names no images; add a line for each")
+    return make_task(file.stem, file.parent, rows, str(file), split=split)
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a table, each after the number of its line."""
+    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
+        text = read_text(file, encoding="utf-8-sig")
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
+            if line.strip():
+                with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
+                    record = parse_json(line)
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: must be an object such as {form}")
+                yield number, record
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if not {"path", "label"} <= set(columns):
+            form = "must name the columns path and label (and may name split)"
+            raise UserError(f"{file}, line 1: the header {form}, not '{','.join(columns)[:80]}'")
+        yield from ((reader.line_num, record) for record in reader)
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
 
 
 def read_class_names(file: Path) -> list[str] | dict[str, str]:
-    """Class names in label order, or an object from listed names to better ones.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else or nothing.
-    """
+    """Class names in label order, or an object from listed names to better ones."""
     given = read_json(user_path(file), "class name file")
     values = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        raise UserError(
-            f"class name file {file} must hold a JSON object of folder name to class name, or a "
-            "list of class names in label order"
-        )
+        form = "a JSON object of folder name to class name, or a list of names in label order"
+        raise UserError(f"class name file {file} must hold {form}")
     return given
+
+
+def _renamed(task: Task, file: Path) -> Task:
+    """A task with its classes called as the user's mapping or list says."""
+    given, names, where = read_class_names(file), task.class_names, f"class name file {file}"
+    if isinstance(given, dict):
+        for name in given:
+            if name not in names:
+                close = nearest(name, names)
+                raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
+        given = [given.get(name, name) for name in names]
+    if len(given) != len(names):
+        what = f"lists {len(given)} names, but the dataset has {len(names)} classes"
+        raise UserError(f"{where} {what}; list one for each, in label order")
+    check_class_names(given, where)
+    train, val, test = (
+        tuple(replace(item, class_name=given[item.label]) for item in getattr(task, part))
+        for part in PARTS
+    )
+    return replace(task, class_names=tuple(given), train=train, val=val, test=test)
