@@ -171,7 +171,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "files_")
         images, classifier = as_sequence(X), self._loaded()
         store = ImageStore(images, **classifier.backbone.preprocessing.of_views())
-        return classify(classifier, store).double().softmax(-1).numpy()[:, self._places]
+        try:
+            logits = classify(classifier, store)
+        except BadImage as error:
+            raise InputError(str(error)) from error
+        return logits.double().softmax(-1).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""

@@ -50,7 +50,7 @@ def encode_image(visual: nn.Module, images: Tensor, inside: Inside = NOTHING) ->
     """
     tokens = inside.tokens
     if tokens is not None:
-        tokens = tokens.to(images.dtype).expand(len(images), -1, -1)  # (B, N, W)
+        tokens = tokens.to(images.dtype).expand(images.shape[0], -1, -1)  # (B, N, W)
     if isinstance(visual, VisionTransformer):
         return _encode_vit(visual, images, tokens, inside).float()
     if tokens is None:

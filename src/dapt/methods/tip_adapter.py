@@ -150,7 +150,7 @@ class TipAdapterF(Head):
 
     def _of_classes(self, near: Tensor, classes: int) -> Tensor:
         """(B, C) sums of (B, n) over the images of each class."""
-        return near.new_zeros(len(near), classes).index_add(1, self.labels.long(), near)
+        return near.new_zeros(near.shape[0], classes).index_add(1, self.labels.long(), near)
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Keys (n, D), labels (n,), alpha and beta."""
