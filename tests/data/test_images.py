@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.data import (
     Allowance,
+    BadImage,
     ImageStore,
     TooManyPixels,
     centre_view,
@@ -28,6 +29,7 @@ from dapt.data import (
 from dapt.data import images as images_module
 from dapt.data import store as store_module
 from dapt.data.images import crop_box, train_view
+from dapt.data.pictures import InputError
 from dapt.errors import UserError, printable
 
 
@@ -395,6 +397,51 @@ def test_bad_images_are_reported_in_order(photos, tmp_path):
     assert not threads()
     with pytest.raises(UserError, match=r"none\.png does not exist"):
         ImageStore(paths, size=8).test_views([0, 6, 5])
+
+
+def test_sources_are_files_or_pictures(photos):
+    """Of one image in every form the views are the same; what is none is named as ever."""
+    image = open_image(photos[0])
+    forms = [photos[0], str(photos[0]), image, np.asarray(image), torch.tensor(np.asarray(image)),
+             photos[0].read_bytes(), {"image": image}, (image, "label")]  # fmt: skip
+    for sources in (forms, tuple(forms)):
+        store = ImageStore(sources, size=24, allowance=Allowance(2**30))
+        views = store.test_views(range(len(forms)))
+        assert all(torch.equal(view, views[0]) for view in views)
+    stack = np.stack([np.asarray(image)] * 3)
+    assert torch.equal(ImageStore(stack, size=24).test_views([2])[0], views[0])
+    reasons, bad = {}, [3, "none.png", b"", image]
+    (batch,) = ImageStore(bad, size=24).batches([range(4)], unreadable=reasons)
+    assert torch.equal(batch[3], views[0])
+    assert not batch[:3].any()
+    assert sorted(reasons) == [0, 1, 2]
+    assert reasons[0].startswith("int is no image; give paths, PIL images")
+    assert reasons[1] == "image none.png does not exist; check the path"
+    assert reasons[2].startswith("image of 0 bytes cannot be read: the file is empty")
+    with pytest.raises(BadImage):
+        ImageStore(bad, size=24).image(1)
+    with pytest.raises(InputError):
+        ImageStore(bad, size=24).image(0)
+
+
+def test_sources_are_taken_when_they_are_read(photos):
+    """A dataset that decodes what is asked for is never asked for all."""
+    taken = []
+
+    class Lazy:
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            taken.append(index)
+            return open_image(photos[index])
+
+    store = ImageStore(Lazy(), size=24, allowance=Allowance(2**30))
+    assert len(store) == 12
+    assert not taken
+    for _ in range(2):
+        store.test_views([3, 5])
+    assert sorted(taken) == [3, 5]
 
 
 def test_unknown_ways_of_resizing_are_refused(photos):

@@ -1,13 +1,16 @@
 """Support sets: the published ones to the image, and what holds of any."""
 
+import hashlib
 import json
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import fuzzed
 from dapt.data import (
@@ -17,6 +20,7 @@ from dapt.data import (
     draw_support_set,
     load_support_set,
     subset_classes,
+    support_digest,
 )
 from dapt.errors import UserError
 
@@ -82,6 +86,33 @@ def test_base_and_new_have_their_images_of_one_draw(tmp_path):
         drawn.save(tmp_path / "half.json")
         for name in ("all", "half"):
             assert load_support_set(tmp_path / f"{name}.json", half) == drawn
+
+
+def test_the_digest_is_of_files_and_of_pixels(tmp_path):
+    """Whatever holds them, and in whatever order they are asked for; None where one is missing."""
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    pictures = [Image.new("RGB", (3, 2), (i, 0, 0)) for i in range(3)]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    arrays = [np.asarray(picture) for picture in pictures]
+
+    def digest(paths, **facts):
+        items = tuple(Item(path, 0, "a") for path in paths)
+        task = Task("made", tmp_path, ("a",), items, (), (), **facts)
+        return support_digest(task, draw_support_set(task, 9, 1))
+
+    def sha(*parts):
+        hashes = [hashlib.sha256(part).digest() for part in parts]
+        return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+    content, pixels = [f.read_bytes() for f in files], [p.tobytes() for p in pictures]
+    assert digest(["0.png", "2.png"]) == sha(content[0], content[2])
+    assert digest("012", pictures=pictures) == digest("012", pictures=arrays) == sha(*pixels)
+    assert digest(["2", str(files[0])], pictures=pictures) == sha(pixels[2], content[0])
+    assert digest("0", pictures=files) == sha(content[0])
+    assert digest(["0", "none.png"], pictures=pictures) is None
+    assert digest("0", pictures=["none.png"]) is None
+    assert digest("0", pictures=[b"no image"]) is None
 
 
 GOOD = {"path": "train/0.jpg", "label": 0, "class_name": "class 0"}

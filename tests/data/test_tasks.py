@@ -15,6 +15,8 @@ from PIL import Image
 from conftest import fuzzed
 from dapt.data import (
     BENCHMARKS,
+    Item,
+    Task,
     bundled_domains,
     open_image,
     open_task,
@@ -474,6 +476,21 @@ def test_bundled_task():
         assert task.test
         for item in task.train + task.val + task.test:
             assert open_image(task.image_path(item)).mode == "RGB"
+
+
+def test_a_task_can_hold_pictures(tmp_path):
+    """Images in memory go by their numbers, files beside them by their paths."""
+    file = tmp_path / "a.png"
+    items = tuple(Item(path, 0, "a") for path in ("1", str(file), "0"))
+    pictures = [Image.new("RGB", (2, 2)), {"image": b"..."}]
+    task = Task("made", tmp_path, ("a", "b"), items, (), (), pictures=pictures)
+    assert [task.source(item) for item in items] == [pictures[1], file, pictures[0]]
+    assert subset_classes(task, "base").source(items[0]) is pictures[1]
+    on_disk = dataclasses.replace(task, pictures=None)
+    assert on_disk == task
+    assert hash(on_disk) == hash(task)
+    assert "pictures=" not in repr(task)
+    assert [on_disk.source(item) for item in items] == [tmp_path / "1", file, tmp_path / "0"]
 
 
 def test_base_and_new_classes():

@@ -120,8 +120,7 @@ def read_class_folders(
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """A text file's lines that are not blank, each after where it is."""
     if not file.exists():
-        hint = "put the published one there, or check --root"
-        raise UserError(f"index file {file} does not exist; {hint}")
+        raise UserError(f"index file {file} does not exist; put the published one there")
     with refusing(f"index file {file} cannot be read", "download it anew"):
         text = read_text(file)
     if not text.strip():

@@ -111,9 +111,9 @@ def decode_image(
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
-    ``formats`` are PIL's names of those to accept; all that are safe, if not given. To the pixels
-    of ``max_pixels`` those of a TIFF's tiles count too, as far as PIL understands their tags, which
-    is not as far as libtiff does: strangers who may not exceed it should send other formats.
+    ``formats`` are PIL's names of those to accept; all that are safe, if not given. A TIFF's tile
+    may have no more than ``max_pixels`` either, as far as PIL understands its tags, which is not as
+    far as libtiff does: strangers who may not exceed a limit should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more.

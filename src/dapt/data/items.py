@@ -161,8 +161,8 @@ def make_task(
 def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
     """The test images among all, at random but always the same.
 
-    A class's do not depend on other classes. Of two or more images some are left to tune on, and
-    of a single one all.
+    How a class is split does not depend on other classes. Of two or more images, either part has
+    some; a single one is to tune on.
     """
     if fraction == 1:
         return set(items)

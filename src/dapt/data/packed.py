@@ -94,7 +94,7 @@ def cache_folder() -> Path:
         return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
         raise UserError(
-            f"no place for unpacked images ({error}); name one in DAPT_CACHE"
+            f"there is no folder for unpacked images ({error}); name one in DAPT_CACHE"
         ) from error
 
 
@@ -242,8 +242,7 @@ def _names_in(file: Path, key: str) -> list[str]:
     if not isinstance(entries, list):
         raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
     names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-    where = f"dataset {file.parent}"
-    return [check_path(name if isinstance(name, str) else "", where) for name in names]
+    return [check_path(n if isinstance(n, str) else "", f"dataset {file.parent}") for n in names]
 
 
 def _shards(folder: Path) -> list[Path]:

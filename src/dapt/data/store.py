@@ -149,18 +149,6 @@ class ImageStore:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
         started: deque[tuple[Tensor, list[Future[None]]]] = deque()
 
-        def start(indices: list[int], view: _View) -> tuple[Tensor, list[Future[None]]]:
-            # Page-locked, a batch goes to a GPU while that is at work on another. Crops stay on
-            # the CPU: the protocol's bicubic resizing is PIL's.
-            shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
-            views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-
-            def fill(start: int) -> None:
-                for row, index in enumerate(indices[start : start + _CHUNK], start):
-                    views.numpy()[row] = np.asarray(view(index)).transpose(2, 0, 1)
-
-            return views, [pool.submit(fill, i) for i in range(0, len(indices), _CHUNK)]
-
         def finished() -> Tensor:
             views, work = started.popleft()
             for part in work:
@@ -169,7 +157,13 @@ class ImageStore:
 
         try:
             for indices, view in wanted:
-                started.append(start([int(i) for i in indices], view))
+                # Page-locked, a batch goes to a GPU while that is at work on another. Crops stay
+                # on the CPU: the protocol's bicubic resizing is PIL's.
+                shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
+                views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                parts = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
+                work = [pool.submit(_fill, views[p].numpy(), indices[p], view) for p in parts]
+                started.append((views, work))
                 if len(started) > prefetch:
                     yield finished()
             while started:
@@ -177,6 +171,11 @@ class ImageStore:
         finally:
             # Also where the consumer has had enough, or an image could not be read.
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fill(pixels: np.ndarray, indices: Sequence[int], view: _View) -> None:
+    for row, index in zip(pixels, indices, strict=True):
+        row[:] = np.asarray(view(int(index))).transpose(2, 0, 1)
 
 
 def _bytes(image: Image.Image) -> int:

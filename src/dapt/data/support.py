@@ -134,14 +134,14 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
         whole, labels = task.part_of
         if any(_fits(e, whole) and not _fits(e, task) for e in (*data["train"], *data["val"])):
             return _subset(load_support_set(path, whole), labels)
-    seen = {item.path: f"a test image of '{task.name}'" for item in task.test}
+    seen = {item.path: f"a test image of '{task.name}'; take it out" for item in task.test}
     for part in ("train", "val"):
         for number, entry in enumerate(data[part]):
             where = f"{file}, {part} entry {number}"
             item = data[part][number] = _item(entry, task, where)
             if item.path in seen:
-                raise UserError(f"{where}: {item.path} is {seen[item.path]}; take it out")
-            seen[item.path] = "listed twice"
+                raise UserError(f"{where}: {item.path} is {seen[item.path]}")
+            seen[item.path] = "listed twice; take one out"
     train, val = tuple(data["train"]), tuple(data["val"])
     return SupportSet(data["dataset"], data["shots"], data["seed"], train, val)
 

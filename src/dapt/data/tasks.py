@@ -160,7 +160,7 @@ def read_folder(folder: Path, split: Split) -> Task:
         if unknown := sorted(there.difference(classes)):
             what = f"class folder {place / unknown[0]} has no counterpart in {folder / 'train'}"
             raise UserError(f"{what}; add one, or take it out")
-        for name in (name for name in order if name in there):
+        for name in [name for name in order if name in there]:
             inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
             found = sorted(f"{inside}/{path}" for path in images_below(place / name, others))
             others = sorted(f"{inside}/{path}" for path in others)
