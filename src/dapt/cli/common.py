@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
-from dapt.errors import UserError, printable
-from dapt.progress import cell, console, errors
+from dapt.errors import UserError
+from dapt.progress import errors, say, table
+
+# PIL's warning of a large image: whether it is too large, dapt says itself.
+warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are told in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with readable_errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
 )
 
+# Options of more than one command; see `given_settings` for those that are settings.
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that 'dapt train' wrote.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Run directory to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Discard the run there.")]
+MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="See 'dapt methods'.")]
 RootOption = Annotated[
     Path | None, typer.Option("--root", help="Folder that holds the benchmarks.")
 ]
@@ -30,10 +48,47 @@ DomainOption = Annotated[str | None, typer.Option(help="Style of the bundled tas
 NamesOption = Annotated[
     Path | None, typer.Option("--class-names", help="JSON file: folder name -> class name.")
 ]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file."),
+]
+PretrainedOption = Annotated[
+    str | None, typer.Option(help="Tag of the open_clip model, a file, or 'random'.")
+]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="An image that cannot be read is an error, not skipped.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Any setting as name=value; see 'dapt settings'."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")]
+
+
+def given_settings(
+    context: typer.Context,
+    names: Iterable[str] | None = None,
+    assignments: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """The settings that a command was given; files and folders that exist by absolute paths.
+
+    Args:
+        context: the command's: an option that is called like a setting is one.
+        names: settings that count; all if not given.
+        assignments: what ``--set`` was given, which goes before options.
+    """
+    from dapt.settings import Settings, absolute_paths, parse_assignment
+
+    wanted = Settings.model_fields if names is None else set(names)
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name in wanted and value is not None and value is not False
+    }
+    return absolute_paths({**given, **dict(map(parse_assignment, assignments or ()))})
+
 
 # What the operating system says when there is no room or no right to write.
 _STORAGE: dict[int | None, str] = {
@@ -46,38 +101,36 @@ _STORAGE: dict[int | None, str] = {
 }
 
 
-# PIL's warning of a large image: whether it is too large, dapt says itself.
-warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
-
-
 @contextmanager
-def readable_errors(run: Path | None = None, command: str = "train") -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2.
+def readable_errors(
+    run: Path | None = None,
+    again: str = "",
+    interrupted: type[BaseException] = KeyboardInterrupt,
+) -> Iterator[None]:
+    """Turn what a user can mend into one sentence and exit code 2; all commands have this.
 
     Args:
-        run: directory that ``command`` writes to; a hint says how to go on with what is there.
-        command: "train" or "demo".
+        run: directory that is written to.
+        again: command that goes on with what is there; told if there is anything.
+        interrupted: what is raised, other than by Ctrl-C, where the work was asked to stop.
     """
-    from dapt.run.train import Interrupted
 
-    def again(start: str) -> str:
-        if run is None or not run.exists():
-            return ""
-        return f"{start}dapt {command} --output {run}{' --resume' if command == 'train' else ''}"
+    def hint(start: str) -> str:
+        return f"{start}{again}" if run is not None and run.exists() else ""
 
     try:
         yield
     except UserError as error:
         stop(str(error))
-    except (Interrupted, KeyboardInterrupt):
-        say_error(f"stopped{again('; go on with: ')}")
+    except (interrupted, KeyboardInterrupt):
+        say_error(f"stopped{hint('; go on with: ')}")
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno in (None, errno.EPIPE):  # a mistake of ours; a reader who has had enough
             raise
         where = error.filename or run
         told = _STORAGE.get(error.errno, str(error.strerror).lower())
-        stop(f"{f'{where}: ' if where else ''}{told}{again(', then: ')}")
+        stop(f"{f'{where}: ' if where else ''}{told}{hint(', then: ')}")
     except MemoryError:
         stop("there is not enough memory; take a smaller batch or fewer threads")
 
@@ -90,12 +143,7 @@ def stop(sentence: str) -> None:
 
 def say_error(line: str) -> None:
     """A line on standard error, as it stands."""
-    errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def say(line: str) -> None:
-    """A line on standard output, as it stands."""
-    console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    say(line, to=errors)
 
 
 def say_json(value: Any) -> None:
@@ -105,15 +153,10 @@ def say_json(value: Any) -> None:
     typer.echo(to_json(value))
 
 
-def metrics_table(title: str, values: dict[str, Any]) -> Table:
+def metrics_table(title: str, values: Mapping[str, Any]) -> Table:
     """A row of the figures that sum an evaluation up."""
-    table = Table(title=cell(title), title_justify="left")
-    columns = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
-    cells = [f"{values['images']:,}"]
-    table.add_column("images", justify="right")
-    for name, label in columns.items():
-        if name in values:
-            table.add_column(label, justify="right")
-            cells.append(f"{100 * values[name]:.1f} %")
-    table.add_row(*cells)
-    return table
+    labels = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
+    known = {label: values[name] for name, label in labels.items() if values.get(name) is not None}
+    made = table(figures=("images", *known), title=title)
+    made.add_row(f"{values['images']:,}", *(f"{100 * value:.1f} %" for value in known.values()))
+    return made

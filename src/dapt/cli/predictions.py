@@ -1,4 +1,8 @@
-"""Predictions on standard output: lines to read, JSON lines, CSV, or a table."""
+"""Predictions as text, line by line as they come: to read, JSON, CSV, or a table at the end.
+
+Each form is a function of predictions, the number of classes that are named for an image, and the
+least probability of the best one for the image not to be called unknown, if there is one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,8 @@ import csv
 import io
 import json
 import os
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
@@ -19,121 +22,67 @@ if TYPE_CHECKING:  # it brings torch along, which --help should not wait for
     from dapt.predict import Prediction
 
 
-class PredictionForm(str, Enum):
-    """How predictions are printed."""
-
-    lines = "lines"
-    json = "json"
-    csv = "csv"
-    table = "table"
+def _lines(found: Iterable[Prediction], _top: int, unknown: float | None) -> Iterator[str]:
+    """``path: class 90.0%, class 5.0%``, an image a line."""
+    for one in found:
+        ranked = ", ".join(f"{name} {p:.1%}" for name, p in one.classes)
+        yield printable(f"{_path(one)}: {_marked(ranked, one, unknown)}")
 
 
-class Lines:
-    """``path: class 90.0%, class 5.0%``, an image a line.
-
-    Args:
-        out: where to.
-        top: classes an image.
-        unknown: least probability of the best class for an image not to be called unknown.
-    """
-
-    def __init__(self, out: TextIO, top: int, unknown: float | None) -> None:
-        self.out, self.top, self.unknown = out, top, unknown
-
-    def is_unknown(self, prediction: Prediction) -> bool:
-        """Whether the best class is too improbable."""
-        return self.unknown is not None and prediction.classes[0][1] < self.unknown
-
-    def add(self, prediction: Prediction) -> None:
-        """Print one more."""
-        ranked = ", ".join(f"{name} {p:.1%}" for name, p in prediction.classes)
-        if self.is_unknown(prediction):
-            ranked = f"unknown ({ranked})"
-        self.write(printable(f"{_shown(prediction.path)}: {ranked}"))
-
-    def write(self, line: str) -> None:
-        """Print one line, at once."""
-        self.out.write(line + "\n")
-        self.out.flush()
-
-    def close(self) -> None:
-        """Print what is left."""
-
-
-class JsonLines(Lines):
+def _json(found: Iterable[Prediction], _top: int, unknown: float | None) -> Iterator[str]:
     """``{"path", "classes": [{"class", "probability"}], "unknown"}``; the last with a threshold."""
-
-    def add(self, prediction: Prediction) -> None:
-        """Print one more."""
-        ranked = [{"class": name, "probability": p} for name, p in prediction.classes]
-        value: dict[str, Any] = {"path": _shown(prediction.path), "classes": ranked}
-        if self.unknown is not None:
-            value["unknown"] = self.is_unknown(prediction)
-        self.write(json.dumps(value, ensure_ascii=False))
+    for one in found:
+        ranked = [{"class": name, "probability": p} for name, p in one.classes]
+        value: dict[str, Any] = {"path": _path(one), "classes": ranked}
+        if unknown is not None:
+            value["unknown"] = _is_unknown(one, unknown)
+        yield json.dumps(value, ensure_ascii=False)
 
 
-class Csv(Lines):
+def _csv(found: Iterable[Prediction], top: int, unknown: float | None) -> Iterator[str]:
     """Columns path, class, probability (class_2, probability_2, ...), unknown."""
-
-    def __init__(self, out: TextIO, top: int, unknown: float | None) -> None:
-        super().__init__(out, top, unknown)
-        columns = ["path", "class", "probability"]
-        for place in range(2, top + 1):
-            columns += [f"class_{place}", f"probability_{place}"]
-        self._row(columns + ["unknown"] * (unknown is not None))
-
-    def add(self, prediction: Prediction) -> None:
-        """Print one more."""
-        cells: list[Any] = [_shown(prediction.path)]
-        for name, probability in prediction.classes:
-            cells += [name, f"{probability:.6f}"]
-        if self.unknown is not None:
-            cells.append(str(self.is_unknown(prediction)).lower())
-        self._row(cells)
-
-    def _row(self, cells: list[Any]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerow(cells)  # its line end is what makes it quote those in a name
-        self.write(text.getvalue().removesuffix("\r\n"))
+    places = ("", *(f"_{place}" for place in range(2, top + 1)))
+    columns = [f"{name}{place}" for place in places for name in ("class", "probability")]
+    yield _row("path", *columns, *["unknown"] * (unknown is not None))
+    for one in found:
+        cells = [text for name, p in one.classes for text in (name, f"{p:.6f}")]
+        if unknown is not None:
+            cells.append(str(_is_unknown(one, unknown)).lower())
+        yield _row(_path(one), *cells)
 
 
-class Aligned(Lines):
-    """A table, printed when all images are there."""
-
-    def __init__(self, out: TextIO, top: int, unknown: float | None) -> None:
-        super().__init__(out, top, unknown)
-        self.table = Table(Column("image", overflow="fold"))
-        for place in range(top):
-            self.table.add_column("class" if place == 0 else f"{place + 1}.")
-            self.table.add_column("", justify="right")
-
-    def add(self, prediction: Prediction) -> None:
-        """Keep one more."""
-        cells = [_shown(prediction.path)]
-        for name, probability in prediction.classes:
-            cells += [name, f"{probability:.1%}"]
-        if self.is_unknown(prediction):
-            cells[1] = f"unknown ({cells[1]})"
-        self.table.add_row(*(cell(text) for text in cells))
-
-    def close(self) -> None:
-        """Print the table."""
-        console.print(self.table)
+def _row(*cells: str) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)  # its line end is what makes it quote those in a name
+    return text.getvalue().removesuffix("\r\n")
 
 
-_PRINTERS = {
-    PredictionForm.lines: Lines,
-    PredictionForm.json: JsonLines,
-    PredictionForm.csv: Csv,
-    PredictionForm.table: Aligned,
-}
+def _table(found: Iterable[Prediction], top: int, unknown: float | None) -> Iterator[str]:
+    """A table, once all images are there."""
+    table = Table(Column("image", overflow="fold"))
+    for place in range(top):
+        table.add_column("class" if place == 0 else f"{place + 1}.")
+        table.add_column("", justify="right")
+    for one in found:
+        cells = [text for name, p in one.classes for text in (name, f"{p:.1%}")]
+        cells[0] = _marked(cells[0], one, unknown)
+        table.add_row(*map(cell, (_path(one), *cells)))
+    with console.capture() as captured:
+        console.print(table)
+    yield captured.get().removesuffix("\n")
 
 
-def prediction_printer(form: PredictionForm, out: TextIO, top: int, unknown: float | None) -> Lines:
-    """What prints predictions in a form; see `Lines` for the arguments."""
-    return _PRINTERS[form](out, top, unknown)
+FORMS = {"lines": _lines, "json": _json, "csv": _csv, "table": _table}
 
 
-def _shown(path: Path) -> str:
-    """A path as text that any output takes: bytes that are no UTF-8 are replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
+def _is_unknown(one: Prediction, unknown: float | None) -> bool:
+    return unknown is not None and one.classes[0][1] < unknown
+
+
+def _marked(text: str, one: Prediction, unknown: float | None) -> str:
+    return f"unknown ({text})" if _is_unknown(one, unknown) else text
+
+
+def _path(one: Prediction) -> str:
+    """As text that any output takes: bytes that are no UTF-8 are replaced."""
+    return os.fsencode(one.path).decode("utf-8", "replace")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-import time
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # What may be had without the token: the pages, which ask for it, and whether the server is up.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
 _OPEN_FOLDER = "/static/"
+# What metrics tell apart; others are counted as "other".
+_COUNTED = _OPEN | {"/predict", "/classes", "/metrics"}
 
 _HEADERS = {
     "content-security-policy": (
@@ -34,32 +34,25 @@ class Metrics:
     """What Prometheus is told; of one server, so that a process may hold several."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
+        self.registry = own = CollectorRegistry()
+        ProcessCollector(registry=own)
+        GCCollector(registry=own)
         self.requests = Counter(
-            "dapt_requests", "Requests answered.", ("path", "status"), registry=self.registry
+            "dapt_requests", "Requests answered.", ("path", "status"), registry=own
         )
         self.seconds = Histogram(
             "dapt_request_seconds",
             "Seconds from a request's headers to the end of its answer.",
             ("path",),
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-            registry=self.registry,
+            registry=own,
         )
-        self.images = Counter(
-            "dapt_images", "Images received, by what came of them.", ("result",),
-            registry=self.registry,
-        )  # fmt: skip
-        self.queue = Gauge(
-            "dapt_queue_images", "Images admitted that wait for an answer.", registry=self.registry
-        )
-        self.batch = Histogram(
-            "dapt_batch_images",
-            "Images the model took at a time.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=self.registry,
-        )
+        about = "Images received, by what came of them."
+        self.images = Counter("dapt_images", about, ("result",), registry=own)
+        about = "Images admitted that wait for an answer."
+        self.queue = Gauge("dapt_queue_images", about, registry=own)
+        about, sizes = "Images the model took at a time.", [2**i for i in range(8)]
+        self.batch = Histogram("dapt_batch_images", about, buckets=sizes, registry=own)
 
 
 class Gate:
@@ -68,7 +61,6 @@ class Gate:
     Args:
         app: what is behind it.
         metrics: counts requests.
-        paths: those the metrics tell apart; others are counted as "other".
         token: that ``Authorization: Bearer`` must bring, if one is asked for.
         hosts: names of this server that a request may call it by, in lower case; any, if empty.
             A page elsewhere that has its own name point to a loopback address (DNS rebinding)
@@ -84,12 +76,11 @@ class Gate:
         app: ASGIApp,
         *,
         metrics: Metrics,
-        paths: Iterable[str],
         token: str | None,
         hosts: frozenset[str],
-        addresses: bool = False,
+        addresses: bool,
     ) -> None:
-        self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
+        self.app, self.metrics = app, metrics
         self.token, self.hosts, self.addresses = token, hosts, addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,25 +88,23 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        status = 500
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                headers.update(_HEADERS)
                 headers.setdefault("cache-control", "no-cache")
             await send(message)
 
-        try:
-            refusal = self._refusal(scope)
-            await (refusal or self.app)(scope, receive, answer)
-        finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+        path = scope["path"] if scope["path"] in _COUNTED else "other"
+        with self.metrics.seconds.labels(path).time():
+            try:
+                await (self._refusal(scope) or self.app)(scope, receive, answer)
+            finally:
+                self.metrics.requests.labels(path, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
@@ -133,7 +122,10 @@ class Gate:
         if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDER):
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and _equal(given.strip(), self.token):
+        # Headers are latin-1 once they arrive; the time taken tells nothing of where they differ.
+        if kind.lower() == "bearer" and secrets.compare_digest(
+            given.strip().encode("latin-1"), self.token.encode()
+        ):
             return None
         return _sentence(
             401,
@@ -146,11 +138,6 @@ class Gate:
             return _host_name(urlsplit(origin).netloc) in {host, *self.hosts}
         except ValueError:  # a bracket that is not closed
             return False
-
-
-def _equal(given: str, expected: str) -> bool:
-    """In a time that tells nothing of where they differ; headers are latin-1 once they arrive."""
-    return secrets.compare_digest(given.encode("latin-1"), expected.encode())
 
 
 def _host_name(host: str) -> str:

@@ -7,19 +7,16 @@ import errno
 import ipaddress
 import signal
 import socket
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
 import uvicorn
-from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dapt.errors import UserError
 from dapt.serve.app import create_app
+from dapt.serve.gate import Gate, Metrics
 from dapt.serve.served import Served
 from dapt.serve.uploads import Limits
 
@@ -31,24 +28,20 @@ _HEADER_BYTES = 16 * 2**10
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, so that one in use is known before a model is loaded.
+    """A socket that listens, so that an address in use is known before a model is loaded.
 
     Raises:
         UserError: the address is in use, not this machine's, or none.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"host '{host}' is no address; try 127.0.0.1 or 0.0.0.0") from error
-    found = socket.socket(family, kind, protocol)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(128)  # a bound port that another process listens on shows here only
     except OSError as error:
-        found.close()
         reason = {
             errno.EADDRINUSE: f"port {port} of {host} is in use; choose another with --port",
             errno.EACCES: f"port {port} is reserved; choose one above 1023 with --port",
@@ -56,7 +49,6 @@ def open_socket(host: str, port: int) -> socket.socket:
         }
         said = reason.get(error.errno or 0, f"cannot listen on {host}:{port} ({error.strerror})")
         raise UserError(said) from error
-    return found
 
 
 def is_loopback(found: socket.socket) -> bool:
@@ -91,16 +83,15 @@ def make_server(
         ready: called once it answers.
     """
     hosts: frozenset[str] = frozenset()
-    loopback = is_loopback(found)
+    loopback, metrics = is_loopback(found), Metrics()
     if token is None:
         own = found.getsockname()[0]
         local = {"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"}
         known = local if loopback else {socket.gethostname().lower()}
         hosts = frozenset({*known, *(name.lower() for name in names if name)})
-    # Too many pixels are refused in a sentence; PIL's warning would only fill the log.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    app = create_app(served, limits, metrics, ready)
     config = uvicorn.Config(
-        create_app(served, limits, token=token, hosts=hosts, addresses=not loopback),
+        Gate(app, metrics=metrics, token=token, hosts=hosts, addresses=not loopback),
         http=_Protocol,
         ws="none",
         lifespan="on",
@@ -112,7 +103,7 @@ def make_server(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
-    return _Server(config, ready)
+    return _Server(config)
 
 
 def run_server(server: uvicorn.Server, found: socket.socket) -> None:
@@ -123,27 +114,11 @@ def run_server(server: uvicorn.Server, found: socket.socket) -> None:
 class _Server(uvicorn.Server):
     """Ends in order on a signal; uvicorn's own would have the signal kill the process after."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def handle_exit(self, sig: int, frame: Any) -> None:
         """A first signal ends it in order, a second SIGINT at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 class _Protocol(H11Protocol):
