@@ -14,7 +14,7 @@ import anyio
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 
@@ -22,10 +22,9 @@ from dapt import __version__
 from dapt.data import TooManyPixels
 from dapt.errors import UserError
 from dapt.predict import best
-from dapt.serve.batching import AGAIN, Batcher
-from dapt.serve.gate import Metrics
+from dapt.serve.batching import Batcher
 from dapt.serve.served import Served
-from dapt.serve.uploads import MULTIPART, Limits, uploaded
+from dapt.serve.uploads import AGAIN, MULTIPART, Limits, uploaded
 
 _STATIC = Path(__file__).with_name("static")
 
@@ -116,7 +115,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    served: Served, limits: Limits, metrics: Metrics, ready: Callable[[], None]
+    served: Served, limits: Limits, registry: CollectorRegistry, ready: Callable[[], None]
 ) -> FastAPI:
     """The application; its lifespan starts and ends the threads that do the work.
 
@@ -125,13 +124,14 @@ def create_app(
     Args:
         served: from `load_served`.
         limits: bounds.
-        metrics: count images and batches; ``/metrics`` tells them.
+        registry: of metrics; ``/metrics`` tells them.
         ready: called once requests can be answered.
     """
     shown = served.support
     names, pictures = (shown.class_names, shown.pictures) if shown else ((), ())
-    batcher = Batcher(served, size=limits.batch, limit=limits.queue, observe=metrics.batch.observe)
-    metrics.queue.set_function(lambda: batcher.admitted)
+    batcher = Batcher(served, limits, registry)
+    about = "Images received, by what came of them."
+    counted = Counter("dapt_images", about, ("result",), registry=registry)
     decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "dapt-images")
 
     @asynccontextmanager
@@ -162,12 +162,12 @@ def create_app(
             view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
             probabilities, cosines = await batcher.answer(view)
         except UserError as error:
-            metrics.images.labels("error").inc()
+            counted.labels("error").inc()
             if alone:
                 status = 413 if isinstance(error, TooManyPixels) else 400
                 raise HTTPException(status, str(error)) from error
             return Prediction(file=name, error=str(error))
-        metrics.images.labels("ok").inc()
+        counted.labels("ok").inc()
         (classes,) = best(probabilities[None], served.class_names, top)
         (places,) = best(cosines[None], range(len(cosines)), nearest)
         return Prediction(
@@ -238,7 +238,7 @@ def create_app(
     @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

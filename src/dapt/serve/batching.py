@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 from starlette.exceptions import HTTPException
 
 from dapt.serve.served import Answer, Served
-
-AGAIN = {"Retry-After": "1"}
+from dapt.serve.uploads import AGAIN, Limits
 
 # Seconds that a batch is kept open for others.
 _WAIT = 0.003
@@ -26,18 +26,19 @@ class Batcher:
 
     Args:
         served: the model; only ever called in one thread.
-        size: most images a batch.
-        limit: most images that have been admitted and not left yet.
-        observe: is told the size of each batch.
+        limits: most images a batch, and most that have been admitted and not left yet.
+        registry: of metrics, which get to know both.
     """
 
-    def __init__(
-        self, served: Served, *, size: int, limit: int, observe: Callable[[int], None]
-    ) -> None:
-        self._served, self._size, self._limit, self._observe = served, size, limit, observe
+    def __init__(self, served: Served, limits: Limits, registry: CollectorRegistry) -> None:
+        self._served, self._limits, self._admitted = served, limits, 0
         # Views, each with what says which batch it is in, at which place, once that has begun.
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
-        self.admitted = 0
+        about = "Images admitted that wait for an answer."
+        gauge = Gauge("dapt_queue_images", about, registry=registry)
+        gauge.set_function(lambda: self._admitted)
+        about, sizes = "Images the model took at a time.", [2**i for i in range(8)]
+        self._sizes = Histogram("dapt_batch_images", about, buckets=sizes, registry=registry)
 
     @contextmanager
     def admission(self, count: int) -> Iterator[None]:
@@ -46,13 +47,13 @@ class Batcher:
         Raises:
             HTTPException: 429, there is none.
         """
-        if self.admitted + count > self._limit:
+        if self._admitted + count > self._limits.queue:
             raise HTTPException(429, "too many images are waiting; try again", AGAIN)
-        self.admitted += count
+        self._admitted += count
         try:
             yield
         finally:
-            self.admitted -= count
+            self._admitted -= count
 
     async def answer(self, view: np.ndarray) -> Answer:
         """What the model makes of a view; to cancel this spares the work if that has not begun."""
@@ -63,16 +64,16 @@ class Batcher:
 
     async def run(self) -> None:
         """Do the work, until this is cancelled. A batch that fails, fails those who wait for it."""
-        loop = asyncio.get_running_loop()
+        loop, size = asyncio.get_running_loop(), self._limits.batch
         with ThreadPoolExecutor(1, "dapt-model") as model:
             while True:
                 found = [await self._waiting.get()]
-                if self._waiting.qsize() < self._size - 1:
+                if self._waiting.qsize() < size - 1:
                     await asyncio.sleep(_WAIT)
-                while len(found) < self._size and not self._waiting.empty():
+                while len(found) < size and not self._waiting.empty():
                     found.append(self._waiting.get_nowait())
                 if wanted := [one for one in found if not one[1].cancelled()]:
-                    self._observe(len(wanted))
+                    self._sizes.observe(len(wanted))
                     views = [view for view, _ in wanted]
                     batch = loop.run_in_executor(model, self._served.answers, views)
                     for place, (_, begun) in enumerate(wanted):

@@ -44,19 +44,13 @@ class Support:
 
 @dataclass(frozen=True)
 class Served:
-    """A classifier and what is shown beside its answers.
+    """A classifier and what is shown beside its answers."""
 
-    Attributes:
-        name: the run's.
-        method: its row in the table of methods; ``backbone``: its name.
-        support: None where the run has no support images to show.
-    """
-
-    name: str
+    name: str  # of the run, as that of its
     method: str
     backbone: str
     classifier: Classifier
-    support: Support | None
+    support: Support | None  # where the run has support images to show
 
     @property
     def class_names(self) -> tuple[str, ...]:

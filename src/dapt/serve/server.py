@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -12,11 +11,14 @@ from typing import Any
 
 import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
 import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dapt.errors import UserError
 from dapt.serve.app import create_app
-from dapt.serve.gate import Gate, Metrics
+from dapt.serve.gate import Gate
 from dapt.serve.served import Served
 from dapt.serve.uploads import Limits
 
@@ -51,11 +53,6 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise UserError(said) from error
 
 
-def is_loopback(found: socket.socket) -> bool:
-    """Whether only this machine can reach a socket."""
-    return ipaddress.ip_address(found.getsockname()[0].partition("%")[0]).is_loopback
-
-
 def address_of(found: socket.socket) -> str:
     """Its URL."""
     host, port = found.getsockname()[:2]
@@ -77,21 +74,15 @@ def make_server(
         served: from `load_served`.
         found: from `open_socket`.
         limits: bounds.
-        token: that requests must bring.
-        names: that requests may call this server by without a token, besides those of a loopback
-            address, or else any IP address, "localhost" and this machine's name.
+        token, names: as for `Gate`.
         ready: called once it answers.
     """
-    hosts: frozenset[str] = frozenset()
-    loopback, metrics = is_loopback(found), Metrics()
-    if token is None:
-        own = found.getsockname()[0]
-        local = {"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"}
-        known = local if loopback else {socket.gethostname().lower()}
-        hosts = frozenset({*known, *(name.lower() for name in names if name)})
-    app = create_app(served, limits, metrics, ready)
+    registry = CollectorRegistry()  # of one server: a process may hold several
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
     config = uvicorn.Config(
-        Gate(app, metrics=metrics, token=token, hosts=hosts, addresses=not loopback),
+        Gate(app, registry, address=address, token=token, names=names),
         http=_Protocol,
         ws="none",
         lifespan="on",
@@ -139,11 +130,6 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        super().connection_lost(exc)
 
     def _wait(self) -> None:
         if self._waiting is not None:

@@ -17,29 +17,20 @@ from dapt.errors import printable
 
 FIELD = "images"
 MULTIPART = "multipart/form-data"
+AGAIN = {"Retry-After": "1"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a server.
+    """Bounds of a server."""
 
-    Attributes:
-        upload: bytes of a request.
-        pixels: width x height of an image.
-        images: images of a request.
-        queue: images of all requests that wait for an answer.
-        batch: images that the model takes at a time.
-        timeout: seconds that a request may take in all.
-        connections: clients at a time.
-    """
-
-    upload: int = 20 * 2**20
-    pixels: int = 50_000_000
-    images: int = 32
-    queue: int = 128
-    batch: int = 32
-    timeout: float = 30.0
-    connections: int = 128
+    upload: int = 20 * 2**20  # bytes of a request
+    pixels: int = 50_000_000  # width x height of an image
+    images: int = 32  # of a request
+    queue: int = 128  # images of all requests that wait for an answer
+    batch: int = 32  # images that the model takes at a time
+    timeout: float = 30.0  # seconds that a request may take in all
+    connections: int = 128  # clients at a time
 
 
 @asynccontextmanager
