@@ -125,7 +125,7 @@ def running(served, limits=None, *, address="127.0.0.1", **more):
     found = server.open_socket(address, 0)
     ready = threading.Event()
     made = server.make_server(served, found, limits or Limits(), ready=ready.set, **more)
-    thread = threading.Thread(target=server.run_server, args=(made, found))
+    thread = threading.Thread(target=made.run, args=([found],))
     port = found.getsockname()[1]
     thread.start()
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from dapt.data import ImageStore, has_image_name, images_below, open_image
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
 from dapt.safe.files import user_path
-
-Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def seen_by(backbone: Backbone) -> dict[str, Any]:
     return {"size": seen.size, "interpolation": seen.interpolation, "resize_mode": seen.resize_mode}
 
 
-def best(values: Tensor, names: Sequence[Name], top: int) -> list[tuple[tuple[Name, float], ...]]:
+def best(values: Tensor, names: Sequence[Any], top: int) -> list[tuple[tuple[Any, float], ...]]:
     """For each row of (n, C) values the ``top`` highest, best first, as name and value."""
     values, places = values.topk(min(top, len(names)))
     return [

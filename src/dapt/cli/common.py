@@ -7,87 +7,67 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument, Context, Exit, Option, Typer, echo
 from typer.core import TyperGroup
 
 from dapt.errors import UserError
-from dapt.progress import errors, say, table
+from dapt.progress import console, errors, say, table
+
+if TYPE_CHECKING:
+    from dapt.run.directory import RunDirectory
+    from dapt.run.records import Metrics
 
 # PIL's warning of a large image: whether it is too large, dapt says itself.
 warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
 
-
-class _Commands(TyperGroup):
-    """Commands whose errors are told in one sentence."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with readable_errors():
-            return super().invoke(ctx)
-
-
-app = typer.Typer(
-    cls=_Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
-)
-
-# Options of more than one command; see `given_settings` for those that are settings.
-RunArgument = Annotated[Path, typer.Argument(help="Run directory that 'dapt train' wrote.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Run directory to write.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Discard the run there.")]
-MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="See 'dapt methods'.")]
-RootOption = Annotated[
-    Path | None, typer.Option("--root", help="Folder that holds the benchmarks.")
-]
-DomainOption = Annotated[str | None, typer.Option(help="Style of the bundled task.")]
-NamesOption = Annotated[
-    Path | None, typer.Option("--class-names", help="JSON file: folder name -> class name.")
-]
+# Options of more than one command. Those that are called like a setting are one.
+RunArgument = Annotated[Path, Argument(help="Run directory that 'dapt train' wrote.")]
+RootOption = Annotated[Path | None, Option(help="Folder that holds the benchmarks.")]
+DomainOption = Annotated[str | None, Option(help="Style of the bundled task.")]
+NamesOption = Annotated[Path | None, Option(help="JSON file: folder name -> class name.")]
+MethodOption = Annotated[str | None, Option("--method", "-m", help="See 'dapt methods'.")]
+ShotsOption = Annotated[int | None, Option(help="Support images a class.")]
+SeedOption = Annotated[int | None, Option(help="Of support set, prompts and order.")]
+EpochsOption = Annotated[int | None, Option(help="Passes over the support set.")]
 BackboneOption = Annotated[
-    str | None,
-    typer.Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file."),
+    str | None, Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file.")
 ]
 PretrainedOption = Annotated[
-    str | None, typer.Option(help="Tag of the open_clip model, a file, or 'random'.")
+    str | None, Option(help="Tag of the open_clip model, a file, or 'random'.")
 ]
-PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
+DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="An image that cannot be read is an error, not skipped.")
+    bool, Option("--strict", help="An image that cannot be read is an error, not skipped.")
 ]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Any setting as name=value; see 'dapt settings'."),
+    list[str] | None, Option("--set", "-s", help="Any as name=value; see 'dapt settings'.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")]
 
 
 def given_settings(
-    context: typer.Context,
-    names: Iterable[str] | None = None,
-    assignments: Iterable[str] | None = None,
+    context: Context, names: Iterable[str] = (), assignments: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """The settings that a command was given; files and folders that exist by absolute paths.
+    """Settings that a command was given, with absolute paths of what exists.
 
     Args:
-        context: the command's: an option that is called like a setting is one.
-        names: settings that count; all if not given.
-        assignments: what ``--set`` was given, which goes before options.
+        context: the command's, of whose options those count that are called like a setting.
+        names: only these count.
+        assignments: what ``--set`` was given; goes before the others.
     """
     from dapt.settings import Settings, absolute_paths, parse_assignment
 
-    wanted = Settings.model_fields if names is None else set(names)
+    wanted = set(names or Settings.model_fields)
     given = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in context.params.items()
         if name in wanted and value is not None and value is not False
     }
-    return absolute_paths({**given, **dict(map(parse_assignment, assignments or ()))})
+    return absolute_paths(given | dict(map(parse_assignment, assignments or ())))
 
 
 # What the operating system says when there is no room or no right to write.
@@ -107,7 +87,7 @@ def readable_errors(
     again: str = "",
     interrupted: type[BaseException] = KeyboardInterrupt,
 ) -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2; all commands have this.
+    """Turn what a user can mend into one sentence and exit code 2; all commands are in this.
 
     Args:
         run: directory that is written to.
@@ -120,25 +100,37 @@ def readable_errors(
 
     try:
         yield
+        return
     except UserError as error:
-        stop(str(error))
+        said = str(error)
     except (interrupted, KeyboardInterrupt):
         say_error(f"stopped{hint('; go on with: ')}")
-        raise typer.Exit(130) from None
+        raise Exit(130) from None
     except OSError as error:
         if error.errno in (None, errno.EPIPE):  # a mistake of ours; a reader who has had enough
             raise
         where = error.filename or run
         told = _STORAGE.get(error.errno, str(error.strerror).lower())
-        stop(f"{f'{where}: ' if where else ''}{told}{hint(', then: ')}")
+        said = f"{f'{where}: ' if where else ''}{told}{hint(', then: ')}"
     except MemoryError:
-        stop("there is not enough memory; take a smaller batch or fewer threads")
+        said = "there is not enough memory; take a smaller batch or fewer threads"
+    say_error(f"dapt: {said}")
+    raise Exit(2)
 
 
-def stop(sentence: str) -> None:
-    """Say it and exit with code 2."""
-    say_error(f"dapt: {sentence}")
-    raise typer.Exit(2)
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with readable_errors():
+            return super().invoke(ctx)
+
+
+app = Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
+)
 
 
 def say_error(line: str) -> None:
@@ -150,7 +142,34 @@ def say_json(value: Any) -> None:
     """A value on standard output, as one line of JSON in UTF-8."""
     from dapt.safe.files import to_json
 
-    typer.echo(to_json(value))
+    echo(to_json(value))
+
+
+def show_run(run: RunDirectory, *notes: str) -> Metrics:
+    """Print the figures of a run, and return them; to be asked at once when it is finished.
+
+    Raises:
+        UserError: another process, told to overwrite, has replaced the run meanwhile.
+    """
+    from dapt.run.records import Environment, Metrics, read_record
+
+    try:
+        result = read_record(run.metrics_file, Metrics, "metrics of the run")
+        spent = read_record(run.environment_file, Environment, "environment of the run")
+    except UserError as error:
+        if run.finished:
+            raise
+        raise UserError(
+            f"{run.path} is in use by another process, which has replaced the run that was made "
+            "here; give each its own --output"
+        ) from error
+    title = ", ".join((result.dataset, result.method, *notes))
+    console.print(metrics_table(title, result.test.model_dump()))
+    for name, change in result.dispersion.items():
+        say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
+    tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""
+    say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
+    return result
 
 
 def metrics_table(title: str, values: Mapping[str, Any]) -> Table:

@@ -1,20 +1,16 @@
-"""``dapt train``, and the bundled comparison, ``dapt demo``."""
+"""``dapt train``, what it can be told, and the bundled comparison, ``dapt demo``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, metrics_table, readable_errors
+from dapt.cli.common import app, given_settings, readable_errors, show_run
 from dapt.errors import UserError
-from dapt.progress import RichReporter, console, say
-
-if TYPE_CHECKING:
-    from dapt.run.directory import RunDirectory
-    from dapt.run.records import Metrics
+from dapt.progress import RichReporter, cell, console, say, table
 
 # Test images up to which a run is compared with zero-shot: beyond, it takes long to do unasked.
 COMPARED_IMAGES = 2000
@@ -22,56 +18,42 @@ COMPARED_IMAGES = 2000
 
 @app.command()
 def train(
-    context: typer.Context,
+    context: Context,
     dataset: Annotated[
-        str | None,
-        typer.Argument(
-            help="'bundled', a benchmark's name, a folder, a .csv/.jsonl file, or packed images."
-        ),
+        str | None, Argument(help="'bundled', a benchmark, a folder, .csv/.jsonl, packed images.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run directory to write.")
-    ] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Run directory to write.")] = None,
     method: common.MethodOption = None,
-    shots: Annotated[int | None, typer.Option(help="Support images a class.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of support set, prompts and order.")] = None,
+    shots: common.ShotsOption = None,
+    seed: common.SeedOption = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
-    support_set: Annotated[
-        Path | None, typer.Option(help="Saved support set, in place of a draw.")
-    ] = None,
+    support_set: Annotated[Path | None, Option(help="Saved support set, not a draw.")] = None,
     backbone: common.BackboneOption = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,
     device: common.DeviceOption = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the support set.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of settings.")
-    ] = None,
+    epochs: common.EpochsOption = None,
+    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: common.SetOption = None,
     tune_settings: Annotated[
-        bool,
-        typer.Option("--tune-settings", help="Search lr and betas on held-out support images."),
+        bool, Option("--tune-settings", help="Search lr and betas on held-out support images.")
     ] = False,
     strict: common.StrictOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
     """Tune prompts on a few labelled images, and evaluate them.
 
     **Examples**
 
-        dapt train bundled -o runs/first
-
-        dapt train photos/ -o runs/photos --shots 8 --tune-settings
-
-        dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai
-
-        dapt train -o runs/photos --resume
-
-        torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos
+    - `dapt train bundled -o runs/first`
+    - `dapt train photos/ -o runs/photos --shots 8 --tune-settings`
+    - `dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai`
+    - `dapt train -o runs/photos --resume`
+    - `torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos`
     """
     from dapt.engine.ranks import join_ranks
     from dapt.engine.shared import Shared, backbone_of
@@ -122,8 +104,7 @@ def train(
         )
         if not ranks.first:
             return
-        # Read at once: another process, told to overwrite, may replace the run meanwhile.
-        result = _show_run(run)
+        result = show_run(run)
         learns = get_method(final.method).learns_prompts
         if task and shared and learns and len(task.test) <= COMPARED_IMAGES:
             before = evaluate_zero_shot(task, final, reporter, shared)["accuracy"]
@@ -138,33 +119,6 @@ def _shots_of(support_set: Path) -> Any:
     return value.get("shots") if isinstance(value, dict) else None
 
 
-def _show_run(run: RunDirectory) -> Metrics:
-    """Print the figures of the run that was just finished."""
-    from dapt.run.records import Environment, Metrics, read_record
-
-    try:
-        result = read_record(run.metrics_file, Metrics, "metrics of the run")
-        spent = read_record(run.environment_file, Environment, "environment of the run")
-        seconds = spent.tuning_seconds
-        if seconds is None:
-            raise UserError(f"{run.environment_file} is damaged; run 'dapt train' again")
-    except UserError as error:
-        if run.finished:
-            raise
-        raise UserError(
-            f"{run.path} is in use by another process, which has replaced the run that was made "
-            "here; give each its own --output"
-        ) from error
-    console.print(metrics_table(f"{result.dataset}, {result.method}", result.test.model_dump()))
-    for name, change in result.dispersion.items():
-        say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
-    say(
-        f"{result.learned_parameters:,} learned parameters, tuned in {seconds:g} s; everything is "
-        f"in {run.path}"
-    )
-    return result
-
-
 def _compare(tuned: float, before: float, shots: int) -> None:
     """Say whether tuning was worth it: with few images it may not be."""
     say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
@@ -177,12 +131,41 @@ def _compare(tuned: float, before: float, shots: int) -> None:
 
 
 @app.command()
+def methods() -> None:
+    """List the methods: what each learns, and by which loss terms."""
+    from dapt.methods import METHODS
+
+    made = table("name", "method", "text prompt", "visual prompt", "loss terms")
+    for name, row in METHODS.items():
+        learns = ["learned" if row.text else "words", "learned" if row.visual else "–"]
+        if row.probe:
+            learns = ["–", "–"]
+        made.add_row(name, row.title, *learns, ", ".join(row.terms) or "–")
+    console.print(made)
+
+
+@app.command(name="settings")
+def list_settings(
+    dataset: Annotated[str, Argument(help="Show the settings published for it.")] = "bundled",
+    shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
+) -> None:
+    """List every setting with its default for a dataset, and what it means."""
+    from dapt.settings import Settings, default_settings
+
+    given = {"dataset": dataset, "shots": shots}
+    values = default_settings(given) | given
+    made = table("setting", "default", "meaning")
+    for name, field in Settings.model_fields.items():
+        value = values.get(name, field.default)
+        made.add_row(name, "" if value is None else cell(str(value)), field.description or "")
+    console.print(made)
+
+
+@app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where runs and picture go.")
-    ] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the support set.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of support set, prompts and order.")] = 1,
+    output: Annotated[Path, Option("--output", "-o", help="Where all of it goes.")] = Path("demo"),
+    epochs: Annotated[int | None, Option(min=1, help="Passes over the support set.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of support set, prompts and order.")] = 1,
 ) -> None:
     """Compare zero-shot, a linear probe, CoOp, VPT, VLPT and DAPT on the bundled task."""
     from dapt.demo import run_demo

@@ -241,11 +241,8 @@ def create_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(_STATIC / "page.html")
-
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_STATIC / "docs.html")
+    async def page(request: Request) -> FileResponse:
+        return FileResponse(_STATIC / ("docs.html" if request.url.path == "/docs" else "page.html"))
 
     return app

@@ -53,12 +53,6 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise UserError(said) from error
 
 
-def address_of(found: socket.socket) -> str:
-    """Its URL."""
-    host, port = found.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def make_server(
     served: Served,
     found: socket.socket,
@@ -72,7 +66,7 @@ def make_server(
 
     Args:
         served: from `load_served`.
-        found: from `open_socket`.
+        found: from `open_socket`; the server's ``run`` wants it, too.
         limits: bounds.
         token, names: as for `Gate`.
         ready: called once it answers.
@@ -83,6 +77,7 @@ def make_server(
     app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
     config = uvicorn.Config(
         Gate(app, registry, address=address, token=token, names=names),
+        loop="asyncio",
         http=_Protocol,
         ws="none",
         lifespan="on",
@@ -95,11 +90,6 @@ def make_server(
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
     return _Server(config)
-
-
-def run_server(server: uvicorn.Server, found: socket.socket) -> None:
-    """Answer on a socket until the server is asked to stop."""
-    asyncio.run(server.serve(sockets=[found]))
 
 
 class _Server(uvicorn.Server):
