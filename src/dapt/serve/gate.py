@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -104,7 +104,8 @@ class Gate:
                 said = "this server does not go by that name; start it with --allow-host NAME, or "
                 return JSONResponse({"detail": f"{said}with a token"}, 403)
             origin = headers.get("origin")  # of browsers; "null" for a file or a sandboxed page
-            if origin is not None and _host_of(origin) not in {host, *self.hosts}:
+            own = {host, *self.hosts}
+            if origin is not None and _host_name(origin.partition("://")[2]) not in own:
                 said = "this server answers to no page of another server"
                 return JSONResponse({"detail": said}, 403)
             return None
@@ -122,17 +123,9 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _host_of(origin: str) -> str | None:
-    try:
-        return _host_name(urlsplit(origin).netloc)
-    except ValueError:  # a bracket that is not closed
-        return None
-
-
 def _host_name(host: str) -> str:
     """Without the port."""
-    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    return name.lower()
+    return re.sub(r":\d*$", "", host).lower()
 
 
 def _is_address(name: str) -> bool:

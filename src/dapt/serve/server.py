@@ -109,24 +109,17 @@ class _Protocol(H11Protocol):
     seconds to send a header, or the rest of a body that was refused.
     """
 
-    _waiting: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > 2 * (self.limit_concurrency or 0):
             transport.abort()  # past the limit, where requests are refused, not even a header
-        self._wait()
+        self.loop.call_later(_HEADER_SECONDS, self._end, None)
 
     def on_response_complete(self) -> None:
+        answered = self.cycle
         super().on_response_complete()
-        self._wait()
+        self.loop.call_later(_HEADER_SECONDS, self._end, answered)
 
-    def _wait(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        self._waiting = self.loop.call_later(_HEADER_SECONDS, self._end)
-
-    def _end(self) -> None:
-        cycle: Any = self.cycle
-        if cycle is None or cycle.response_complete:
+    def _end(self, last: Any) -> None:
+        if self.cycle is last:  # no request has begun since
             self.transport.abort()
