@@ -531,6 +531,15 @@ def test_pages_need_nothing_from_elsewhere(client):
             assert not re.search(rb"https?://", outside)
 
 
+def test_answers_go_at_once():
+    """Or a small one would wait for the client's acknowledgement of what went before: 40 ms."""
+    with server.open_socket("127.0.0.1", 0) as listening:
+        with socket.create_connection(listening.getsockname(), timeout=20):
+            accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ def train(
     - `torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos`
     """
     from dapt.engine.ranks import join_ranks
+    from dapt.engine.search import search_settings
     from dapt.engine.shared import Shared, backbone_of
     from dapt.methods import get_method
     from dapt.run.directory import RunDirectory
@@ -86,8 +87,6 @@ def train(
         if tune_settings and not ranks.alone:
             raise UserError("--tune-settings is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
-            from dapt.engine.search import search_settings
-
             final = search_settings(final, reporter)
         shared = task = None
         if ranks.alone and not (resume and run.finished):

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields
 from typing import Annotated
 
@@ -102,10 +103,10 @@ def predict(
     # themselves show how far it is.
     out, done, skipped = sys.stdout, 0, 0
     reporter = Reporter() if out.isatty() and form != "table" else RichReporter()
-    with reporter.stage("predicting", None if known is None else len(known)) as advance:
 
-        def rows() -> Iterator[Row]:
-            nonlocal done, skipped
+    def rows() -> Generator[Row, None, None]:
+        nonlocal done, skipped
+        with reporter.stage("predicting", None if known is None else len(known)) as advance:
             for one in predict_each(classifier, paths, top=top, batch_size=batch_size):
                 done += 1
                 advance(1)
@@ -116,8 +117,9 @@ def predict(
                     path = os.fsencode(one.path).decode("utf-8", "replace")  # for any output
                     yield path, one.classes, one.classes[0][1] < (unknown or 0)
 
+    with closing(rows()) as found:
         width = min(top, len(classifier.class_names))
-        for line in FORMS[form](rows(), width, unknown is not None):
+        for line in FORMS[form](found, width, unknown is not None):
             out.write(f"{line}\n")
             out.flush()
     if not done:

@@ -40,7 +40,10 @@ def open_socket(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        found = socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        # Answers go at once; asyncio sees to it only where a socket was made with TCP's number.
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return found
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"host '{host}' is no address; try 127.0.0.1 or 0.0.0.0") from error
     except OSError as error:
