@@ -125,7 +125,7 @@ def running(served, limits=None, *, address="127.0.0.1", **more):
     found = server.open_socket(address, 0)
     ready = threading.Event()
     made = server.make_server(served, found, limits or Limits(), ready=ready.set, **more)
-    thread = threading.Thread(target=server.run_server, args=(made, found))
+    thread = threading.Thread(target=made.run, args=([found],))
     port = found.getsockname()[1]
     thread.start()
     try:
@@ -529,6 +529,15 @@ def test_pages_need_nothing_from_elsewhere(client):
             assert body.status == 200
             outside = re.sub(rb'"http://www.w3.org/2000/svg"', b"", body.body)
             assert not re.search(rb"https?://", outside)
+
+
+def test_answers_go_at_once():
+    """Or a small one would wait for the client's acknowledgement of what went before: 40 ms."""
+    with server.open_socket("127.0.0.1", 0) as listening:
+        with socket.create_connection(listening.getsockname(), timeout=20):
+            accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # -- the command ---------------------------------------------------------------------------------

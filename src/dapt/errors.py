@@ -1,8 +1,10 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and text from elsewhere made fit for its sentence."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 # Nobody reads on; names from files may be of any length.
 _LONGEST = 4000
@@ -12,8 +14,6 @@ _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 def printable(text: str) -> str:
     """``text`` on one line that a terminal shows as it stands: what would not be is escaped."""
-    if text.isprintable():
-        return text
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c
         for c in text
@@ -49,9 +49,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or ``""``."""
-    from difflib import get_close_matches
-
     match = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""

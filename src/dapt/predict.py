@@ -8,9 +8,9 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -54,39 +54,32 @@ def predict_each(
         top: how many classes to name for each, best first.
         batch_size: images a batch.
     """
-    seen, names = classifier.backbone.preprocessing, classifier.class_names
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
     reasons: dict[int, str] = {}
 
     def batches() -> Iterator[list[int]]:
-        rest, start = iter(paths), 0
-        while batch := [Path(path) for path in islice(rest, batch_size)]:
-            ahead.update(enumerate(batch, start))
-            yield list(range(start, start + len(batch)))
-            start += len(batch)
+        numbered = enumerate(map(Path, paths))
+        while batch := dict(islice(numbered, batch_size)):
+            ahead.update(batch)
+            yield list(batch)
 
     store = ImageStore(
         range(sys.maxsize),
-        size=seen.size,
-        interpolation=seen.interpolation,
-        resize_mode=seen.resize_mode,
         read=lambda index: open_image(ahead[index]),
+        **classifier.backbone.preprocessing.of_views(),
     )
-    done = 0
     for views in store.batches(batches(), unreadable=reasons):
         with torch.inference_mode():
             logits = classifier(views).cpu()
-        for classes in best_classes(logits.softmax(-1), names, top):
-            path, reason = ahead.pop(done), reasons.pop(done, None)
-            done += 1
-            yield Unreadable(path, reason) if reason is not None else Prediction(path, classes)
+        for classes in best(logits.softmax(-1), classifier.class_names, top):
+            number = next(iter(ahead))  # they come in order
+            path, reason = ahead.pop(number), reasons.pop(number, None)
+            yield Prediction(path, classes) if reason is None else Unreadable(path, reason)
 
 
-def best_classes(
-    probabilities: Tensor, names: Sequence[str], top: int
-) -> list[tuple[tuple[str, float], ...]]:
-    """For each row of (n, C) probabilities the ``top`` classes, best first, as name and value."""
-    values, places = probabilities.topk(min(top, len(names)))
+def best(values: Tensor, names: Sequence[Any], top: int) -> list[tuple[tuple[Any, float], ...]]:
+    """For each row of (n, C) values the ``top`` highest, best first, as name and value."""
+    values, places = values.topk(min(top, len(names)))
     return [
         tuple((names[c], p) for c, p in zip(cs, ps, strict=True))
         for cs, ps in zip(places.tolist(), values.tolist(), strict=True)
@@ -160,23 +153,10 @@ def named_in(file: BinaryIO, end: bytes = b"\n") -> Iterator[Path]:
         file: the list.
         end: what ends a name: a line feed, or a NUL byte as of ``find -print0``.
     """
-    rest = b""
-    while chunk := _available(file):
+    # What is there already, at least a byte, unless the file ends.
+    read, rest = getattr(file, "read1", file.read), b""
+    for chunk in chain(iter(lambda: read(65536), b""), [end]):  # the last name may have no end
         *names, rest = (rest + chunk).split(end)
-        yield from map(_path, filter(None, (_stripped(name, end) for name in names)))
-    if rest := _stripped(rest, end):
-        yield _path(rest)
-
-
-def _available(file: BinaryIO) -> bytes:
-    """What is there already, at least a byte, unless the file ends."""
-    read = getattr(file, "read1", file.read)
-    return read(65536)
-
-
-def _stripped(name: bytes, end: bytes) -> bytes:
-    return name.removesuffix(b"\r") if end == b"\n" else name
-
-
-def _path(name: bytes) -> Path:
-    return Path(os.fsdecode(name))
+        for name in names:
+            if name := name.removesuffix(b"\r") if end == b"\n" else name:
+                yield Path(os.fsdecode(name))

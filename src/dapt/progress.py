@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,18 +15,28 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 
 from dapt.errors import printable
 
 Advance = Callable[[int], None]
 
-console = Console()
-errors = Console(stderr=True)
+# What is printed are names of someone's, so nothing in them is markup.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+cell = printable  # a name of someone's as a table's cell or title shows it
 
 
-def cell(text: str) -> str:
-    """``text``, a name of someone's, as a table's cell or title shows it: as it stands."""
-    return escape(printable(text))
+def say(line: str, to: Console = console) -> None:
+    """Print one line, as it stands."""
+    to.print(printable(line), soft_wrap=True)
+
+
+def table(*columns: str, figures: Iterable[str] = (), title: str | None = None) -> Table:
+    """An empty table: columns of text, then columns of figures, which stand to the right."""
+    numbers = (Column(header, justify="right") for header in figures)
+    return Table(*columns, *numbers, title=title and cell(title), title_justify="left")
 
 
 def nothing(_count: int) -> None:
@@ -62,7 +71,7 @@ class RichReporter(Reporter):
     def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
         """Show a bar for ``total`` units of work; it goes when the work is done."""
         if not errors.is_terminal:
-            yield _Lines(title, total)
+            yield _lines(title, total)
             return
         with Progress(
             TextColumn("{task.description}", markup=False),
@@ -80,36 +89,27 @@ class RichReporter(Reporter):
 
     def say(self, line: str) -> None:
         """Print one line."""
-        console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        say(line)
 
     def warn(self, line: str) -> None:
         """Print one line on standard error, unless it was printed before."""
-        if line in self._warned:
-            return
-        self._warned.add(line)
-        errors.print(
-            f"dapt: warning: {printable(line)}",
-            highlight=False,
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-        )
+        if line not in self._warned:
+            self._warned.add(line)
+            say(f"dapt: warning: {line}", to=errors)
 
 
-class _Lines:
+def _lines(title: str, total: int | None) -> Callable[..., None]:
     """A line a tenth of the work, and not too often: for a log file in place of a terminal."""
+    step, done = (total or 0) / 10, 0
+    due, spoke = step, time.monotonic()
 
-    def __init__(self, title: str, total: int | None) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.step = (total or 0) / 10
-        self.next, self.spoke = self.step, time.monotonic()
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, due, spoke
+        done, now = done + count, time.monotonic()
+        finished = total is not None and done >= total
+        if finished or (done >= due and now - spoke > 5):
+            due, spoke = done + step, now
+            among = "" if total is None else f" of {total}"
+            say(f"{title}: {done}{among} {note}".rstrip(), to=errors)
 
-    def __call__(self, count: int, note: str = "") -> None:
-        self.done += count
-        now = time.monotonic()
-        finished = self.total is not None and self.done >= self.total
-        if finished or (self.done >= self.next and now - self.spoke > 5):
-            self.next, self.spoke = self.done + self.step, now
-            among = "" if self.total is None else f" of {self.total}"
-            line = printable(f"{self.title}: {self.done}{among} {note}".rstrip())
-            errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return advance

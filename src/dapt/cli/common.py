@@ -4,36 +4,71 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument, Context, Exit, Option, Typer, echo
+from typer.core import TyperGroup
 
-from dapt.errors import UserError, printable
-from dapt.progress import cell, console, errors
+from dapt.errors import UserError
+from dapt.progress import console, errors, say, table
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
-)
+if TYPE_CHECKING:
+    from dapt.run.directory import RunDirectory
+    from dapt.run.records import Metrics
 
-RunArgument = Annotated[Path, typer.Argument(help="Run directory that 'dapt train' wrote.")]
-RootOption = Annotated[
-    Path | None, typer.Option("--root", help="Folder that holds the benchmarks.")
+# PIL's warning of a large image: whether it is too large, dapt says itself.
+warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
+
+# Options of more than one command. Those that are called like a setting are one.
+RunArgument = Annotated[Path, Argument(help="Run directory that 'dapt train' wrote.")]
+RootOption = Annotated[Path | None, Option(help="Folder that holds the benchmarks.")]
+DomainOption = Annotated[str | None, Option(help="Style of the bundled task.")]
+NamesOption = Annotated[Path | None, Option(help="JSON file: folder name -> class name.")]
+MethodOption = Annotated[str | None, Option("--method", "-m", help="See 'dapt methods'.")]
+ShotsOption = Annotated[int | None, Option(help="Support images a class.")]
+SeedOption = Annotated[int | None, Option(help="Of support set, prompts and order.")]
+EpochsOption = Annotated[int | None, Option(help="Passes over the support set.")]
+BackboneOption = Annotated[
+    str | None, Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file.")
 ]
-DomainOption = Annotated[str | None, typer.Option(help="Style of the bundled task.")]
-NamesOption = Annotated[
-    Path | None, typer.Option("--class-names", help="JSON file: folder name -> class name.")
+PretrainedOption = Annotated[
+    str | None, Option(help="Tag of the open_clip model, a file, or 'random'.")
 ]
+PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
+DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="An image that cannot be read is an error, not skipped.")
+    bool, Option("--strict", help="An image that cannot be read is an error, not skipped.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
+SetOption = Annotated[
+    list[str] | None, Option("--set", "-s", help="Any as name=value; see 'dapt settings'.")
+]
+
+
+def given_settings(
+    context: Context, names: Iterable[str] = (), assignments: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Settings that a command was given, with absolute paths of what exists.
+
+    Args:
+        context: the command's, of whose options those count that are called like a setting.
+        names: only these count.
+        assignments: what ``--set`` was given; goes before the others.
+    """
+    from dapt.settings import absolute_paths, all_fields, parse_assignment
+
+    wanted = set(names or all_fields())
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name in wanted and value is not None and value is not False
+    }
+    return absolute_paths(given | dict(map(parse_assignment, assignments or ())))
+
 
 # What the operating system says when there is no room or no right to write.
 _STORAGE: dict[int | None, str] = {
@@ -46,74 +81,98 @@ _STORAGE: dict[int | None, str] = {
 }
 
 
-# PIL's warning of a large image: whether it is too large, dapt says itself.
-warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
-
-
 @contextmanager
-def readable_errors(run: Path | None = None, command: str = "train") -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2.
+def readable_errors(
+    run: Path | None = None,
+    again: str = "",
+    interrupted: type[BaseException] = KeyboardInterrupt,
+) -> Iterator[None]:
+    """Turn what a user can mend into one sentence and exit code 2; all commands are in this.
 
     Args:
-        run: directory that ``command`` writes to; a hint says how to go on with what is there.
-        command: "train" or "demo".
+        run: directory that is written to.
+        again: command that goes on with what is there; told if there is anything.
+        interrupted: what is raised, other than by Ctrl-C, where the work was asked to stop.
     """
-    from dapt.engine.fit import Interrupted
 
-    def again(start: str) -> str:
-        if run is None or not run.exists():
-            return ""
-        return f"{start}dapt {command} --output {run}{' --resume' if command == 'train' else ''}"
+    def hint(start: str) -> str:
+        return f"{start}{again}" if run is not None and run.exists() else ""
 
     try:
         yield
+        return
     except UserError as error:
-        stop(str(error))
-    except (Interrupted, KeyboardInterrupt):
-        say_error(f"stopped{again('; go on with: ')}")
-        raise typer.Exit(130) from None
+        said = str(error)
+    except (interrupted, KeyboardInterrupt):
+        say_error(f"stopped{hint('; go on with: ')}")
+        raise Exit(130) from None
     except OSError as error:
         if error.errno in (None, errno.EPIPE):  # a mistake of ours; a reader who has had enough
             raise
         where = error.filename or run
         told = _STORAGE.get(error.errno, str(error.strerror).lower())
-        stop(f"{f'{where}: ' if where else ''}{told}{again(', then: ')}")
+        said = f"{f'{where}: ' if where else ''}{told}{hint(', then: ')}"
     except MemoryError:
-        stop("there is not enough memory; take a smaller batch or fewer threads")
+        said = "there is not enough memory; take a smaller batch or fewer threads"
+    say_error(f"dapt: {said}")
+    raise Exit(2)
 
 
-def stop(sentence: str) -> None:
-    """Say it and exit with code 2."""
-    say_error(f"dapt: {sentence}")
-    raise typer.Exit(2)
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with readable_errors():
+            return super().invoke(ctx)
+
+
+app = Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
+)
 
 
 def say_error(line: str) -> None:
     """A line on standard error, as it stands."""
-    errors.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def say(line: str) -> None:
-    """A line on standard output, as it stands."""
-    console.print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    say(line, to=errors)
 
 
 def say_json(value: Any) -> None:
     """A value on standard output, as one line of JSON in UTF-8."""
     from dapt.safe.files import to_json
 
-    typer.echo(to_json(value))
+    echo(to_json(value))
 
 
-def metrics_table(title: str, values: dict[str, Any]) -> Table:
+def show_run(run: RunDirectory, *notes: str) -> Metrics:
+    """Print the figures of a run, and return them; to be asked at once when it is finished.
+
+    Raises:
+        UserError: another process, told to overwrite, has replaced the run meanwhile.
+    """
+    try:
+        result, spent = run.read_metrics(), run.read_environment()
+    except UserError as error:
+        if run.finished:
+            raise
+        raise UserError(
+            f"{run.path} is in use by another process, which has replaced the run that was made "
+            "here; give each its own --output"
+        ) from error
+    title = ", ".join((result.dataset, result.method, *notes))
+    console.print(metrics_table(title, result.test.model_dump()))
+    for name, change in result.dispersion.items():
+        say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
+    tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""
+    say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
+    return result
+
+
+def metrics_table(title: str, values: Mapping[str, Any]) -> Table:
     """A row of the figures that sum an evaluation up."""
-    table = Table(title=cell(title), title_justify="left")
-    columns = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
-    cells = [f"{values['images']:,}"]
-    table.add_column("images", justify="right")
-    for name, label in columns.items():
-        if name in values:
-            table.add_column(label, justify="right")
-            cells.append(f"{100 * values[name]:.1f} %")
-    table.add_row(*cells)
-    return table
+    labels = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
+    known = {label: values[name] for name, label in labels.items() if values.get(name) is not None}
+    made = table(figures=("images", *known), title=title)
+    made.add_row(f"{values['images']:,}", *(f"{100 * value:.1f} %" for value in known.values()))
+    return made

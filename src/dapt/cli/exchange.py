@@ -5,108 +5,64 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from rich.filesize import decimal
+from typer import Argument, Context, Option
 
-from dapt.cli.common import (
-    DeviceOption,
-    DomainOption,
-    RootOption,
-    RunArgument,
-    app,
-    metrics_table,
-    readable_errors,
-    say,
-)
-from dapt.progress import RichReporter, console
+from dapt.cli import common
+from dapt.cli.common import app, given_settings, show_run
+from dapt.progress import RichReporter, say
 
 
 @app.command(name="import")
 def import_(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint file, or a directory with model.pth.tar-N in it.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory to write.")],
-    backbone: Annotated[
-        str, typer.Option("--backbone", "-b", help="The one the prompts were tuned on.")
-    ] = "bundled",
-    pretrained: Annotated[
-        str | None, typer.Option(help="Tag of the open_clip model, a file, or 'random'.")
-    ] = None,
-    class_names: Annotated[
-        Path | None, typer.Option("--class-names", help="JSON list of them, in label order.")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Evaluate on its test images; as for 'dapt train'.")
-    ] = None,
-    root: RootOption = None,
-    domain: DomainOption = None,
-    method: Annotated[
-        str | None, typer.Option("--method", "-m", help="Default: coop, vpt or dapt.")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Sentence with {} for class names, without a text prompt.")
-    ] = None,
-    shots: Annotated[int | None, typer.Option(help="To be recorded; default: 16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="To be recorded; default: 1.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="To be recorded; default: the checkpoint's own.")
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    device: DeviceOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the run there.")] = False,
+    context: Context,
+    checkpoint: Annotated[Path, Argument(help="File, or a directory with model.pth.tar-N.")],
+    output: Annotated[Path, Option("--output", "-o", help="Run directory to write.")],
+    backbone: common.BackboneOption = "bundled",
+    pretrained: common.PretrainedOption = None,
+    class_names: Annotated[Path | None, Option(help="JSON list, in label order.")] = None,
+    dataset: Annotated[str | None, Option(help="Evaluate on its test images.")] = None,
+    root: common.RootOption = None,
+    domain: common.DomainOption = None,
+    method: common.MethodOption = None,
+    template: Annotated[str | None, Option(help="Where no text prompt is: a {} in words.")] = None,
+    shots: common.ShotsOption = None,
+    seed: common.SeedOption = None,
+    epochs: common.EpochsOption = None,
+    precision: common.PrecisionOption = None,
+    device: common.DeviceOption = None,
+    overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Make a run of prompts that the field's published code has tuned.
+    """Make a run of prompts that the field's published code has tuned, on the same backbone.
 
     Checkpoints of CoOp's code and its descendants are read (text prompt 'ctx' or 'txt_ctx', visual
     prompt 'vis_ctx'), with nothing in them executed. Class-specific contexts and CoCoOp's
     meta-network are not supported, and the class name is taken to stand at the end. Of a directory,
-    model-best.pth.tar is taken if it is there, else the highest model.pth.tar-N.
+    model-best.pth.tar is taken if it is there, else the highest model.pth.tar-N. Shots, seed and
+    epochs are only recorded (16, 1 and the checkpoint's own if not given); the method is coop, vpt
+    or dapt if not given, by which prompts there are.
 
     **Examples**
 
-        dapt import output/prompt_learner -o runs/coop -b ViT-B-16 --class-names names.json
-
-        dapt import model.pth.tar-200 -o runs/pets -b ViT-B-16 --dataset oxford_pets --root /data
+    - `dapt import output/prompt_learner -o runs/coop -b ViT-B-16 --class-names names.json`
+    - `dapt import model.pth.tar-200 -o runs/pets -b ViT-B-16 --dataset oxford_pets --root /data`
     """
-    with readable_errors():
-        from dapt.settings import absolute_paths
-        from dapt.share.exchange import import_checkpoint
+    from dapt.share.exchange import import_checkpoint
 
-        given = {
-            "backbone": backbone,
-            "pretrained": pretrained,
-            "class_names": class_names and str(class_names),
-            "dataset": dataset,
-            "root": root and str(root),
-            "domain": domain,
-            "method": method,
-            "template": template,
-            "shots": shots,
-            "seed": seed,
-            "epochs": epochs,
-            "precision": precision,
-            "device": device,
-        }
-        run = import_checkpoint(
-            checkpoint, output, absolute_paths(given), overwrite=overwrite, reporter=RichReporter()
-        )
-        said = "not evaluated, for want of a dataset"
-        if run.finished:
-            result = run.read_metrics()
-            title = f"{result['dataset']}, {result['method']}, imported"
-            console.print(metrics_table(title, result["test"]))
-            said = f"{result['learned_parameters']:,} learned parameters"
-        say(f"{said}; everything is in {run.path}")
+    reporter, given = RichReporter(), given_settings(context)
+    run = import_checkpoint(checkpoint, output, given, overwrite=overwrite, reporter=reporter)
+    if run.finished:
+        show_run(run, "imported")
+    else:
+        say(f"not evaluated, for want of a dataset; everything is in {run.path}")
 
 
 @app.command()
 def export(
-    run: RunArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
-    form: Annotated[str, typer.Option("--format", "-f", help="onnx, torch or coop.")] = "onnx",
-    int8: Annotated[
-        bool, typer.Option("--int8", help="ONNX with 8-bit weights: smaller, a little worse.")
-    ] = False,
+    run: common.RunArgument,
+    output: Annotated[Path, Option("--output", "-o", help="File to write.")],
+    form: Annotated[str, Option("--format", "-f", help="onnx, torch or coop.")] = "onnx",
+    int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
 ) -> None:
     """Write a run's classifier to one file that needs no dapt, with a model card beside it.
 
@@ -117,39 +73,29 @@ def export(
 
     **Examples**
 
-        dapt export runs/photos -o photos.onnx
-
-        dapt export runs/photos -o photos-int8.onnx --int8
-
-        dapt export runs/photos -o photos.pt2 --format torch
-
-        dapt export runs/photos -o prompt_learner/model.pth.tar-200 --format coop
+    - `dapt export runs/photos -o photos.onnx`
+    - `dapt export runs/photos -o photos-int8.onnx --int8`
+    - `dapt export runs/photos -o photos.pt2 --format torch`
+    - `dapt export runs/photos -o prompt_learner/model.pth.tar-200 --format coop`
     """
-    with readable_errors():
-        from dapt.run.directory import RunDirectory
-        from dapt.share.export import export as run_export
+    from dapt.run.directory import RunDirectory
+    from dapt.share.export import export as run_export
 
-        made = run_export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
-        if made.difference is not None:
-            say(
-                f"largest difference of a probability {made.difference:.1e}, same class for "
-                f"{made.agreement:.0%}, on {made.images}"
-            )
-        size = made.file.stat().st_size
-        unit, scale = ("MB", 1e6) if size > 1e6 else ("kB", 1e3)
-        say(f"{made.file} ({size / scale:.1f} {unit}) and {made.card}")
+    made = run_export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
+    if made.difference is not None:
+        say(
+            f"largest difference of a probability {made.difference:.1e}, same class for "
+            f"{made.agreement:.0%}, on {made.images}"
+        )
+    say(f"{made.file} ({decimal(made.file.stat().st_size)}) and {made.card}")
 
 
 @app.command()
 def push(
-    run: RunArgument,
-    repo_id: Annotated[str, typer.Argument(help="Model repository, such as name/flowers.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository a private one.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
-    ] = False,
+    run: common.RunArgument,
+    repo_id: Annotated[str, Argument(help="Model repository, such as name/flowers.")],
+    private: Annotated[bool, Option("--private", help="Make it a private one.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be uploaded.")] = False,
 ) -> None:
     """Upload a run and its model card to the Hugging Face hub, in one commit.
 
@@ -159,19 +105,17 @@ def push(
 
     **Examples**
 
-        dapt push runs/photos name/photos --dry-run
-
-        dapt push runs/photos name/photos --private
+    - `dapt push runs/photos name/photos --dry-run`
+    - `dapt push runs/photos name/photos --private`
     """
-    with readable_errors():
-        from dapt.run.directory import RunDirectory
-        from dapt.share.hub import files_to_push
-        from dapt.share.hub import push as run_push
+    from dapt.run.directory import RunDirectory
+    from dapt.share.hub import files_to_push
+    from dapt.share.hub import push as run_push
 
-        directory = RunDirectory(run)
-        if dry_run:
-            for name, content in files_to_push(directory).items():
-                size = content.stat().st_size if isinstance(content, Path) else len(content)
-                say(f"{name}  {size:,} bytes")
-            return
-        say(run_push(directory, repo_id, private=private, reporter=RichReporter()))
+    directory = RunDirectory(run)
+    if dry_run:
+        for name, content in files_to_push(directory).items():
+            size = content.stat().st_size if isinstance(content, Path) else len(content)
+            say(f"{name}  {size:,} bytes")
+        return
+    say(run_push(directory, repo_id, private=private, reporter=RichReporter()))

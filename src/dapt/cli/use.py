@@ -2,103 +2,74 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import fields
 from typing import Annotated
 
-import typer
+from rich.table import Column, Table
+from typer import Argument, Context, Exit, Option
 
-from dapt.cli.common import (
-    DeviceOption,
-    DomainOption,
-    NamesOption,
-    RootOption,
-    RunArgument,
-    StrictOption,
-    app,
-    metrics_table,
-    readable_errors,
-    say_error,
-    say_json,
-)
-from dapt.cli.predictions import PredictionForm, prediction_printer
-from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, console
+from dapt.cli import common
+from dapt.cli.common import app, given_settings, metrics_table, say_error, say_json
+from dapt.errors import UserError, nearest, printable
+from dapt.progress import Reporter, RichReporter, cell, console
 
 
 @app.command(name="eval")
 def evaluate(
-    run: RunArgument,
-    dataset: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
-    root: RootOption = None,
-    domain: DomainOption = None,
-    class_names: NamesOption = None,
-    classes: Annotated[
-        str | None, typer.Option(help="base (first half by label), new (the rest) or all.")
-    ] = None,
-    device: DeviceOption = None,
-    strict: StrictOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
+    context: Context,
+    run: common.RunArgument,
+    dataset: Annotated[str | None, Option(help="Another dataset than the run's own.")] = None,
+    root: common.RootOption = None,
+    domain: common.DomainOption = None,
+    class_names: common.NamesOption = None,
+    classes: Annotated[str | None, Option(help="base (first half), new (the rest) or all.")] = None,
+    device: common.DeviceOption = None,
+    strict: common.StrictOption = False,
+    as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Evaluate a run's prompts: on its own test images, another domain, or another dataset.
 
     **Examples**
 
-        dapt eval runs/first
-
-        dapt eval runs/first --domain fluent-emoji-high-contrast
-
-        dapt eval runs/caltech --dataset oxford_pets --root /data
+    - `dapt eval runs/first`
+    - `dapt eval runs/first --domain fluent-emoji-high-contrast`
+    - `dapt eval runs/caltech --dataset oxford_pets --root /data`
     """
-    with readable_errors():
-        from dapt.run.directory import RunDirectory
-        from dapt.run.transfer import Target, evaluate_run
-        from dapt.settings import absolute_paths
+    from dapt.run.directory import RunDirectory
+    from dapt.run.transfer import Target, evaluate_run
 
-        target = {
-            "dataset": dataset,
-            "root": root and str(root),
-            "domain": domain,
-            "class_names": class_names and str(class_names),
-            "classes": classes,
-        }
-        name, result = evaluate_run(
-            RunDirectory(run),
-            Target(**absolute_paths(target)),
-            device=device,
-            strict=strict,
-            reporter=RichReporter(),
-        )
-        if as_json:
-            say_json(result)
-        else:
-            console.print(metrics_table(f"{name}, prompts of {run}", result))
+    target = Target(**given_settings(context, [field.name for field in fields(Target)]))
+    name, result = evaluate_run(
+        RunDirectory(run), target, device=device, strict=strict, reporter=RichReporter()
+    )
+    if as_json:
+        say_json(result)
+    else:
+        console.print(metrics_table(f"{name}, prompts of {run}", result))
 
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: common.RunArgument,
     images: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders, patterns; - reads names from standard input."),
+        list[str] | None, Argument(help="Files, folders, patterns; - reads names from stdin.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 1,
-    form: Annotated[
-        PredictionForm, typer.Option("--format", "-f", help="How to print predictions.")
-    ] = PredictionForm.lines,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    top: Annotated[int, Option(min=1, help="Classes to name for each image.")] = 1,
+    form: Annotated[str, Option("--format", "-f", help="lines, json, csv or table.")] = "lines",
+    as_json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
     unknown: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="Call an image unknown whose best probability is below this."
-        ),
+        float | None, Option(min=0, max=1, help="Less probable than this, an image is unknown.")
     ] = None,
-    null: Annotated[
-        bool, typer.Option("-0", help="Names on standard input end in NUL, as of find -print0.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 100,
-    device: DeviceOption = None,
+    null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
+    batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
+    device: common.DeviceOption = None,
 ) -> None:
     """Classify images with a run's prompts.
 
@@ -107,51 +78,105 @@ def predict(
 
     **Examples**
 
-        dapt predict runs/photos new/*.jpg
-
-        dapt predict runs/photos new/ --top 3 --format csv > new.csv
-
-        dapt predict runs/photos 'new/**/*.jpg' --unknown 0.5 --json
-
-        find new -name '*.jpg' -print0 | dapt predict runs/photos -0
+    - `dapt predict runs/photos new/*.jpg`
+    - `dapt predict runs/photos new/ --top 3 --format csv > new.csv`
+    - `dapt predict runs/photos 'new/**/*.jpg' --unknown 0.5 --json`
+    - `find new -name '*.jpg' -print0 | dapt predict runs/photos -0`
     """
-    with readable_errors():
-        from dapt.predict import Unreadable, find_images, named_in, predict_each
-        from dapt.run.directory import RunDirectory
-        from dapt.run.load import load_classifier
+    from dapt.predict import Unreadable, find_images, named_in, predict_each
+    from dapt.run.directory import RunDirectory
+    from dapt.run.load import load_classifier
 
-        given = images or (["-"] if null else [])
-        listed = "-" in given
-        if null and not listed:
-            raise UserError("-0 is about names on standard input; add - to the images")
-        if listed and len(given) > 1:
-            raise UserError("- stands for all images; name no others beside it")
-        paths: Iterable[Path]
-        if listed:
-            paths, total = named_in(sys.stdin.buffer, b"\0" if null else b"\n"), None
-        else:
-            paths = find_images(given)
-            total = len(paths)
-        classifier = load_classifier(RunDirectory(run), device=device)
-        chosen = PredictionForm.json if as_json else form
-        # The progress bar takes sys.stdout over while it shows; on a terminal, the predictions
-        # themselves show how far it is.
-        out = sys.stdout
-        printed = prediction_printer(chosen, out, min(top, len(classifier.class_names)), unknown)
-        quiet = out.isatty() and chosen is not PredictionForm.table
-        done = skipped = 0
-        with (Reporter() if quiet else RichReporter()).stage("predicting", total) as advance:
-            for found in predict_each(classifier, paths, top=top, batch_size=batch_size):
+    form = "json" if as_json else form
+    if form not in FORMS:
+        raise UserError(f"--format {form}{nearest(form, [*FORMS])}; use one of {', '.join(FORMS)}")
+    given = images or (["-"] if null else [])
+    listed = "-" in given
+    if null and not listed:
+        raise UserError("-0 is about names on standard input; add - to the images")
+    if listed and len(given) > 1:
+        raise UserError("- stands for all images; name no others beside it")
+    known = None if listed else find_images(given)
+    paths = named_in(sys.stdin.buffer, b"\0" if null else b"\n") if known is None else known
+    classifier = load_classifier(RunDirectory(run), device=device)
+    # The progress bar takes sys.stdout over while it shows; on a terminal, the predictions
+    # themselves show how far it is.
+    out, done, skipped = sys.stdout, 0, 0
+    reporter = Reporter() if out.isatty() and form != "table" else RichReporter()
+
+    def rows() -> Generator[Row, None, None]:
+        nonlocal done, skipped
+        with reporter.stage("predicting", None if known is None else len(known)) as advance:
+            for one in predict_each(classifier, paths, top=top, batch_size=batch_size):
                 done += 1
                 advance(1)
-                if isinstance(found, Unreadable):
+                if isinstance(one, Unreadable):
                     skipped += 1
-                    say_error(f"dapt: skipped: {found.reason}")
+                    say_error(f"dapt: skipped: {one.reason}")
                 else:
-                    printed.add(found)
-        printed.close()
-        if not done:
-            raise UserError("standard input names no images; check the command before the pipe")
-        if skipped:
-            say_error(f"dapt: {skipped:,} of {done:,} images could not be read and were skipped")
-            raise typer.Exit(1)
+                    path = os.fsencode(one.path).decode("utf-8", "replace")  # for any output
+                    yield path, one.classes, one.classes[0][1] < (unknown or 0)
+
+    with closing(rows()) as found:
+        width = min(top, len(classifier.class_names))
+        for line in FORMS[form](found, width, unknown is not None):
+            out.write(f"{line}\n")
+            out.flush()
+    if not done:
+        raise UserError("standard input names no images; check the command before the pipe")
+    if skipped:
+        say_error(f"dapt: {skipped:,} of {done:,} images could not be read and were skipped")
+        raise Exit(1)
+
+
+# Forms of predictions, each a function to lines of: rows (path, classes with their probabilities,
+# whether the best is too improbable), number of classes in a row, whether that is asked at all.
+Row = tuple[str, Sequence[tuple[str, float]], bool]
+
+
+def _lines(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
+    """``path: class 90.0%, class 5.0%``, an image a line."""
+    for path, classes, unknown in rows:
+        ranked = ", ".join(f"{name} {p:.1%}" for name, p in classes)
+        yield printable(f"{path}: unknown ({ranked})" if unknown else f"{path}: {ranked}")
+
+
+def _json(rows: Iterable[Row], _top: int, limited: bool) -> Iterator[str]:
+    """``{"path", "classes": [{"class", "probability"}], "unknown"}``; the last if it is asked."""
+    for path, classes, unknown in rows:
+        ranked = [{"class": name, "probability": p} for name, p in classes]
+        value = {"path": path, "classes": ranked} | ({"unknown": unknown} if limited else {})
+        yield json.dumps(value, ensure_ascii=False)
+
+
+def _csv(rows: Iterable[Row], top: int, limited: bool) -> Iterator[str]:
+    """Columns path, class, probability (class_2, probability_2, ...), unknown."""
+    places = ("", *(f"_{place}" for place in range(2, top + 1)))
+    columns = [f"{name}{place}" for place in places for name in ("class", "probability")]
+    yield _comma_separated("path", *columns, *["unknown"] * limited)
+    for path, classes, unknown in rows:
+        cells = [text for name, p in classes for text in (name, f"{p:.6f}")]
+        yield _comma_separated(path, *cells, *[str(unknown).lower()] * limited)
+
+
+def _comma_separated(*cells: str) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)  # its line end is what makes it quote those in a name
+    return text.getvalue().removesuffix("\r\n")
+
+
+def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
+    """A table, once all images are there."""
+    table = Table(Column("image", overflow="fold"))
+    for place in range(top):
+        table.add_column("class" if place == 0 else f"{place + 1}.")
+        table.add_column("", justify="right")
+    for path, classes, unknown in rows:
+        best, *cells = [cell(text) for name, p in classes for text in (name, f"{p:.1%}")]
+        table.add_row(cell(path), f"unknown ({best})" if unknown else best, *cells)
+    with console.capture() as captured:
+        console.print(table)
+    yield captured.get().removesuffix("\n")
+
+
+FORMS = {"lines": _lines, "json": _json, "csv": _csv, "table": _table}

@@ -93,7 +93,9 @@ def as_sequence(images: Any) -> Sequence[Any]:
         # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
         colours = shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)
         if len(shape) == 3 and colours:
-            raise InputError(f"give a list of images, not {array}; grey ones as (n, H, W, 1)")
+            raise InputError(
+                f"give a list of images, not one of shape {tuple(shape)}; grey ones as (n, H, W, 1)"
+            )
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
             images = list(images)

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
 
 from dapt import __version__
 from dapt.data import TooManyPixels
 from dapt.errors import UserError
-from dapt.predict import best_classes
-from dapt.serve.batching import Batcher, QueueFull
-from dapt.serve.gate import Gate, Metrics
-from dapt.serve.served import Answer, Served
-from dapt.serve.uploads import FIELD, Limits, uploaded
+from dapt.predict import best
+from dapt.serve.batching import Batcher
+from dapt.serve.served import Served
+from dapt.serve.uploads import AGAIN, MULTIPART, Limits, uploaded
 
 _STATIC = Path(__file__).with_name("static")
-_AGAIN = {"Retry-After": "1"}
+
+
+class Photos(BaseModel):
+    """What is sent."""
+
+    images: list[bytes] = Field(description="JPEG, PNG, WebP, GIF, BMP or AVIF files.")
 
 
 class RankedClass(BaseModel):
     """A class and how probable it is."""
 
-    name: str = Field(alias="class")
+    name: str = Field(serialization_alias="class")
     probability: float
 
 
@@ -44,7 +46,7 @@ class Neighbour(BaseModel):
     """A support image and the cosine of its features with the photo's."""
 
     image: str = Field(description="Where the picture is.")
-    name: str = Field(alias="class")
+    name: str = Field(serialization_alias="class")
     cosine: float
 
 
@@ -104,59 +106,41 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: {"model": Problem, "description": "Too much is waiting; see Retry-After."},
     503: {"model": Problem, "description": "It took too long; see Retry-After."},
 }
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": [FIELD],
-                    "properties": {
-                        FIELD: {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "JPEG, PNG, WebP, GIF, BMP or AVIF files.",
-                        }
-                    },
-                }
-            }
-        },
-    }
+_BODY = {"required": True, "content": {MULTIPART: {"schema": Photos.model_json_schema()}}}
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/jpeg": {}}},
+    401: _PROBLEMS[401],
+    404: {"model": Problem, "description": "There is no such support image."},
 }
 
 
 def create_app(
-    served: Served,
-    limits: Limits | None = None,
-    *,
-    token: str | None = None,
-    hosts: frozenset[str] = frozenset(),
-    addresses: bool = False,
+    served: Served, limits: Limits, registry: CollectorRegistry, ready: Callable[[], None]
 ) -> FastAPI:
     """The application; its lifespan starts and ends the threads that do the work.
 
+    Long, because the routes share what is made here.
+
     Args:
         served: from `load_served`.
-        limits: bounds; the defaults if not given.
-        token, hosts, addresses: as for `Gate`.
+        limits: bounds.
+        registry: of metrics; ``/metrics`` tells them.
+        ready: called once requests can be answered.
     """
-    limits = limits or Limits()
-    metrics = Metrics()
-    batcher: Batcher[np.ndarray, Answer] = Batcher(
-        served.answers, size=limits.batch, limit=limits.queue, observe=metrics.batch.observe
-    )
-    metrics.queue.set_function(lambda: batcher.admitted)
-    decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dapt-images")
+    shown = served.support
+    names, pictures = (shown.class_names, shown.pictures) if shown else ((), ())
+    batcher = Batcher(served, limits, registry)
+    about = "Images received, by what came of them."
+    counted = Counter("dapt_images", about, ("result",), registry=registry)
+    decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "dapt-images")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
-        try:
-            yield
-        finally:
-            decoders.shutdown(wait=True, cancel_futures=True)
-            batcher.close()
+        model = asyncio.create_task(batcher.run())
+        ready()
+        yield
+        decoders.shutdown(wait=True, cancel_futures=True)
+        model.cancel()
 
     app = FastAPI(
         title="dapt",
@@ -167,25 +151,39 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def predicted(file: UploadFile, name: str, top: int, nearest: int) -> Prediction:
+    async def entry(
+        file: UploadFile, number: int, top: int, nearest: int, alone: bool
+    ) -> Prediction:
+        name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(number)
         loop = asyncio.get_running_loop()
-        view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
-        answer = await asyncio.wrap_future(batcher.submit(view))
-        ranked = best_classes(answer.probabilities[None], served.class_names, top)[0]
-        classes = [RankedClass.model_validate({"class": c, "probability": p}) for c, p in ranked]
-        return Prediction(file=name, classes=classes, nearest=_nearest(served, answer, nearest))
-
-    async def entry(file: UploadFile, name: str, top: int, nearest: int) -> Prediction | UserError:
         try:
-            found: Prediction | UserError = await predicted(file, name, top, nearest)
+            view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
+            probabilities, cosines = await batcher.answer(view)
         except UserError as error:
-            found = error
-        metrics.images.labels("error" if isinstance(found, UserError) else "ok").inc()
-        return found
+            counted.labels("error").inc()
+            if alone:
+                status = 413 if isinstance(error, TooManyPixels) else 400
+                raise HTTPException(status, str(error)) from error
+            return Prediction(file=name, error=str(error))
+        counted.labels("ok").inc()
+        (classes,) = best(probabilities[None], served.class_names, top)
+        (places,) = best(cosines[None], range(len(cosines)), nearest)
+        return Prediction(
+            file=name,
+            classes=[RankedClass(name=name, probability=p) for name, p in classes],
+            nearest=[
+                Neighbour(image=f"/support/{i}", name=names[i], cosine=cosine)
+                for i, cosine in places
+            ],
+        )
 
     @app.post(
-        "/predict", responses=_PROBLEMS, openapi_extra=_BODY, response_model_exclude_defaults=True
+        "/predict",
+        responses=_PROBLEMS,
+        openapi_extra={"requestBody": _BODY},
+        response_model_exclude_defaults=True,
     )
     async def predict(
         request: Request,
@@ -200,36 +198,18 @@ def create_app(
         is refused with 400, or with 413 if it has too many pixels.
         """
         until = anyio.current_time() + limits.timeout
+        with batcher.admission(1):  # a full server says so before it reads an upload
+            pass
         try:
-            with batcher.admission(1):  # a full server says so before it reads an upload
-                pass
-            arrived = False
-            with anyio.fail_after(until - anyio.current_time()):
-                async with uploaded(request, limits) as files:
-                    arrived = True
-                    with batcher.admission(len(files)):
-                        names = [_name(file, i) for i, file in enumerate(files, 1)]
-                        work = zip(files, names, strict=True)
-                        found = await asyncio.gather(*(entry(*w, top, nearest) for w in work))
-        except QueueFull:
-            raise HTTPException(429, "too many images are waiting; try again", _AGAIN) from None
+            async with uploaded(request, limits) as files:
+                with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
+                    alone = len(files) == 1
+                    work = (entry(f, i, top, nearest, alone) for i, f in enumerate(files, 1))
+                    return Predictions(predictions=await asyncio.gather(*work))
         except TimeoutError:
-            if not arrived:
-                raise HTTPException(
-                    408, f"the request did not arrive within {limits.timeout:g} s; send less at "
-                    "a time"
-                ) from None  # fmt: skip
             raise HTTPException(
-                503, f"no answer within {limits.timeout:g} s; try again", _AGAIN
+                503, f"no answer within {limits.timeout:g} s; try again", AGAIN
             ) from None
-        if len(found) == 1 and isinstance(found[0], UserError):
-            status = 413 if isinstance(found[0], TooManyPixels) else 400
-            raise HTTPException(status, str(found[0]))
-        entries = [
-            Prediction(file=name, error=str(one)) if isinstance(one, UserError) else one
-            for name, one in zip(names, found, strict=True)
-        ]
-        return Predictions(predictions=entries)
 
     @app.get("/classes", responses={401: _PROBLEMS[401]})
     async def classes() -> Classes:
@@ -239,68 +219,30 @@ def create_app(
             method=served.method,
             backbone=served.backbone,
             classes=list(served.class_names),
-            support_images=len(served.support.pictures) if served.support else 0,
+            support_images=len(pictures),
             limits=Bounds(upload_bytes=limits.upload, images=limits.images, pixels=limits.pixels),
         )
 
-    @app.get(
-        "/support/{number}",
-        response_class=Response,
-        responses={200: {"content": {"image/jpeg": {}}}, 401: _PROBLEMS[401],
-                   404: {"model": Problem, "description": "There is no such support image."}},
-    )  # fmt: skip
-    async def support(number: int) -> Response:
+    @app.get("/support/{number}", response_class=Response, responses=_PICTURE)
+    async def picture(number: int) -> Response:
         """A support image, small, as the model sees it."""
-        pictures = served.support.pictures if served.support else ()
         if not 0 <= number < len(pictures):
             raise HTTPException(404, f"there is no support image {number}")
         return Response(pictures[number], media_type="image/jpeg")
 
-    @app.get("/healthz", responses={503: {"model": Health, "description": "It does not."}})
-    async def healthz(response: Response) -> Health:
-        """Whether the server makes predictions; for load balancers."""
-        response.status_code = 200 if batcher.alive else 503
-        return Health(status="ok" if batcher.alive else "the model's thread has ended")
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        """Whether the server answers; for load balancers."""
+        return Health(status="ok")
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(_STATIC / "page.html")
-
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_STATIC / "docs.html")
+    async def page(request: Request) -> FileResponse:
+        return FileResponse(_STATIC / ("docs.html" if request.url.path == "/docs" else "page.html"))
 
-    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_request: Request, _error: Exception) -> Response:
-        return JSONResponse({"detail": "the request ended early"}, 400)
-
-    paths = ["/", "/docs", "/openapi.json", "/predict", "/classes", "/healthz", "/metrics"]
-    app.add_middleware(
-        Gate, metrics=metrics, paths=paths, token=token, hosts=hosts, addresses=addresses
-    )
     return app
-
-
-def _nearest(served: Served, answer: Answer, count: int) -> list[Neighbour]:
-    """The ``count`` support images with the largest cosine, where there are any."""
-    if served.support is None:
-        return []
-    cosines, places = answer.cosines.topk(min(count, len(answer.cosines)))
-    names = served.support.class_names
-    return [
-        Neighbour.model_validate({"image": f"/support/{i}", "class": names[i], "cosine": cosine})
-        for i, cosine in zip(places.tolist(), cosines.tolist(), strict=True)
-    ]
-
-
-def _name(file: UploadFile, number: int) -> str:
-    """What the client calls a file, fit to be shown; its number where it has no name."""
-    text = "".join(c for c in (file.filename or "")[:200] if c.isprintable())
-    return text or str(number)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
-import time
+import socket
 from collections.abc import Iterable
-from typing import Any
-from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.gc_collector import GCCollector
-from prometheus_client.process_collector import ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # What may be had without the token: the pages, which ask for it, and whether the server is up.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
 _OPEN_FOLDER = "/static/"
+# What metrics tell apart; others are counted as "other".
+_COUNTED = _OPEN | {"/predict", "/classes", "/metrics"}
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 _HEADERS = {
     "content-security-policy": (
@@ -30,133 +31,101 @@ _HEADERS = {
 }
 
 
-class Metrics:
-    """What Prometheus is told; of one server, so that a process may hold several."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self.requests = Counter(
-            "dapt_requests", "Requests answered.", ("path", "status"), registry=self.registry
-        )
-        self.seconds = Histogram(
-            "dapt_request_seconds",
-            "Seconds from a request's headers to the end of its answer.",
-            ("path",),
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-            registry=self.registry,
-        )
-        self.images = Counter(
-            "dapt_images", "Images received, by what came of them.", ("result",),
-            registry=self.registry,
-        )  # fmt: skip
-        self.queue = Gauge(
-            "dapt_queue_images", "Images admitted that wait for an answer.", registry=self.registry
-        )
-        self.batch = Histogram(
-            "dapt_batch_images",
-            "Images the model took at a time.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=self.registry,
-        )
-
-
 class Gate:
     """ASGI middleware around everything.
 
+    Without a token, a request must call this server by its name, which is one of ``names``, of a
+    loopback address, or, where others can reach it, any IP address, "localhost" and this machine's
+    name. A page elsewhere that has its own name lead here (DNS rebinding) would otherwise read what
+    only this machine should; addresses and "localhost" it cannot have lead here. Nor may a browser
+    ask on behalf of a page from elsewhere: it could not read the answer, but have work done. A page
+    that goes by an address is this server's own only where the request does too, for there
+    "localhost" may be another machine.
+
     Args:
         app: what is behind it.
-        metrics: counts requests.
-        paths: those the metrics tell apart; others are counted as "other".
+        registry: of metrics, which get to know requests.
+        address: that is listened on.
         token: that ``Authorization: Bearer`` must bring, if one is asked for.
-        hosts: names of this server that a request may call it by, in lower case; any, if empty.
-            A page elsewhere that has its own name point to a loopback address (DNS rebinding)
-            would otherwise read what only this machine should. Nor may a browser ask on behalf of
-            a page from elsewhere: it could not read the answer, but have work done.
-        addresses: whether any IP address will do as well, and "localhost": no page elsewhere can
-            have these lead here. A page that goes by one is this server's own only where the
-            request does too, for there "localhost" may be another machine.
+        names: others of this server.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        registry: CollectorRegistry,
         *,
-        metrics: Metrics,
-        paths: Iterable[str],
+        address: str,
         token: str | None,
-        hosts: frozenset[str],
-        addresses: bool = False,
+        names: Iterable[str],
     ) -> None:
-        self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
-        self.token, self.hosts, self.addresses = token, hosts, addresses
+        self.app, self.token = app, token
+        self.hosts = {name.lower() for name in names if name}
+        self.anywhere = not is_loopback(address)
+        if self.anywhere:
+            self.hosts.add(socket.gethostname().lower())
+        else:
+            self.hosts |= {"localhost", "127.0.0.1", "[::1]", address, f"[{address}]"}
+        about = "Requests answered."
+        self.requests = Counter("dapt_requests", about, ("path", "status"), registry=registry)
+        about = "Seconds from a request's headers to the end of its answer."
+        self.seconds = Histogram(
+            "dapt_request_seconds", about, ("path",), buckets=_SECONDS, registry=registry
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or have the application answer."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        status = 500
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                headers.update(_HEADERS)
                 headers.setdefault("cache-control", "no-cache")
             await send(message)
 
-        try:
-            refusal = self._refusal(scope)
-            await (refusal or self.app)(scope, receive, answer)
-        finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+        path = scope["path"] if scope["path"] in _COUNTED else "other"
+        with self.seconds.labels(path).time():
+            try:
+                await (self._refusal(scope) or self.app)(scope, receive, answer)
+            finally:
+                self.requests.labels(path, str(status)).inc()
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        headers = Headers(scope=scope)
-        host = _host_name(headers.get("host", ""))
-        if self.hosts and not (host in self.hosts or (self.addresses and _is_address(host))):
-            return _sentence(
-                403,
-                "this server does not go by that name; start it with --allow-host NAME, or with "
-                "a token",
-            )
-        origin = headers.get("origin")  # sent by browsers, "null" for a file or a sandboxed page
-        if self.hosts and origin is not None and not self._is_own(origin, host):
-            return _sentence(403, "this server answers to no page of another server")
-        path: str = scope["path"]
-        if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDER):
+        headers, path = Headers(scope=scope), scope["path"]
+        if self.token is None:
+            host = _host_name(headers.get("host", ""))
+            if not (host in self.hosts or (self.anywhere and _is_address(host))):
+                said = "this server does not go by that name; start it with --allow-host NAME, or "
+                return JSONResponse({"detail": f"{said}with a token"}, 403)
+            origin = headers.get("origin")  # of browsers; "null" for a file or a sandboxed page
+            own = {host, *self.hosts}
+            if origin is not None and _host_name(origin.partition("://")[2]) not in own:
+                said = "this server answers to no page of another server"
+                return JSONResponse({"detail": said}, 403)
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and _equal(given.strip(), self.token):
+        # Headers are latin-1 once they arrive; the time taken tells nothing of where they differ.
+        right = secrets.compare_digest(given.strip().encode("latin-1"), self.token.encode())
+        if path in _OPEN or path.startswith(_OPEN_FOLDER) or (right and kind.lower() == "bearer"):
             return None
-        return _sentence(
-            401,
-            "this server asks for a token; send it as 'Authorization: Bearer TOKEN'",
-            {"www-authenticate": "Bearer"},
-        )
-
-    def _is_own(self, origin: str, host: str) -> bool:
-        try:
-            return _host_name(urlsplit(origin).netloc) in {host, *self.hosts}
-        except ValueError:  # a bracket that is not closed
-            return False
+        said = "this server asks for a token; send it as 'Authorization: Bearer TOKEN'"
+        return JSONResponse({"detail": said}, 401, {"www-authenticate": "Bearer"})
 
 
-def _equal(given: str, expected: str) -> bool:
-    """In a time that tells nothing of where they differ; headers are latin-1 once they arrive."""
-    return secrets.compare_digest(given.encode("latin-1"), expected.encode())
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach an address of its own."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _host_name(host: str) -> str:
     """Without the port."""
-    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    return name.lower()
+    return re.sub(r":\d*$", "", host).lower()
 
 
 def _is_address(name: str) -> bool:
@@ -164,7 +133,3 @@ def _is_address(name: str) -> bool:
         return name == "localhost" or bool(ipaddress.ip_address(name.strip("[]")))
     except ValueError:
         return False
-
-
-def _sentence(status: int, detail: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dapt.data import ImageStore, centre_view, decode_image
 from dapt.engine.classifier import Classifier
-from dapt.engine.evaluate import chunks
+from dapt.engine.data import task_of
+from dapt.engine.evaluate import encode_store
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.run.train import known_support, load_classifier, task_of
+from dapt.run.load import known_support, load_classifier
 from dapt.settings import backbone_name
 
 # What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
@@ -27,6 +28,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
 # Support images are shown this small, px a side.
 _SHOWN = 160
+
+# What the model makes of a view: probabilities (C,), and cosines with the n support images (n,).
+Answer = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,28 +43,14 @@ class Support:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model makes of one view."""
-
-    probabilities: Tensor  # (C,)
-    cosines: Tensor  # (n,), with the support images; empty where there are none
-
-
-@dataclass(frozen=True)
 class Served:
-    """A classifier and what is shown beside its answers.
+    """A classifier and what is shown beside its answers."""
 
-    Attributes:
-        name: the run's.
-        method: its row in the table of methods; ``backbone``: its name.
-        support: None where the run has no support images to show.
-    """
-
-    name: str
+    name: str  # of the run, as that of its
     method: str
     backbone: str
     classifier: Classifier
-    support: Support | None
+    support: Support | None  # where the run has support images to show
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -74,12 +64,8 @@ class Served:
             TooManyPixels: its header tells of more; nothing was decoded.
             UserError: it cannot be read; errors call it ``name``.
         """
-        seen = self.classifier.backbone.preprocessing
         image = decode_image(file, name, formats=FORMATS, max_pixels=max_pixels)
-        view = centre_view(
-            image, seen.size, interpolation=seen.interpolation, resize_mode=seen.resize_mode
-        )
-        return np.asarray(view)
+        return np.asarray(centre_view(image, **self.classifier.backbone.preprocessing.of_views()))
 
     def answers(self, views: Sequence[np.ndarray]) -> list[Answer]:
         """Classify views (S, S, 3) in one batch."""
@@ -91,7 +77,7 @@ class Served:
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
                 cosines = features.cpu() @ self.support.features.T
-        return [Answer(p, c) for p, c in zip(probabilities, cosines, strict=True)]
+        return list(zip(probabilities, cosines, strict=True))
 
 
 def load_served(
@@ -115,17 +101,15 @@ def load_served(
     Raises:
         UserError: as `load_classifier`.
     """
-    reporter = reporter or Reporter()
+    reporter, support = reporter or Reporter(), None
     classifier = load_classifier(run, device=device)
-    settings = run.read_settings()
     classifier.text_features()  # made once, here rather than at the first request
-    support = None
     if nearest:
         try:
             support = _support(run, classifier, reporter)
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
-    name = run.path.resolve().name
+    name, settings = run.path.resolve().name, run.read_settings()
     return Served(name, settings.method, backbone_name(settings), classifier, support)
 
 
@@ -133,20 +117,17 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
     """The images that a run's support set lists, encoded with its prompts."""
     task = task_of(run.read_settings())
     items = known_support(run, task).train
-    seen = classifier.backbone.preprocessing
-    store = ImageStore(
-        [task.image_path(item) for item in items],
-        size=seen.size,
-        interpolation=seen.interpolation,
-        resize_mode=seen.resize_mode,
-    )
-    features, pictures = [], []
-    with reporter.stage("support images", len(items)) as advance, torch.inference_mode():
-        for views in store.batches(chunks(len(items), 32)):
-            features.append(classifier.image_features(views).cpu())
-            pictures += [_picture(view) for view in views.permute(0, 2, 3, 1).numpy()]
-            advance(len(views))
-    return Support(tuple(i.class_name for i in items), torch.cat(features), tuple(pictures))
+    paths = [task.image_path(item) for item in items]
+    pictures: list[bytes] = []
+
+    def encode(views: Tensor) -> Tensor:
+        pictures.extend(map(_picture, views.permute(0, 2, 3, 1).numpy()))
+        return classifier.image_features(views)
+
+    with reporter.stage("support images", len(items)) as advance:
+        store = ImageStore(paths, **classifier.backbone.preprocessing.of_views())
+        features = encode_store(encode, store, batch_size=32, advance=advance)
+    return Support(tuple(item.class_name for item in items), features, tuple(pictures))
 
 
 def _picture(view: np.ndarray) -> bytes:

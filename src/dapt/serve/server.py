@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import signal
 import socket
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
 import uvicorn
-from PIL import Image
+from prometheus_client import CollectorRegistry
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dapt.errors import UserError
 from dapt.serve.app import create_app
+from dapt.serve.gate import Gate
 from dapt.serve.served import Served
 from dapt.serve.uploads import Limits
 
@@ -31,24 +30,23 @@ _HEADER_BYTES = 16 * 2**10
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, so that one in use is known before a model is loaded.
+    """A socket that listens, so that an address in use is known before a model is loaded.
 
     Raises:
         UserError: the address is in use, not this machine's, or none.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        found = socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        # Answers go at once; asyncio sees to it only where a socket was made with TCP's number.
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return found
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"host '{host}' is no address; try 127.0.0.1 or 0.0.0.0") from error
-    found = socket.socket(family, kind, protocol)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(128)  # a bound port that another process listens on shows here only
     except OSError as error:
-        found.close()
         reason = {
             errno.EADDRINUSE: f"port {port} of {host} is in use; choose another with --port",
             errno.EACCES: f"port {port} is reserved; choose one above 1023 with --port",
@@ -56,18 +54,6 @@ def open_socket(host: str, port: int) -> socket.socket:
         }
         said = reason.get(error.errno or 0, f"cannot listen on {host}:{port} ({error.strerror})")
         raise UserError(said) from error
-    return found
-
-
-def is_loopback(found: socket.socket) -> bool:
-    """Whether only this machine can reach a socket."""
-    return ipaddress.ip_address(found.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def address_of(found: socket.socket) -> str:
-    """Its URL."""
-    host, port = found.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def make_server(
@@ -83,24 +69,18 @@ def make_server(
 
     Args:
         served: from `load_served`.
-        found: from `open_socket`.
+        found: from `open_socket`; the server's ``run`` wants it, too.
         limits: bounds.
-        token: that requests must bring.
-        names: that requests may call this server by without a token, besides those of a loopback
-            address, or else any IP address, "localhost" and this machine's name.
+        token, names: as for `Gate`.
         ready: called once it answers.
     """
-    hosts: frozenset[str] = frozenset()
-    loopback = is_loopback(found)
-    if token is None:
-        own = found.getsockname()[0]
-        local = {"localhost", "127.0.0.1", "[::1]", own, f"[{own}]"}
-        known = local if loopback else {socket.gethostname().lower()}
-        hosts = frozenset({*known, *(name.lower() for name in names if name)})
-    # Too many pixels are refused in a sentence; PIL's warning would only fill the log.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    registry = CollectorRegistry()  # of one server: a process may hold several
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
     config = uvicorn.Config(
-        create_app(served, limits, token=token, hosts=hosts, addresses=not loopback),
+        Gate(app, registry, address=address, token=token, names=names),
+        loop="asyncio",
         http=_Protocol,
         ws="none",
         lifespan="on",
@@ -112,38 +92,17 @@ def make_server(
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
-    return _Server(config, ready)
-
-
-def run_server(server: uvicorn.Server, found: socket.socket) -> None:
-    """Answer on a socket until the server is asked to stop."""
-    asyncio.run(server.serve(sockets=[found]))
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):
     """Ends in order on a signal; uvicorn's own would have the signal kill the process after."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def handle_exit(self, sig: int, frame: Any) -> None:
         """A first signal ends it in order, a second SIGINT at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 class _Protocol(H11Protocol):
@@ -153,29 +112,17 @@ class _Protocol(H11Protocol):
     seconds to send a header, or the rest of a body that was refused.
     """
 
-    _waiting: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > 2 * (self.limit_concurrency or 0):
             transport.abort()  # past the limit, where requests are refused, not even a header
-        self._wait()
+        self.loop.call_later(_HEADER_SECONDS, self._end, None)
 
     def on_response_complete(self) -> None:
+        answered = self.cycle
         super().on_response_complete()
-        self._wait()
+        self.loop.call_later(_HEADER_SECONDS, self._end, answered)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        self._waiting = self.loop.call_later(_HEADER_SECONDS, self._end)
-
-    def _end(self) -> None:
-        cycle: Any = self.cycle
-        if cycle is None or cycle.response_complete:
+    def _end(self, last: Any) -> None:
+        if self.cycle is last:  # no request has begun since
             self.transport.abort()
