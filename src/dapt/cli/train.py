@@ -151,7 +151,7 @@ def list_settings(
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
     method: common.MethodOption = None,
 ) -> None:
-    """List every setting with its default for a dataset, or those of one method, and its meaning."""
+    """List every setting with its default for a dataset, and what it means; or one method's."""
     from dapt.methods import get_method
     from dapt.settings import all_fields, default_settings, idle_settings
 
