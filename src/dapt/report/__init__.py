@@ -2,11 +2,13 @@
 
 collect.py     run directories -> runs, with mistrust
 study.py       which runs repeat one another, which vary a setting; numbers by seed
-statistics.py  means and intervals
+rows.py        what is asked of a method's row in the table
+statistics.py  samples by seed: means, intervals, differences
 tables.py      a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 features.py    what only the backbone and the images can tell
-sections.py    the parts of the page
+sections.py    what the parts of the page are made of; the parts themselves are in
+               comparison.py, transfer.py, ablation.py, training.py and mistakes.py
 page.py        the page itself; page/ has its template, style and script
 """
 
@@ -19,17 +21,25 @@ from pathlib import Path
 
 from dapt.errors import UserError
 from dapt.progress import Reporter
+from dapt.report.ablation import ablations
 from dapt.report.collect import collect
-from dapt.report.features import Inside, look_inside
-from dapt.report.figures import Drawing
+from dapt.report.comparison import accuracy, overview
+from dapt.report.features import look_inside
+from dapt.report.mistakes import calibration, featured, mistakes
 from dapt.report.page import is_page, render
-from dapt.report.sections import Section, Sections
+from dapt.report.sections import Maker, Section
 from dapt.report.study import Study
-from dapt.report.tables import Table
+from dapt.report.training import curves, dispersion
+from dapt.report.transfer import base_to_new, cross_dataset, domains
 from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 
+# In the page's order.
+_SECTIONS = (
+    overview, accuracy, domains, base_to_new, cross_dataset, ablations, curves, dispersion,
+    mistakes, calibration,
+)  # fmt: skip
 _CONTENTS = "contents.json"
 
 
@@ -77,25 +87,33 @@ def write_report(
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
-    study = Study(runs, baseline)
-    sections = Sections(study)
-    inside: list[Inside] = []
+    maker = Maker(study := Study(runs, baseline))
     notes: list[str] = []
     if features:
-        inside, notes = look_inside(study, sections.drawn, sections.featured(), reporter)
-        sections.inside = inside
-    parts = sections.all(reporter)
-    warnings += study.warnings + sections.warnings
-    _write_files(folder, parts)
-    write_atomic(
-        out,
-        render(study, parts, failures, warnings, notes, features=features, folder=folder.name),
+        shown = featured(study, maker.drawn)
+        maker.inside, notes = look_inside(study, maker.drawn, shown, reporter)
+    sections = []
+    with reporter.stage("drawing", len(_SECTIONS)) as advance:
+        for section in _SECTIONS:
+            sections.append(section(maker))
+            advance(1)
+    warnings += study.warnings + maker.warnings
+    _write_files(folder, sections)
+    page = render(
+        study,
+        sections,
+        failures,
+        warnings=warnings,
+        notes=notes,
+        features=features,
+        folder=folder.name,
     )
+    write_atomic(out, page)
     unfinished = sum(not (run.finished or run.failure) for run in runs)
     return Report(out, folder, len(runs), unfinished, len(failures), tuple(warnings))
 
 
-def _write_files(folder: Path, parts: Sequence[Section]) -> None:
+def _write_files(folder: Path, sections: Sequence[Section]) -> None:
     """Tables and figures as files; those of an earlier report that are no more are deleted."""
     before: set[str] = set()
     if (folder / _CONTENTS).is_file():
@@ -108,25 +126,15 @@ def _write_files(folder: Path, parts: Sequence[Section]) -> None:
             f"{folder} is there and not from a report; move it, or choose another --out"
         )
     folder.mkdir(exist_ok=True)
-    titles: dict[str, str] = {}
-    files: dict[str, bytes | str] = {}
-
-    def write(item: Table | Drawing, contents: dict[str, bytes | str]) -> None:
-        for suffix, content in contents.items():
-            name = f"{item.name}.{suffix}"
-            files[name], titles[name] = content, item.title
-
-    for block in (block for part in parts for block in part.blocks):
-        for drawing in block.drawings:
-            write(drawing, {"svg": drawing.svg, "png": drawing.png})
-        for table in block.tables:
-            write(
-                table,
-                {"md": table.to_markdown(), "csv": table.to_csv(), "tex": table.to_latex()},
-            )
+    files: dict[str, tuple[str, bytes | str]] = {}
+    for block in (block for section in sections for block in section.blocks):
+        for item in (*block.drawings, *block.tables):
+            for suffix, content in item.files().items():
+                files[f"{item.about.name}.{suffix}"] = item.about.title, content
+    titles = {name: title for name, (title, _) in files.items()}
     # First of all the folder says what is a report's, so that the next one may replace it.
     write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
-    for name, content in files.items():
+    for name, (_, content) in files.items():
         write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)

@@ -7,85 +7,32 @@ read is named in a warning and left out; no file is ever executed or unpickled.
 from __future__ import annotations
 
 import csv
+import io
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
+from dapt.report.statistics import Sample
+from dapt.run import records
 from dapt.run.directory import RunDirectory
-from dapt.safe.files import read_json
+from dapt.run.records import Count, Environment, Record, read_record
+from dapt.safe.files import read_text
 
-# No run writes a file of this size (1,000 classes make a metrics.json of about 8 MB).
-_LARGEST = 200 * 2**20
-# Of a log, whose rows and cells take many times the memory that they take on disk.
+# Bytes and rows of a log, which take many times the memory that they take on disk.
 _LARGEST_LOG = 2**26
 _MOST_STEPS = 1_000_000
 _TEXT = 120  # longest name or value shown
 # What makes text after it run the other way: a name could rearrange the line it stands in.
 _TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-class Damaged(Exception):
-    """A run's file does not hold what it should."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one evaluation found; all but images are fractions."""
-
-    images: int
-    accuracy: float
-    top5: float | None
-    macro_f1: float | None
-    ece: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A run's prompts on another dataset, domain or set of classes; ``run`` is its number."""
-
-    dataset: str
-    classes: str
-    scores: Scores
-    run: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run directory. ``number`` is how the report refers to it, counted from 1."""
-
-    number: int
-    path: Path
-    method: str
-    dataset: str
-    classes: str  # "all", "base" or "new"
-    shots: int
-    seed: int
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    class_names: tuple[str, ...]
-    finished: bool = False
-    scores: Scores | None = None
-    evaluations: tuple[Evaluation, ...] = ()
-    dispersion: dict[str, float] = field(default_factory=dict)  # "inter before", …
-    parameters: int | None = None
-    failure: str | None = None  # why an experiment gave it up, or its evaluations elsewhere
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that an experiment gave up, and why; it may have left nothing else."""
-
-    path: Path
-    error: str
 
 
 def clean(value: object, limit: int = _TEXT) -> str:
@@ -99,6 +46,99 @@ def clean(value: object, limit: int = _TEXT) -> str:
         for c in str(value)[: limit + 1]
     )
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ------------------------------------------------------------ what is read of a run's files
+
+_Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
+_Unread = Annotated[Any, BeforeValidator(lambda _: None)]
+
+
+class Scores(records.Test):
+    """What one evaluation found, without what is large or damages nothing else."""
+
+    model_config = ConfigDict(extra="ignore")
+    per_class: _Unread = None
+    confusion: _Unread = None
+    skipped: _Unread = None
+
+
+class _Settings(Record):
+    """Those that every run has; the rest may be of any version."""
+
+    method: _Name
+    shots: Annotated[int, Field(ge=1, lt=2**53)]
+    seed: Count
+    classes: _Name | None = None
+    dataset: _Name | None = None
+
+
+class _Task(Record):
+    """Names are as they may be shown, not as a prompt needs them."""
+
+    dataset: _Name | None = None
+    class_names: list[Annotated[str, AfterValidator(clean)]] = Field([])
+
+
+class _Metrics(records.Metrics):
+    method: _Name
+    dataset: _Name
+    test: Scores
+
+
+class _Evaluation(records.EvaluationRecord):
+    dataset: _Name
+    classes: _Name | None = None
+    test: Scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        number: how the report refers to it, counted from 1.
+        classes: "all", "base" or "new".
+        scores: of a finished run.
+        evaluations: accuracy by (dataset, classes) of evaluations elsewhere.
+        failure: why an experiment gave it up, or its evaluations elsewhere.
+    """
+
+    number: int
+    path: Path
+    method: str
+    dataset: str
+    classes: str
+    shots: int
+    seed: int
+    settings: dict[str, Any]
+    environment: Environment
+    class_names: tuple[str, ...]
+    failure: str | None = None
+    scores: Scores | None = None
+    dispersion: dict[str, records.Change] = field(default_factory=dict)
+    parameters: int | None = None
+    evaluations: dict[tuple[str, str], Sample] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.scores is not None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that an experiment gave up, and why; it may have left nothing else."""
+
+    path: Path
+    error: str
+
+
+def warning(folder: Path, problem: object, consequence: str = "this run is left out") -> str:
+    """A sentence on what is wrong with a run, and what the report makes of it."""
+    said = str(problem)
+    where = "" if str(folder) in said else f"{clean(folder, 400)}: "
+    return f"{where}{clean(said, 800)}; {consequence}"
 
 
 def collect(paths: Iterable[Path]) -> tuple[list[Run], list[Failure], list[str]]:
@@ -116,13 +156,14 @@ def collect(paths: Iterable[Path]) -> tuple[list[Run], list[Failure], list[str]]
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
         try:
-            if (error := _failure(folder)) is not None:
+            if (error := RunDirectory(folder).read_failure()) is not None:
+                error = clean(error, 400)
                 failures.append(Failure(folder, error))
                 if not RunDirectory(folder).exists:  # it failed before it began
                     continue
             runs.append(_read_run(folder, len(runs) + 1, error, warnings))
-        except (Damaged, UserError) as problem:
-            warnings.append(f"{clean(folder, 400)}: {clean(problem, 400)}; this run is left out")
+        except UserError as problem:
+            warnings.append(warning(folder, problem))
     if not runs and not failures and not warnings:
         where = ", ".join(map(str, given)) or "no path"
         raise UserError(f"no run directory is in {where}; give folders that 'dapt train' wrote to")
@@ -142,112 +183,65 @@ def _run_folders(path: Path) -> Iterator[Path]:
             yield Path(os.path.normpath(folder))
 
 
-def _failure(folder: Path) -> str | None:
-    error = RunDirectory(folder).read_failure()
-    return None if error is None else clean(error, 400)
-
-
 def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str]) -> Run:
     files = RunDirectory(folder)
-    settings = _mapping(files.settings_file, "settings")
-    method = _text(settings.get("method"), "settings.json: method")
-    shots = _count(settings.get("shots"), "settings.json: shots", least=1)
-    seed = _count(settings.get("seed"), "settings.json: seed")
-    classes = _text(settings.get("classes") or "all", "settings.json: classes")
+    settings = read_record(files.settings_file, _Settings, "settings")
     try:
-        environment = _mapping(files.environment_file, "environment")
-    except (Damaged, UserError) as error:
-        environment = {}
-        warnings.append(f"{clean(folder, 400)}: {clean(error, 400)}; shown without it")
-    task = _optional(files.task_file, "task")
-    names = task.get("class_names", [])
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise Damaged("task.json: class_names is no list of names")
+        environment = read_record(files.environment_file, Environment, "environment")
+    except UserError as error:
+        environment = Environment.model_validate({})
+        warnings.append(warning(folder, error, "shown without it"))
+    task = (
+        read_record(files.task_file, _Task, "task")
+        if files.task_file.exists()
+        else _Task.model_validate({})
+    )
     run = Run(
         number=number,
         path=folder,
-        method=method,
-        dataset=_text(task.get("dataset") or settings.get("dataset"), "dataset"),
-        classes=classes,
-        shots=shots,
-        seed=seed,
-        settings=settings,
+        method=settings.method,
+        dataset=task.dataset or settings.dataset or "",
+        classes=settings.classes or "all",
+        shots=settings.shots,
+        seed=settings.seed,
+        settings=dict(settings),
         environment=environment,
-        class_names=tuple(clean(name) for name in names),
+        class_names=tuple(task.class_names),
         failure=failure,
     )
+    if not run.dataset:
+        raise UserError("neither its task.json nor its settings.json names a dataset")
     if not files.finished:
         return run
-    metrics = _mapping(files.metrics_file, "metrics")
-    for name, known in (("method", method), ("shots", shots), ("seed", seed)):
-        if metrics.get(name, known) not in (known, settings[name]):
-            raise Damaged(f"metrics.json says {name} {clean(metrics[name])}, settings.json {known}")
-    parameters = metrics.get("learned_parameters")
+    metrics = read_record(files.metrics_file, _Metrics, "metrics")
+    for name in {"method", "shots", "seed"} & metrics.model_fields_set:
+        said, known = getattr(metrics, name), getattr(run, name)
+        if said != known:
+            raise UserError(f"metrics.json says {name} {said}, settings.json {known}")
     return replace(
         run,
-        dataset=_text(metrics.get("dataset", run.dataset), "metrics.json: dataset"),
-        finished=True,
-        scores=_scores(metrics.get("test"), "metrics.json"),
-        evaluations=tuple(_evaluations(folder, number, warnings)),
-        dispersion=_dispersion(metrics.get("dispersion")),
-        parameters=None if parameters is None else _count(parameters, "learned_parameters"),
+        dataset=metrics.dataset,
+        scores=metrics.test,
+        dispersion=metrics.dispersion,
+        parameters=metrics.learned_parameters,
+        evaluations=_evaluations(folder, number, warnings),
     )
 
 
-def _evaluations(folder: Path, number: int, warnings: list[str]) -> Iterator[Evaluation]:
-    seen: dict[tuple[str, str], Scores] = {}
+def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[str, str], Sample]:
+    found: dict[tuple[str, str], Scores] = {}
     for file in sorted(folder.glob("eval-*.json")):
         try:
-            value = _mapping(file, "evaluation")
-            dataset = _text(value.get("dataset"), f"{file.name}: dataset")
-            classes = _text(value.get("classes") or "all", f"{file.name}: classes")
-            scores = _scores(value.get("test"), file.name)
-        except (Damaged, UserError) as error:
-            warnings.append(
-                f"{clean(folder, 400)}: {clean(error, 400)}; this evaluation is left out"
-            )
+            read = read_record(file, _Evaluation, "evaluation")
+        except UserError as error:
+            warnings.append(warning(folder, error, "this evaluation is left out"))
             continue
-        key = (dataset, classes)
-        if key not in seen:
-            seen[key] = scores
-            yield Evaluation(dataset, classes, scores, number)
-        elif seen[key] != scores:
+        if found.setdefault((read.dataset, read.classes or "all"), read.test) != read.test:
+            problem = f"{clean(file.name)} and an earlier file evaluate the same ({read.dataset})"
             warnings.append(
-                f"{clean(folder, 400)}: {clean(file.name)} and an earlier file evaluate the same "
-                f"({dataset}) with other results; the earlier one is shown"
+                warning(folder, f"{problem} with other results", "the earlier one is shown")
             )
-
-
-def _scores(value: object, where: str) -> Scores:
-    if not isinstance(value, dict):
-        raise Damaged(f"{where}: test is no mapping of figures")
-
-    def share(name: str) -> float | None:
-        return None if value.get(name) is None else _share(value[name], f"{where}: {name}")
-
-    return Scores(
-        images=_count(value.get("images"), f"{where}: images"),
-        accuracy=_share(value.get("accuracy"), f"{where}: accuracy"),
-        top5=share("top5"),
-        macro_f1=share("macro_f1"),
-        ece=share("ece"),
-    )
-
-
-def _dispersion(value: object) -> dict[str, float]:
-    if value is None or value == {}:
-        return {}
-    found = {}
-    try:
-        for kind in ("inter", "intra"):
-            for time in ("before", "after"):
-                found[f"{kind} {time}"] = _number(
-                    value[kind][time],  # type: ignore[index]
-                    f"metrics.json: {kind}-dispersion {time}",
-                )
-    except (KeyError, TypeError, IndexError) as error:
-        raise Damaged("metrics.json: dispersion is incomplete") from error
-    return found
+    return {key: Sample(scores.accuracy, (number,)) for key, scores in found.items()}
 
 
 def _distinct_datasets(runs: list[Run]) -> list[Run]:
@@ -263,13 +257,14 @@ def _distinct_datasets(runs: list[Run]) -> list[Run]:
             known.append(run.class_names)
         if place := known.index(run.class_names):
             old, new = run.dataset, f"{run.dataset} ({place + 1})"
-            evaluations = (
-                replace(e, dataset=new + e.dataset.removeprefix(old))
-                if e.dataset == old or e.dataset.startswith(f"{old}:")
-                else e
-                for e in run.evaluations
-            )
-            run = replace(run, dataset=new, evaluations=tuple(evaluations))
+            evaluations = {
+                (
+                    new + name.removeprefix(old) if f"{name}:".startswith(f"{old}:") else name,
+                    c,
+                ): found
+                for (name, c), found in run.evaluations.items()
+            }
+            run = replace(run, dataset=new, evaluations=evaluations)
         distinct.append(run)
     return distinct
 
@@ -278,7 +273,7 @@ def _distinct_datasets(runs: list[Run]) -> list[Run]:
 
 
 @dataclass(frozen=True)
-class Confusion:
+class ConfusionMatrix:
     """Test images by true class (rows) and named class (columns), (C, C), mostly zeros."""
 
     class_names: tuple[str, ...]
@@ -313,103 +308,53 @@ class Confusion:
         return part / np.maximum(self.images[classes, None], 1)
 
 
-def read_confusion(run: Run) -> Confusion:
+def read_confusion(run: Run) -> ConfusionMatrix:
     """The confusion matrix of a finished run, which is too large to keep for each.
 
     Raises:
-        Damaged: it is missing, not square, or no matrix of counts.
+        UserError: it is missing, not square, or no matrix of counts.
     """
+    file = RunDirectory(run.path).metrics_file
+    test = read_record(file, records.Metrics, "metrics").test
+    names = tuple(clean(score.name.replace("_", " ")) for score in test.per_class)
+    if not names or test.confusion is None:
+        raise UserError("metrics.json holds no confusion matrix")
+    true, named, images = (
+        np.array(column, np.int64)
+        for column in (test.confusion.true, test.confusion.predicted, test.confusion.images)
+    )
     try:
-        test = _mapping(RunDirectory(run.path).metrics_file, "metrics")["test"]
-        entries = [test["confusion"][name] for name in ("true", "predicted", "images")]
-        names = [clean(entry["class"].replace("_", " ")) for entry in test["per_class"]]
-        true, predicted, images = (np.array(column) for column in entries)
-        if any(c.dtype.kind != "i" for c in (true, predicted, images)) or (images < 0).any():
-            raise ValueError("its entries are no counts")
         # What is no label of these classes is refused here.
-        counts = csr_array((images, (true, predicted)), shape=(len(names),) * 2)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged("metrics.json holds no confusion matrix") from error
-    return Confusion(tuple(names), counts)
+        return ConfusionMatrix(names, csr_array((images, (true, named)), shape=(len(names),) * 2))
+    except ValueError as error:
+        raise UserError(f"metrics.json holds no confusion matrix ({error})") from error
 
 
 def read_log(run: Run) -> dict[str, np.ndarray]:
     """Mean of each loss term by epoch: name -> (epochs,); empty where there is no log.
 
     Raises:
-        Damaged: log.csv has no such columns, or anything in it is no finite number.
+        UserError: log.csv has no such columns, or anything in it is no finite number.
     """
     file = RunDirectory(run.path).log_file
     if not file.is_file() or file.stat().st_size == 0:
         return {}
-    if file.stat().st_size > _LARGEST_LOG:
-        raise Damaged("log.csv is too large")
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(islice(csv.reader(lines), _MOST_STEPS + 1))
+        lines = csv.reader(io.StringIO(read_text(file, limit=_LARGEST_LOG), newline=""))
+        rows = list(islice(lines, _MOST_STEPS + 1))
         if len(rows) > _MOST_STEPS:
-            raise Damaged(f"log.csv has more than {_MOST_STEPS:,} steps")
-        header = rows[0]
-        values = np.array(rows[1:], dtype=float)
+            raise UserError(f"log.csv has more than {_MOST_STEPS:,} steps")
+        header, values = rows[0], np.array(rows[1:], dtype=float)
         if len(values) == 0:
             return {}
+        if values.shape[1] != len(header) or not np.isfinite(values).all():
+            raise ValueError("it holds something else than finite numbers")
         epochs = values[:, header.index("epoch")]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, IndexError) as error:
-        raise Damaged("log.csv is no table of numbers with a column 'epoch'") from error
-    if values.shape[1] != len(header) or not np.isfinite(values).all():
-        raise Damaged("log.csv holds something else than finite numbers")
+    except (OSError, csv.Error, ValueError, IndexError) as error:
+        raise UserError(f"log.csv is no table of numbers by epoch ({error})") from error
     _, index, counts = np.unique(epochs, return_inverse=True, return_counts=True)
     return {
         clean(name): np.bincount(index, values[:, column]) / counts
         for column, name in enumerate(header)
         if name not in ("step", "epoch", "lr", "loss", "accuracy")
     }
-
-
-def seconds(run: Run, name: str) -> float | None:
-    """``tuning_seconds`` or ``evaluation_seconds`` of a run, where it says."""
-    try:
-        return _number(run.environment.get(name), name, least=0)
-    except Damaged:
-        return None
-
-
-# ------------------------------------------------------------------------- single values
-
-
-def _mapping(file: Path, what: str) -> dict[str, Any]:
-    if file.exists() and (not file.is_file() or file.stat().st_size > _LARGEST):
-        raise Damaged(f"{file.name} is no ordinary file of sensible size")
-    value = read_json(file, what)
-    if not isinstance(value, dict):
-        raise Damaged(f"{file.name} holds no mapping")
-    return value
-
-
-def _optional(file: Path, what: str) -> dict[str, Any]:
-    return _mapping(file, what) if file.exists() else {}
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not re.search(r"\S", value):
-        raise Damaged(f"{where} is no name")
-    return clean(value)
-
-
-def _count(value: object, where: str, least: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**53:
-        raise Damaged(f"{where} is {clean(value, 40)!r}, no whole number from {least} on")
-    return value
-
-
-def _number(value: object, where: str, least: float = -1e300) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < 1e300:
-        raise Damaged(f"{where} is {clean(value, 40)!r}, no finite number in its range")
-    return float(value)
-
-
-def _share(value: object, where: str) -> float:
-    number = _number(value, where)
-    if not 0 <= number <= 1:
-        raise Damaged(f"{where} is {number:g}, not between 0 and 1")
-    return number

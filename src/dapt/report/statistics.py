@@ -1,14 +1,25 @@
-"""Means with their uncertainty, and differences of what belongs together."""
+"""Numbers by seed: means with their uncertainty, and differences of what belongs together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
+
+
+class Sample(NamedTuple):
+    """One number, and the runs it came from."""
+
+    value: float
+    runs: tuple[int, ...]
+
+
+Samples = dict[int, Sample]  # by seed
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,32 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, count)
 
 
-def harmonic_mean(a: float, b: float) -> float:
+def runs_of(samples: Iterable[Sample]) -> tuple[int, ...]:
+    """Runs that any of the samples came from."""
+    return tuple(sorted({n for sample in samples for n in sample.runs}))
+
+
+def mean(samples: Sequence[Sample]) -> Sample:
+    """Their mean."""
+    return Sample(sum(s.value for s in samples) / len(samples), runs_of(samples))
+
+
+def harmonic_mean(a: Sample, b: Sample) -> Sample:
     """Of two shares; zero where either is."""
-    return 2 * a * b / (a + b) if a + b else 0.0
+    total = a.value + b.value
+    return Sample(2 * a.value * b.value / total if total else 0.0, runs_of((a, b)))
+
+
+def mean_by_seed(parts: Sequence[Samples]) -> Samples:
+    """Mean by seed, for the seeds that all parts have."""
+    seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
+    return {seed: mean([part[seed] for part in parts]) for seed in seeds}
+
+
+def minus(ours: Samples, theirs: Samples) -> Samples:
+    """Differences of what has the same seed."""
+    return {
+        seed: Sample(own.value - theirs[seed].value, runs_of((own, theirs[seed])))
+        for seed, own in ours.items()
+        if seed in theirs
+    }
