@@ -7,15 +7,15 @@ statistics.py  samples by seed: means, intervals, differences
 tables.py      a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 features.py    what only the backbone and the images can tell
-sections.py    what the parts of the page are made of; the parts themselves are in
+sections.py    what the parts of the page are made of, and made with; the parts are in
                comparison.py, transfer.py, ablation.py, training.py and mistakes.py
-page.py        the page itself; page/ has its template, style and script
+page.py        the page itself; page/ has its words, templates, style and script
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,12 @@ from dapt.report.ablation import ablations
 from dapt.report.collect import collect
 from dapt.report.comparison import accuracy, overview
 from dapt.report.features import look_inside
+from dapt.report.figures import Drawing
 from dapt.report.mistakes import calibration, featured, mistakes
 from dapt.report.page import is_page, render
-from dapt.report.sections import Maker, Section
+from dapt.report.sections import Block, Maker
 from dapt.report.study import Study
+from dapt.report.tables import Table
 from dapt.report.training import curves, dispersion
 from dapt.report.transfer import base_to_new, cross_dataset, domains
 from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
@@ -36,10 +38,11 @@ from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 __all__ = ["Report", "write_report"]
 
 # In the page's order.
-_SECTIONS = (
-    overview, accuracy, domains, base_to_new, cross_dataset, ablations, curves, dispersion,
-    mistakes, calibration,
-)  # fmt: skip
+_PARTS: dict[str, Callable[[Maker], list[Block]]] = {
+    "overview": overview, "accuracy": accuracy, "domains": domains, "base-to-new": base_to_new,
+    "cross-dataset": cross_dataset, "ablations": ablations, "curves": curves,
+    "dispersion": dispersion, "mistakes": mistakes, "calibration": calibration,
+}  # fmt: skip
 _CONTENTS = "contents.json"
 
 
@@ -92,28 +95,29 @@ def write_report(
     if features:
         shown = featured(study, maker.drawn)
         maker.inside, notes = look_inside(study, maker.drawn, shown, reporter)
-    sections = []
-    with reporter.stage("drawing", len(_SECTIONS)) as advance:
-        for section in _SECTIONS:
-            sections.append(section(maker))
+    parts = {}
+    with reporter.stage("drawing", len(_PARTS)) as advance:
+        for name, make in _PARTS.items():
+            parts[name] = [block for block in make(maker) if block]
             advance(1)
     warnings += study.warnings + maker.warnings
-    _write_files(folder, sections)
+    every = (block for blocks in parts.values() for block in blocks)
+    _write_files(folder, [item for block in every for item in [*block.drawings, *block.tables]])
     page = render(
         study,
-        sections,
+        parts,
         failures,
         warnings=warnings,
         notes=notes,
         features=features,
+        unfinished=(unfinished := sum(not (run.finished or run.failure) for run in runs)),
         folder=folder.name,
     )
     write_atomic(out, page)
-    unfinished = sum(not (run.finished or run.failure) for run in runs)
     return Report(out, folder, len(runs), unfinished, len(failures), tuple(warnings))
 
 
-def _write_files(folder: Path, sections: Sequence[Section]) -> None:
+def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
     """Tables and figures as files; those of an earlier report that are no more are deleted."""
     before: set[str] = set()
     if (folder / _CONTENTS).is_file():
@@ -126,15 +130,15 @@ def _write_files(folder: Path, sections: Sequence[Section]) -> None:
             f"{folder} is there and not from a report; move it, or choose another --out"
         )
     folder.mkdir(exist_ok=True)
-    files: dict[str, tuple[str, bytes | str]] = {}
-    for block in (block for section in sections for block in section.blocks):
-        for item in (*block.drawings, *block.tables):
-            for suffix, content in item.files().items():
-                files[f"{item.about.name}.{suffix}"] = item.about.title, content
-    titles = {name: title for name, (title, _) in files.items()}
+    titles: dict[str, str] = {}
+    files: dict[str, bytes | str] = {}
+    for item in items:
+        found = {f"{item.about.name}.{kind}": content for kind, content in item.files().items()}
+        files |= found
+        titles |= dict.fromkeys(found, item.about.title)
     # First of all the folder says what is a report's, so that the next one may replace it.
     write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
-    for name, (_, content) in files.items():
+    for name, content in files.items():
         write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from dapt.methods import METHODS
 from dapt.report.collect import clean
 from dapt.report.rows import loss_settings, loss_title, method_title, prompts
-from dapt.report.sections import Block, Maker, Section, shots_of
+from dapt.report.sections import Block, Maker, shots_of
 from dapt.report.statistics import Samples, minus
-from dapt.report.study import ACCURACY, Variant, full_settings, shown
-from dapt.report.tables import Column, Named, Row, Table
+from dapt.report.study import Scope, Variant, full_settings, shown
+from dapt.report.tables import Column, Named, Table
 
 
 class _Compared(NamedTuple):
@@ -24,7 +24,7 @@ class _Compared(NamedTuple):
     variant: Variant
 
 
-def ablations(maker: Maker) -> Section:
+def ablations(maker: Maker) -> list[Block]:
     """Main runs beside those that differ in other settings, which are named."""
     study = maker.study
     found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
@@ -35,30 +35,17 @@ def ablations(maker: Maker) -> Section:
     tables = [t for shots in study.shots for m in METHODS for t in _parts(maker, m, shots)]
     for key in sorted(found, key=lambda key: (study.methods.index(key[0]), *key[1:])):
         tables.append(_settings(maker, *key, found[key]))
-    lead = "What each part of a method does. "
-    if study.varied:
-        lead += (
-            "Some runs share dataset, method, shots and seed with others and differ in "
-            f"{', '.join(map(clean, study.varied))}. Each method's most frequent values are "
-            "its main ones, used in all other parts of the report. "
-        )
-    return Section(
-        "ablations",
-        "Ablations",
-        f"{lead}Differences are paired by dataset and seed.",
-        [Block(tables=tables)],
-        "no runs that differ in a setting other than dataset, method, shots and seed",
-    )
+    return [Block(tables=tables)]
 
 
 def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
     """A method's losses and prompts on and off, where any runs have some of them off."""
-    study, weights = maker.study, loss_settings(method)
+    study, weights, own = maker.study, loss_settings(method), prompts(method)
     if len(weights) < 2:
         return []
 
     def row(label: str, method: str, **changed: object) -> list[_Compared]:
-        variant = study.changed(method, **changed)
+        variant = study.main(method, **changed)
         return [] if variant is None else [_Compared(label, method, variant)]
 
     none, losses, parts = [], [], []
@@ -66,24 +53,25 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         left = " and ".join(loss_title(term) for term in weights if term != off)
         losses += row(f"{left} only", method, **{setting: 0})
     for other in METHODS:
-        terms = loss_settings(other).keys()
-        if prompts(other) == prompts(method) and not terms:
+        terms, learned = loss_settings(other).keys(), prompts(other)
+        if learned == own and not terms:
             none += row(f"none ({method_title(other)})", other)
-        if prompts(other) < prompts(method) and terms and terms <= weights.keys():
-            left = " and ".join(f"{prompt} prompt" for prompt in prompts(other))
-            parts += row(f"{left} only, {', '.join(map(loss_title, terms))}", other)
+        if learned < own and terms and terms <= weights.keys():
+            left = f"{' and '.join(learned)} prompt only"
+            parts += row(f"{left}, {', '.join(map(loss_title, terms))}", other)
     both = row(f"both ({method_title(method)})", method)
     tables = []
-    for what, rows, between, reference in (
+    for what, rows, some, reference in (
         ("losses", [*none, *losses, *both], losses, none),
         ("prompts", [*parts, *both], parts, both),
     ):
-        title = f"{what.capitalize()} on and off, {shots_of(shots)}"
-        about = maker.named("ablation", what, f"{shots}-shots", title=title)
+        caption = f"{what.capitalize()} on and off, {shots_of(shots)}"
+        about = maker.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
-        made = _compared(maker, about, what, shots, study.datasets, rows, reference, note)
-        if {row.label for row in made.rows} & {row.label for row in between}:
-            tables.append(made)
+        scope = Scope(study.datasets, shots)
+        table = _compared(maker, about, what, scope, rows, reference, note)
+        if {row.label for row in table.rows} & {row.label for row in some}:
+            tables.append(table)
     return tables
 
 
@@ -95,13 +83,11 @@ def _settings(
     variants: dict[Variant, set[str]],
 ) -> Table:
     """Values of some settings; a dataset whose main runs have a row's value stands in it."""
-    study = maker.study
-    datasets = sorted(set().union(*variants.values()))
+    study, scope = maker.study, Scope(sorted(set().union(*variants.values())), shots)
     main = study.main(method) or ()
     rows: list[tuple[list[tuple[int, float, str]], _Compared]] = []
     for variant in (main, *variants):
-        groups = (study.group(d, method, shots, variant=variant) for d in datasets)
-        settings = [full_settings(run) for group in groups for run in group.values()]
+        settings = [full_settings(run) for run in study.runs_in(scope, method, variant)]
         if not settings:
             continue
         values = [shown(settings[0].get(name)) for name in names]
@@ -110,12 +96,12 @@ def _settings(
         if len({shown([s.get(n) for n in names]) for s in settings}) > 1:
             label = " · ".join(f"{clean(n)} by default" for n in names)
         label += " (main)" if variant == main else ""
-        rows.append(([_order(v) for v in values], _Compared(label, method, variant)))
+        rows.append(([_order(value) for value in values], _Compared(label, method, variant)))
     ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
-    title = f"{method_title(method)}, {shots_of(shots)}: {', '.join(map(clean, names))}"
-    about = maker.named("ablation", method, *names, f"{shots}-shots", title=title)
+    caption = f"{method_title(method)}, {shots_of(shots)}: {', '.join(map(clean, names))}"
+    about = maker.named("ablation", method, *names, f"{shots}-shots", caption=caption)
     reference = [row for row in ordered if row.variant == main]
-    return _compared(maker, about, "setting", shots, datasets, ordered, reference)
+    return _compared(maker, about, "setting", scope, ordered, reference)
 
 
 def _order(value: str) -> tuple[int, float, str]:
@@ -130,8 +116,7 @@ def _compared(
     maker: Maker,
     about: Named,
     corner: str,
-    shots: int,
-    datasets: Sequence[str],
+    scope: Scope,
     rows: Sequence[_Compared],
     reference: Sequence[_Compared],
     note: str = "",
@@ -139,8 +124,9 @@ def _compared(
     """Accuracy by dataset, and the difference to the ``reference``, if there is such a row."""
     study = maker.study
 
-    def accuracy(names: Sequence[str], row: _Compared) -> Samples:
-        return study.samples(names, row.method, shots, ACCURACY, variant=row.variant)
+    def accuracy(datasets: Sequence[str], row: _Compared) -> Samples:
+        place = scope._replace(datasets=datasets)
+        return study.samples(place, row.method, variant=row.variant)
 
     def gap(row: _Compared) -> Samples:
         if not reference or row == reference[0]:
@@ -148,11 +134,10 @@ def _compared(
         shared = [d for d in datasets if accuracy([d], row) and accuracy([d], reference[0])]
         return minus(accuracy(shared, row), accuracy(shared, reference[0]))
 
-    datasets = [d for d in datasets if any(accuracy([d], row) for row in rows)]
+    datasets = [d for d in scope.datasets if any(accuracy([d], row) for row in rows)]
     columns = [Column(study.label(d), partial(accuracy, [d]), better="high") for d in datasets]
     if len(datasets) > 1:
         columns.append(Column("average", partial(accuracy, datasets), better="high"))
     columns.append(Column("difference", gap, "points"))
-    mains = {row: row.method for row in rows if row.variant == study.main(row.method)}
-    made = [Row(row.label, row, mains.get(row)) for row in rows]
-    return Table(about, corner, columns, made, note)
+    whole = {row: row.method for row in rows if row.variant == study.main(row.method)}
+    return Table(about, corner, columns, [(row.label, row, whole.get(row)) for row in rows], note)

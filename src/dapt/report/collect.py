@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -64,20 +64,19 @@ class Scores(records.Test):
 
 
 class _Settings(Record):
-    """Those that every run has; the rest may be of any version."""
+    """Those that tell runs apart; the rest may be of any version."""
 
     method: _Name
     shots: Annotated[int, Field(ge=1, lt=2**53)]
     seed: Count
-    classes: _Name | None = None
-    dataset: _Name | None = None
+    classes: _Name = "all"
 
 
 class _Task(Record):
     """Names are as they may be shown, not as a prompt needs them."""
 
-    dataset: _Name | None = None
-    class_names: list[Annotated[str, AfterValidator(clean)]] = Field([])
+    dataset: _Name
+    class_names: list[Annotated[str, AfterValidator(clean)]]
 
 
 class _Metrics(records.Metrics):
@@ -88,7 +87,7 @@ class _Metrics(records.Metrics):
 
 class _Evaluation(records.EvaluationRecord):
     dataset: _Name
-    classes: _Name | None = None
+    classes: _Name | None = "all"
     test: Scores
 
 
@@ -99,9 +98,9 @@ class Run:
     Attributes:
         number: how the report refers to it, counted from 1.
         classes: "all", "base" or "new".
-        scores: of a finished run.
-        evaluations: accuracy by (dataset, classes) of evaluations elsewhere.
         failure: why an experiment gave it up, or its evaluations elsewhere.
+        scores: of a finished run; ``figures`` has them and others by name.
+        evaluations: accuracy by (dataset, classes) of evaluations elsewhere.
     """
 
     number: int
@@ -116,8 +115,7 @@ class Run:
     class_names: tuple[str, ...]
     failure: str | None = None
     scores: Scores | None = None
-    dispersion: dict[str, records.Change] = field(default_factory=dict)
-    parameters: int | None = None
+    figures: dict[str, Sample] = field(default_factory=dict)
     evaluations: dict[tuple[str, str], Sample] = field(default_factory=dict)
 
     @property
@@ -186,22 +184,18 @@ def _run_folders(path: Path) -> Iterator[Path]:
 def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str]) -> Run:
     files = RunDirectory(folder)
     settings = read_record(files.settings_file, _Settings, "settings")
+    task = read_record(files.task_file, _Task, "task")
     try:
         environment = read_record(files.environment_file, Environment, "environment")
     except UserError as error:
         environment = Environment.model_validate({})
         warnings.append(warning(folder, error, "shown without it"))
-    task = (
-        read_record(files.task_file, _Task, "task")
-        if files.task_file.exists()
-        else _Task.model_validate({})
-    )
     run = Run(
         number=number,
         path=folder,
         method=settings.method,
-        dataset=task.dataset or settings.dataset or "",
-        classes=settings.classes or "all",
+        dataset=task.dataset,
+        classes=settings.classes,
         shots=settings.shots,
         seed=settings.seed,
         settings=dict(settings),
@@ -209,8 +203,6 @@ def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str
         class_names=tuple(task.class_names),
         failure=failure,
     )
-    if not run.dataset:
-        raise UserError("neither its task.json nor its settings.json names a dataset")
     if not files.finished:
         return run
     metrics = read_record(files.metrics_file, _Metrics, "metrics")
@@ -218,12 +210,15 @@ def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str
         said, known = getattr(metrics, name), getattr(run, name)
         if said != known:
             raise UserError(f"metrics.json says {name} {said}, settings.json {known}")
+    found = {**dict(metrics.test), "learned": metrics.learned_parameters}
+    found["tuning"] = environment.tuning_seconds
+    for kind, change in metrics.dispersion.items():
+        found |= {f"{kind} before": change.before, f"{kind} after": change.after}
     return replace(
         run,
         dataset=metrics.dataset,
         scores=metrics.test,
-        dispersion=metrics.dispersion,
-        parameters=metrics.learned_parameters,
+        figures={name: Sample(x, (number,)) for name, x in found.items() if x is not None},
         evaluations=_evaluations(folder, number, warnings),
     )
 
@@ -274,38 +269,30 @@ def _distinct_datasets(runs: list[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """Test images by true class (rows) and named class (columns), (C, C), mostly zeros."""
+    """Test images by true and named class.
+
+    Attributes:
+        class_names: C in label order.
+        counts: (C, C) true (rows) and named (columns), mostly zeros.
+        images, right: (C,) test images of each class, and how many were named right.
+    """
 
     class_names: tuple[str, ...]
     counts: csr_array
-
-    @property
-    def images(self) -> np.ndarray:
-        """Test images of each class, (C,)."""
-        return np.asarray(self.counts.sum(axis=1))
-
-    @property
-    def right(self) -> np.ndarray:
-        """How many of them were named right, (C,)."""
-        return np.asarray(self.counts.diagonal())
+    images: np.ndarray
+    right: np.ndarray
 
     def hardest(self) -> list[int]:
         """Classes with misnamed images, by the share that was named right, then by label."""
-        images, right = self.images, self.right
-        missed = np.flatnonzero(right < images).tolist()
-        return sorted(missed, key=lambda c: (right[c] / images[c], c))
+        missed = np.flatnonzero(self.right < self.images).tolist()
+        return sorted(missed, key=lambda c: (self.right[c] / self.images[c], c))
 
     def mistakes(self) -> list[tuple[int, int, int]]:
         """(true class, named class, images) of what is wrong, the most frequent first."""
         cells = self.counts.tocoo()
-        wrong = cells.row != cells.col
-        found = zip(*(a[wrong].tolist() for a in (cells.row, cells.col, cells.data)), strict=True)
-        return sorted(found, key=lambda cell: (-cell[2], cell[0], cell[1]))
-
-    def shares(self, classes: Sequence[int]) -> np.ndarray:
-        """Of some classes' images the share named as each of these, (n, n)."""
-        part = self.counts[classes][:, classes].toarray()
-        return part / np.maximum(self.images[classes, None], 1)
+        found = zip(cells.row.tolist(), cells.col.tolist(), cells.data.tolist(), strict=True)
+        wrong = [cell for cell in found if cell[0] != cell[1]]
+        return sorted(wrong, key=lambda cell: (-cell[2], *cell[:2]))
 
 
 def read_confusion(run: Run) -> ConfusionMatrix:
@@ -319,15 +306,14 @@ def read_confusion(run: Run) -> ConfusionMatrix:
     names = tuple(clean(score.name.replace("_", " ")) for score in test.per_class)
     if not names or test.confusion is None:
         raise UserError("metrics.json holds no confusion matrix")
-    true, named, images = (
-        np.array(column, np.int64)
-        for column in (test.confusion.true, test.confusion.predicted, test.confusion.images)
-    )
     try:
+        entries = (test.confusion.true, test.confusion.predicted, test.confusion.images)
+        true, named, images = (np.array(column, np.int64) for column in entries)
         # What is no label of these classes is refused here.
-        return ConfusionMatrix(names, csr_array((images, (true, named)), shape=(len(names),) * 2))
+        counts = csr_array((images, (true, named)), shape=(len(names),) * 2)
     except ValueError as error:
         raise UserError(f"metrics.json holds no confusion matrix ({error})") from error
+    return ConfusionMatrix(names, counts, np.asarray(counts.sum(axis=1)), counts.diagonal())
 
 
 def read_log(run: Run) -> dict[str, np.ndarray]:

@@ -1,138 +1,107 @@
-"""The comparison of methods: at a glance, over shots, and to the baseline."""
+"""The comparison of methods: at a glance, and over shots."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import ZERO_SHOT, method_title
-from dapt.report.sections import Block, Maker, Section, shots_of
-from dapt.report.statistics import CONFIDENCE, Sample, Samples, runs_of
-from dapt.report.study import ACCURACY, learned_parameters, score, tuning_seconds
+from dapt.report.sections import Block, Maker, averaged, shots_of
+from dapt.report.statistics import Sample, Samples, runs_of
+from dapt.report.study import Scope, Study
 from dapt.report.tables import Column, number
 
-NO_RUN = "no finished run on the classes of a whole dataset"
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
 
-def overview(maker: Maker) -> Section:
+def best_compared(study: Study) -> Scope:
+    """The datasets with the most methods at the number of shots that most of them have."""
+    shots = study.best(study.datasets).shots
+    scopes = [Scope([dataset], shots) for dataset in study.datasets]
+    present = [sum(bool(study.samples(scope, m)) for m in study.methods) for scope in scopes]
+    pairs = zip(study.datasets, present, strict=True)
+    return Scope([dataset for dataset, count in pairs if count == max(present)], shots)
+
+
+def overview(maker: Maker) -> list[Block]:
     """All methods at the number of shots that most of them have."""
-    study, every = maker.study, maker.study.datasets
-    if not every:
-        return Section("overview", "At a glance", "", [], NO_RUN)
-    shots = study.best_represented_shots(every)
-    present = {
-        d: sum(bool(study.samples([d], m, shots, ACCURACY)) for m in study.methods) for d in every
-    }
-    names = [d for d in every if present[d] == max(present.values())]
-    where = f"the mean over {len(names)} datasets"
-    if len(names) == 1:
-        where = study.label(names[0])
-    elif study.classes != "all":
-        where += f" ({study.classes} classes)"
-    if len(names) < len(every):
-        where += " (elsewhere some of the methods have no run at these shots)"
+    study = maker.study
+    if not study.datasets:
+        return []
+    scope = best_compared(study)
 
     def learned(method: str) -> Samples:
-        parts = [study.samples([d], method, shots, learned_parameters) for d in names]
+        alone = (scope._replace(datasets=[dataset]) for dataset in scope.datasets)
+        parts = [study.samples(place, method, "learned") for place in alone]
         found = [sample for part in parts for sample in part.values()]
         alike = len({sample.value for sample in found}) == 1
         return {0: Sample(found[0].value, runs_of(found))} if alike else {}
 
     columns = [
-        maker.column("accuracy", names, shots),
-        maker.difference("difference", names, shots),
-        maker.column("top-5", names, shots, score("top5")),
-        maker.column("macro-F1", names, shots, score("macro_f1")),
-        maker.column("ECE", names, shots, score("ece"), better="low"),
+        maker.column("accuracy", scope),
+        maker.difference("difference", scope),
+        maker.column("top-5", scope, "top5"),
+        maker.column("macro-F1", scope, "macro_f1"),
+        maker.column("ECE", scope, "ece", better="low"),
         Column("learned", learned, "count"),
-        maker.column("tuning", names, shots, tuning_seconds, "seconds", better=None),
+        maker.column("tuning", scope, "tuning", "seconds", better=None),
     ]
-    title = f"All methods at {shots_of(shots)}"
-    tables = [maker.by_method(maker.named("overview", title=title), columns)]
-    if len(every) > 1:
-        columns = [maker.column(d, [d], shots) for d in every]
-        if whole := names == every:
-            columns.append(maker.column("average", every, shots))
-        about = maker.named(
-            "overview-by-dataset", title=f"Accuracy by dataset at {shots_of(shots)}"
-        )
+    about = maker.named("overview", caption=f"All methods at {shots_of(scope.shots)}")
+    tables = [maker.by_method(about, columns)]
+    if len(study.datasets) > 1:
+        columns = [maker.column(d, Scope([d], scope.shots)) for d in study.datasets]
+        whole = scope.datasets == study.datasets
+        if whole:
+            columns.append(maker.column("average", scope))
+        caption = f"Accuracy by dataset at {shots_of(scope.shots)}"
+        about = maker.named("overview-by-dataset", caption=caption)
         tables.append(maker.by_method(about, columns, _AVERAGE if whole else ""))
-    return Section(
-        "overview",
-        "At a glance",
-        f"Every method at {shots_of(shots)}, on {where}. The difference is to "
-        f"{method_title(study.baseline)}, paired by dataset and seed.",
-        [Block(tables=tables)],
-        NO_RUN,
-    )
+    return [Block(tables=tables)]
 
 
-def accuracy(maker: Maker) -> Section:
+def accuracy(maker: Maker) -> list[Block]:
     """Accuracy over shots and paired differences, on average and by dataset."""
-    study = maker.study
-    groups = [[d] for d in study.datasets]
-    if len(groups) > 1:
-        groups.insert(0, study.datasets)
-    lead = (
-        f"Mean over seeds ± half of the {100 * CONFIDENCE:g} % interval (Student's t); bands "
-        "show it where there are three seeds or more. Differences are paired: the same "
-        "dataset, number of shots and seed, hence the same support images. A coloured "
-        "difference has an interval that excludes zero."
-    )
-    if ZERO_SHOT in study.methods:
-        lead += " Zero-shot CLIP learns nothing, so one run of it stands for any shots and seed."
-    blocks = [_accuracy(maker, group) for group in groups]
-    return Section("accuracy", "Accuracy over shots", lead, blocks, NO_RUN)
+    return [_accuracy(maker, datasets) for datasets in averaged(maker.study.datasets)]
 
 
-def _accuracy(maker: Maker, datasets: list[str]) -> Block:
-    study, several = maker.study, len(datasets) > 1
-    short = "average" if several else datasets[0]
-    label = study.label(f"Average over {len(datasets)} datasets" if several else short)
-    points = {
-        method: {
-            shots: samples
-            for shots in study.shots
-            if (samples := study.samples(datasets, method, shots, ACCURACY))
-        }
-        for method in study.methods
-    }
+def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
+    study, average = maker.study, len(datasets) > 1
+    short = "average" if average else datasets[0]
+    label = study.label(f"Average over {len(datasets)} datasets" if average else short)
+    scopes = [Scope(datasets, shots) for shots in study.shots]
     # Zero-shot would stand in for shots that no other method has.
-    compared = {k for method, found in points.items() if method != ZERO_SHOT for k in found}
-    shots = [k for k in study.shots if k in compared or not compared]
-    baseline = method_title(study.baseline)
+    tuned = [method for method in study.methods if method != ZERO_SHOT]
+    scopes = [s for s in scopes if any(study.samples(s, m) for m in tuned)] or scopes
+    to = f"Difference to {method_title(study.baseline)}"
     tables = [
         maker.by_method(
-            maker.named("accuracy", short, title=f"Accuracy, {label}", caption="Accuracy"),
-            [maker.column(shots_of(k), datasets, k) for k in shots],
-            _AVERAGE if several else "",
+            maker.named("accuracy", short, caption="Accuracy", of=label),
+            [maker.column(shots_of(scope.shots), scope) for scope in scopes],
+            _AVERAGE if average else "",
         ),
         maker.by_method(
-            maker.named(
-                "difference",
-                short,
-                title=f"Difference to {baseline}, {label}",
-                caption=f"Difference to {baseline}",
-            ),
-            [maker.difference(shots_of(k), datasets, k) for k in shots],
+            maker.named("difference", short, caption=to, of=label),
+            [maker.difference(shots_of(scope.shots), scope) for scope in scopes],
         ),
     ]
     # Beside the curves there is room for so many columns.
     block = Block(label, tables=tables, beside=len(tables[0].columns) <= 4)
     lines = {
-        maker.entry(method): {k: number("percent", found[k]) for k in shots if k in found}
-        for method, found in points.items()
+        maker.entry(method): {
+            scope.shots: number("percent", samples)
+            for scope in scopes
+            if (samples := study.samples(scope, method))
+        }
+        for method in study.methods
     }
-    lines = {entry: line for entry, line in lines.items() if line}
-    if lines and (several or short in maker.drawn):
-        block.runs = runs_of(
-            s for found in points.values() for k in shots for s in found.get(k, {}).values()
-        )
-        if sum(map(len, lines.values())) > len(study.methods):
-            block.legend = list(lines)
-        over, paint = "over shots", accuracy_over_shots
-        if len(kinds := {k for line in lines.values() for k in line}) == 1:
-            over, paint = f"at {shots_of(kinds.pop())}", accuracy_by_method
-        title = f"Accuracy {over}"
-        about = maker.named("figure-accuracy", short, title=f"{title}, {label}", caption=title)
-        block.drawings.append(paint(about, lines))
+    lines = {entry: cells for entry, cells in lines.items() if cells}
+    if lines and (average or short in maker.drawn):
+        cells = [cell for line in lines.values() for cell in line.values()]
+        block.runs = tuple(sorted({run for cell in cells for run in cell.runs}))
+        block.legend = list(lines) if len(cells) > len(study.methods) else []
+        caption, figure = "Accuracy over shots", accuracy_over_shots
+        if len(shots := {k for line in lines.values() for k in line}) == 1:
+            caption, figure = f"Accuracy at {shots_of(shots.pop())}", accuracy_by_method
+        about = maker.named("figure-accuracy", short, caption=caption, of=label)
+        block.drawings.append(figure(about, lines))
     return block

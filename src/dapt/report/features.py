@@ -97,12 +97,7 @@ def look_inside(
     Returns:
         What was found, and notes on what was not.
     """
-    runs = [
-        run
-        for dataset in datasets
-        for method in study.methods
-        if (run := study.representative(dataset, method)) is not None
-    ]
+    runs = [run for d in datasets for m in study.methods for run in study.main_runs(d, m)[:1]]
     notes: dict[str, None] = {}
     found: list[Inside] = []
     backbones: dict[object, Shared | UserError] = {}

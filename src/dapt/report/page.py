@@ -1,4 +1,4 @@
-"""The page: sections, the list of runs, and a link from every number to the runs it came from."""
+"""The page: its parts, the list of runs, and a link from every number to the runs it came from."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from dapt.engine.evaluate import ECE_BINS
 from dapt.report.collect import Failure, Run, clean
+from dapt.report.comparison import best_compared
 from dapt.report.figures import PALETTE, marker, method_colour
 from dapt.report.rows import method_title
-from dapt.report.sections import Section
+from dapt.report.sections import Block
+from dapt.report.statistics import CONFIDENCE
 from dapt.report.study import Study, full_settings, shown
+from dapt.report.tables import TEMPLATES
 from dapt.safe.files import open_regular
 
-_FOLDER = Path(__file__).parent / "page"
 # By which a page is known for a report's.
 _GENERATOR = '<meta name="generator" content="dapt report">'
 # Said in columns of their own, or different in every run.
@@ -52,31 +54,26 @@ def is_page(path: Path) -> bool:
 
 
 def render(
-    study: Study, sections: Sequence[Section], failures: Sequence[Failure], **more: object
+    study: Study, parts: Mapping[str, Sequence[Block]], failures: Sequence[Failure], **more: object
 ) -> str:
     """The whole page as HTML; every text in it that was read from a run is escaped.
 
     Args:
         study: the runs.
-        sections: parts of the page; empty ones are only named.
+        parts: of the page, by id; empty ones are only named.
         failures: runs that were given up, and why.
         more: ``warnings`` on what could not be read, ``notes`` on what could not be had with the
-            backbone, ``features``: whether that was asked for, and ``folder`` beside the page.
+            backbone, ``features``: whether that was asked for, the number of ``unfinished`` runs,
+            and the ``folder`` beside the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html").render(
+    script = (Path(__file__).parent / "page" / "page.js").read_text(encoding="utf-8")
+    return TEMPLATES.get_template("page.html").render(
         study=study,
-        sections=[section for section in sections if section.blocks],
-        absent=[section for section in sections if not section.blocks],
+        parts=parts,
+        best=best_compared(study) if study.datasets else None,
+        confidence=CONFIDENCE,
+        ece_bins=ECE_BINS,
         sources=Sources(),
-        cards=_cards(study, failures),
         runs=_run_list(study.runs, failures),
         palette=PALETTE,
         colours={m: method_colour(m, study.methods) for m in study.methods},
@@ -90,41 +87,13 @@ def render(
     )
 
 
-def _cards(study: Study, failures: Sequence[Failure]) -> dict[str, str]:
-    """The figures that say what the report is of."""
-    runs = study.runs
-    unfinished = sum(not (run.finished or run.failure) for run in runs)
-    finished = f"{sum(run.finished for run in runs):,}"
-    spent = sum(
-        (run.environment.tuning_seconds or 0.0) + (run.environment.evaluation_seconds or 0.0)
-        for run in runs
-        if run.environment.copied_from is None  # its time is counted where it was spent
-    )
-    hours = f"{spent / 60:.0f} min" if spent < 7200 else f"{spent / 3600:.1f} h"
-    cards = {
-        "runs": f"{finished} + {unfinished} unfinished" if unfinished else finished,
-        "failed": f"{len(failures):,}" if failures else "",
-        "datasets": f"{len({run.dataset for run in runs}):,}",
-        "methods": f"{len({run.method for run in runs}):,}",
-        "shots": _list(sorted({run.shots for run in runs})),
-        "seeds": _list(sorted({run.seed for run in runs})),
-        "computed in": f"{spent:.0f} s" if spent < 120 else hours,
-    }
-    return {name: value for name, value in cards.items() if value not in ("", "0 s")}
-
-
-def _list(numbers: Sequence[int]) -> str:
-    if len(numbers) > 6:
-        return f"{numbers[0]} … {numbers[-1]} ({len(numbers)})"
-    return ", ".join(map(str, numbers))
-
-
 def _run_list(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any]:
     """Entries of all runs, and what all of them share, which is said once."""
     details = [_details(run) for run in runs]
     first = details[0] if details else {}
     shared = {n: v for n, v in first.items() if all(own.get(n) == v for own in details)}
-    paths = [where.path.absolute() for where in (*runs, *failures)]
+    paths = [run.path.absolute() for run in runs]
+    paths += [failure.path.absolute() for failure in failures]
     folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
 
     def relative(path: Path) -> str:
@@ -147,6 +116,6 @@ def _details(run: Run) -> dict[str, str]:
     known = dict(run.environment)
     found = {**settings, **{name: known.get(name) for name in _ENVIRONMENT}}
     versions = known.get("versions") or {}
-    found |= versions if isinstance(versions, Mapping) else {"versions": json.dumps(versions)}
+    found |= versions if isinstance(versions, dict) else {"versions": json.dumps(versions)}
     details = {clean(name): shown(value) for name, value in found.items()}
     return {**details, "commit": details["commit"][:12]}

@@ -50,16 +50,19 @@ def loss_title(term: str) -> str:
 
 
 def idle_settings(method: str) -> set[str]:
-    """Settings of what a method does not learn, which cannot change its result."""
-    idle = {"text": {"text_vectors", "text_init"}, "visual": {"visual_vectors", "visual_dropout"},
-            "loss": {"beta_visual", "beta_text"},
-            "tuning": {"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min",
-                       "rbf_t"}}  # fmt: skip
+    """Settings that cannot change a method's result."""
     if method not in METHODS:
         return set()
-    if learns(method):
-        idle["tuning"], idle["loss"] = set(), idle["loss"] - {*loss_settings(method).values()}
-    return set().union(*(idle[part] for part in idle.keys() - prompts(method)))
+    idle = {"beta_visual", "beta_text"} - set(loss_settings(method).values())
+    if not learns(method):
+        idle |= {"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min", "rbf_t"}
+    if method == ZERO_SHOT:
+        idle |= {"support_set"}
+    if "text" not in prompts(method):
+        idle |= {"text_vectors", "text_init"}
+    if "visual" not in prompts(method):
+        idle |= {"visual_vectors", "visual_dropout"}
+    return idle
 
 
 def setting_defaults() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a part of the page is made of, and what all parts are made with."""
+"""What the parts of the page are made of, and made with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from dapt.report.features import HardClass, Inside
 from dapt.report.figures import Drawing, Entry, method_colour
 from dapt.report.rows import method_title
-from dapt.report.study import ACCURACY, Measure, Study
-from dapt.report.tables import Column, Named, Row, Table
+from dapt.report.study import Measure, Scope, Study
+from dapt.report.tables import Column, Named, Table
 
 # Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
 MOST_DATASETS = 12
@@ -31,28 +31,22 @@ class Block:
     title: str = ""
     note: str = ""
     drawings: list[Drawing] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: Sequence[Table] = ()
     legend: Sequence[Entry] = ()
-    examples: list[HardClass] = field(default_factory=list)
+    examples: Sequence[HardClass] = ()
     beside: bool = False
     size: str = ""
     runs: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.tables = [table for table in self.tables if table]
 
-class Section:
-    """A part of the report; ``absent`` says what it would need, where it is empty."""
-
-    def __init__(self, id: str, title: str, lead: str, blocks: Iterable[Block], absent: str):
-        self.id, self.title, self.lead, self.absent = id, title, lead, absent
-        self.blocks = []
-        for block in blocks:
-            block.tables = [table for table in block.tables if table]
-            if block.drawings or block.tables or block.examples:
-                self.blocks.append(block)
+    def __bool__(self) -> bool:
+        return bool(self.drawings or self.tables or self.examples)
 
 
 class Maker:
-    """What sections are made with.
+    """What the parts of the page are made with.
 
     Args:
         study: the runs.
@@ -70,15 +64,20 @@ class Maker:
         self.drawn = study.datasets[:MOST_DATASETS]
         self._taken: set[str] = set()
 
-    def named(self, *parts: object, title: str, caption: str = "") -> Named:
-        """A name for files that no other has, of letters, digits and hyphens; and a title."""
-        text = "-".join(map(str, parts)).lower()
-        base = re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:80] or "figure"
-        name, again = base, 2
+    def named(self, *parts: object, caption: str, title: str = "", of: str = "") -> Named:
+        """Names: for files one that no other has, of letters, digits and hyphens.
+
+        Args:
+            parts: what the file is named after.
+            caption: what is shown.
+            title: with what surroundings say; by default the caption and what it is ``of``.
+        """
+        base = re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")[:80]
+        name, again = base or "figure", 2
         while name in self._taken:
-            name, again = f"{base}-{again}", again + 1
+            name, again = f"{base or 'figure'}-{again}", again + 1
         self._taken.add(name)
-        return Named(name, title, caption or title)
+        return Named(name, title or (f"{caption}, {of}" if of else caption), caption)
 
     def entry(self, method: str) -> Entry:
         """A method's line of a legend."""
@@ -87,49 +86,32 @@ class Maker:
     def column(
         self,
         title: str,
-        datasets: Sequence[str],
-        shots: int,
-        measure: Measure = ACCURACY,
+        scope: Scope,
+        measure: Measure = "accuracy",
         kind: str = "percent",
         better: str | None = "high",
-        classes: str | None = None,
     ) -> Column:
-        """A measure of each method's main runs."""
-        return Column(
-            title,
-            lambda method: self.study.samples(datasets, method, shots, measure, classes=classes),
-            kind,
-            better,
-        )
+        """A measure of each method in a scope."""
+        return Column(title, lambda m: self.study.samples(scope, m, measure), kind, better)
 
-    def difference(
-        self,
-        title: str,
-        datasets: Sequence[str],
-        shots: int,
-        measure: Measure = ACCURACY,
-        classes: str | None = None,
-    ) -> Column:
-        """Each method's to the baseline, paired."""
-        return Column(
-            title,
-            lambda method: self.study.differences(datasets, method, shots, measure, classes),
-            "points",
-        )
+    def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
+        """Each method's to the baseline in a scope, paired."""
+        return Column(title, lambda m: self.study.differences(scope, m, measure), "points")
 
     def by_method(
-        self,
-        about: Named,
-        columns: list[Column],
-        note: str = "",
-        methods: Iterable[str] | None = None,
+        self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()
     ) -> Table:
-        """A table with a row for each method."""
-        shown = self.study.methods if methods is None else methods
-        rows = [Row(method_title(m), m, m) for m in shown]
+        """A table with a row for each method, or for some."""
+        rows = [(method_title(m), m, m) for m in methods or self.study.methods]
         return Table(about, "method", columns, rows, note)
 
 
 def shots_of(number: int) -> str:
     """A number of shots in words."""
     return f"{number} shot" if number == 1 else f"{number} shots"
+
+
+def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:
+    """All datasets, if there are several, and each alone."""
+    alone: list[Sequence[str]] = [[dataset] for dataset in datasets]
+    return [datasets, *alone] if len(alone) > 1 else alone

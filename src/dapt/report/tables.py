@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import jinja2
 
 from dapt.report.collect import clean
 from dapt.report.statistics import Samples, estimate, runs_of
@@ -31,13 +34,13 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """What a table or figure is called.
 
     Attributes:
         name: of its files.
-        title: one line, of which ``caption`` is what its surroundings do not say already.
+        title: one line.
+        caption: the part of it that its surroundings do not say already.
     """
 
     name: str
@@ -91,7 +94,8 @@ def number(kind: str, samples: Samples) -> Cell:
     if not samples:
         return Cell(kind)
     factor, found = _KINDS[kind].factor, estimate([s.value for s in samples.values()])
-    half = None if found.half is None else factor * found.half
+    # Seconds depend on the machine more than on the seed.
+    half = None if found.half is None or kind == "seconds" else factor * found.half
     return Cell(kind, factor * found.mean, half, found.count, runs=runs_of(samples.values()))
 
 
@@ -121,17 +125,10 @@ class Column:
         """What its numbers are in; empty where they have no unit."""
         return _KINDS[self.kind].unit
 
-    @property
-    def head(self) -> str:
-        """Its title with the unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
     def cells(self, keys: Iterable[Any]) -> list[Cell]:
         """Its cells; the best as shown are marked, all of them where some are equal."""
         found = [self.of(key) for key in keys]
         cells = [cell if isinstance(cell, Cell) else number(self.kind, cell) for cell in found]
-        if self.kind == "seconds":  # that depend on the machine more than on the seed
-            cells = [replace(cell, half=None) for cell in cells]
         digits = _KINDS[self.kind].digits
         known = [round(cell.value, digits) for cell in cells if cell.value is not None]
         if self.better is None or len(known) < 2:
@@ -140,14 +137,12 @@ class Column:
         return [replace(c, best=bool(c) and round(c.value or 0.0, digits) == best) for c in cells]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row: what it is called, its key, and the method whose colour it has, if any."""
+class Row(NamedTuple):
+    """A row: what it is called, the method whose colour it has, if any, and its cells."""
 
     label: str
-    key: Any
-    method: str | None = None
-    cells: tuple[Cell, ...] = ()
+    method: str | None
+    cells: tuple[Cell, ...]
 
 
 class Table:
@@ -157,19 +152,25 @@ class Table:
         about: its name and title.
         corner: what the row labels are.
         columns: say what stands in them.
-        rows: without cells.
+        rows: label, key and, if it has the colour of one, method of each.
         note: how to read it.
     """
 
     def __init__(
-        self, about: Named, corner: str, columns: list[Column], rows: list[Row], note: str = ""
+        self,
+        about: Named,
+        corner: str,
+        columns: Sequence[Column],
+        rows: Sequence[tuple[str, Any, str | None]],
+        note: str = "",
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
-        made = [(column, column.cells([row.key for row in rows])) for column in columns]
+        made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
         made = [(column, cells) for column, cells in made if any(cells)]
         self.columns = [column for column, _ in made]
-        lines = zip(*(cells for _, cells in made), strict=True)
-        self.rows = [replace(row, cells=c) for row, c in zip(rows, lines, strict=False) if any(c)]
+        lines = zip(rows, *(cells for _, cells in made), strict=True)
+        found = [Row(label, method, tuple(cells)) for (label, _, method), *cells in lines]
+        self.rows = [row for row in found if any(row.cells)]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -184,61 +185,31 @@ class Table:
         units = {column.unit for column in self.columns}
         return units.pop() if len(units) == 1 else ""
 
-    def files(self) -> dict[str, bytes | str]:
+    def heads(self) -> list[str]:
+        """The corner, and column titles with units."""
+        units = (f" ({column.unit})" if column.unit else "" for column in self.columns)
+        return [self.corner, *(c.title + u for c, u in zip(self.columns, units, strict=True))]
+
+    def files(self) -> dict[str, str]:
         """Content by kind of file."""
-        return {"md": self.to_markdown(), "csv": self.to_csv(), "tex": self.to_latex()}
+        markdown, latex = map(TEMPLATES.get_template, ("table.md", "table.tex"))
+        made = {"md": markdown.render(table=self), "csv": self.to_csv()}
+        return {**made, "tex": latex.render(table=self)}
 
     def to_csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        head, lines = [_inert(self.corner)], [[_inert(row.label)] for row in self.rows]
-        for i, column in enumerate(self.columns):
+        corner, *heads = map(_inert, self.heads())
+        lines = [[corner], *([_inert(row.label)] for row in self.rows)]
+        for i, head in enumerate(heads):
             more = self.interval_width(i) > 0
-            titles = (column.head, f"{column.head} ±", f"{column.head} n")
-            head += map(_inert, titles[: 3 if more else 1])
-            for line, row in zip(lines, self.rows, strict=True):
+            lines[0] += [head, f"{head} ±", f"{head} n"][: 3 if more else 1]
+            for line, row in zip(lines[1:], self.rows, strict=True):
                 cell = row.cells[i]
-                line.append(_inert(cell.text) if column.kind == "text" else _in_full(cell.value))
+                line.append(_inert(cell.text) if cell.kind == "text" else _in_full(cell.value))
                 line += (_in_full(cell.half), str(cell.count or "")) if more else ()
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([head, *lines])
+        csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
-
-    def to_markdown(self) -> str:
-        """A GitHub-flavoured table with its title and note, the best in bold."""
-
-        def shown(cell: Cell) -> str:
-            text = _markdown(f"{cell.number} ± {cell.interval}" if cell.interval else cell.number)
-            return f"**{text}**" if cell.best else text
-
-        head, *rows = self._lines(_markdown, shown)
-        rule = ["---", *("---" if c.kind == "text" else "---:" for c in self.columns)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
-        note = f"\n{_markdown(self.note)}\n" if self.note else ""
-        return f"**{_markdown(self.about.title)}**\n\n{body}\n{note}"
-
-    def to_latex(self) -> str:
-        """A ``table`` with booktabs rules."""
-
-        def shown(cell: Cell) -> str:
-            bold = rf"\textbf{{{_latex(cell.number)}}}" if cell.best else _latex(cell.number)
-            return rf"{bold} $\pm$ {cell.interval}" if cell.interval else bold
-
-        head, *rows = (" & ".join(line) + r" \\" for line in self._lines(_latex, shown))
-        align = "l" + "".join("l" if c.kind == "text" else "r" for c in self.columns)
-        body = "\n".join([head, r"\midrule", *rows])
-        note = f"\n\\smallskip\n{{\\footnotesize {_latex(self.note)}}}\n" if self.note else ""
-        return (
-            "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n"
-            f"\\caption{{{_latex(self.about.title)}}}\n"
-            f"\\begin{{tabular}}{{{align}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-            f"{note}\\end{{table}}\n"
-        )
-
-    def _lines(self, text: Callable[[str], str], cell: Callable[[Cell], str]) -> list[list[str]]:
-        """The head and the rows, as another format writes texts and cells."""
-        head = [self.corner, *(column.head for column in self.columns)]
-        rows = ([text(row.label), *map(cell, row.cells)] for row in self.rows)
-        return [[text(title) for title in head], *rows]
 
 
 def _in_full(value: float | None) -> str:
@@ -255,11 +226,23 @@ def _markdown(text: str) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-_LATEX = {c: f"\\{c}" for c in "{}$&#%_"} | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "±": r"$\pm$", "–": "--", "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$",
-    "·": r"$\cdot$"}  # fmt: skip
+_LATEX = {c: f"\\{c}" for c in "{}$&#%_"} | {
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
+    "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$", "·": r"$\cdot$",
+}  # fmt: skip
 
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
+    autoescape=lambda name: str(name).endswith(".html"),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"markdown": _markdown, "latex": _latex, "clean": clean}

@@ -10,34 +10,30 @@ from dapt.errors import UserError
 from dapt.report.collect import read_log, warning
 from dapt.report.figures import Entry, before_and_after, training_curves
 from dapt.report.rows import loss_title
-from dapt.report.sections import Block, Maker, Section, shots_of
-from dapt.report.statistics import estimate, runs_of
-from dapt.report.study import dispersion as measured
+from dapt.report.sections import Block, Maker, shots_of
 
 _MOST_TERMS = 8
 # Higher or lower is what the losses aim at; before tuning there is nothing to be best at.
-_BETTER = {("inter", "after"): "high", ("intra", "after"): "low"}
+_DISPERSION = {
+    "inter before": None,
+    "inter after": "high",
+    "intra before": None,
+    "intra after": "low",
+}
 
 
-def curves(maker: Maker) -> Section:
+def curves(maker: Maker) -> list[Block]:
     """Every loss term by epoch, at the number of shots that most methods have."""
-    return Section(
-        "curves",
-        "Training curves",
-        "Mean of each loss term over an epoch's steps, before it is weighted, and over seeds; "
-        "bands reach from the lowest seed to the highest.",
-        [_curves(maker, dataset) for dataset in maker.drawn],
-        "no run with a log.csv",
-    )
+    return [_curves(maker, dataset) for dataset in maker.drawn]
 
 
 def _curves(maker: Maker, dataset: str) -> Block:
-    study, label = maker.study, maker.study.label(dataset)
-    shots = study.best_represented_shots([dataset])
+    study, scope = maker.study, maker.study.best([dataset])
+    label = f"{study.label(dataset)}, {shots_of(scope.shots)}"
     logs: dict[str, dict[Entry, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     numbers: set[int] = set()
     for method in study.methods:
-        for run in study.group(dataset, method, shots).values():
+        for run in study.runs_in(scope, method):
             try:
                 log = read_log(run)
             except UserError as error:
@@ -46,15 +42,15 @@ def _curves(maker: Maker, dataset: str) -> Block:
             for term, values in log.items():
                 logs[term][maker.entry(method)].append(values)
                 numbers.add(run.number)
-    block = Block(f"{label}, {shots_of(shots)}", runs=tuple(sorted(numbers)))
+    having = {entry for found in logs.values() for entry in found}
+    legend = [entry for entry in map(maker.entry, study.methods) if entry in having]
+    block = Block(label, legend=legend, runs=tuple(sorted(numbers)))
     for name, found in list(logs.items())[:_MOST_TERMS]:
         term = loss_title(name)
-        title = f"{term} by epoch, {label}, {shots_of(shots)}"
-        about = maker.named("curve", name, dataset, title=title, caption=term.capitalize())
+        caption, title = term.capitalize(), f"{term} by epoch, {label}"
+        about = maker.named("curve", name, dataset, caption=caption, title=title)
         stacked = {entry: _stacked(rows) for entry, rows in found.items()}
         block.drawings.append(training_curves(about, term, stacked))
-    having = {entry for found in logs.values() for entry in found}
-    block.legend = [entry for entry in map(maker.entry, study.methods) if entry in having]
     return block
 
 
@@ -64,56 +60,38 @@ def _stacked(logs: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(log, (0, longest - len(log)), constant_values=np.nan) for log in logs])
 
 
-def dispersion(maker: Maker) -> Section:
+def dispersion(maker: Maker) -> list[Block]:
     """Inter- and intra-dispersion before and after, and maps of the features themselves."""
-    return Section(
-        "dispersion",
-        "Dispersion and feature maps",
-        "Inter-dispersion is the mean distance between two classes' text features (larger is "
-        "further apart), intra-dispersion the mean distance of support images to their class "
-        "prototype (smaller is tighter).",
-        [
-            block
-            for dataset in maker.study.datasets
-            for block in (_dispersion(maker, dataset), _maps(maker, dataset))
-        ],
-        "no run that learned a prompt",
-    )
+    parts = ((_dispersion(maker, d), _maps(maker, d)) for d in maker.study.datasets)
+    return [block for pair in parts for block in pair]
 
 
 def _dispersion(maker: Maker, dataset: str) -> Block:
-    study, label = maker.study, maker.study.label(dataset)
-    shots = study.best_represented_shots([dataset])
-    of = [(kind, time) for kind in ("inter", "intra") for time in ("before", "after")]
-    title = f"Dispersion, {label}, {shots_of(shots)}"
-    about = maker.named("dispersion", dataset, title=title, caption="Dispersion")
+    study, scope, label = maker.study, maker.study.best([dataset]), maker.study.label(dataset)
+    where = f"{label}, {shots_of(scope.shots)}"
+    about = maker.named("dispersion", dataset, caption="Dispersion", of=where)
     columns = [
-        maker.column(" ".join(key), [dataset], shots, measured(*key), "number", _BETTER.get(key))
-        for key in of
+        maker.column(name, scope, name, "number", better) for name, better in _DISPERSION.items()
     ]
-    table = maker.by_method(about, columns)
-    block = Block(f"{label}, {shots_of(shots)}", tables=[table])
-    if not table or dataset not in maker.drawn:
+    block = Block(where, tables=[maker.by_method(about, columns)])
+    if not block or dataset not in maker.drawn:
         return block
-    samples = {
-        (method, key): list(study.samples([dataset], method, shots, measured(*key)).values())
-        for method in study.methods
-        for key in of
-    }
-    block.runs = runs_of(sample for found in samples.values() for sample in found)
-    for kind in ("inter", "intra"):
-        changes = {}
-        for method in study.methods:
-            ends = [samples[method, (kind, time)] for time in ("before", "after")]
-            if all(ends):
-                before, after = (estimate([s.value for s in found]).mean for found in ends)
-                changes[maker.entry(method)] = (before, after)
+    cells = {m: [column.cells([m])[0] for column in columns] for m in study.methods}
+    block.runs = tuple(sorted({n for row in cells.values() for cell in row for n in cell.runs}))
+    for kind, ends in (("inter", slice(0, 2)), ("intra", slice(2, 4))):
+        changes = {
+            maker.entry(method): (before.value or 0.0, after.value or 0.0)
+            for method, (before, after) in ((m, row[ends]) for m, row in cells.items())
+            if before and after
+        }
+        if not changes:
+            continue
         about = maker.named(
             "dispersion",
             kind,
             dataset,
-            title=f"{kind.capitalize()}-dispersion before and after, {label}",
             caption=f"{kind.capitalize()}-dispersion, before (hollow) and after tuning",
+            title=f"{kind.capitalize()}-dispersion before and after, {label}",
         )
         block.drawings.append(before_and_after(about, f"{kind}-dispersion", changes))
     return block
