@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import ZERO_SHOT, method_title
 from dapt.report.sections import Block, Maker, averaged, shots_of
-from dapt.report.statistics import Sample, Samples, runs_of
+from dapt.report.statistics import Sample, Samples, estimate, runs_of, values_of
 from dapt.report.study import Scope, Study
-from dapt.report.tables import Column, number
+from dapt.report.tables import Column
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
@@ -87,21 +87,21 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
     # Beside the curves there is room for so many columns.
     block = Block(label, tables=tables, beside=len(tables[0].columns) <= 4)
     lines = {
-        maker.entry(method): {
-            scope.shots: number("percent", samples)
-            for scope in scopes
-            if (samples := study.samples(scope, method))
-        }
+        method: {s.shots: own for s in scopes if (own := study.samples(s, method))}
         for method in study.methods
     }
-    lines = {entry: cells for entry, cells in lines.items() if cells}
-    if lines and (average or short in maker.drawn):
-        cells = [cell for line in lines.values() for cell in line.values()]
-        block.runs = tuple(sorted({run for cell in cells for run in cell.runs}))
-        block.legend = list(lines) if len(cells) > len(study.methods) else []
+    every = [samples for line in lines.values() for samples in line.values()]
+    if every and (average or short in maker.drawn):
+        block.runs = runs_of(sample for samples in every for sample in samples.values())
+        estimates = {
+            maker.entry(m): {k: estimate(values_of(own), 100.0) for k, own in line.items()}
+            for m, line in lines.items()
+            if line
+        }
+        block.legend = list(estimates) if len(every) > len(study.methods) else []
         caption, figure = "Accuracy over shots", accuracy_over_shots
         if len(shots := {k for line in lines.values() for k in line}) == 1:
             caption, figure = f"Accuracy at {shots_of(shots.pop())}", accuracy_by_method
         about = maker.named("figure-accuracy", short, caption=caption, of=label)
-        block.drawings.append(figure(about, lines))
+        block.drawings.append(figure(about, estimates))
     return block

@@ -6,16 +6,17 @@ lowest seed. Whatever cannot be had (backbone, dataset, image) becomes a note; t
 
 from __future__ import annotations
 
+import base64
 import io
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dapt.data import Item, Task, open_image
 from dapt.engine.classifier import PromptedClassifier
@@ -29,7 +30,6 @@ from dapt.report.figures import (
     CLASS_COLOURS,
     Drawing,
     Entry,
-    data_uri,
     feature_map,
     method_colour,
     reliability,
@@ -47,8 +47,7 @@ EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A misnamed test image as a data URI, what it was taken for and how sure that was."""
 
     source: str
@@ -56,13 +55,12 @@ class Example:
     confidence: float
 
 
-@dataclass(frozen=True)
-class HardClass:
+class HardClass(NamedTuple):
     """A class, the share of its images that were named right, and some that were not."""
 
     name: str
     accuracy: float
-    examples: tuple[Example, ...]
+    examples: list[Example]
 
 
 @dataclass
@@ -84,15 +82,11 @@ class Inside:
 
 
 def look_inside(
-    study: Study, datasets: Sequence[str], featured: dict[str, Run], reporter: Reporter
+    study: Study, datasets: Iterable[str], featured: Sequence[Run], reporter: Reporter
 ) -> tuple[list[Inside], list[str]]:
     """Load each representative run's classifier and look at features and predictions.
 
-    Args:
-        study: whose runs.
-        datasets: which of its datasets.
-        featured: dataset -> the run whose mistakes are shown.
-        reporter: is told the progress.
+    Of ``featured`` runs, whose mistakes are shown, misnamed images are examples of them.
 
     Returns:
         What was found, and notes on what was not.
@@ -107,31 +101,12 @@ def look_inside(
             colour = method_colour(run.method, study.methods)
             try:
                 look = _Look(found[-1], backbones)
-                for note in look.all(colour, examples=featured.get(run.dataset) == run):
+                for note in look.all(colour, examples=run in featured):
                     notes[note] = None
             except Exception as error:  # a damaged run must not cost the whole report
                 notes[f"{run.dataset}, {method_title(run.method)}: {clean(error, 400)}"] = None
             advance(1)
     return found, list(notes)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Test images of a run that were looked at.
-
-    Attributes:
-        items: n of the task's, and their ``labels``.
-        image: (n, D) features of them as the run has them.
-        even: (n,) which of them are evenly spaced, and not there for examples alone.
-        hard: labels of classes to show examples of, and the share that was named right.
-    """
-
-    task: Task
-    items: tuple[Item, ...]
-    labels: np.ndarray
-    image: Tensor
-    even: np.ndarray
-    hard: dict[int, float]
 
 
 class _Look:
@@ -142,15 +117,23 @@ class _Look:
         backbones: those that are loaded already, or why they cannot be.
     """
 
+    # Test images that were looked at: their items and labels, (n, D) features as the run has them,
+    # and which are evenly spaced and not there for examples alone.
+    task: Task
+    items: list[Item]
+    labels: np.ndarray
+    image: torch.Tensor
+    even: np.ndarray
+
     def __init__(self, inside: Inside, backbones: dict[object, Shared | UserError]) -> None:
         self.inside, self.run = inside, inside.run
         self.title = method_title(self.run.method)
         self.directory = RunDirectory(self.run.path)
-        self.settings = settings = self.directory.read_settings()
-        which = (settings.backbone, settings.pretrained, settings.device, settings.precision)
+        self.settings = s = self.directory.read_settings()
+        which = (s.backbone, s.pretrained, s.device, s.precision)
         if which not in backbones:
             try:
-                backbones[which] = Shared(backbone_of(settings))
+                backbones[which] = Shared(backbone_of(s))
             except UserError as error:
                 backbones[which] = error
         shared = backbones[which]
@@ -159,14 +142,20 @@ class _Look:
         self.shared = shared
         self.classifier = load_classifier(self.directory, backbone=shared.backbone)
         self.names = self.classifier.class_names
+        # Labels of classes to show examples of, and the share that was named right.
+        self.hard: dict[int, float] = {}
         with torch.inference_mode():
             self.text = self.classifier.text_features().cpu()
 
     def all(self, colour: str, *, examples: bool) -> Iterator[str]:
         """Everything, diagrams in ``colour``; yields notes on what is missing."""
-        seen = yield from self.test_images(examples=examples)
-        labels = seen.labels[seen.even] if seen else np.arange(len(self.names))
-        counts = np.bincount(labels, minlength=len(self.names))
+        there = True
+        try:
+            yield from self.see(examples=examples)
+            counts = np.bincount(self.labels[self.even], minlength=len(self.names))
+        except (UserError, OSError) as error:
+            yield f"{self.run.dataset}: no images to look at ({clean(error, 400)})"
+            there, counts = False, np.ones(len(self.names), int)
         largest = np.argsort(-counts, kind="stable")[:CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
         colours = {c: f"class-{i}" for i, c in enumerate(coloured)}
@@ -176,19 +165,19 @@ class _Look:
             plain = PromptedClassifier(self.shared.backbone, self.names, Prompts(), template)
             with torch.inference_mode():
                 before = plain.text_features().cpu().numpy()
-            what = self.about("map-text", "Text features,", f"{len(self.names):,} class names")
+            about = self.about("map-text", "Text features,", f"{len(self.names):,} class names")
             shown = [colours.get(c) for c in range(len(self.names))]
-            self.maps(what, before, self.text.numpy(), shown)
-        if seen and "visual" in prompts(self.run.method):
-            chosen = np.flatnonzero(seen.even & np.isin(seen.labels, coloured))
+            self.map(about, before, self.text.numpy(), shown)
+        if there and "visual" in prompts(self.run.method):
+            chosen = np.flatnonzero(self.even & np.isin(self.labels, coloured))
             chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
-            items = tuple(seen.items[i] for i in chosen)
-            before = self.shared.features(seen.task, items, self.settings).numpy()
-            what = self.about("map-image", "Image features,", f"{len(chosen):,} images")
-            shown = [colours[int(label)] for label in seen.labels[chosen]]
-            self.maps(what, before, seen.image.numpy()[chosen], shown)
-        if seen:
-            yield from self.predictions(seen, colour)
+            items = tuple(self.items[i] for i in chosen)
+            before = self.shared.features(self.task, items, self.settings).numpy()
+            about = self.about("map-image", "Image features,", f"{len(chosen):,} images")
+            shown = [colours[label] for label in self.labels[chosen].tolist()]
+            self.map(about, before, self.image.numpy()[chosen], shown)
+        if there:
+            yield from self.predict(colour)
 
     def about(self, kind: str, what: str, caption: str) -> Named:
         """What a figure of the run is called."""
@@ -196,41 +185,37 @@ class _Look:
         name = re.sub(r"[^a-z0-9]+", "-", f"{run.dataset}-{run.method}-{run.number}".lower())
         return Named(f"{kind}-{name}", f"{what} {whose}", f"{self.title}, {caption}")
 
-    def test_images(self, *, examples: bool) -> Generator[str, None, _Seen | None]:
-        """Encode the test images; None where they cannot be had."""
-        unreadable: dict[int, str] = {}
-        try:
-            task = task_of(self.settings)
-            if task.class_names != self.names:
-                raise UserError("its classes are no longer those that the run was tuned on")
-            hard = self.hardest() if examples else {}
+    def see(self, *, examples: bool) -> Iterator[str]:
+        """Encode the test images; yields a note where there may be no examples.
+
+        Raises:
+            UserError, OSError: the images cannot be had.
+        """
+        self.task = task = task_of(self.settings)
+        if task.class_names != self.names:
+            raise UserError("its classes are no longer those that the run was tuned on")
+        if examples:
             try:
-                if examples:
-                    known_support(self.directory, task)
+                known_support(self.directory, task)
+                self.hard = self.hardest()
             except UserError as error:
                 yield f"{self.run.dataset}: no examples ({clean(error, 400)})"
-                hard = {}
-            step = -(-len(task.test) // MOST_IMAGES)
-            wanted = sorted({*range(0, len(task.test), step), *_of_classes(task.test, hard)})
-            items = tuple(task.test[i] for i in wanted)
-            if self.classifier.prompts_images:
-                image = encode_store(
-                    self.classifier.image_features,
-                    self.shared.store(task, items, self.settings),
-                    batch_size=self.settings.eval_batch_size,
-                    unreadable=unreadable,
-                )
-            else:
-                image = self.shared.features(task, items, self.settings, unreadable=unreadable)
-            kept, _ = skip_unreadable(items, unreadable, "test", Reporter())
-        except (UserError, OSError) as error:
-            yield f"{self.run.dataset}: no images to look at ({clean(error, 400)})"
-            return None
-        items = tuple(items[i] for i in kept)
-        # Where classes were added for their examples, the rest stays evenly spaced.
-        even = np.array([wanted[i] % step == 0 for i in kept], bool)
-        labels = np.array([item.label for item in items])
-        return _Seen(task, items, labels, image[kept], even, hard)
+        step = -(-len(task.test) // MOST_IMAGES)
+        wanted = sorted({*range(0, len(task.test), step), *_of_classes(task.test, self.hard)})
+        items, unreadable = tuple(task.test[i] for i in wanted), dict[int, str]()
+        if self.classifier.prompts_images:
+            image = encode_store(
+                self.classifier.image_features,
+                self.shared.store(task, items, self.settings),
+                batch_size=self.settings.eval_batch_size,
+                unreadable=unreadable,
+            )
+        else:
+            image = self.shared.features(task, items, self.settings, unreadable=unreadable)
+        kept, _ = skip_unreadable(items, unreadable, "test", Reporter())
+        self.items, self.image = [items[i] for i in kept], image[kept]
+        self.labels = np.array([item.label for item in self.items])
+        self.even = np.array([wanted[i] % step == 0 for i in kept], bool)
 
     def hardest(self) -> dict[int, float]:
         """The run's hardest classes, and the share of each that was named right."""
@@ -243,38 +228,39 @@ class _Look:
         hard = found.hardest()[:EXAMPLE_CLASSES]
         return {c: float(found.right[c] / found.images[c]) for c in hard}
 
-    def predictions(self, seen: _Seen, colour: str) -> Iterator[str]:
-        """How reliable they are, and examples of wrong ones; yields a note if they changed."""
+    def predict(self, colour: str) -> Iterator[str]:
+        """How reliable predictions are, and examples of wrong ones; notes if they changed."""
         with torch.inference_mode():
             place = self.shared.backbone.device
-            logits = self.classifier.logits(seen.image.to(place), self.text.to(place)).cpu()
+            logits = self.classifier.logits(self.image.to(place), self.text.to(place)).cpu()
         probabilities = logits.double().softmax(-1).numpy()
         confidence, named = probabilities.max(-1), probabilities.argmax(-1)
-        correct, even, total = named == seen.labels, seen.even, len(seen.task.test)
-        then = self.run.scores.accuracy if self.run.scores else correct.mean()
-        if total <= MOST_IMAGES and abs(correct.mean() - then) > 0.5 / len(correct):
+        correct, even, total = named == self.labels, self.even, len(self.task.test)
+        now, then = correct.mean(), self.run.figures["accuracy"].value
+        if total <= MOST_IMAGES and abs(now - then) > 0.5 / len(correct):
             yield (
                 f"{self.run.dataset}, {self.title}: run {self.run.number} recorded an accuracy of "
-                f"{then:.1%} and now has {correct.mean():.1%}; its test images, or the versions it "
-                "ran with, are not those of then"
+                f"{then:.1%} and now has {now:.1%}; its test images, or the versions it ran with, "
+                "are not those of then"
             )
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
         about = self.about("reliability", "Reliability of", f"{shown} images")
-        self.inside.reliability.append(
-            reliability(about, colour, confidence[even], correct[even], ECE_BINS)
-        )
-        for label, accuracy in seen.hard.items():
-            wrong = np.flatnonzero((seen.labels == label) & ~correct)
+        bars = reliability(about, colour, confidence[even], correct[even], ECE_BINS)
+        self.inside.reliability.append(bars)
+        root = self.task.root.resolve()
+        for label, accuracy in self.hard.items():
+            wrong = np.flatnonzero((self.labels == label) & ~correct)
             worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
-            examples = tuple(
-                Example(_thumbnail(path), _name(self.names[int(named[i])]), float(confidence[i]))
-                for i in worst
-                if (path := _own_path(seen.task, seen.items[i]))
-            )
-            name = _name(self.names[label])
-            self.inside.hardest.append(HardClass(name, accuracy, examples))
+            paths = {i: self.task.image_path(self.items[i]) for i in worst}
+            examples = [
+                Example(_thumbnail(path), _name(self.names[named[i]]), float(confidence[i]))
+                for i, path in paths.items()
+                # What a link in someone's dataset leads to is not his to show.
+                if path.resolve().is_relative_to(root)
+            ]
+            self.inside.hardest.append(HardClass(_name(self.names[label]), accuracy, examples))
 
-    def maps(
+    def map(
         self, about: Named, before: np.ndarray, after: np.ndarray, colours: Sequence[str | None]
     ) -> None:
         """Both sets of features (n, D) by one t-SNE; none for fewer than three points."""
@@ -288,9 +274,8 @@ class _Look:
         ).fit_transform(np.concatenate([before, after]).astype(np.float64))
         limits = np.stack([embedded.min(0), embedded.max(0)])
         for time, points in (("before", embedded[:count]), ("after", embedded[count:])):
-            named = Named(
-                f"{about.name}-{time}", f"{about.title}, {time} tuning", f"{about.caption}, {time}"
-            )
+            title, caption = f"{about.title}, {time} tuning", f"{about.caption}, {time}"
+            named = Named(f"{about.name}-{time}", title, caption)
             drawing = feature_map(named, points, limits, colours, self.inside.legend)
             self.inside.maps.append(drawing)
 
@@ -304,12 +289,6 @@ def _of_classes(items: Sequence[Item], classes: Iterable[int]) -> Iterator[int]:
             yield i
 
 
-def _own_path(task: Task, item: Item) -> Path | None:
-    """An image's file; what a link in someone's dataset leads to is not his to show."""
-    path = task.image_path(item)
-    return path if path.resolve().is_relative_to(task.root.resolve()) else None
-
-
 def _thumbnail(path: Path) -> str:
     """A small copy of an image, which carries nothing of the original file but its pixels."""
     image = open_image(path).convert("RGB")
@@ -317,7 +296,7 @@ def _thumbnail(path: Path) -> str:
     image.info.clear()
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80)
-    return data_uri(file.getvalue(), "webp")
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _name(class_name: str) -> str:

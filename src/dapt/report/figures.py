@@ -7,8 +7,8 @@ has as text, stands below the axes in the files and is cut off in the page.
 
 from __future__ import annotations
 
-import base64
 import io
+import json
 import math
 import re
 import warnings
@@ -20,47 +20,17 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dapt.report.rows import LOOKS
-from dapt.report.tables import Cell, Named
+from dapt.report.statistics import Estimate
+from dapt.report.tables import PAGE, Named
 
+_LOOK = json.loads((PAGE / "figures.json").read_text())
 # Name of the CSS variable -> (light, dark). No two light ones may be equal.
-PALETTE = {
-    "ink": ("#1c2024", "#e8eaed"),
-    "muted": ("#5f6773", "#a3abb6"),
-    "rule": ("#dfe3e8", "#343a42"),
-    "accent": ("#c2410d", "#fb8c4b"),
-    **{method: colours for method, (colours, _) in LOOKS.items()},
-    "other-0": ("#0891b3", "#3fcbe8"),
-    "other-1": ("#be123d", "#fb7189"),
-    "other-2": ("#4338cb", "#9aa4fc"),
-    "class-0": ("#2563ed", "#6ea9fe"),
-    "class-1": ("#c2410e", "#fb8d4b"),
-    "class-2": ("#0d948a", "#3dd5c1"),
-    "class-3": ("#7c3aef", "#b395fb"),
-    "class-4": ("#ca8a05", "#f0c43c"),
-    "class-5": ("#db2779", "#f780b8"),
-    "class-6": ("#16a34b", "#55d98a"),
-    "class-7": ("#78350f", "#d0976a"),
-    "class-8": ("#0ea5ea", "#56c5f8"),
-    "class-9": ("#525253", "#bdbdbe"),
-}
-CLASS_COLOURS = 10
-_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+PALETTE = {**_LOOK["palette"], **{method: colours for method, (colours, _) in LOOKS.items()}}
+CLASS_COLOURS = sum(name.startswith("class-") for name in PALETTE)
+_LIGHT: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
 _VARIABLES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
-
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's font
-    "text.parse_math": False,  # a class name is no formula
-    "font.size": 10,
-    "text.color": _LIGHT["ink"],
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _LIGHT["muted"]),
-    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _LIGHT["rule"]),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size"), 0),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-}
+# Text stays text, which can be searched and has the page's font; a class name is no formula.
+_STYLE = {name: _LIGHT.get(str(value), value) for name, value in _LOOK["style"].items()}
 _NAMESPACE = "http://www.w3.org/2000/svg"
 _LEGEND_ROW, _LEGEND_COLUMNS = 0.24, 4  # inches; entries a row
 _FAR = (0.55, 0.12, 0.12, 0.5)  # margins with room for an axis and its label
@@ -117,12 +87,8 @@ def draw(
 ) -> Drawing:
     """Let ``paint`` draw on axes, and render them three times.
 
-    Args:
-        about: name and title.
-        paint: is given the axes.
-        size: width and height in inches, without the legend.
-        margins: left, right, top, bottom in inches.
-        legend: below the axes, in the files only.
+    Sizes are in inches: width and height without the legend, which is in the files only; margins
+    left, right, top, bottom.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -192,34 +158,31 @@ def _for_page(svg: bytes, title: str, cut: float) -> str:
 # ------------------------------------------------------------------------------ the kinds
 
 
-def accuracy_over_shots(about: Named, lines: Mapping[Entry, Mapping[int, Cell]]) -> Drawing:
+def accuracy_over_shots(about: Named, lines: Mapping[Entry, Mapping[int, Estimate]]) -> Drawing:
     """Accuracy in percent by shots as lines with bands of the interval, level ones dashed."""
     shots = sorted({k for points in lines.values() for k in points})
 
     def paint(axes: Any) -> None:
+        every: list[float] = []
         for entry, points in lines.items():
-            colour, shape = _LIGHT[entry.colour], marker(entry.colour)
-            means = np.array([points[k].value for k in sorted(points)])
-            if shape == "_":
-                level = float(np.mean([p.value for p in points.values()]))
+            colour, known = _LIGHT[entry.colour], [points[k] for k in sorted(points)]
+            means = np.array([point.mean for point in known])
+            every += means.tolist()
+            if marker(entry.colour) == "_":
+                level = float(np.mean(means))
                 axes.axhline(level, color=colour, linestyle=(0, (4, 3)), linewidth=1.5)
                 continue
-            x = [shots.index(k) for k in sorted(points)]
             # Two seeds' interval is twelve standard errors wide: only a table can hold it.
-            known = (points[k] for k in sorted(points))
             half = np.array([(p.half if p.count > 2 else None) or 0.0 for p in known])
+            x, low, high = [shots.index(k) for k in sorted(points)], means - half, means + half
             if half.any():
-                axes.fill_between(
-                    x, means - half, means + half, color=colour, alpha=0.08, linewidth=0
-                )
-            axes.plot(x, means, color=colour, marker=shape)
+                axes.fill_between(x, low, high, color=colour, alpha=0.08, linewidth=0)
+            axes.plot(x, means, color=colour, marker=marker(entry.colour))
         # Wide bands of few seeds must not flatten the lines.
-        every = [p.value or 0.0 for points in lines.values() for p in points.values()]
-        low, high = min(every), max(every)
-        room = max(0.25 * (high - low), 2.0)
-        axes.set(xlabel="shots", ylabel="accuracy, %", ylim=(low - room, high + room))
+        room = max(0.25 * (max(every) - min(every)), 2.0)
+        axes.set(xlabel="shots", ylabel="accuracy, %", xlim=(-0.3, len(shots) - 0.7))
+        axes.set(ylim=(min(every) - room, max(every) + room))
         axes.set_xticks(range(len(shots)), [str(k) for k in shots])
-        axes.set_xlim(-0.3, len(shots) - 0.7)
         axes.grid(visible=False, axis="x")
 
     return draw(about, paint, legend=lines)
@@ -228,27 +191,18 @@ def accuracy_over_shots(about: Named, lines: Mapping[Entry, Mapping[int, Cell]])
 def _dots(
     about: Named,
     what: str,
-    rows: Mapping[Entry, Any],
-    put: Callable[[Any, int, str, Any], None],
-    ends: Sequence[float],
-    room: float,
+    ends: Mapping[Entry, Sequence[float]],
+    put: Callable[[Any, int, Entry], None],
+    room: Callable[[float], float],
 ) -> Drawing:
-    """What ``put`` draws for each method, one above the other, the first on top.
-
-    Args:
-        about: name and title.
-        what: label of the axis.
-        rows: a method's legend, and what ``put`` is given with axes, row and colour.
-        put: draws it.
-        ends: values that must be in sight.
-        room: beyond them.
-    """
-    entries = list(rows)[::-1]
+    """What ``put`` draws of each method between its ends, one above the other, in some room."""
+    entries, every = list(ends)[::-1], [value for pair in ends.values() for value in pair]
+    beside = room(max(every) - min(every))
 
     def paint(axes: Any) -> None:
-        for i, entry in enumerate(entries):
-            put(axes, i, _LIGHT[entry.colour], rows[entry])
-        axes.set(xlabel=what, xlim=(min(ends) - room, max(ends) + room))
+        for row, entry in enumerate(entries):
+            put(axes, row, entry)
+        axes.set(xlabel=what, xlim=(min(every) - beside, max(every) + beside))
         axes.set(ylim=(-0.6, len(entries) - 0.4))
         axes.set_yticks(range(len(entries)), [entry.label for entry in entries])
         axes.tick_params(axis="y", labelcolor=_LIGHT["ink"])
@@ -260,49 +214,48 @@ def _dots(
     return draw(about, paint, size=size, margins=(labels, 0.15, 0.1, 0.5))
 
 
-def accuracy_by_method(about: Named, lines: Mapping[Entry, Mapping[int, Cell]]) -> Drawing:
+def accuracy_by_method(about: Named, lines: Mapping[Entry, Mapping[int, Estimate]]) -> Drawing:
     """A dot with its interval for each method, where there is one number of shots only."""
+    found = {entry: next(iter(points.values())) for entry, points in lines.items()}
+    ends = {
+        entry: [mean.mean + side * (mean.half or 0.0) for side in (-1, 1)]
+        for entry, mean in found.items()
+    }
 
-    def put(axes: Any, row: int, colour: str, point: Cell) -> None:
-        axes.errorbar(
-            point.value, row, xerr=point.half or None, fmt="o", markersize=7, capsize=0,
-            elinewidth=2.5, color=colour,
-        )  # fmt: skip
+    def put(axes: Any, row: int, entry: Entry) -> None:
+        mean, style = found[entry], {"fmt": "o", "markersize": 7, "capsize": 0, "elinewidth": 2.5}
+        axes.errorbar(mean.mean, row, xerr=mean.half or None, color=_LIGHT[entry.colour], **style)
 
-    rows = {entry: next(iter(points.values())) for entry, points in lines.items()}
-    ends = [(p.value or 0.0) + side * (p.half or 0.0) for p in rows.values() for side in (-1, 1)]
-    room = 0.08 * (max(ends) - min(ends)) + 1
-    return _dots(about, "accuracy, %", rows, put, ends, room)
+    return _dots(about, "accuracy, %", ends, put, lambda spread: 0.08 * spread + 1)
 
 
-def before_and_after(about: Named, what: str, rows: Mapping[Entry, tuple[float, float]]) -> Drawing:
+def before_and_after(
+    about: Named, what: str, changes: Mapping[Entry, tuple[float, float]]
+) -> Drawing:
     """For each method a hollow dot (before), a filled one (after), and the way between."""
 
-    def put(axes: Any, row: int, colour: str, ends: tuple[float, float]) -> None:
-        axes.plot(ends, [row, row], color=colour, linewidth=2.2)
-        axes.plot(ends[0], row, "o", markersize=7, markerfacecolor="none", color=colour)
-        axes.plot(ends[1], row, "o", markersize=7.5, color=colour)
+    def put(axes: Any, row: int, entry: Entry) -> None:
+        (before, after), colour = changes[entry], _LIGHT[entry.colour]
+        axes.plot([before, after], [row, row], color=colour, linewidth=2.2)
+        axes.plot(before, row, "o", markersize=7, markerfacecolor="none", color=colour)
+        axes.plot(after, row, "o", markersize=7.5, color=colour)
         axes.locator_params(axis="x", nbins=5)
 
-    ends = [value for pair in rows.values() for value in pair]
-    return _dots(about, what, rows, put, ends, 0.1 * (max(ends) - min(ends)) + 0.002)
+    return _dots(about, what, changes, put, lambda spread: 0.1 * spread + 0.002)
 
 
 def training_curves(about: Named, what: str, curves: Mapping[Entry, np.ndarray]) -> Drawing:
-    """Mean over seeds by epoch, in a band from the lowest seed to the highest.
+    """Mean over seeds of (seeds, epochs) by epoch, in a band from the lowest to the highest.
 
-    Args:
-        about: name and title.
-        what: loss term.
-        curves: (seeds, epochs) of each method; shorter rows end in NaN.
+    Rows of fewer epochs end in NaN.
     """
 
     def paint(axes: Any) -> None:
         for entry, values in curves.items():
-            colour, epochs = _LIGHT[entry.colour], np.arange(1, values.shape[1] + 1)
             # More points than pixels would only make the page larger.
-            step = max(1, len(epochs) // 200)
-            x, values = epochs[::step], values[:, ::step]
+            step = max(1, values.shape[1] // 200)
+            colour, x = _LIGHT[entry.colour], np.arange(1, values.shape[1] + 1)[::step]
+            values = values[:, ::step]
             if len(values) > 1:
                 low, high = np.nanmin(values, 0), np.nanmax(values, 0)
                 axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -349,12 +302,7 @@ def reliability(
 ) -> Drawing:
     """Accuracy by confidence in equal bins, beside the diagonal of perfect calibration.
 
-    Args:
-        about: name and title.
-        colour: of the bars.
-        confidence: (n,) probability of the class that was named.
-        correct: (n,) whether it was the right one.
-        bins: as many as the calibration error is computed with.
+    Both are (n,): the probability of the class that was named, and whether it was the right one.
     """
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     inside = np.bincount(which, minlength=bins)
@@ -381,14 +329,9 @@ def feature_map(
     colours: Sequence[str | None],
     legend: Sequence[Entry],
 ) -> Drawing:
-    """Embedded features as dots; those without a colour stay in the background.
+    """Embedded features (n, 2) as dots, between limits (2, 2) of maps that belong together.
 
-    Args:
-        about: name and title.
-        points: (n, 2).
-        limits: (2, 2) lowest and highest point, shared by the maps that belong together.
-        colours: n names in `PALETTE`, or None.
-        legend: what the colours mean.
+    Those without a colour stay in the background.
     """
 
     def paint(axes: Any) -> None:
@@ -404,8 +347,3 @@ def feature_map(
         axes.spines[:].set_visible(True)
 
     return draw(about, paint, size=(3.2, 3.0), margins=(0.05, 0.05, 0.05, 0.05), legend=legend)
-
-
-def data_uri(image: bytes, kind: str) -> str:
-    """An image for an ``src``, which needs no other file."""
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from dapt.report.collect import ConfusionMatrix, Run, read_confusion, warning
 from dapt.report.figures import confusion_matrix
 from dapt.report.rows import learns, method_title
 from dapt.report.sections import Block, Maker, shots_of
-from dapt.report.statistics import Sample, Samples, estimate
+from dapt.report.statistics import Sample, Samples, estimate, values_of
 from dapt.report.study import Scope, Study
 from dapt.report.tables import Column, Table, words
 
@@ -19,31 +19,28 @@ MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions
 
 
-def featured(study: Study, datasets: Sequence[str]) -> dict[str, Run]:
+def featured(study: Study, datasets: Iterable[str]) -> list[Run]:
     """For each dataset the run whose mistakes are shown.
 
     It is of the method with the highest mean accuracy at the number of shots that most methods
     have, of those that learn a prompt if there are any; its representative run.
     """
-    found = {}
+    found = []
     for dataset in datasets:
         scope = study.best([dataset])
         tuned = [m for m in study.methods if learns(m) and study.runs_in(scope, m)]
-        means = {
-            method: estimate([sample.value for sample in samples.values()]).mean
-            for method in tuned or study.methods
-            if (samples := study.samples(scope, method))
-        }
+        samples = {method: study.samples(scope, method) for method in tuned or study.methods}
+        means = {m: estimate(values_of(own)).mean for m, own in samples.items() if own}
         if means:
             best = max(means, key=lambda method: means[method])
-            found[dataset] = study.main_runs(dataset, best)[0]
+            found.append(study.main_runs(dataset, best)[0])
     return found
 
 
 def mistakes(maker: Maker) -> list[Block]:
     """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
     blocks = []
-    for run in featured(maker.study, maker.drawn).values():
+    for run in featured(maker.study, maker.drawn):
         try:
             blocks.append(_mistakes(maker, run, read_confusion(run)))
         except UserError as error:

@@ -20,7 +20,7 @@ from dapt.report.rows import method_title
 from dapt.report.sections import Block
 from dapt.report.statistics import CONFIDENCE
 from dapt.report.study import Study, full_settings, shown
-from dapt.report.tables import TEMPLATES
+from dapt.report.tables import PAGE, TEMPLATES
 from dapt.safe.files import open_regular
 
 # By which a page is known for a report's.
@@ -28,20 +28,6 @@ _GENERATOR = '<meta name="generator" content="dapt report">'
 # Said in columns of their own, or different in every run.
 _OWN_COLUMNS = {"dataset", "classes", "method", "shots", "seed"}
 _ENVIRONMENT = ("commit", "backbone_sha256", "device", "threads", "machine", "platform", "python")
-
-
-class Sources:
-    """Anchors of runs, and of each set of runs that a number came from."""
-
-    def __init__(self) -> None:
-        self.sets: dict[tuple[int, ...], int] = {}
-
-    def anchor(self, runs: Sequence[int]) -> str:
-        """Id of the list entry for these runs; a single run has its own."""
-        key = tuple(runs)
-        if len(key) == 1:
-            return f"run-{key[0]}"
-        return f"runs-{self.sets.setdefault(key, len(self.sets) + 1)}"
 
 
 def is_page(path: Path) -> bool:
@@ -66,14 +52,23 @@ def render(
             backbone, ``features``: whether that was asked for, the number of ``unfinished`` runs,
             and the ``folder`` beside the page.
     """
-    script = (Path(__file__).parent / "page" / "page.js").read_text(encoding="utf-8")
+    sets: dict[tuple[int, ...], int] = {}
+
+    def anchor(runs: tuple[int, ...]) -> str:
+        """Id of the list entry for these runs; a single run has its own."""
+        if len(runs) == 1:
+            return f"run-{runs[0]}"
+        return f"runs-{sets.setdefault(runs, len(sets) + 1)}"
+
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
     return TEMPLATES.get_template("page.html").render(
         study=study,
         parts=parts,
         best=best_compared(study) if study.datasets else None,
         confidence=CONFIDENCE,
         ece_bins=ECE_BINS,
-        sources=Sources(),
+        anchor=anchor,
+        sets=sets,
         runs=_run_list(study.runs, failures),
         palette=PALETTE,
         colours={m: method_colour(m, study.methods) for m in study.methods},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,7 @@ class Sample(NamedTuple):
 Samples = dict[int, Sample]  # by seed
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean and half the width of its interval, which one value alone does not have."""
 
     mean: float
@@ -31,14 +29,19 @@ class Estimate:
     count: int
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom."""
-    count = len(values)
-    mean = float(np.mean(values))
+def estimate(values: Sequence[float], factor: float = 1.0) -> Estimate:
+    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom, times a factor."""
+    count, mean = len(values), factor * float(np.mean(values))
     if count < 2:
         return Estimate(mean, None, count)
     spread = float(np.std(values, ddof=1)) / count**0.5
-    return Estimate(mean, float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, count)
+    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    return Estimate(mean, factor * half, count)
+
+
+def values_of(samples: Samples) -> list[float]:
+    """Their values."""
+    return [sample.value for sample in samples.values()]
 
 
 def runs_of(samples: Iterable[Sample]) -> tuple[int, ...]:
@@ -51,12 +54,6 @@ def mean(samples: Sequence[Sample]) -> Sample:
     return Sample(sum(s.value for s in samples) / len(samples), runs_of(samples))
 
 
-def harmonic_mean(a: Sample, b: Sample) -> Sample:
-    """Of two shares; zero where either is."""
-    total = a.value + b.value
-    return Sample(2 * a.value * b.value / total if total else 0.0, runs_of((a, b)))
-
-
 def mean_by_seed(parts: Sequence[Samples]) -> Samples:
     """Mean by seed, for the seeds that all parts have."""
     seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
@@ -65,8 +62,5 @@ def mean_by_seed(parts: Sequence[Samples]) -> Samples:
 
 def minus(ours: Samples, theirs: Samples) -> Samples:
     """Differences of what has the same seed."""
-    return {
-        seed: Sample(own.value - theirs[seed].value, runs_of((own, theirs[seed])))
-        for seed, own in ours.items()
-        if seed in theirs
-    }
+    pairs = {seed: (own, theirs[seed]) for seed, own in ours.items() if seed in theirs}
+    return {seed: Sample(a.value - b.value, runs_of((a, b))) for seed, (a, b) in pairs.items()}

@@ -18,7 +18,7 @@ from dapt.errors import UserError, nearest
 from dapt.methods import METHODS
 from dapt.report.collect import Run, clean
 from dapt.report.rows import ZERO_SHOT, idle_settings, method_title, setting_defaults
-from dapt.report.statistics import Sample, Samples, harmonic_mean, mean, mean_by_seed, minus
+from dapt.report.statistics import Sample, Samples, mean, mean_by_seed, minus, runs_of
 from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import default_settings
 
@@ -291,8 +291,12 @@ def base_classes(run: Run) -> Sample | None:
 
 def base_and_new(run: Run) -> Sample | None:
     """Harmonic mean of both accuracies."""
-    new = new_classes(run)
-    return harmonic_mean(run.figures["accuracy"], new) if new else None
+    base, new = run.figures["accuracy"], new_classes(run)
+    if new is None:
+        return None
+    total = base.value + new.value
+    mean = 2 * base.value * new.value / total if total else 0.0
+    return Sample(mean, runs_of((base, new)))
 
 
 # ------------------------------------------------------------------------ varied settings

@@ -6,14 +6,16 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from dapt.report.collect import clean
-from dapt.report.statistics import Samples, estimate, runs_of
+from dapt.report.statistics import Samples, estimate, runs_of, values_of
+
+PAGE = Path(__file__).parent / "page"  # templates and data
 
 
 class _Kind(NamedTuple):
@@ -22,6 +24,13 @@ class _Kind(NamedTuple):
     factor: float = 1.0
     digits: int = 0
     unit: str = ""
+
+    def shown(self, value: float, signed: bool = False) -> str:
+        """A number as text, a zero without a sign."""
+        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
+        if float(text.replace(",", "")) == 0:
+            text = text.lstrip("+-")
+        return text.replace("-", "\N{MINUS SIGN}")
 
 
 _KINDS = {
@@ -35,12 +44,9 @@ _KINDS = {
 
 
 class Named(NamedTuple):
-    """What a table or figure is called.
+    """What a table or figure is called: its files, and in one line.
 
-    Attributes:
-        name: of its files.
-        title: one line.
-        caption: the part of it that its surroundings do not say already.
+    The caption is the part of the title that its surroundings do not say already.
     """
 
     name: str
@@ -48,60 +54,45 @@ class Named(NamedTuple):
     caption: str
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number with half its interval in the column's unit, or a text; and its runs."""
+class Cell(NamedTuple):
+    """A text, or a number in the column's unit with half its interval; and its runs.
 
-    kind: str = "text"
+    Attributes:
+        text, interval: as shown.
+        value, half, count: in full, and of how many values.
+        sign: "gain" or "loss" for a difference whose interval excludes zero.
+    """
+
+    text: str
+    runs: tuple[int, ...] = ()
     value: float | None = None
     half: float | None = None
     count: int = 0
-    text: str = ""
-    runs: tuple[int, ...] = ()
+    interval: str = ""
+    sign: str = ""
     best: bool = False
 
-    def __bool__(self) -> bool:
-        return self.value is not None or bool(self.text)
 
-    @property
-    def number(self) -> str:
-        """The number as shown, a difference with its sign; or the text."""
-        if self.kind == "text":
-            return self.text
-        return "–" if self.value is None else self._format(self.value, self.kind == "points")
+NOTHING = Cell("–")
 
-    @property
-    def interval(self) -> str:
-        """Half the interval as shown, or nothing."""
-        return "" if self.half is None else self._format(self.half)
 
-    @property
-    def sign(self) -> str:
-        """ "gain" or "loss" for a difference whose interval excludes zero."""
-        if self.kind != "points" or self.value is None or self.half is None:
-            return ""
-        return "" if abs(self.value) <= self.half else "gain" if self.value > 0 else "loss"
-
-    def _format(self, value: float, signed: bool = False) -> str:
-        text = f"{value:{'+' if signed else ''},.{_KINDS[self.kind].digits}f}"
-        if float(text.replace(",", "")) == 0:  # no minus before a zero
-            text = text.lstrip("+-")
-        return text.replace("-", "\N{MINUS SIGN}")
+def words(text: object, runs: Iterable[int] = ()) -> Cell:
+    """A text as a cell."""
+    return Cell(clean(text), tuple(runs))
 
 
 def number(kind: str, samples: Samples) -> Cell:
     """The mean of samples as a cell, with its interval and runs."""
     if not samples:
-        return Cell(kind)
-    factor, found = _KINDS[kind].factor, estimate([s.value for s in samples.values()])
-    # Seconds depend on the machine more than on the seed.
-    half = None if found.half is None or kind == "seconds" else factor * found.half
-    return Cell(kind, factor * found.mean, half, found.count, runs=runs_of(samples.values()))
-
-
-def words(text: object, runs: Iterable[int] = ()) -> Cell:
-    """A text as a cell."""
-    return Cell(text=clean(text), runs=tuple(runs))
+        return NOTHING
+    how, runs, interval, sign = _KINDS[kind], runs_of(samples.values()), "", ""
+    value, half, count = estimate(values_of(samples), how.factor)
+    if half is not None:
+        # Seconds depend on more than the seed.
+        interval = how.shown(half) if kind != "seconds" else ""
+        if kind == "points" and abs(value) > half:
+            sign = "gain" if value > 0 else "loss"
+    return Cell(how.shown(value, kind == "points"), runs, value, half, count, interval, sign)
 
 
 @dataclass(frozen=True)
@@ -129,12 +120,15 @@ class Column:
         """Its cells; the best as shown are marked, all of them where some are equal."""
         found = [self.of(key) for key in keys]
         cells = [cell if isinstance(cell, Cell) else number(self.kind, cell) for cell in found]
-        digits = _KINDS[self.kind].digits
-        known = [round(cell.value, digits) for cell in cells if cell.value is not None]
+        rounded = [round(c.value or 0.0, _KINDS[self.kind].digits) for c in cells]
+        known = [value for value, cell in zip(rounded, cells, strict=True) if cell != NOTHING]
         if self.better is None or len(known) < 2:
             return cells
         best = max(known) if self.better == "high" else min(known)
-        return [replace(c, best=bool(c) and round(c.value or 0.0, digits) == best) for c in cells]
+        pairs = zip(cells, rounded, strict=True)
+        return [
+            c._replace(best=True) if value == best and c != NOTHING else c for c, value in pairs
+        ]
 
 
 class Row(NamedTuple):
@@ -142,7 +136,7 @@ class Row(NamedTuple):
 
     label: str
     method: str | None
-    cells: tuple[Cell, ...]
+    cells: list[Cell]
 
 
 class Table:
@@ -154,41 +148,36 @@ class Table:
         columns: say what stands in them.
         rows: label, key and, if it has the colour of one, method of each.
         note: how to read it.
+
+    Attributes:
+        unit: that all columns have in common, if they do.
+        heads: the corner, and column titles with units.
+        widths: characters of each column's longest interval, which the others are aligned with.
     """
 
     def __init__(
         self,
         about: Named,
         corner: str,
-        columns: Sequence[Column],
+        columns: Iterable[Column],
         rows: Sequence[tuple[str, Any, str | None]],
         note: str = "",
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
         made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
-        made = [(column, cells) for column, cells in made if any(cells)]
+        made = [(column, cells) for column, cells in made if set(cells) - {NOTHING}]
         self.columns = [column for column, _ in made]
         lines = zip(rows, *(cells for _, cells in made), strict=True)
-        found = [Row(label, method, tuple(cells)) for (label, _, method), *cells in lines]
-        self.rows = [row for row in found if any(row.cells)]
+        found = [Row(label, method, cells) for (label, _, method), *cells in lines]
+        self.rows = [row for row in found if set(row.cells) - {NOTHING}]
+        units = {column.unit for column in self.columns}
+        self.unit = units.pop() if len(units) == 1 else ""
+        heads = (f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns)
+        self.heads = [corner, *heads]
+        self.widths = [max(len(cell.interval) for cell in cells) for _, cells in made]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
-
-    def interval_width(self, index: int) -> int:
-        """Characters of a column's longest interval, which the others are aligned with."""
-        return max(len(row.cells[index].interval) for row in self.rows)
-
-    @property
-    def unit(self) -> str:
-        """The unit that all columns have in common, if they do."""
-        units = {column.unit for column in self.columns}
-        return units.pop() if len(units) == 1 else ""
-
-    def heads(self) -> list[str]:
-        """The corner, and column titles with units."""
-        units = (f" ({column.unit})" if column.unit else "" for column in self.columns)
-        return [self.corner, *(c.title + u for c, u in zip(self.columns, units, strict=True))]
 
     def files(self) -> dict[str, str]:
         """Content by kind of file."""
@@ -198,15 +187,14 @@ class Table:
 
     def to_csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        corner, *heads = map(_inert, self.heads())
-        lines = [[corner], *([_inert(row.label)] for row in self.rows)]
-        for i, head in enumerate(heads):
-            more = self.interval_width(i) > 0
-            lines[0] += [head, f"{head} ±", f"{head} n"][: 3 if more else 1]
+        lines = [[_inert(self.corner)], *([_inert(row.label)] for row in self.rows)]
+        for i, (column, width) in enumerate(zip(self.columns, self.widths, strict=True)):
+            head = _inert(self.heads[i + 1])
+            lines[0] += [head, f"{head} ±", f"{head} n"][: 3 if width else 1]
             for line, row in zip(lines[1:], self.rows, strict=True):
                 cell = row.cells[i]
-                line.append(_inert(cell.text) if cell.kind == "text" else _in_full(cell.value))
-                line += (_in_full(cell.half), str(cell.count or "")) if more else ()
+                line += [_inert(cell.text) if column.kind == "text" else _in_full(cell.value)]
+                line += [_in_full(cell.half), str(cell.count or "")] if width else []
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
@@ -238,7 +226,7 @@ def _latex(text: str) -> str:
 
 
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
+    loader=jinja2.FileSystemLoader(PAGE),
     autoescape=lambda name: str(name).endswith(".html"),
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,

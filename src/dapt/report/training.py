@@ -11,6 +11,7 @@ from dapt.report.collect import read_log, warning
 from dapt.report.figures import Entry, before_and_after, training_curves
 from dapt.report.rows import loss_title
 from dapt.report.sections import Block, Maker, shots_of
+from dapt.report.statistics import estimate, runs_of, values_of
 
 _MOST_TERMS = 8
 # Higher or lower is what the losses aim at; before tuning there is nothing to be best at.
@@ -76,12 +77,14 @@ def _dispersion(maker: Maker, dataset: str) -> Block:
     block = Block(where, tables=[maker.by_method(about, columns)])
     if not block or dataset not in maker.drawn:
         return block
-    cells = {m: [column.cells([m])[0] for column in columns] for m in study.methods}
-    block.runs = tuple(sorted({n for row in cells.values() for cell in row for n in cell.runs}))
-    for kind, ends in (("inter", slice(0, 2)), ("intra", slice(2, 4))):
+    found = {m: {n: study.samples(scope, m, n) for n in _DISPERSION} for m in study.methods}
+    every = [samples for own in found.values() for samples in own.values()]
+    block.runs = runs_of(sample for samples in every for sample in samples.values())
+    for kind in ("inter", "intra"):
+        ends = {m: (own[f"{kind} before"], own[f"{kind} after"]) for m, own in found.items()}
         changes = {
-            maker.entry(method): (before.value or 0.0, after.value or 0.0)
-            for method, (before, after) in ((m, row[ends]) for m, row in cells.items())
+            maker.entry(m): (estimate(values_of(before)).mean, estimate(values_of(after)).mean)
+            for m, (before, after) in ends.items()
             if before and after
         }
         if not changes:
