@@ -98,23 +98,20 @@ def write_report(
     parts = {}
     with reporter.stage("drawing", len(_PARTS)) as advance:
         for name, make in _PARTS.items():
-            parts[name] = [block for block in make(maker) if block]
+            parts[name] = [block for block in make(maker) if block.items]
             advance(1)
-    warnings += study.warnings + maker.warnings
-    every = (block for blocks in parts.values() for block in blocks)
-    _write_files(folder, [item for block in every for item in [*block.drawings, *block.tables]])
-    page = render(
-        study,
-        parts,
-        failures,
-        warnings=warnings,
-        notes=notes,
-        features=features,
-        unfinished=(unfinished := sum(not (run.finished or run.failure) for run in runs)),
-        folder=folder.name,
+    _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
+    written = Report(
+        out,
+        folder,
+        runs=len(runs),
+        unfinished=sum(not (run.finished or run.failure) for run in runs),
+        failed=len(failures),
+        warnings=(*warnings, *study.warnings, *maker.warnings),
     )
+    page = render(study, parts, failures, report=written, notes=notes, features=features)
     write_atomic(out, page)
-    return Report(out, folder, len(runs), unfinished, len(failures), tuple(warnings))
+    return written
 
 
 def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
@@ -130,15 +127,15 @@ def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
             f"{folder} is there and not from a report; move it, or choose another --out"
         )
     folder.mkdir(exist_ok=True)
-    titles: dict[str, str] = {}
-    files: dict[str, bytes | str] = {}
-    for item in items:
-        found = {f"{item.about.name}.{kind}": content for kind, content in item.files().items()}
-        files |= found
-        titles |= dict.fromkeys(found, item.about.title)
+    files = {
+        f"{item.about.name}.{kind}": (item.about.title, content)
+        for item in items
+        for kind, content in item.files().items()
+    }
+    titles = {name: title for name, (title, _) in files.items()}
     # First of all the folder says what is a report's, so that the next one may replace it.
     write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
-    for name, content in files.items():
+    for name, (_, content) in files.items():
         write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)

@@ -130,7 +130,7 @@ def _compared(
 
     def gap(row: _Compared) -> Samples:
         if not reference or row == reference[0]:
-            return {}
+            return Samples()
         shared = [d for d in datasets if accuracy([d], row) and accuracy([d], reference[0])]
         return minus(accuracy(shared, row), accuracy(shared, reference[0]))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-import unicodedata
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -30,22 +31,24 @@ from dapt.safe.files import read_text
 # Bytes and rows of a log, which take many times the memory that they take on disk.
 _LARGEST_LOG = 2**26
 _MOST_STEPS = 1_000_000
-_TEXT = 120  # longest name or value shown
-# What makes text after it run the other way: a name could rearrange the line it stands in.
-_TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control and surrogate characters, what XML does not take, and what makes text after it run the
+# other way: a name could rearrange the line it stands in.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
-def clean(value: object, limit: int = _TEXT) -> str:
-    """One short printable line: no control, bidirectional or surrogate characters, nor what XML
-    does not take.
-    """
-    text = "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if c in _TURNING or unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"
-        else c
-        for c in str(value)[: limit + 1]
-    )
+def clean(value: object, limit: int = 120) -> str:
+    """One short printable line."""
+    text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def warning(folder: Path, problem: object, consequence: str = "this run is left out") -> str:
+    """A sentence on what is wrong with a run, and what the report makes of it."""
+    said = str(problem)
+    where = "" if str(folder) in said else f"{clean(folder, 400)}: "
+    return f"{where}{clean(said, 800)}; {consequence}"
 
 
 # ------------------------------------------------------------ what is read of a run's files
@@ -55,7 +58,7 @@ _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
 
 
 class Scores(records.Test):
-    """What one evaluation found, without what is large or damages nothing else."""
+    """What one evaluation found, but for what is large and may be damaged by itself."""
 
     model_config = ConfigDict(extra="ignore")
     per_class: _Unread = None
@@ -112,7 +115,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     environment: Environment
-    class_names: tuple[str, ...]
+    class_names: list[str]
     failure: str | None = None
     scores: Scores | None = None
     figures: dict[str, Sample] = field(default_factory=dict)
@@ -124,42 +127,27 @@ class Run:
         return self.scores is not None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that an experiment gave up, and why; it may have left nothing else."""
-
-    path: Path
-    error: str
-
-
-def warning(folder: Path, problem: object, consequence: str = "this run is left out") -> str:
-    """A sentence on what is wrong with a run, and what the report makes of it."""
-    said = str(problem)
-    where = "" if str(folder) in said else f"{clean(folder, 400)}: "
-    return f"{where}{clean(said, 800)}; {consequence}"
-
-
-def collect(paths: Iterable[Path]) -> tuple[list[Run], list[Failure], list[str]]:
+def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
     """Read every run under ``paths``, in order of path.
 
     Returns:
-        The runs, those of them and others that failed, and what could not be read.
+        The runs; folders of those of them and others that failed, and why; and what could not be
+        read.
 
     Raises:
         UserError: a path does not exist, or no run directory is found.
     """
     given = list(paths)
     runs: list[Run] = []
-    failures: list[Failure] = []
+    failures: dict[Path, str] = {}
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
         try:
-            if (error := RunDirectory(folder).read_failure()) is not None:
-                error = clean(error, 400)
-                failures.append(Failure(folder, error))
-                if not RunDirectory(folder).exists:  # it failed before it began
-                    continue
-            runs.append(_read_run(folder, len(runs) + 1, error, warnings))
+            files = RunDirectory(folder)
+            if (error := files.read_failure()) is not None:
+                failures[folder] = clean(error, 400)
+            if error is None or files.exists:  # or else it failed before it began
+                runs.append(_read_run(files, len(runs) + 1, failures.get(folder), warnings))
         except UserError as problem:
             warnings.append(warning(folder, problem))
     if not runs and not failures and not warnings:
@@ -181,27 +169,23 @@ def _run_folders(path: Path) -> Iterator[Path]:
             yield Path(os.path.normpath(folder))
 
 
-def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str]) -> Run:
-    files = RunDirectory(folder)
+def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: list[str]) -> Run:
     settings = read_record(files.settings_file, _Settings, "settings")
     task = read_record(files.task_file, _Task, "task")
     try:
         environment = read_record(files.environment_file, Environment, "environment")
     except UserError as error:
         environment = Environment.model_validate({})
-        warnings.append(warning(folder, error, "shown without it"))
+        warnings.append(warning(files.path, error, "shown without it"))
     run = Run(
         number=number,
-        path=folder,
-        method=settings.method,
+        path=files.path,
         dataset=task.dataset,
-        classes=settings.classes,
-        shots=settings.shots,
-        seed=settings.seed,
         settings=dict(settings),
         environment=environment,
-        class_names=tuple(task.class_names),
+        class_names=task.class_names,
         failure=failure,
+        **{name: getattr(settings, name) for name in _Settings.model_fields},
     )
     if not files.finished:
         return run
@@ -219,7 +203,7 @@ def _read_run(folder: Path, number: int, failure: str | None, warnings: list[str
         dataset=metrics.dataset,
         scores=metrics.test,
         figures={name: Sample(x, (number,)) for name, x in found.items() if x is not None},
-        evaluations=_evaluations(folder, number, warnings),
+        evaluations=_evaluations(files.path, number, warnings),
     )
 
 
@@ -232,32 +216,28 @@ def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[s
             warnings.append(warning(folder, error, "this evaluation is left out"))
             continue
         if found.setdefault((read.dataset, read.classes or "all"), read.test) != read.test:
-            problem = f"{clean(file.name)} and an earlier file evaluate the same ({read.dataset})"
-            warnings.append(
-                warning(folder, f"{problem} with other results", "the earlier one is shown")
-            )
+            problem = f"{file.name} and an earlier file evaluate the same ({read.dataset}) "
+            problem += "with other results"
+            warnings.append(warning(folder, problem, "the earlier one is shown"))
     return {key: Sample(scores.accuracy, (number,)) for key, scores in found.items()}
 
 
-def _distinct_datasets(runs: list[Run]) -> list[Run]:
+def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
     """Datasets of one name but other classes get a number behind their name.
 
     What a run says of its own dataset's other classes and domains keeps belonging to it.
     """
-    seen: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    seen: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
     distinct = []
     for run in runs:
-        known = seen.setdefault((run.dataset, run.classes), [])
+        known = seen[run.dataset, run.classes]
         if run.class_names not in known:
             known.append(run.class_names)
         if place := known.index(run.class_names):
             old, new = run.dataset, f"{run.dataset} ({place + 1})"
             evaluations = {
-                (
-                    new + name.removeprefix(old) if f"{name}:".startswith(f"{old}:") else name,
-                    c,
-                ): found
-                for (name, c), found in run.evaluations.items()
+                (f"{new}{d[len(old) :]}" if f"{d}:".startswith(f"{old}:") else d, classes): sample
+                for (d, classes), sample in run.evaluations.items()
             }
             run = replace(run, dataset=new, evaluations=evaluations)
         distinct.append(run)
@@ -277,7 +257,7 @@ class ConfusionMatrix:
         images, right: (C,) test images of each class, and how many were named right.
     """
 
-    class_names: tuple[str, ...]
+    class_names: list[str]
     counts: csr_array
     images: np.ndarray
     right: np.ndarray
@@ -301,12 +281,11 @@ def read_confusion(run: Run) -> ConfusionMatrix:
     Raises:
         UserError: it is missing, not square, or no matrix of counts.
     """
-    file = RunDirectory(run.path).metrics_file
-    test = read_record(file, records.Metrics, "metrics").test
-    names = tuple(clean(score.name.replace("_", " ")) for score in test.per_class)
-    if not names or test.confusion is None:
-        raise UserError("metrics.json holds no confusion matrix")
+    test = read_record(run.path / "metrics.json", records.Metrics, "metrics").test
+    names = [clean(score.name.replace("_", " ")) for score in test.per_class]
     try:
+        if not names or test.confusion is None:
+            raise ValueError("it has no classes, or no such entry")
         entries = (test.confusion.true, test.confusion.predicted, test.confusion.images)
         true, named, images = (np.array(column, np.int64) for column in entries)
         # What is no label of these classes is refused here.
@@ -327,12 +306,12 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
         return {}
     try:
         lines = csv.reader(io.StringIO(read_text(file, limit=_LARGEST_LOG), newline=""))
-        rows = list(islice(lines, _MOST_STEPS + 1))
+        header, *rows = islice(lines, _MOST_STEPS + 2)
         if len(rows) > _MOST_STEPS:
             raise UserError(f"log.csv has more than {_MOST_STEPS:,} steps")
-        header, values = rows[0], np.array(rows[1:], dtype=float)
-        if len(values) == 0:
+        if not rows:
             return {}
+        values = np.array(rows, dtype=float)
         if values.shape[1] != len(header) or not np.isfinite(values).all():
             raise ValueError("it holds something else than finite numbers")
         epochs = values[:, header.index("epoch")]

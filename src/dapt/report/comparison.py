@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import ZERO_SHOT, method_title
 from dapt.report.sections import Block, Maker, averaged, shots_of
-from dapt.report.statistics import Sample, Samples, estimate, runs_of, values_of
+from dapt.report.statistics import Sample, Samples, runs_of
 from dapt.report.study import Scope, Study
 from dapt.report.tables import Column
 
@@ -35,16 +35,16 @@ def overview(maker: Maker) -> list[Block]:
         parts = [study.samples(place, method, "learned") for place in alone]
         found = [sample for part in parts for sample in part.values()]
         alike = len({sample.value for sample in found}) == 1
-        return {0: Sample(found[0].value, runs_of(found))} if alike else {}
+        return Samples({0: Sample(found[0].value, runs_of(found))} if alike else {})
 
     columns = [
         maker.column("accuracy", scope),
         maker.difference("difference", scope),
         maker.column("top-5", scope, "top5"),
         maker.column("macro-F1", scope, "macro_f1"),
-        maker.column("ECE", scope, "ece", better="low"),
+        maker.column("ECE", scope, "ece"),
         Column("learned", learned, "count"),
-        maker.column("tuning", scope, "tuning", "seconds", better=None),
+        maker.column("tuning", scope, "tuning"),
     ]
     about = maker.named("overview", caption=f"All methods at {shots_of(scope.shots)}")
     tables = [maker.by_method(about, columns)]
@@ -92,9 +92,9 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
     }
     every = [samples for line in lines.values() for samples in line.values()]
     if every and (average or short in maker.drawn):
-        block.runs = runs_of(sample for samples in every for sample in samples.values())
+        block.runs = runs_of(every)
         estimates = {
-            maker.entry(m): {k: estimate(values_of(own), 100.0) for k, own in line.items()}
+            maker.entry(m): {k: own.estimate(100.0) for k, own in line.items()}
             for m, line in lines.items()
             if line
         }

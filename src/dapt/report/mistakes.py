@@ -11,7 +11,7 @@ from dapt.report.collect import ConfusionMatrix, Run, read_confusion, warning
 from dapt.report.figures import confusion_matrix
 from dapt.report.rows import learns, method_title
 from dapt.report.sections import Block, Maker, shots_of
-from dapt.report.statistics import Sample, Samples, estimate, values_of
+from dapt.report.statistics import Sample, Samples
 from dapt.report.study import Scope, Study
 from dapt.report.tables import Column, Table, words
 
@@ -30,7 +30,7 @@ def featured(study: Study, datasets: Iterable[str]) -> list[Run]:
         scope = study.best([dataset])
         tuned = [m for m in study.methods if learns(m) and study.runs_in(scope, m)]
         samples = {method: study.samples(scope, method) for method in tuned or study.methods}
-        means = {m: estimate(values_of(own)).mean for m, own in samples.items() if own}
+        means = {m: own.estimate().mean for m, own in samples.items() if own}
         if means:
             best = max(means, key=lambda method: means[method])
             found.append(study.main_runs(dataset, best)[0])
@@ -76,7 +76,7 @@ def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
     taken = {true: f"{names[named]} ({count})" for true, named, count in reversed(wrong)}
 
     def one(value: float) -> Samples:
-        return {run.seed: Sample(value, source)}
+        return Samples({run.seed: Sample(value, source)})
 
     hardest = [
         Column("accuracy", lambda c: one(right[c] / images[c])),
@@ -111,7 +111,7 @@ def calibration(maker: Maker) -> list[Block]:
     for dataset in study.datasets:
         label, scopes = study.label(dataset), [Scope([dataset], k) for k in study.shots]
         about = maker.named("ece", dataset, caption="ECE", of=label)
-        columns = [maker.column(shots_of(s.shots), s, "ece", better="low") for s in scopes]
+        columns = [maker.column(shots_of(s.shots), s, "ece") for s in scopes]
         looked = [i for i in maker.inside if i.run.dataset == dataset and i.reliability]
         blocks += (
             Block(label, tables=[maker.by_method(about, columns)]),

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dapt.engine.evaluate import ECE_BINS
-from dapt.report.collect import Failure, Run, clean
+from dapt.report.collect import Run, clean
 from dapt.report.comparison import best_compared
 from dapt.report.figures import PALETTE, marker, method_colour
 from dapt.report.rows import method_title
@@ -40,7 +40,7 @@ def is_page(path: Path) -> bool:
 
 
 def render(
-    study: Study, parts: Mapping[str, Sequence[Block]], failures: Sequence[Failure], **more: object
+    study: Study, parts: Mapping[str, Sequence[Block]], failures: Mapping[Path, str], **more: object
 ) -> str:
     """The whole page as HTML; every text in it that was read from a run is escaped.
 
@@ -48,9 +48,8 @@ def render(
         study: the runs.
         parts: of the page, by id; empty ones are only named.
         failures: runs that were given up, and why.
-        more: ``warnings`` on what could not be read, ``notes`` on what could not be had with the
-            backbone, ``features``: whether that was asked for, the number of ``unfinished`` runs,
-            and the ``folder`` beside the page.
+        more: what is told in the ``report``, ``notes`` on what could not be had with the
+            backbone, and ``features``: whether that was asked for.
     """
     sets: dict[tuple[int, ...], int] = {}
 
@@ -82,26 +81,20 @@ def render(
     )
 
 
-def _run_list(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any]:
+def _run_list(runs: Sequence[Run], failures: Mapping[Path, str]) -> dict[str, Any]:
     """Entries of all runs, and what all of them share, which is said once."""
     details = [_details(run) for run in runs]
     first = details[0] if details else {}
     shared = {n: v for n, v in first.items() if all(own.get(n) == v for own in details)}
-    paths = [run.path.absolute() for run in runs]
-    paths += [failure.path.absolute() for failure in failures]
+    paths = [path.absolute() for path in (*(run.path for run in runs), *failures)]
     folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
-
-    def relative(path: Path) -> str:
-        return clean(os.path.relpath(path.absolute(), folder), 400)
-
+    shown = [clean(os.path.relpath(path, folder), 400) for path in paths]
+    own = [{n: v for n, v in own.items() if n not in shared} for own in details]
     return {
         "folder": clean(folder, 400),
-        "failures": [(relative(failure.path), failure.error) for failure in failures],
+        "failures": list(zip(shown[len(runs) :], failures.values(), strict=True)),
         "shared": shared,
-        "entries": [
-            (run, relative(run.path), {n: v for n, v in own.items() if n not in shared})
-            for run, own in zip(runs, details, strict=True)
-        ],
+        "entries": list(zip(runs, shown, own, strict=False)),
     }
 
 

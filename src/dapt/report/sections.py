@@ -14,6 +14,14 @@ from dapt.report.tables import Column, Named, Table
 
 # Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
 MOST_DATASETS = 12
+# Kind and better end of figures that are no shares, of which more is better.
+_SHOWN: dict[Measure, tuple[str, str | None]] = {
+    "ece": ("percent", "low"),
+    "tuning": ("seconds", None),
+    **dict.fromkeys(("inter before", "intra before"), ("number", None)),
+    "inter after": ("number", "high"),
+    "intra after": ("number", "low"),
+}
 
 
 @dataclass
@@ -38,11 +46,10 @@ class Block:
     size: str = ""
     runs: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.tables = [table for table in self.tables if table]
-
-    def __bool__(self) -> bool:
-        return bool(self.drawings or self.tables or self.examples)
+    @property
+    def items(self) -> list[Drawing | Table]:
+        """Its figures, and tables that are not empty."""
+        return [*self.drawings, *filter(None, self.tables)]
 
 
 class Maker:
@@ -83,15 +90,9 @@ class Maker:
         """A method's line of a legend."""
         return Entry(method_colour(method, self.study.methods), method_title(method))
 
-    def column(
-        self,
-        title: str,
-        scope: Scope,
-        measure: Measure = "accuracy",
-        kind: str = "percent",
-        better: str | None = "high",
-    ) -> Column:
+    def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """A measure of each method in a scope."""
+        kind, better = _SHOWN.get(measure, ("percent", "high"))
         return Column(title, lambda m: self.study.samples(scope, m, measure), kind, better)
 
     def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,17 +12,8 @@ from scipy.stats import t as student
 CONFIDENCE = 0.95
 
 
-class Sample(NamedTuple):
-    """One number, and the runs it came from."""
-
-    value: float
-    runs: tuple[int, ...]
-
-
-Samples = dict[int, Sample]  # by seed
-
-
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A mean and half the width of its interval, which one value alone does not have."""
 
     mean: float
@@ -39,14 +31,29 @@ def estimate(values: Sequence[float], factor: float = 1.0) -> Estimate:
     return Estimate(mean, factor * half, count)
 
 
-def values_of(samples: Samples) -> list[float]:
-    """Their values."""
-    return [sample.value for sample in samples.values()]
+class Sample(NamedTuple):
+    """One number, and the runs it came from."""
+
+    value: float
+    runs: tuple[int, ...]
 
 
-def runs_of(samples: Iterable[Sample]) -> tuple[int, ...]:
-    """Runs that any of the samples came from."""
-    return tuple(sorted({n for sample in samples for n in sample.runs}))
+class Samples(dict[int, Sample]):
+    """Samples by seed."""
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Those that any of them came from."""
+        return runs_of(self.values())
+
+    def estimate(self, factor: float = 1.0) -> Estimate:
+        """Their mean with its interval, times a factor."""
+        return estimate([sample.value for sample in self.values()], factor)
+
+
+def runs_of(parts: Iterable[Sample | Samples]) -> tuple[int, ...]:
+    """Runs that any of the parts came from."""
+    return tuple(sorted({n for part in parts for n in part.runs}))
 
 
 def mean(samples: Sequence[Sample]) -> Sample:
@@ -57,10 +64,10 @@ def mean(samples: Sequence[Sample]) -> Sample:
 def mean_by_seed(parts: Sequence[Samples]) -> Samples:
     """Mean by seed, for the seeds that all parts have."""
     seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
-    return {seed: mean([part[seed] for part in parts]) for seed in seeds}
+    return Samples({seed: mean([part[seed] for part in parts]) for seed in seeds})
 
 
 def minus(ours: Samples, theirs: Samples) -> Samples:
     """Differences of what has the same seed."""
-    pairs = {seed: (own, theirs[seed]) for seed, own in ours.items() if seed in theirs}
-    return {seed: Sample(a.value - b.value, runs_of((a, b))) for seed, (a, b) in pairs.items()}
+    pairs = [(seed, own, theirs[seed]) for seed, own in ours.items() if seed in theirs]
+    return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})

@@ -57,15 +57,14 @@ class Study:
     """
 
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
-        self.runs, finished = list(runs), [run for run in runs if run.finished]
-        self.warnings: list[str] = []
+        self.runs, finished = runs, [run for run in runs if run.finished]
         self._settings = {run.number: _comparable(run) for run in finished}
         self.varied = self._varied(finished)
         self._main = self._most_frequent(finished)
-        self._groups: dict[tuple[str, str, str, int], dict[tuple[int, Variant], Run]]
-        self._groups = defaultdict(dict)
-        for run in finished:
-            self._add(run)
+        self.warnings: list[str] = []
+        self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        for run in self._distinct(finished):
+            self._counted[run.dataset, run.method].append(run)
         present = {run.classes for run in finished}
         # Fewer classes are another, easier task: they stand in only where there is no other.
         self.classes = next((c for c in ("all", "base", "new") if c in present), "all")
@@ -112,40 +111,40 @@ class Study:
             for key, found in counts.items()
         }
 
-    def _add(self, run: Run) -> None:
-        """Count a run, unless it repeats one."""
-        group = self._groups[run.dataset, run.classes, run.method, run.shots]
-        own = (run.seed, self.variant(run))
-        first = group.setdefault(own, run)
-        if run.scores == first.scores:
-            # One run that several suites share, each with evaluations of its own.
-            group[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
-        else:
-            self.warnings.append(
-                f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
-                f"same settings with another result; only run {first.number} is counted"
-            )
+    def _distinct(self, runs: Iterable[Run]) -> Iterable[Run]:
+        """Runs without those that repeat one."""
+        found: dict[tuple[object, ...], Run] = {}
+        for run in runs:
+            variant = self.variant(run)
+            own = (run.dataset, run.classes, run.method, run.shots, run.seed, variant)
+            first = found.setdefault(own, run)
+            if run.scores == first.scores:
+                # One run that several suites share, each with evaluations of its own.
+                found[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
+            else:
+                self.warnings.append(
+                    f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
+                    f"same settings with another result; only run {first.number} is counted"
+                )
+        return found.values()
 
     def _compare(self, name: str, runs: Iterable[Run]) -> None:
         """Warn if methods have not a setting in common, as they should to be compared."""
         found: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for run in runs:
-            if name in idle_settings(run.method):
-                continue
-            value, sha256 = full_settings(run).get(name), run.environment.backbone_sha256
-            # Zero-shot's one run stands for all shots; epochs and support sets go by them.
-            group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
-            key = sha256 if name == "backbone" and sha256 else _json(value)
-            group.setdefault(key, f"{method_title(run.method)} {shown(value)}")
-        apart: dict[str, str] = {}
-        for (dataset, _), group in found.items():
-            if len(group) > 1:
-                apart.setdefault(dataset, ", ".join(group.values()))
-        self.warnings += (
-            f"{dataset}: methods differ in {name} ({values}), so their differences are not the "
-            "methods' alone"
-            for dataset, values in sorted(apart.items())
-        )
+            if name not in idle_settings(run.method):
+                value = full_settings(run).get(name)
+                known = run.environment.backbone_sha256 if name == "backbone" else None
+                # Zero-shot's one run stands for all shots; epochs and support sets go by them.
+                group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
+                said = f"{method_title(run.method)} {shown(value)}"
+                group.setdefault(known or _json(value), said)
+        for dataset in sorted({dataset for (dataset, _), group in found.items() if len(group) > 1}):
+            apart = next(g for (d, _), g in found.items() if d == dataset and len(g) > 1)
+            self.warnings.append(
+                f"{dataset}: methods differ in {name} ({', '.join(apart.values())}), so their "
+                "differences are not the methods' alone"
+            )
 
     # ----------------------------------------------------------------------------- runs
 
@@ -176,19 +175,16 @@ class Study:
 
     def main_runs(self, dataset: str, method: str, classes: str | None = None) -> list[Run]:
         """The method's main runs on a dataset: those with most shots first, then by seed."""
-        place = (dataset, classes or self.classes, method)
-        groups = (group for key, group in self._groups.items() if key[:3] == place)
-        found = [run for group in groups for run in group.values() if not self.differing(run)]
-        return sorted(found, key=lambda run: (-run.shots, run.seed))
+        own = [r for r in self._counted[dataset, method] if r.classes == (classes or self.classes)]
+        main = [run for run in own if not self.differing(run)]
+        return sorted(main, key=lambda run: (-run.shots, run.seed))
 
     def runs_in(self, scope: Scope, method: str, variant: Variant | None = None) -> list[Run]:
         """The method's runs in a scope, of its main variant if none is given."""
-        groups = (
-            self._groups.get((dataset, scope.classes or self.classes, method, scope.shots), {})
-            for dataset in scope.datasets
-        )
-        found = (run for group in groups for run in group.values())
-        return [run for run in found if not self.differing(run, variant)]
+        place = (scope.shots, scope.classes or self.classes)
+        own = [run for dataset in scope.datasets for run in self._counted[dataset, method]]
+        own = [run for run in own if (run.shots, run.classes) == place]
+        return [run for run in own if not self.differing(run, variant)]
 
     def sources(self, classes: str) -> Iterator[tuple[Scope, list[Run]]]:
         """Each dataset and number of shots with its main runs; zero-shot's alone if all are.
@@ -196,9 +192,9 @@ class Study:
         Elsewhere it stands in for any number of shots.
         """
         found: dict[tuple[str, int], list[Run]] = defaultdict(list)
-        for (dataset, c, _, shots), group in self._groups.items():
-            if c == classes:
-                found[dataset, shots] += (r for r in group.values() if not self.differing(r))
+        for run in (run for own in self._counted.values() for run in own):
+            if run.classes == classes and not self.differing(run):
+                found[run.dataset, run.shots].append(run)
         tuned = {place for place, runs in found.items() if {r.method for r in runs} - {ZERO_SHOT}}
         for dataset, shots in sorted(found):
             if (dataset, shots) in tuned or dataset not in {d for d, _ in tuned}:
@@ -240,8 +236,8 @@ class Study:
                 for run in self.main_runs(dataset, method, scope.classes):
                     if sample := _look(run, measure):
                         wanted = seeds if seeds is not None else [] if found else [run.seed]
-                        return {**dict.fromkeys(wanted, sample), **found}
-            return found
+                        return Samples({**dict.fromkeys(wanted, sample), **found})
+            return Samples(found)
 
         parts = [of(dataset, seeds) for dataset in scope.datasets]
         if method == ZERO_SHOT and seeds is None:
@@ -252,7 +248,7 @@ class Study:
     def differences(self, scope: Scope, method: str, measure: Measure = "accuracy") -> Samples:
         """Method minus baseline, seed by seed, each averaged over datasets; none to itself."""
         if method == self.baseline:
-            return {}
+            return Samples()
         # The one that stands in for any seed takes the other's.
         first, second = method, self.baseline
         if method == ZERO_SHOT:

@@ -6,14 +6,14 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from dapt.report.collect import clean
-from dapt.report.statistics import Samples, estimate, runs_of, values_of
+from dapt.report.statistics import Estimate, Samples
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 
@@ -54,20 +54,19 @@ class Named(NamedTuple):
     caption: str
 
 
-class Cell(NamedTuple):
-    """A text, or a number in the column's unit with half its interval; and its runs.
+@dataclass(frozen=True)
+class Cell:
+    """A text, or a number with half its interval; and its runs.
 
     Attributes:
         text, interval: as shown.
-        value, half, count: in full, and of how many values.
+        known: the number in the column's unit.
         sign: "gain" or "loss" for a difference whose interval excludes zero.
     """
 
     text: str
     runs: tuple[int, ...] = ()
-    value: float | None = None
-    half: float | None = None
-    count: int = 0
+    known: Estimate | None = None
     interval: str = ""
     sign: str = ""
     best: bool = False
@@ -76,23 +75,9 @@ class Cell(NamedTuple):
 NOTHING = Cell("–")
 
 
-def words(text: object, runs: Iterable[int] = ()) -> Cell:
+def words(text: object, runs: tuple[int, ...] = ()) -> Cell:
     """A text as a cell."""
-    return Cell(clean(text), tuple(runs))
-
-
-def number(kind: str, samples: Samples) -> Cell:
-    """The mean of samples as a cell, with its interval and runs."""
-    if not samples:
-        return NOTHING
-    how, runs, interval, sign = _KINDS[kind], runs_of(samples.values()), "", ""
-    value, half, count = estimate(values_of(samples), how.factor)
-    if half is not None:
-        # Seconds depend on more than the seed.
-        interval = how.shown(half) if kind != "seconds" else ""
-        if kind == "points" and abs(value) > half:
-            sign = "gain" if value > 0 else "loss"
-    return Cell(how.shown(value, kind == "points"), runs, value, half, count, interval, sign)
+    return Cell(clean(text), runs)
 
 
 @dataclass(frozen=True)
@@ -116,18 +101,30 @@ class Column:
         """What its numbers are in; empty where they have no unit."""
         return _KINDS[self.kind].unit
 
+    def cell(self, key: Any) -> Cell:
+        """The mean of samples with interval and runs, or a text."""
+        found, how, interval, sign = self.of(key), _KINDS[self.kind], "", ""
+        if isinstance(found, Cell):
+            return found
+        if not found:
+            return NOTHING
+        known, points = found.estimate(how.factor), self.kind == "points"
+        if known.half is not None and self.kind != "seconds":  # which go by more than the seed
+            interval = how.shown(known.half)
+            if points and abs(known.mean) > known.half:
+                sign = "gain" if known.mean > 0 else "loss"
+        return Cell(how.shown(known.mean, points), found.runs, known, interval, sign)
+
     def cells(self, keys: Iterable[Any]) -> list[Cell]:
         """Its cells; the best as shown are marked, all of them where some are equal."""
-        found = [self.of(key) for key in keys]
-        cells = [cell if isinstance(cell, Cell) else number(self.kind, cell) for cell in found]
-        rounded = [round(c.value or 0.0, _KINDS[self.kind].digits) for c in cells]
-        known = [value for value, cell in zip(rounded, cells, strict=True) if cell != NOTHING]
+        cells, digits = [self.cell(key) for key in keys], _KINDS[self.kind].digits
+        known = [round(cell.known.mean, digits) for cell in cells if cell.known]
         if self.better is None or len(known) < 2:
             return cells
         best = max(known) if self.better == "high" else min(known)
-        pairs = zip(cells, rounded, strict=True)
         return [
-            c._replace(best=True) if value == best and c != NOTHING else c for c, value in pairs
+            replace(cell, best=cell.known is not None and round(cell.known.mean, digits) == best)
+            for cell in cells
         ]
 
 
@@ -163,7 +160,7 @@ class Table:
         rows: Sequence[tuple[str, Any, str | None]],
         note: str = "",
     ) -> None:
-        self.about, self.corner, self.note = about, corner, note
+        self.about, self.note = about, note
         made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
         made = [(column, cells) for column, cells in made if set(cells) - {NOTHING}]
         self.columns = [column for column, _ in made]
@@ -172,8 +169,8 @@ class Table:
         self.rows = [row for row in found if set(row.cells) - {NOTHING}]
         units = {column.unit for column in self.columns}
         self.unit = units.pop() if len(units) == 1 else ""
-        heads = (f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns)
-        self.heads = [corner, *heads]
+        self.heads = [corner]
+        self.heads += (f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns)
         self.widths = [max(len(cell.interval) for cell in cells) for _, cells in made]
 
     def __bool__(self) -> bool:
@@ -187,21 +184,22 @@ class Table:
 
     def to_csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        lines = [[_inert(self.corner)], *([_inert(row.label)] for row in self.rows)]
-        for i, (column, width) in enumerate(zip(self.columns, self.widths, strict=True)):
-            head = _inert(self.heads[i + 1])
-            lines[0] += [head, f"{head} ±", f"{head} n"][: 3 if width else 1]
-            for line, row in zip(lines[1:], self.rows, strict=True):
-                cell = row.cells[i]
-                line += [_inert(cell.text) if column.kind == "text" else _in_full(cell.value)]
-                line += [_in_full(cell.half), str(cell.count or "")] if width else []
+        made: list[list[Any]] = [[self.heads[0], *(row.label for row in self.rows)]]
+        for i, (column, head) in enumerate(zip(self.columns, self.heads[1:], strict=True)):
+            cells = [row.cells[i] for row in self.rows]
+            if column.kind == "text":
+                made.append([head, *(cell.text for cell in cells)])
+                continue
+            made.append([head, *(cell.known and cell.known.mean for cell in cells)])
+            if self.widths[i]:
+                made.append([f"{head} ±", *(cell.known and cell.known.half for cell in cells)])
+                made.append([f"{head} n", *(cell.known and cell.known.count for cell in cells)])
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(lines)
+        csv.writer(text, lineterminator="\n").writerows(
+            [_inert(value) if isinstance(value, str) else value for value in line]
+            for line in zip(*made, strict=True)
+        )
         return text.getvalue()
-
-
-def _in_full(value: float | None) -> str:
-    return "" if value is None else repr(value)
 
 
 def _inert(text: str) -> str:

@@ -11,16 +11,10 @@ from dapt.report.collect import read_log, warning
 from dapt.report.figures import Entry, before_and_after, training_curves
 from dapt.report.rows import loss_title
 from dapt.report.sections import Block, Maker, shots_of
-from dapt.report.statistics import estimate, runs_of, values_of
+from dapt.report.statistics import runs_of
 
 _MOST_TERMS = 8
-# Higher or lower is what the losses aim at; before tuning there is nothing to be best at.
-_DISPERSION = {
-    "inter before": None,
-    "inter after": "high",
-    "intra before": None,
-    "intra after": "low",
-}
+_DISPERSION = [f"{kind} {time}" for kind in ("inter", "intra") for time in ("before", "after")]
 
 
 def curves(maker: Maker) -> list[Block]:
@@ -71,19 +65,17 @@ def _dispersion(maker: Maker, dataset: str) -> Block:
     study, scope, label = maker.study, maker.study.best([dataset]), maker.study.label(dataset)
     where = f"{label}, {shots_of(scope.shots)}"
     about = maker.named("dispersion", dataset, caption="Dispersion", of=where)
-    columns = [
-        maker.column(name, scope, name, "number", better) for name, better in _DISPERSION.items()
-    ]
+    columns = [maker.column(name, scope, name) for name in _DISPERSION]
     block = Block(where, tables=[maker.by_method(about, columns)])
-    if not block or dataset not in maker.drawn:
+    if not block.items or dataset not in maker.drawn:
         return block
     found = {m: {n: study.samples(scope, m, n) for n in _DISPERSION} for m in study.methods}
     every = [samples for own in found.values() for samples in own.values()]
-    block.runs = runs_of(sample for samples in every for sample in samples.values())
+    block.runs = runs_of(every)
     for kind in ("inter", "intra"):
         ends = {m: (own[f"{kind} before"], own[f"{kind} after"]) for m, own in found.items()}
         changes = {
-            maker.entry(m): (estimate(values_of(before)).mean, estimate(values_of(after)).mean)
+            maker.entry(m): (before.estimate().mean, after.estimate().mean)
             for m, (before, after) in ends.items()
             if before and after
         }
