@@ -130,7 +130,7 @@ def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
     files = {
         f"{item.about.name}.{kind}": (item.about.title, content)
         for item in items
-        for kind, content in item.files().items()
+        for kind, content in item.files.items()
     }
     titles = {name: title for name, (title, _) in files.items()}
     # First of all the folder says what is a report's, so that the next one may replace it.

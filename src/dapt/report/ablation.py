@@ -13,7 +13,7 @@ from dapt.report.rows import loss_settings, loss_title, method_title, prompts
 from dapt.report.sections import Block, Maker, shots_of
 from dapt.report.statistics import Samples, minus
 from dapt.report.study import Scope, Variant, full_settings, shown
-from dapt.report.tables import Column, Named, Table
+from dapt.report.tables import HIGHER, POINTS, Column, Named, Table
 
 
 class _Compared(NamedTuple):
@@ -135,9 +135,9 @@ def _compared(
         return minus(accuracy(shared, row), accuracy(shared, reference[0]))
 
     datasets = [d for d in scope.datasets if any(accuracy([d], row) for row in rows)]
-    columns = [Column(study.label(d), partial(accuracy, [d]), better="high") for d in datasets]
+    columns = [Column(study.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
     if len(datasets) > 1:
-        columns.append(Column("average", partial(accuracy, datasets), better="high"))
-    columns.append(Column("difference", gap, "points"))
+        columns.append(Column("average", partial(accuracy, datasets), HIGHER))
+    columns.append(Column("difference", gap, POINTS))
     whole = {row: row.method for row in rows if row.variant == study.main(row.method)}
     return Table(about, corner, columns, [(row.label, row, whole.get(row)) for row in rows], note)

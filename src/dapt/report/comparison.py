@@ -9,7 +9,7 @@ from dapt.report.rows import ZERO_SHOT, method_title
 from dapt.report.sections import Block, Maker, averaged, shots_of
 from dapt.report.statistics import Sample, Samples, runs_of
 from dapt.report.study import Scope, Study
-from dapt.report.tables import Column
+from dapt.report.tables import PLAIN, Column
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
@@ -43,7 +43,7 @@ def overview(maker: Maker) -> list[Block]:
         maker.column("top-5", scope, "top5"),
         maker.column("macro-F1", scope, "macro_f1"),
         maker.column("ECE", scope, "ece"),
-        Column("learned", learned, "count"),
+        Column("learned", learned, PLAIN),
         maker.column("tuning", scope, "tuning"),
     ]
     about = maker.named("overview", caption=f"All methods at {shots_of(scope.shots)}")
@@ -85,7 +85,7 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
         ),
     ]
     # Beside the curves there is room for so many columns.
-    block = Block(label, tables=tables, beside=len(tables[0].columns) <= 4)
+    block = Block(label, tables=tables, beside=len(tables[0].heads) <= 4)
     lines = {
         method: {s.shots: own for s in scopes if (own := study.samples(s, method))}
         for method in study.methods

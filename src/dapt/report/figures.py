@@ -13,7 +13,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -43,26 +42,13 @@ class Entry(NamedTuple):
     label: str
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A finished figure.
-
-    Attributes:
-        about: its name and title, which a screen reader says of it.
-        page: SVG element for the page.
-        svg, png: the files.
-        width: of the page's copy in CSS pixels at its natural size.
-    """
+class Drawing(NamedTuple):
+    """A finished figure: an SVG element for the page, of some CSS pixels, and files by kind."""
 
     about: Named
     page: str
-    svg: bytes
-    png: bytes
     width: int
-
-    def files(self) -> dict[str, bytes | str]:
-        """Content by kind of file."""
-        return {"svg": self.svg, "png": self.png}
+    files: dict[str, bytes | str]
 
 
 def marker(colour: str) -> str:
@@ -123,7 +109,8 @@ def draw(
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     page = _for_page(svg.getvalue(), about.title, cut=72 * extra)
-    return Drawing(about, page, svg.getvalue(), png.getvalue(), round(96 * width))
+    files: dict[str, bytes | str] = {"svg": svg.getvalue(), "png": png.getvalue()}
+    return Drawing(about, page, round(96 * width), files)
 
 
 def _for_page(svg: bytes, title: str, cut: float) -> str:

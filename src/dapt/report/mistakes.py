@@ -13,7 +13,7 @@ from dapt.report.rows import learns, method_title
 from dapt.report.sections import Block, Maker, shots_of
 from dapt.report.statistics import Sample, Samples
 from dapt.report.study import Scope, Study
-from dapt.report.tables import Column, Table, words
+from dapt.report.tables import PLAIN, Cell, Column, Table
 
 MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions
@@ -80,12 +80,12 @@ def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
 
     hardest = [
         Column("accuracy", lambda c: one(right[c] / images[c])),
-        Column("images", lambda c: one(images[c]), "count"),
-        Column("mostly taken for", lambda c: words(taken[c], source), "text"),
+        Column("images", lambda c: one(images[c]), PLAIN),
+        Column("mostly taken for", lambda c: Cell(taken[c], source), PLAIN),
     ]
     confused = [
-        Column("named", lambda cell: words(names[cell[1]], source), "text"),
-        Column("images", lambda cell: one(cell[2]), "count"),
+        Column("named", lambda cell: Cell(names[cell[1]], source), PLAIN),
+        Column("images", lambda cell: one(cell[2]), PLAIN),
         Column("of class", lambda cell: one(cell[2] / images[cell[0]])),
     ]
     return [

@@ -10,17 +10,17 @@ from dapt.report.features import HardClass, Inside
 from dapt.report.figures import Drawing, Entry, method_colour
 from dapt.report.rows import method_title
 from dapt.report.study import Measure, Scope, Study
-from dapt.report.tables import Column, Named, Table
+from dapt.report.tables import HIGHER, LOWER, POINTS, Column, Kind, Named, Table
 
 # Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
 MOST_DATASETS = 12
-# Kind and better end of figures that are no shares, of which more is better.
-_SHOWN: dict[Measure, tuple[str, str | None]] = {
-    "ece": ("percent", "low"),
-    "tuning": ("seconds", None),
-    **dict.fromkeys(("inter before", "intra before"), ("number", None)),
-    "inter after": ("number", "high"),
-    "intra after": ("number", "low"),
+# How figures are shown that are no shares, of which more is better.
+_KINDS: dict[Measure, Kind] = {
+    "ece": LOWER,
+    "tuning": Kind(digits=1, unit="s", spread=False),
+    **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
+    "inter after": Kind(digits=3, best=max),
+    "intra after": Kind(digits=3, best=min),
 }
 
 
@@ -92,12 +92,12 @@ class Maker:
 
     def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """A measure of each method in a scope."""
-        kind, better = _SHOWN.get(measure, ("percent", "high"))
-        return Column(title, lambda m: self.study.samples(scope, m, measure), kind, better)
+        kind = _KINDS.get(measure, HIGHER)
+        return Column(title, lambda m: self.study.samples(scope, m, measure), kind)
 
     def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """Each method's to the baseline in a scope, paired."""
-        return Column(title, lambda m: self.study.differences(scope, m, measure), "points")
+        return Column(title, lambda m: self.study.differences(scope, m, measure), POINTS)
 
     def by_method(
         self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()

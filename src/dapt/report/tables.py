@@ -18,31 +18,6 @@ from dapt.report.statistics import Estimate, Samples
 PAGE = Path(__file__).parent / "page"  # templates and data
 
 
-class _Kind(NamedTuple):
-    """How numbers are shown: what they are multiplied by, digits, unit."""
-
-    factor: float = 1.0
-    digits: int = 0
-    unit: str = ""
-
-    def shown(self, value: float, signed: bool = False) -> str:
-        """A number as text, a zero without a sign."""
-        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
-        if float(text.replace(",", "")) == 0:
-            text = text.lstrip("+-")
-        return text.replace("-", "\N{MINUS SIGN}")
-
-
-_KINDS = {
-    "percent": _Kind(100.0, 1, "%"),  # a share
-    "points": _Kind(100.0, 1, "points"),  # a difference of shares
-    "seconds": _Kind(digits=1, unit="s"),
-    "number": _Kind(digits=3),
-    "count": _Kind(),
-    "text": _Kind(),
-}
-
-
 class Named(NamedTuple):
     """What a table or figure is called: its files, and in one line.
 
@@ -52,6 +27,37 @@ class Named(NamedTuple):
     name: str
     title: str
     caption: str
+
+
+class Kind(NamedTuple):
+    """How numbers are shown.
+
+    Attributes:
+        factor: what they are multiplied by.
+        best: max or min, where one of the rows is the best.
+        signed: whether they are differences.
+        spread: whether the interval of their mean says anything.
+    """
+
+    factor: float = 1.0
+    digits: int = 0
+    unit: str = ""
+    best: Callable[[Iterable[float]], float] | None = None
+    signed: bool = False
+    spread: bool = True
+
+    def shown(self, value: float, signed: bool = False) -> str:
+        """A number as text, a zero without a sign."""
+        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
+        if float(text.replace(",", "")) == 0:
+            text = text.lstrip("+-")
+        return text.replace("-", "\N{MINUS SIGN}")
+
+
+PLAIN = Kind()  # counts and texts
+SHARE = Kind(100.0, 1, "%")
+HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
+POINTS = Kind(100.0, 1, "points", signed=True)
 
 
 @dataclass(frozen=True)
@@ -75,57 +81,46 @@ class Cell:
 NOTHING = Cell("–")
 
 
-def words(text: object, runs: tuple[int, ...] = ()) -> Cell:
-    """A text as a cell."""
-    return Cell(clean(text), runs)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers (or of text).
-
-    Attributes:
-        title: its head.
-        of: what stands in it, by the row's key.
-        kind: percent (a share), points (a difference of shares), seconds, number, count, text.
-        better: "high" or "low", where one of the rows is the best.
-    """
+class Column(NamedTuple):
+    """A column's head, and what stands in it by a row's key."""
 
     title: str
     of: Callable[[Any], Samples | Cell]
-    kind: str = "percent"
-    better: str | None = None
+    kind: Kind = SHARE
 
-    @property
-    def unit(self) -> str:
-        """What its numbers are in; empty where they have no unit."""
-        return _KINDS[self.kind].unit
+    def cells(self, keys: Iterable[Any]) -> list[Cell]:
+        """Its cells; the best as shown are marked, all of them where some are equal."""
+        cells, kind = [self._cell(self.of(key)) for key in keys], self.kind
+        shown = [round(c.known.mean, kind.digits) if c.known else None for c in cells]
+        known = [value for value in shown if value is not None]
+        if kind.best is None or len(known) < 2:
+            return cells
+        best = kind.best(known)
+        return [replace(cell, best=own == best) for cell, own in zip(cells, shown, strict=True)]
 
-    def cell(self, key: Any) -> Cell:
-        """The mean of samples with interval and runs, or a text."""
-        found, how, interval, sign = self.of(key), _KINDS[self.kind], "", ""
+    def _cell(self, found: Samples | Cell) -> Cell:
         if isinstance(found, Cell):
             return found
         if not found:
             return NOTHING
-        known, points = found.estimate(how.factor), self.kind == "points"
-        if known.half is not None and self.kind != "seconds":  # which go by more than the seed
-            interval = how.shown(known.half)
-            if points and abs(known.mean) > known.half:
+        known, kind, interval, sign = found.estimate(self.kind.factor), self.kind, "", ""
+        if known.half is not None and kind.spread:
+            interval = kind.shown(known.half)
+            if kind.signed and abs(known.mean) > known.half:
                 sign = "gain" if known.mean > 0 else "loss"
-        return Cell(how.shown(known.mean, points), found.runs, known, interval, sign)
+        return Cell(kind.shown(known.mean, kind.signed), found.runs, known, interval, sign)
 
-    def cells(self, keys: Iterable[Any]) -> list[Cell]:
-        """Its cells; the best as shown are marked, all of them where some are equal."""
-        cells, digits = [self.cell(key) for key in keys], _KINDS[self.kind].digits
-        known = [round(cell.known.mean, digits) for cell in cells if cell.known]
-        if self.better is None or len(known) < 2:
-            return cells
-        best = max(known) if self.better == "high" else min(known)
-        return [
-            replace(cell, best=cell.known is not None and round(cell.known.mean, digits) == best)
-            for cell in cells
-        ]
+
+class Head(NamedTuple):
+    """A column's head, and characters of its longest interval, with which others are aligned."""
+
+    title: str
+    unit: str
+    width: int
+    text: bool
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
 class Row(NamedTuple):
@@ -145,11 +140,6 @@ class Table:
         columns: say what stands in them.
         rows: label, key and, if it has the colour of one, method of each.
         note: how to read it.
-
-    Attributes:
-        unit: that all columns have in common, if they do.
-        heads: the corner, and column titles with units.
-        widths: characters of each column's longest interval, which the others are aligned with.
     """
 
     def __init__(
@@ -160,44 +150,47 @@ class Table:
         rows: Sequence[tuple[str, Any, str | None]],
         note: str = "",
     ) -> None:
-        self.about, self.note = about, note
+        self.about, self.corner, self.note = about, corner, note
         made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
         made = [(column, cells) for column, cells in made if set(cells) - {NOTHING}]
-        self.columns = [column for column, _ in made]
+        self.heads = [
+            Head(
+                column.title,
+                column.kind.unit,
+                max(len(cell.interval) for cell in cells),
+                not any(cell.known for cell in cells),
+            )
+            for column, cells in made
+        ]
         lines = zip(rows, *(cells for _, cells in made), strict=True)
         found = [Row(label, method, cells) for (label, _, method), *cells in lines]
         self.rows = [row for row in found if set(row.cells) - {NOTHING}]
-        units = {column.unit for column in self.columns}
+        units = {head.unit for head in self.heads}
         self.unit = units.pop() if len(units) == 1 else ""
-        self.heads = [corner]
-        self.heads += (f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns)
-        self.widths = [max(len(cell.interval) for cell in cells) for _, cells in made]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    def files(self) -> dict[str, str]:
+    @property
+    def files(self) -> dict[str, bytes | str]:
         """Content by kind of file."""
         markdown, latex = map(TEMPLATES.get_template, ("table.md", "table.tex"))
-        made = {"md": markdown.render(table=self), "csv": self.to_csv()}
+        made = {"md": markdown.render(table=self), "csv": self._csv()}
         return {**made, "tex": latex.render(table=self)}
 
-    def to_csv(self) -> str:
+    def _csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        made: list[list[Any]] = [[self.heads[0], *(row.label for row in self.rows)]]
-        for i, (column, head) in enumerate(zip(self.columns, self.heads[1:], strict=True)):
-            cells = [row.cells[i] for row in self.rows]
-            if column.kind == "text":
-                made.append([head, *(cell.text for cell in cells)])
-                continue
-            made.append([head, *(cell.known and cell.known.mean for cell in cells)])
-            if self.widths[i]:
-                made.append([f"{head} ±", *(cell.known and cell.known.half for cell in cells)])
-                made.append([f"{head} n", *(cell.known and cell.known.count for cell in cells)])
+        lines: list[list[Any]] = [[self.corner], *([row.label] for row in self.rows)]
+        for i, head in enumerate(self.heads):
+            names = (str(head), f"{head} ±", f"{head} n")[: 3 if head.width else 1]
+            lines[0] += names
+            for line, row in zip(lines[1:], self.rows, strict=True):
+                cell, known = row.cells[i], row.cells[i].known
+                full = (known.mean, known.half, known.count) if known else (None, None, None)
+                line += [cell.text] if head.text else full[: len(names)]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
-            [_inert(value) if isinstance(value, str) else value for value in line]
-            for line in zip(*made, strict=True)
+            [_inert(value) if isinstance(value, str) else value for value in line] for line in lines
         )
         return text.getvalue()
 
