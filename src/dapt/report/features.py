@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dapt.data import Item, Task, open_image
+from dapt.data import open_image
 from dapt.engine.classifier import PromptedClassifier
 from dapt.engine.evaluate import ECE_BINS, encode_store
 from dapt.engine.shared import Shared, backbone_of, skip_unreadable
@@ -47,31 +47,23 @@ EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
-class Example(NamedTuple):
-    """A misnamed test image as a data URI, what it was taken for and how sure that was."""
-
-    source: str
-    named: str
-    confidence: float
-
-
 class HardClass(NamedTuple):
-    """A class, the share of its images that were named right, and some that were not."""
+    """A class, the share of its images that were named right, and some that were not.
+
+    Of these a data URI, what it was taken for and how sure that was.
+    """
 
     name: str
     accuracy: float
-    examples: list[Example]
+    examples: list[tuple[str, str, float]]
 
 
 @dataclass
 class Inside:
     """One representative run, looked into.
 
-    Attributes:
-        maps: of features before and after tuning in turn, each two embedded by one fit and so
-            comparable; ``legend`` is theirs.
-        reliability: a diagram, or none.
-        hardest: classes with examples.
+    Maps, to which the legend belongs, are of features before and after tuning in turn; each two
+    are embedded by one fit, and so comparable. Of reliability there is one diagram or none.
     """
 
     run: Run
@@ -110,20 +102,10 @@ def look_inside(
 
 
 class _Look:
-    """A run's classifier, and what it finds.
+    """A run's classifier, and what it finds, to fill ``inside``.
 
-    Args:
-        inside: of the run, to be filled.
-        backbones: those that are loaded already, or why they cannot be.
+    ``backbones`` are those that are loaded already, or why they cannot be.
     """
-
-    # Test images that were looked at: their items and labels, (n, D) features as the run has them,
-    # and which are evenly spaced and not there for examples alone.
-    task: Task
-    items: list[Item]
-    labels: np.ndarray
-    image: torch.Tensor
-    even: np.ndarray
 
     def __init__(self, inside: Inside, backbones: dict[object, Shared | UserError]) -> None:
         self.inside, self.run = inside, inside.run
@@ -131,19 +113,16 @@ class _Look:
         self.directory = RunDirectory(self.run.path)
         self.settings = s = self.directory.read_settings()
         which = (s.backbone, s.pretrained, s.device, s.precision)
-        if which not in backbones:
-            try:
-                backbones[which] = Shared(backbone_of(s))
-            except UserError as error:
-                backbones[which] = error
-        shared = backbones[which]
+        try:
+            shared = backbones.get(which) or Shared(backbone_of(s))
+        except UserError as error:
+            shared = error
+        backbones[which] = shared
         if isinstance(shared, UserError):
             raise shared
         self.shared = shared
         self.classifier = load_classifier(self.directory, backbone=shared.backbone)
         self.names = self.classifier.class_names
-        # Labels of classes to show examples of, and the share that was named right.
-        self.hard: dict[int, float] = {}
         with torch.inference_mode():
             self.text = self.classifier.text_features().cpu()
 
@@ -194,14 +173,17 @@ class _Look:
         self.task = task = task_of(self.settings)
         if task.class_names != self.names:
             raise UserError("its classes are no longer those that the run was tuned on")
-        if examples:
-            try:
+        try:
+            if examples:
                 known_support(self.directory, task)
-                self.hard = self.hardest()
-            except UserError as error:
-                yield f"{self.run.dataset}: no examples ({clean(error, 400)})"
-        step = -(-len(task.test) // MOST_IMAGES)
-        wanted = sorted({*range(0, len(task.test), step), *_of_classes(task.test, self.hard)})
+        except UserError as error:
+            yield f"{self.run.dataset}: no examples ({clean(error, 400)})"
+            examples = False
+        self.hard = self.hardest() if examples else {}
+        labels, step = np.array([i.label for i in task.test]), -(-len(task.test) // MOST_IMAGES)
+        spaced = range(0, len(labels), step)
+        hard = [i for c in self.hard for i in np.flatnonzero(labels == c)[:CLASS_IMAGES].tolist()]
+        wanted = sorted({*spaced, *hard})
         items, unreadable = tuple(task.test[i] for i in wanted), dict[int, str]()
         if self.classifier.prompts_images:
             image = encode_store(
@@ -214,18 +196,18 @@ class _Look:
             image = self.shared.features(task, items, self.settings, unreadable=unreadable)
         kept, _ = skip_unreadable(items, unreadable, "test", Reporter())
         self.items, self.image = [items[i] for i in kept], image[kept]
-        self.labels = np.array([item.label for item in self.items])
-        self.even = np.array([wanted[i] % step == 0 for i in kept], bool)
+        self.labels = labels[[wanted[i] for i in kept]]
+        # Where images were added as examples of their class, the rest stays evenly spaced.
+        self.even = np.array([wanted[i] in spaced for i in kept], bool)
 
     def hardest(self) -> dict[int, float]:
-        """The run's hardest classes, and the share of each that was named right."""
+        """Labels of the run's hardest classes, and the share of each that was named right."""
         try:
             found = read_confusion(self.run)
         except UserError:
             return {}  # the section on mistakes tells
-        if len(found.class_names) != len(self.names):
-            return {}
-        hard = found.hardest()[:EXAMPLE_CLASSES]
+        alike = len(found.class_names) == len(self.names)
+        hard = found.hardest()[:EXAMPLE_CLASSES] if alike else []
         return {c: float(found.right[c] / found.images[c]) for c in hard}
 
     def predict(self, colour: str) -> Iterator[str]:
@@ -253,7 +235,7 @@ class _Look:
             worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
             paths = {i: self.task.image_path(self.items[i]) for i in worst}
             examples = [
-                Example(_thumbnail(path), _name(self.names[named[i]]), float(confidence[i]))
+                (_thumbnail(path), _name(self.names[named[i]]), float(confidence[i]))
                 for i, path in paths.items()
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
@@ -278,15 +260,6 @@ class _Look:
             named = Named(f"{about.name}-{time}", title, caption)
             drawing = feature_map(named, points, limits, colours, self.inside.legend)
             self.inside.maps.append(drawing)
-
-
-def _of_classes(items: Sequence[Item], classes: Iterable[int]) -> Iterator[int]:
-    """Places of images of some classes, at most `CLASS_IMAGES` of each."""
-    left = dict.fromkeys(classes, CLASS_IMAGES)
-    for i, item in enumerate(items):
-        if left.get(item.label):
-            left[item.label] -= 1
-            yield i
 
 
 def _thumbnail(path: Path) -> str:

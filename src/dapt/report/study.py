@@ -87,16 +87,18 @@ class Study:
 
     def _varied(self, runs: Iterable[Run]) -> list[str]:
         """Settings that differ between runs of one dataset, method, number of shots and seed."""
-        groups = defaultdict(list)
+        groups: dict[tuple[object, ...], list[dict[str, tuple[str, str]]]] = defaultdict(list)
         for run in runs:
-            own = self._settings[run.number]
-            groups[run.dataset, run.classes, run.method, run.shots, run.seed].append(own)
-        varied = set()
-        for group in groups.values():
-            for name in set().union(*group):
-                if len({own.get(name, _ABSENT).own for own in group}) > 1:
-                    varied.add(name)
-        return sorted(varied)
+            place = (run.dataset, run.classes, run.method, run.shots, run.seed)
+            groups[place].append(self._settings[run.number])
+        return sorted(
+            {
+                name
+                for group in groups.values()
+                for name in set().union(*group)
+                if len({own.get(name, _ABSENT) for own in group}) > 1
+            }
+        )
 
     def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
         """Main variants by method and classes; of equally frequent ones that nearest to defaults.
@@ -155,7 +157,7 @@ class Study:
     def variant(self, run: Run) -> Variant:
         """Values of the varied settings of a finished run."""
         own = self._settings[run.number]
-        return tuple((name, own.get(name, _ABSENT).value) for name in self.varied)
+        return tuple((name, own.get(name, _ABSENT)[0]) for name in self.varied)
 
     def main(self, method: str, **changed: object) -> Variant | None:
         """The method's main variant, or with other values; None where there can be no run of it."""
@@ -298,26 +300,20 @@ def base_and_new(run: Run) -> Sample | None:
 # ------------------------------------------------------------------------ varied settings
 
 
-class _Value(NamedTuple):
-    """A setting's value as JSON: as a variant has it, "" for a default, and in full."""
-
-    value: str
-    own: str
+_ABSENT = ("", "null")
 
 
-_ABSENT = _Value("", "null")
+def _comparable(run: Run) -> dict[str, tuple[str, str]]:
+    """Settings that may change the run's result, as JSON: "" for a default, and in full.
 
-
-def _comparable(run: Run) -> dict[str, _Value]:
-    """Settings that may change the run's result; a default goes by dataset and shots."""
+    Defaults go by dataset and shots.
+    """
     settings = full_settings(run)
     given = {"dataset": str(settings["dataset"]), "shots": run.shots}
     usual = {**setting_defaults(), **default_settings(given)}
-    found = {}
-    for name in settings.keys() - _IDENTITY - _NO_RESULT - idle_settings(run.method):
-        own = _json(settings[name])
-        found[name] = _Value("" if own == _json(usual.get(name)) else own, own)
-    return found
+    names = settings.keys() - _IDENTITY - _NO_RESULT - idle_settings(run.method)
+    found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
+    return {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
 
 
 def full_settings(run: Run) -> dict[str, Any]:
