@@ -121,7 +121,8 @@ def split(content, place):
 
 def run(content, place):
     """A run directory, one of whose files is named by the first line and is what follows."""
-    from dapt.report.collect import Damaged, collect, read_confusion, read_log
+    from dapt.errors import UserError
+    from dapt.report.collect import collect, read_confusion, read_log
     from dapt.run.directory import RunDirectory
     from dapt.run.load import load_classifier
     from dapt.share.card import model_card
@@ -144,7 +145,7 @@ def run(content, place):
     with read_or_refused():
         for found in collect([stranger])[0]:
             for reading in (read_confusion, read_log):
-                with contextlib.suppress(Damaged):
+                with contextlib.suppress(UserError):
                     reading(found)
 
 

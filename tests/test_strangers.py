@@ -25,7 +25,7 @@ from conftest import frugal, fuzzed
 from dapt.cli import app
 from dapt.errors import UserError
 from dapt.grid import make_plan, read_suite
-from dapt.report.collect import Damaged, collect, read_confusion, read_log
+from dapt.report.collect import collect, read_confusion, read_log
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
 from dapt.run.train import train
@@ -260,9 +260,9 @@ def use(folder, backbone):
         run.read_metrics()
     with read_or_refused():
         for found in collect([folder])[0]:
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(UserError):
                 read_confusion(found)
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(UserError):
                 read_log(found)
 
 
@@ -332,7 +332,7 @@ def test_large_files_of_a_run_are_not_read(good, tmp_path):
         with run.log_file.open("r+b") as opened:
             opened.truncate(2**30 if file == run.prompts_file else 100)
     run.log_file.write_bytes(b"\n" * 20_000_000)
-    with frugal(megabytes=400), pytest.raises(Damaged, match="more than 1,000,000 steps"):
+    with frugal(megabytes=400), pytest.raises(UserError, match="more than 1,000,000 steps"):
         read_log(collect([run.path])[0][0])
 
 

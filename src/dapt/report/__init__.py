@@ -2,34 +2,47 @@
 
 collect.py     run directories -> runs, with mistrust
 study.py       which runs repeat one another, which vary a setting; numbers by seed
-statistics.py  means and intervals
+rows.py        what is asked of a method's row in the table
+statistics.py  samples by seed: means, intervals, differences
 tables.py      a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 features.py    what only the backbone and the images can tell
-sections.py    the parts of the page
-page.py        the page itself; page/ has its template, style and script
+sections.py    what the parts of the page are made of, and made with; the parts are in
+               comparison.py, transfer.py, ablation.py, training.py and mistakes.py
+page.py        the page itself; page/ has its words, templates, style and script
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dapt.errors import UserError
 from dapt.progress import Reporter
+from dapt.report.ablation import ablations
 from dapt.report.collect import collect
-from dapt.report.features import Inside, look_inside
+from dapt.report.comparison import accuracy, overview
+from dapt.report.features import look_inside
 from dapt.report.figures import Drawing
+from dapt.report.mistakes import calibration, featured, mistakes
 from dapt.report.page import is_page, render
-from dapt.report.sections import Section, Sections
+from dapt.report.sections import Block, Maker
 from dapt.report.study import Study
 from dapt.report.tables import Table
+from dapt.report.training import curves, dispersion
+from dapt.report.transfer import base_to_new, cross_dataset, domains
 from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 
+# In the page's order.
+_PARTS: dict[str, Callable[[Maker], list[Block]]] = {
+    "overview": overview, "accuracy": accuracy, "domains": domains, "base-to-new": base_to_new,
+    "cross-dataset": cross_dataset, "ablations": ablations, "curves": curves,
+    "dispersion": dispersion, "mistakes": mistakes, "calibration": calibration,
+}  # fmt: skip
 _CONTENTS = "contents.json"
 
 
@@ -77,25 +90,31 @@ def write_report(
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
-    study = Study(runs, baseline)
-    sections = Sections(study)
-    inside: list[Inside] = []
+    maker = Maker(study := Study(runs, baseline))
     notes: list[str] = []
     if features:
-        inside, notes = look_inside(study, sections.drawn, sections.featured(), reporter)
-        sections.inside = inside
-    parts = sections.all(reporter)
-    warnings += study.warnings + sections.warnings
-    _write_files(folder, parts)
-    write_atomic(
+        shown = featured(study, maker.drawn)
+        maker.inside, notes = look_inside(study, maker.drawn, shown, reporter)
+    parts = {}
+    with reporter.stage("drawing", len(_PARTS)) as advance:
+        for name, make in _PARTS.items():
+            parts[name] = [block for block in make(maker) if block.items]
+            advance(1)
+    _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
+    written = Report(
         out,
-        render(study, parts, failures, warnings, notes, features=features, folder=folder.name),
+        folder,
+        runs=len(runs),
+        unfinished=sum(not (run.finished or run.failure) for run in runs),
+        failed=len(failures),
+        warnings=(*warnings, *study.warnings, *maker.warnings),
     )
-    unfinished = sum(not (run.finished or run.failure) for run in runs)
-    return Report(out, folder, len(runs), unfinished, len(failures), tuple(warnings))
+    page = render(study, parts, failures, report=written, notes=notes, features=features)
+    write_atomic(out, page)
+    return written
 
 
-def _write_files(folder: Path, parts: Sequence[Section]) -> None:
+def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
     """Tables and figures as files; those of an earlier report that are no more are deleted."""
     before: set[str] = set()
     if (folder / _CONTENTS).is_file():
@@ -108,25 +127,15 @@ def _write_files(folder: Path, parts: Sequence[Section]) -> None:
             f"{folder} is there and not from a report; move it, or choose another --out"
         )
     folder.mkdir(exist_ok=True)
-    titles: dict[str, str] = {}
-    files: dict[str, bytes | str] = {}
-
-    def write(item: Table | Drawing, contents: dict[str, bytes | str]) -> None:
-        for suffix, content in contents.items():
-            name = f"{item.name}.{suffix}"
-            files[name], titles[name] = content, item.title
-
-    for block in (block for part in parts for block in part.blocks):
-        for drawing in block.drawings:
-            write(drawing, {"svg": drawing.svg, "png": drawing.png})
-        for table in block.tables:
-            write(
-                table,
-                {"md": table.to_markdown(), "csv": table.to_csv(), "tex": table.to_latex()},
-            )
+    files = {
+        f"{item.about.name}.{kind}": (item.about.title, content)
+        for item in items
+        for kind, content in item.files.items()
+    }
+    titles = {name: title for name, (title, _) in files.items()}
     # First of all the folder says what is a report's, so that the next one may replace it.
     write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
-    for name, content in files.items():
+    for name, (_, content) in files.items():
         write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)

@@ -1,9 +1,10 @@
-"""Means with their uncertainty, and differences of what belongs together."""
+"""Numbers by seed: means with their uncertainty, and differences of what belongs together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -20,16 +21,53 @@ class Estimate:
     count: int
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom."""
-    count = len(values)
-    mean = float(np.mean(values))
+def estimate(values: Sequence[float], factor: float = 1.0) -> Estimate:
+    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom, times a factor."""
+    count, mean = len(values), factor * float(np.mean(values))
     if count < 2:
         return Estimate(mean, None, count)
     spread = float(np.std(values, ddof=1)) / count**0.5
-    return Estimate(mean, float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, count)
+    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    return Estimate(mean, factor * half, count)
 
 
-def harmonic_mean(a: float, b: float) -> float:
-    """Of two shares; zero where either is."""
-    return 2 * a * b / (a + b) if a + b else 0.0
+class Sample(NamedTuple):
+    """One number, and the runs it came from."""
+
+    value: float
+    runs: tuple[int, ...]
+
+
+class Samples(dict[int, Sample]):
+    """Samples by seed."""
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Those that any of them came from."""
+        return runs_of(self.values())
+
+    def estimate(self, factor: float = 1.0) -> Estimate:
+        """Their mean with its interval, times a factor."""
+        return estimate([sample.value for sample in self.values()], factor)
+
+
+def runs_of(parts: Iterable[Sample | Samples]) -> tuple[int, ...]:
+    """Runs that any of the parts came from."""
+    return tuple(sorted({n for part in parts for n in part.runs}))
+
+
+def mean(samples: Sequence[Sample]) -> Sample:
+    """Their mean."""
+    return Sample(sum(s.value for s in samples) / len(samples), runs_of(samples))
+
+
+def mean_by_seed(parts: Sequence[Samples]) -> Samples:
+    """Mean by seed, for the seeds that all parts have."""
+    seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
+    return Samples({seed: mean([part[seed] for part in parts]) for seed in seeds})
+
+
+def minus(ours: Samples, theirs: Samples) -> Samples:
+    """Differences of what has the same seed."""
+    pairs = [(seed, own, theirs[seed]) for seed, own in ours.items() if seed in theirs]
+    return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})

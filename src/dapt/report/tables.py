@@ -5,238 +5,194 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
 
 from dapt.report.collect import clean
-from dapt.report.statistics import estimate
-from dapt.report.study import Samples
+from dapt.report.statistics import Estimate, Samples
 
-_FACTOR = {"percent": 100.0, "points": 100.0}
-_DIGITS = {"percent": 1, "points": 1, "seconds": 1, "number": 3, "count": 0}
-_UNIT = {"percent": "%", "points": "points", "seconds": "s"}
-
-MISSING = "–"
+PAGE = Path(__file__).parent / "page"  # templates and data
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of numbers (or of text).
+class Named(NamedTuple):
+    """What a table or figure is called: its files, and in one line.
 
-    Attributes:
-        title: its head.
-        kind: percent (a share), points (a difference of shares), seconds, number, count, text.
-        better: "high" or "low", where one of the rows is the best.
-    """
-
-    title: str
-    kind: str = "percent"
-    better: str | None = None
-
-    @property
-    def unit(self) -> str:
-        """What its numbers are in; empty where they have no unit."""
-        return _UNIT.get(self.kind, "")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number with half its interval in the column's unit, or a text; and its runs."""
-
-    kind: str = "text"
-    value: float | None = None
-    half: float | None = None
-    count: int = 0
-    text: str = ""
-    runs: tuple[int, ...] = ()
-    best: bool = False
-
-    @property
-    def number(self) -> str:
-        """The number as shown; a difference has its sign."""
-        return MISSING if self.value is None else self._format(self.value, self.kind == "points")
-
-    @property
-    def interval(self) -> str:
-        """Half the interval as shown, or nothing."""
-        return "" if self.half is None else self._format(self.half)
-
-    @property
-    def shown(self) -> str:
-        """All of it, as plain text."""
-        if self.kind == "text":
-            return self.text
-        return f"{self.number} ± {self.interval}" if self.interval else self.number
-
-    @property
-    def sign(self) -> str:
-        """ "gain" or "loss" for a difference whose interval excludes zero."""
-        if self.kind != "points" or self.value is None or self.half is None:
-            return ""
-        return "" if abs(self.value) <= self.half else "gain" if self.value > 0 else "loss"
-
-    def _format(self, value: float, signed: bool = False) -> str:
-        digits = _DIGITS[self.kind]
-        text = f"{value:{'+' if signed else ''},.{digits}f}"
-        if float(text.replace(",", "")) == 0:  # no minus before a zero
-            text = text.lstrip("+-")
-        return text.replace("-", "\N{MINUS SIGN}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row: what it is called, its cells, and the method whose colour it has, if any."""
-
-    label: str
-    cells: Sequence[Cell]
-    method: str | None = None
-
-
-@dataclass
-class Table:
-    """Rows of cells under columns.
-
-    Attributes:
-        name: of its files.
-        title: one line.
-        corner: what the row labels are.
-        note: how to read it.
-        caption: the title where its surroundings say the rest already.
+    The caption is the part of the title that its surroundings do not say already.
     """
 
     name: str
     title: str
-    corner: str
-    columns: list[Column]
-    rows: list[Row]
-    note: str = ""
-    caption: str = ""
+    caption: str
 
-    def __post_init__(self) -> None:
-        filled = [
-            i
-            for i, column in enumerate(self.columns)
-            if any(row.cells[i].value is not None or row.cells[i].text for row in self.rows)
+
+class Kind(NamedTuple):
+    """How numbers are shown.
+
+    Attributes:
+        factor: what they are multiplied by.
+        best: max or min, where one of the rows is the best.
+        signed: whether they are differences.
+        spread: whether the interval of their mean says anything.
+    """
+
+    factor: float = 1.0
+    digits: int = 0
+    unit: str = ""
+    best: Callable[[Iterable[float]], float] | None = None
+    signed: bool = False
+    spread: bool = True
+
+    def shown(self, value: float, signed: bool = False) -> str:
+        """A number as text, a zero without a sign."""
+        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
+        if float(text.replace(",", "")) == 0:
+            text = text.lstrip("+-")
+        return text.replace("-", "\N{MINUS SIGN}")
+
+
+PLAIN = Kind()  # counts and texts
+SHARE = Kind(100.0, 1, "%")
+HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
+POINTS = Kind(100.0, 1, "points", signed=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, or a number with half its interval; and its runs.
+
+    Attributes:
+        text, interval: as shown.
+        known: the number in the column's unit.
+        sign: "gain" or "loss" for a difference whose interval excludes zero.
+    """
+
+    text: str
+    runs: tuple[int, ...] = ()
+    known: Estimate | None = None
+    interval: str = ""
+    sign: str = ""
+    best: bool = False
+
+
+NOTHING = Cell("–")
+
+
+class Column(NamedTuple):
+    """A column's head, and what stands in it by a row's key."""
+
+    title: str
+    of: Callable[[Any], Samples | Cell]
+    kind: Kind = SHARE
+
+    def cells(self, keys: Iterable[Any]) -> list[Cell]:
+        """Its cells; the best as shown are marked, all of them where some are equal."""
+        cells, kind = [self._cell(self.of(key)) for key in keys], self.kind
+        shown = [round(c.known.mean, kind.digits) if c.known else None for c in cells]
+        known = [value for value in shown if value is not None]
+        if kind.best is None or len(known) < 2:
+            return cells
+        best = kind.best(known)
+        return [replace(cell, best=own == best) for cell, own in zip(cells, shown, strict=True)]
+
+    def _cell(self, found: Samples | Cell) -> Cell:
+        if isinstance(found, Cell):
+            return found
+        if not found:
+            return NOTHING
+        known, kind, interval, sign = found.estimate(self.kind.factor), self.kind, "", ""
+        if known.half is not None and kind.spread:
+            interval = kind.shown(known.half)
+            if kind.signed and abs(known.mean) > known.half:
+                sign = "gain" if known.mean > 0 else "loss"
+        return Cell(kind.shown(known.mean, kind.signed), found.runs, known, interval, sign)
+
+
+class Head(NamedTuple):
+    """A column's head, and characters of its longest interval, with which others are aligned."""
+
+    title: str
+    unit: str
+    width: int
+    text: bool
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+class Row(NamedTuple):
+    """A row: what it is called, the method whose colour it has, if any, and its cells."""
+
+    label: str
+    method: str | None
+    cells: list[Cell]
+
+
+class Table:
+    """Rows of cells under columns; rows and columns without any are left out.
+
+    Args:
+        about: its name and title.
+        corner: what the row labels are.
+        columns: say what stands in them.
+        rows: label, key and, if it has the colour of one, method of each.
+        note: how to read it.
+    """
+
+    def __init__(
+        self,
+        about: Named,
+        corner: str,
+        columns: Iterable[Column],
+        rows: Sequence[tuple[str, Any, str | None]],
+        note: str = "",
+    ) -> None:
+        self.about, self.corner, self.note = about, corner, note
+        made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
+        made = [(column, cells) for column, cells in made if set(cells) - {NOTHING}]
+        self.heads = [
+            Head(
+                column.title,
+                column.kind.unit,
+                max(len(cell.interval) for cell in cells),
+                not any(cell.known for cell in cells),
+            )
+            for column, cells in made
         ]
-        self.columns = [self.columns[i] for i in filled]
-        self.rows = [
-            Row(row.label, [row.cells[i] for i in filled], row.method)
-            for row in self.rows
-            if any(row.cells[i].value is not None or row.cells[i].text for i in filled)
-        ]
-        for i, column in enumerate(self.columns):
-            self._mark_best(i, column)
+        lines = zip(rows, *(cells for _, cells in made), strict=True)
+        found = [Row(label, method, cells) for (label, _, method), *cells in lines]
+        self.rows = [row for row in found if set(row.cells) - {NOTHING}]
+        units = {head.unit for head in self.heads}
+        self.unit = units.pop() if len(units) == 1 else ""
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    def _mark_best(self, index: int, column: Column) -> None:
-        """The best of a column as shown, all of them where some are equal."""
-        values = [row.cells[index].value for row in self.rows]
-        known = [round(v, _DIGITS[column.kind]) for v in values if v is not None]
-        if column.better is None or len(known) < 2:
-            return
-        best = max(known) if column.better == "high" else min(known)
-        for i, row in enumerate(self.rows):
-            cell = row.cells[index]
-            if cell.value is not None and round(cell.value, _DIGITS[column.kind]) == best:
-                cells = list(row.cells)
-                cells[index] = replace(cell, best=True)
-                self.rows[i] = replace(row, cells=cells)
-
-    def has_interval(self, index: int) -> bool:
-        """Whether any number of a column has one."""
-        return any(row.cells[index].half is not None for row in self.rows)
-
-    def interval_width(self, index: int) -> int:
-        """Characters of a column's longest interval, which the others are aligned with."""
-        return max(len(row.cells[index].interval) for row in self.rows)
-
     @property
-    def unit(self) -> str:
-        """The unit that all columns have in common, if they do."""
-        units = {column.unit for column in self.columns}
-        return units.pop() if len(units) == 1 else ""
+    def files(self) -> dict[str, bytes | str]:
+        """Content by kind of file."""
+        markdown, latex = map(TEMPLATES.get_template, ("table.md", "table.tex"))
+        made = {"md": markdown.render(table=self), "csv": self._csv()}
+        return {**made, "tex": latex.render(table=self)}
 
-    def heads(self) -> list[str]:
-        """Column titles with units."""
-        return [f"{c.title} ({c.unit})" if c.unit else c.title for c in self.columns]
-
-    def to_csv(self) -> str:
+    def _csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        head = [self.corner]
-        for i, title in enumerate(self.heads()):
-            head += [title, f"{title} ±", f"{title} n"] if self.has_interval(i) else [title]
+        lines: list[list[Any]] = [[self.corner], *([row.label] for row in self.rows)]
+        for i, head in enumerate(self.heads):
+            names = (str(head), f"{head} ±", f"{head} n")[: 3 if head.width else 1]
+            lines[0] += names
+            for line, row in zip(lines[1:], self.rows, strict=True):
+                cell, known = row.cells[i], row.cells[i].known
+                full = (known.mean, known.half, known.count) if known else (None, None, None)
+                line += [cell.text] if head.text else full[: len(names)]
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(map(_inert, head))
-        for row in self.rows:
-            line: list[str] = [_inert(row.label)]
-            for i, cell in enumerate(row.cells):
-                if cell.kind == "text":
-                    line.append(_inert(cell.text))
-                    continue
-                line.append("" if cell.value is None else repr(cell.value))
-                if self.has_interval(i):
-                    line.append("" if cell.half is None else repr(cell.half))
-                    line.append(str(cell.count) if cell.count else "")
-            writer.writerow(line)
-        return text.getvalue()
-
-    def to_markdown(self) -> str:
-        """A GitHub-flavoured table with its title and note, the best in bold."""
-        aligned = ["---", *("---" if c.kind == "text" else "---:" for c in self.columns)]
-        lines = [[_markdown(h) for h in (self.corner, *self.heads())], aligned]
-        for row in self.rows:
-            cells = [_markdown(c.shown) for c in row.cells]
-            bold = [f"**{t}**" if c.best else t for c, t in zip(row.cells, cells, strict=True)]
-            lines.append([_markdown(row.label), *bold])
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        note = f"\n{_markdown(self.note)}\n" if self.note else ""
-        return f"**{_markdown(self.title)}**\n\n{body}\n{note}"
-
-    def to_latex(self) -> str:
-        """A ``table`` with booktabs rules."""
-        align = "l" + "".join("l" if c.kind == "text" else "r" for c in self.columns)
-        lines = [" & ".join(_latex(h) for h in (self.corner, *self.heads())) + r" \\", r"\midrule"]
-        for row in self.rows:
-            cells = [_latex_cell(cell) for cell in row.cells]
-            lines.append(" & ".join([_latex(row.label), *cells]) + r" \\")
-        body = "\n".join(lines)
-        note = f"\n\\smallskip\n{{\\footnotesize {_latex(self.note)}}}\n" if self.note else ""
-        return (
-            "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n"
-            f"\\caption{{{_latex(self.title)}}}\n"
-            f"\\begin{{tabular}}{{{align}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-            f"{note}\\end{{table}}\n"
+        csv.writer(text, lineterminator="\n").writerows(
+            [_inert(value) if isinstance(value, str) else value for value in line] for line in lines
         )
-
-
-def number(kind: str, samples: Samples) -> Cell:
-    """The mean of samples as a cell, with its interval and runs."""
-    if not samples:
-        return Cell(kind)
-    factor = _FACTOR.get(kind, 1.0)
-    found = estimate([sample.value for sample in samples.values()])
-    return Cell(
-        kind,
-        factor * found.mean,
-        None if found.half is None else factor * found.half,
-        found.count,
-        runs=tuple(sorted({n for sample in samples.values() for n in sample.runs})),
-    )
-
-
-def single(kind: str, value: float | None, runs: Iterable[int] = ()) -> Cell:
-    """One number as a cell, without an interval."""
-    if value is None:
-        return Cell(kind)
-    return Cell(kind, _FACTOR.get(kind, 1.0) * float(value), None, 1, runs=tuple(sorted(runs)))
-
-
-def words(text: object, runs: Iterable[int] = ()) -> Cell:
-    """A text as a cell."""
-    return Cell(text=clean(text), runs=tuple(runs))
+        return text.getvalue()
 
 
 def _inert(text: str) -> str:
@@ -249,36 +205,23 @@ def _markdown(text: str) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "…": r"\ldots{}",
-    "→": r"$\rightarrow$",
-    "−": "$-$",
-    "·": r"$\cdot$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-}
+_LATEX = {c: f"\\{c}" for c in "{}$&#%_"} | {
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
+    "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$", "·": r"$\cdot$",
+}  # fmt: skip
 
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def _latex_cell(cell: Cell) -> str:
-    if cell.kind == "text":
-        return _latex(cell.text)
-    number = _latex(cell.number)
-    bold = rf"\textbf{{{number}}}" if cell.best else number
-    return rf"{bold} $\pm$ {cell.interval}" if cell.interval else bold
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(PAGE),
+    autoescape=lambda name: str(name).endswith(".html"),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"markdown": _markdown, "latex": _latex, "clean": clean}
