@@ -120,13 +120,8 @@ def create_app(
 ) -> FastAPI:
     """The application; its lifespan starts and ends the threads that do the work.
 
-    Long, because the routes share what is made here.
-
-    Args:
-        served: from `load_served`.
-        limits: bounds.
-        registry: of metrics; ``/metrics`` tells them.
-        ready: called once requests can be answered.
+    Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Long,
+    because the routes share what is made here.
     """
     shown = served.support
     names, pictures = (shown.class_names, shown.pictures) if shown else ((), ())
@@ -154,9 +149,7 @@ def create_app(
     )
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def entry(
-        file: UploadFile, place: int, top: int, nearest: int, alone: bool
-    ) -> Prediction:
+    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> Prediction:
         name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
@@ -170,10 +163,10 @@ def create_app(
             return Prediction(file=name, error=str(error))
         counted.labels("ok").inc()
         (classes,) = best(probabilities[None], served.class_names, top)
-        (places,) = best(cosines[None], range(len(cosines)), nearest)
+        (places,) = best(cosines[None], range(len(cosines)), near)
         ranked = [RankedClass(name=name, probability=p) for name, p in classes]
-        near = [Neighbour(image=f"/support/{i}", name=names[i], cosine=c) for i, c in places]
-        return Prediction(file=name, classes=ranked, nearest=near)
+        nearest = [Neighbour(image=f"/support/{i}", name=names[i], cosine=c) for i, c in places]
+        return Prediction(file=name, classes=ranked, nearest=nearest)
 
     @app.post(
         "/predict", responses=_PROBLEMS, openapi_extra=_BODY, response_model_exclude_defaults=True
