@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# What, with the pages' parts, needs no token: the pages, which ask for it, and whether it is up.
+# What needs no token, beside /static/: the pages, which ask for it, and whether the server is up.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
 # What metrics tell apart; others are counted as "other".
 _COUNTED = _OPEN | {"/predict", "/classes", "/metrics"}
