@@ -38,11 +38,7 @@ class Unreadable:
 
 
 def predict_each(
-    classifier: Classifier,
-    paths: Iterable[Path | str],
-    *,
-    top: int = 1,
-    batch_size: int = 100,
+    classifier: Classifier, paths: Iterable[Path | str], *, top: int = 1, batch_size: int = 100
 ) -> Iterator[Prediction | Unreadable]:
     """Classify image files one after the other, in order; memory does not grow with their number.
 

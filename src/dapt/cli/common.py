@@ -83,9 +83,7 @@ _STORAGE: dict[int | None, str] = {
 
 @contextmanager
 def readable_errors(
-    run: Path | None = None,
-    again: str = "",
-    interrupted: type[BaseException] = KeyboardInterrupt,
+    run: Path | None = None, again: str = "", interrupted: type[BaseException] = KeyboardInterrupt
 ) -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2; all commands are in this.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Context, Option
 
@@ -65,6 +65,7 @@ def train(
     from dapt.run.directory import RunDirectory
     from dapt.run.train import check_output
     from dapt.run.train import train as run_training
+    from dapt.safe.files import read_json
     from dapt.settings import absolute_paths, make_settings, read_settings_file
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
@@ -82,7 +83,9 @@ def train(
                 f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
             )
         if given.get("support_set"):
-            given.setdefault("shots", _shots_of(Path(given["support_set"])))
+            drawn = read_json(Path(given["support_set"]), "support set file")
+            if isinstance(drawn, dict):  # what else it holds is checked later
+                given.setdefault("shots", drawn.get("shots"))
         final = make_settings(given)
         processes = join_processes()
         if processes.first:
@@ -110,14 +113,6 @@ def train(
         if data and shared and learns and len(data.task.test) <= COMPARED_IMAGES:
             before = evaluate_zero_shot(data.task, final, reporter, shared)["accuracy"]
             _compare(result.test.accuracy, before, final.shots)
-
-
-def _shots_of(support_set: Path) -> Any:
-    """Shots that a saved support set was drawn with; what else it holds is checked later."""
-    from dapt.safe.files import read_json
-
-    value = read_json(support_set, "support set file")
-    return value.get("shots") if isinstance(value, dict) else None
 
 
 def _compare(tuned: float, before: float, shots: int) -> None:

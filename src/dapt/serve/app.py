@@ -106,7 +106,8 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: {"model": Problem, "description": "Too much is waiting; see Retry-After."},
     503: {"model": Problem, "description": "It took too long; see Retry-After."},
 }
-_BODY = {"required": True, "content": {MULTIPART: {"schema": Photos.model_json_schema()}}}
+_CONTENT = {MULTIPART: {"schema": Photos.model_json_schema()}}
+_BODY = {"requestBody": {"required": True, "content": _CONTENT}}
 _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/jpeg": {}}},
     401: _PROBLEMS[401],
@@ -119,13 +120,8 @@ def create_app(
 ) -> FastAPI:
     """The application; its lifespan starts and ends the threads that do the work.
 
-    Long, because the routes share what is made here.
-
-    Args:
-        served: from `load_served`.
-        limits: bounds.
-        registry: of metrics; ``/metrics`` tells them.
-        ready: called once requests can be answered.
+    Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Long,
+    because the routes share what is made here.
     """
     shown = served.support
     names, pictures = (shown.class_names, shown.pictures) if shown else ((), ())
@@ -153,10 +149,8 @@ def create_app(
     )
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def entry(
-        file: UploadFile, number: int, top: int, nearest: int, alone: bool
-    ) -> Prediction:
-        name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(number)
+    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> Prediction:
+        name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
             view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
@@ -169,28 +163,18 @@ def create_app(
             return Prediction(file=name, error=str(error))
         counted.labels("ok").inc()
         (classes,) = best(probabilities[None], served.class_names, top)
-        (places,) = best(cosines[None], range(len(cosines)), nearest)
-        return Prediction(
-            file=name,
-            classes=[RankedClass(name=name, probability=p) for name, p in classes],
-            nearest=[
-                Neighbour(image=f"/support/{i}", name=names[i], cosine=cosine)
-                for i, cosine in places
-            ],
-        )
+        (places,) = best(cosines[None], range(len(cosines)), near)
+        ranked = [RankedClass(name=name, probability=p) for name, p in classes]
+        nearest = [Neighbour(image=f"/support/{i}", name=names[i], cosine=c) for i, c in places]
+        return Prediction(file=name, classes=ranked, nearest=nearest)
 
     @app.post(
-        "/predict",
-        responses=_PROBLEMS,
-        openapi_extra={"requestBody": _BODY},
-        response_model_exclude_defaults=True,
+        "/predict", responses=_PROBLEMS, openapi_extra=_BODY, response_model_exclude_defaults=True
     )
     async def predict(
         request: Request,
         top: Annotated[int, Query(ge=1, description="Classes to name for each image.")] = 5,
-        nearest: Annotated[
-            int, Query(ge=0, le=50, description="Support images to name for each image.")
-        ] = 0,
+        nearest: Annotated[int, Query(ge=0, le=50, description="Support images to name.")] = 0,
     ) -> Predictions:
         """Classify images.
 
@@ -207,9 +191,8 @@ def create_app(
                     work = (entry(f, i, top, nearest, alone) for i, f in enumerate(files, 1))
                     return Predictions(predictions=await asyncio.gather(*work))
         except TimeoutError:
-            raise HTTPException(
-                503, f"no answer within {limits.timeout:g} s; try again", AGAIN
-            ) from None
+            said = f"no answer within {limits.timeout:g} s; try again"
+            raise HTTPException(503, said, AGAIN) from None
 
     @app.get("/classes", responses={401: _PROBLEMS[401]})
     async def classes() -> Classes:

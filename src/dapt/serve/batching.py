@@ -14,9 +14,6 @@ from starlette.exceptions import HTTPException
 from dapt.serve.served import Answer, Served
 from dapt.serve.uploads import AGAIN, Limits
 
-# Seconds that a batch is kept open for others.
-_WAIT = 0.003
-
 
 class Batcher:
     """Batches what several requests ask, and bounds how much of it there may be.
@@ -69,7 +66,7 @@ class Batcher:
             while True:
                 found = [await self._waiting.get()]
                 if self._waiting.qsize() < size - 1:
-                    await asyncio.sleep(_WAIT)
+                    await asyncio.sleep(0.003)  # for others
                 while len(found) < size and not self._waiting.empty():
                     found.append(self._waiting.get_nowait())
                 if wanted := [one for one in found if not one[1].cancelled()]:

@@ -13,9 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# What may be had without the token: the pages, which ask for it, and whether the server is up.
+# What needs no token, beside /static/: the pages, which ask for it, and whether the server is up.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
-_OPEN_FOLDER = "/static/"
 # What metrics tell apart; others are counted as "other".
 _COUNTED = _OPEN | {"/predict", "/classes", "/metrics"}
 
@@ -112,7 +111,7 @@ class Gate:
         kind, _, given = headers.get("authorization", "").partition(" ")
         # Headers are latin-1 once they arrive; the time taken tells nothing of where they differ.
         right = secrets.compare_digest(given.strip().encode("latin-1"), self.token.encode())
-        if path in _OPEN or path.startswith(_OPEN_FOLDER) or (right and kind.lower() == "bearer"):
+        if path in _OPEN or path.startswith("/static/") or (right and kind.lower() == "bearer"):
             return None
         said = "this server asks for a token; send it as 'Authorization: Bearer TOKEN'"
         return JSONResponse({"detail": said}, 401, {"www-authenticate": "Bearer"})

@@ -26,9 +26,6 @@ from dapt.settings import backbone_name
 # a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
-# Support images are shown this small, px a side.
-_SHOWN = 160
-
 # What the model makes of a view: probabilities (C,), and cosines with the n support images (n,).
 Answer = tuple[Tensor, Tensor]
 
@@ -131,9 +128,9 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
 
 
 def _picture(view: np.ndarray) -> bytes:
-    """A view (S, S, 3) as a small JPEG file."""
+    """A view (S, S, 3) as a JPEG file, of 160 px a side at most."""
     image = Image.fromarray(np.ascontiguousarray(view))
-    image.thumbnail((_SHOWN, _SHOWN))
+    image.thumbnail((160, 160))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return file.getvalue()

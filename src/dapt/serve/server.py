@@ -25,9 +25,6 @@ from dapt.serve.uploads import Limits
 # Seconds in which a client that has connected, or has had its answer, must send a whole header.
 _HEADER_SECONDS = 10.0
 
-# Header of a request, bytes.
-_HEADER_BYTES = 16 * 2**10
-
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens, so that an address in use is known before a model is loaded.
@@ -89,7 +86,7 @@ def make_server(
         server_header=False,
         proxy_headers=False,
         limit_concurrency=limits.connections,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
+        h11_max_incomplete_event_size=16 * 2**10,  # of a header
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
     return _Server(config)
