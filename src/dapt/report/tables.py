@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from dapt.report.collect import clean
-from dapt.report.statistics import Estimate, Samples
+from dapt.report.statistics import Estimate, Samples, runs_of
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 
@@ -170,6 +170,11 @@ class Table:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Those that any of its numbers came from."""
+        return runs_of(cell for row in self.rows for cell in row.cells)
 
     @property
     def files(self) -> dict[str, bytes | str]:
