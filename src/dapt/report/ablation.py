@@ -70,7 +70,7 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         about = maker.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
         table = _compared(maker, about, what, scope, rows, reference, note)
-        if {row.label for row in table.rows} & {row.label for row in some}:
+        if {label for label, _ in table.rows} & {row.label for row in some}:
             tables.append(table)
     return tables
 

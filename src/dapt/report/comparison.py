@@ -83,15 +83,15 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
         [maker.difference(scope.at, scope) for scope in scopes],
     )
     # Beside the curves there is room for so many columns.
-    block = Block(label, tables=[accuracy, difference], beside=len(accuracy.heads) <= 4)
+    block = Block(label, tables=[accuracy, difference], beside=len(accuracy.columns) <= 4)
     if accuracy and (average or short in maker.drawn):
         lines = {
-            maker.entry(str(row.method)): {
-                scope.shots: cell.known
-                for scope, cell in zip(scopes, row.cells, strict=True)
-                if cell.known
+            maker.entry(str(method)): {
+                scope.shots: known
+                for scope, column in zip(scopes, accuracy.columns, strict=True)
+                if (known := column.cells[i].known)
             }
-            for row in accuracy.rows
+            for i, (_, method) in enumerate(accuracy.rows)
         }
         block.runs = accuracy.runs
         block.legend = list(lines) if sum(map(len, lines.values())) > len(study.methods) else []

@@ -68,11 +68,11 @@ def _dispersion(maker: Maker, dataset: str) -> Block:
         return block
     for kind in ("inter", "intra"):
         changes = {}
-        for row in table.rows:
-            known = {h.title: c.known for h, c in zip(table.heads, row.cells, strict=True)}
+        for i, (_, method) in enumerate(table.rows):
+            known = {column.title: column.cells[i].known for column in table.columns}
             before, after = known.get(f"{kind} before"), known.get(f"{kind} after")
             if before and after:
-                changes[maker.entry(str(row.method))] = (before.mean, after.mean)
+                changes[maker.entry(str(method))] = (before.mean, after.mean)
         if changes:
             what = f"{kind.capitalize()}-dispersion"
             about = maker.named(
