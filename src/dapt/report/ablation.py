@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dapt.methods import METHODS
 from dapt.report.collect import clean
 from dapt.report.rows import loss_settings, loss_title, method_title, prompts
-from dapt.report.sections import Block, Maker, shots_of
+from dapt.report.sections import Block, Maker
 from dapt.report.statistics import Samples, minus
 from dapt.report.study import Scope, Variant, full_settings, shown
 from dapt.report.tables import HIGHER, POINTS, Column, Named, Table
@@ -59,18 +59,18 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         if learned < own and terms and terms <= weights.keys():
             left = f"{' and '.join(prompts(other))} prompt only"
             parts += row(f"{left}, {', '.join(map(loss_title, terms))}", other)
+    scope = Scope(study.datasets, shots)
     both = row(f"both ({method_title(method)})", method)
     tables = []
     for what, rows, some, reference in (
         ("losses", [*none, *losses, *both], losses, none),
         ("prompts", [*parts, *both], parts, both),
     ):
-        caption = f"{what.capitalize()} on and off, {shots_of(shots)}"
+        caption = f"{what.capitalize()} on and off, {scope.at}"
         about = maker.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
-        scope = Scope(study.datasets, shots)
         table = _compared(maker, about, what, scope, rows, reference, note)
-        if {row.label for row in table.rows} & {row.label for row in some}:
+        if {label for label, _ in table.rows} & {row.label for row in some}:
             tables.append(table)
     return tables
 
@@ -98,7 +98,7 @@ def _settings(
         label += " (main)" if variant == main else ""
         rows.append(([_order(value) for value in values], _Compared(label, method, variant)))
     ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
-    caption = f"{method_title(method)}, {shots_of(shots)}: {', '.join(map(clean, names))}"
+    caption = f"{method_title(method)}, {scope.at}: {', '.join(map(clean, names))}"
     about = maker.named("ablation", method, *names, f"{shots}-shots", caption=caption)
     reference = [row for row in ordered if row.variant == main]
     return _compared(maker, about, "setting", scope, ordered, reference)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dapt.methods import ZERO_SHOT
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import method_title
-from dapt.report.sections import Block, Maker, averaged, shots_of
+from dapt.report.sections import Block, Maker, averaged
 from dapt.report.statistics import Sample, Samples, runs_of
 from dapt.report.study import Scope, Study
 from dapt.report.tables import PLAIN, Column
@@ -47,14 +47,14 @@ def overview(maker: Maker) -> list[Block]:
         Column("learned", learned, PLAIN),
         maker.column("tuning", scope, "tuning"),
     ]
-    about = maker.named("overview", caption=f"All methods at {shots_of(scope.shots)}")
+    about = maker.named("overview", caption=f"All methods at {scope.at}")
     tables = [maker.by_method(about, columns)]
     if len(study.datasets) > 1:
         columns = [maker.column(d, Scope([d], scope.shots)) for d in study.datasets]
         whole = scope.datasets == study.datasets
         if whole:
             columns.append(maker.column("average", scope))
-        caption = f"Accuracy by dataset at {shots_of(scope.shots)}"
+        caption = f"Accuracy by dataset at {scope.at}"
         about = maker.named("overview-by-dataset", caption=caption)
         tables.append(maker.by_method(about, columns, _AVERAGE if whole else ""))
     return [Block(tables=tables)]
@@ -74,35 +74,31 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
     tuned = [method for method in study.methods if method != ZERO_SHOT]
     scopes = [s for s in scopes if any(study.samples(s, m) for m in tuned)] or scopes
     to = f"Difference to {method_title(study.baseline)}"
-    tables = [
-        maker.by_method(
-            maker.named("accuracy", short, caption="Accuracy", of=label),
-            [maker.column(shots_of(scope.shots), scope) for scope in scopes],
-            _AVERAGE if average else "",
-        ),
-        maker.by_method(
-            maker.named("difference", short, caption=to, of=label),
-            [maker.difference(shots_of(scope.shots), scope) for scope in scopes],
-        ),
-    ]
+    accuracy = maker.by_method(
+        maker.named("accuracy", short, caption="Accuracy", of=label),
+        [maker.column(scope.at, scope) for scope in scopes],
+        _AVERAGE if average else "",
+    )
+    difference = maker.by_method(
+        maker.named("difference", short, caption=to, of=label),
+        [maker.difference(scope.at, scope) for scope in scopes],
+    )
     # Beside the curves there is room for so many columns.
-    block = Block(label, tables=tables, beside=len(tables[0].heads) <= 4)
-    lines = {
-        method: {s.shots: own for s in scopes if (own := study.samples(s, method))}
-        for method in study.methods
-    }
-    every = [samples for line in lines.values() for samples in line.values()]
-    if every and (average or short in maker.drawn):
-        block.runs = runs_of(every)
-        estimates = {
-            maker.entry(m): {k: own.estimate(100.0) for k, own in line.items()}
-            for m, line in lines.items()
-            if line
+    block = Block(label, tables=[accuracy, difference], beside=len(accuracy.columns) <= 4)
+    if accuracy and (average or short in maker.drawn):
+        lines = {
+            maker.entry(str(method)): {
+                scope.shots: known
+                for scope, column in zip(scopes, accuracy.columns, strict=True)
+                if (known := column.cells[i].known)
+            }
+            for i, (_, method) in enumerate(accuracy.rows)
         }
-        block.legend = list(estimates) if len(every) > len(study.methods) else []
+        block.runs = accuracy.runs
+        block.legend = list(lines) if sum(map(len, lines.values())) > len(study.methods) else []
         caption, figure = "Accuracy over shots", accuracy_over_shots
-        if len(shots := {k for line in lines.values() for k in line}) == 1:
-            caption, figure = f"Accuracy at {shots_of(shots.pop())}", accuracy_by_method
+        if len({shots for line in lines.values() for shots in line}) == 1:
+            caption, figure = f"Accuracy at {scopes[0].at}", accuracy_by_method
         about = maker.named("figure-accuracy", short, caption=caption, of=label)
-        block.drawings.append(figure(about, estimates))
+        block.drawings.append(figure(about, lines))
     return block

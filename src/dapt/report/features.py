@@ -21,7 +21,7 @@ from PIL import Image
 from dapt.data import open_image
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import task_of
-from dapt.engine.evaluate import ECE_BINS
+from dapt.engine.evaluate import ECE_BINS, logits_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.progress import Reporter
@@ -123,8 +123,6 @@ class _Look:
         self.shared = shared
         self.classifier = load_classifier(self.directory, backbone=shared.backbone)
         self.names = self.classifier.class_names
-        with torch.inference_mode():
-            self.text = self.classifier.text_features().cpu()
 
     def all(self, colour: str, *, examples: bool) -> Iterator[str]:
         """Everything, diagrams in ``colour``; yields notes on what is missing."""
@@ -143,10 +141,9 @@ class _Look:
             template = self.classifier.template
             plain = Classifier(self.shared.backbone, self.names, template=template)
             with torch.inference_mode():
-                before = plain.text_features().cpu().numpy()
+                before, after = (c.text_features().cpu().numpy() for c in (plain, self.classifier))
             about = self.about("map-text", "Text features,", f"{len(self.names):,} class names")
-            shown = [colours.get(c) for c in range(len(self.names))]
-            self.map(about, before, self.text.numpy(), shown)
+            self.map(about, before, after, [colours.get(c) for c in range(len(self.names))])
         if there and "visual" in prompts(self.run.method):
             chosen = np.flatnonzero(self.even & np.isin(self.labels, coloured))
             chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
@@ -204,9 +201,7 @@ class _Look:
 
     def predict(self, colour: str) -> Iterator[str]:
         """How reliable predictions are, and examples of wrong ones; notes if they changed."""
-        with torch.inference_mode():
-            place = self.shared.backbone.device
-            logits = self.classifier.logits(self.image.to(place), self.text.to(place)).cpu()
+        logits = torch.cat(list(logits_of(self.classifier, self.image)))
         probabilities = logits.double().softmax(-1).numpy()
         confidence, named = probabilities.max(-1), probabilities.argmax(-1)
         correct, even, total = named == self.labels, self.even, len(self.task.test)

@@ -10,7 +10,7 @@ from dapt.errors import UserError
 from dapt.report.collect import ConfusionMatrix, Run, read_confusion, warning
 from dapt.report.figures import confusion_matrix
 from dapt.report.rows import learns, method_title
-from dapt.report.sections import Block, Maker, shots_of
+from dapt.report.sections import Block, Maker
 from dapt.report.statistics import Sample, Samples
 from dapt.report.study import Scope, Study
 from dapt.report.tables import PLAIN, Cell, Column, Table
@@ -50,7 +50,7 @@ def mistakes(maker: Maker) -> list[Block]:
 
 def _mistakes(maker: Maker, run: Run, confusion: ConfusionMatrix) -> Block:
     label, size = maker.study.label(run.dataset), len(confusion.class_names)
-    what = f"{label}: {method_title(run.method)}, {shots_of(run.shots)}, seed {run.seed}"
+    what = f"{label}: {method_title(run.method)}, {Scope([], run.shots).at}, seed {run.seed}"
     note = f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
     # Classes with the most misnamed images, in label order.
     wrong = confusion.images - confusion.right
@@ -64,7 +64,7 @@ def _mistakes(maker: Maker, run: Run, confusion: ConfusionMatrix) -> Block:
         _tables(maker, run, confusion),
         examples=[hard for inside in maker.inside if inside.run == run for hard in inside.hardest],
         beside=size <= 36,
-        size="natural",
+        kind="natural",
         runs=(run.number,),
     )
 
@@ -111,16 +111,14 @@ def calibration(maker: Maker) -> list[Block]:
     for dataset in study.datasets:
         label, scopes = study.label(dataset), [Scope([dataset], k) for k in study.shots]
         about = maker.named("ece", dataset, caption="ECE", of=label)
-        columns = [maker.column(shots_of(s.shots), s, "ece") for s in scopes]
+        columns = [maker.column(s.at, s, "ece") for s in scopes]
         looked = [i for i in maker.inside if i.run.dataset == dataset and i.reliability]
         blocks += (
             Block(label, tables=[maker.by_method(about, columns)]),
             Block(
                 f"Reliability, {label}",
-                "Accuracy by confidence; below the dashed line it is too sure of itself. The "
-                "more solid a bar, the more images it stands for.",
-                [drawing for inside in looked for drawing in inside.reliability],
-                size="small",
+                drawings=[drawing for inside in looked for drawing in inside.reliability],
+                kind="small",
                 runs=tuple(inside.run.number for inside in looked),
             ),
         )

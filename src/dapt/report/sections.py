@@ -32,7 +32,7 @@ class Block:
         title: its heading; none where the section's says it already.
         legend: what the colours of the figures mean.
         beside: whether figures and tables stand side by side where there is room.
-        size: of the figures: "", "small", "pairs" or "natural".
+        kind: of the figures: "", "natural", "pairs" (feature maps) or "small" (reliability).
         runs: what the figures are drawn from.
     """
 
@@ -43,7 +43,7 @@ class Block:
     legend: Sequence[Entry] = ()
     examples: Sequence[HardClass] = ()
     beside: bool = False
-    size: str = ""
+    kind: str = ""
     runs: tuple[int, ...] = ()
 
     @property
@@ -105,11 +105,6 @@ class Maker:
         """A table with a row for each method, or for some."""
         rows = [(method_title(m), m, m) for m in methods or self.study.methods]
         return Table(about, "method", columns, rows, note)
-
-
-def shots_of(number: int) -> str:
-    """A number of shots in words."""
-    return f"{number} shot" if number == 1 else f"{number} shots"
 
 
 def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -51,8 +51,8 @@ class Samples(dict[int, Sample]):
         return estimate([sample.value for sample in self.values()], factor)
 
 
-def runs_of(parts: Iterable[Sample | Samples]) -> tuple[int, ...]:
-    """Runs that any of the parts came from."""
+def runs_of(parts: Iterable[Any]) -> tuple[int, ...]:
+    """Runs that any of the parts came from: samples by seed or alone, or cells of a table."""
     return tuple(sorted({n for part in parts for n in part.runs}))
 
 

@@ -38,6 +38,11 @@ class Scope(NamedTuple):
     shots: int
     classes: str | None = None
 
+    @property
+    def at(self) -> str:
+        """Its number of shots in words."""
+        return f"{self.shots} shot" if self.shots == 1 else f"{self.shots} shots"
+
 
 class Study:
     """All runs of a report, and the numbers of its main ones.

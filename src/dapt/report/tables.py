@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from dapt.report.collect import clean
-from dapt.report.statistics import Estimate, Samples
+from dapt.report.statistics import Estimate, Samples, runs_of
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 
@@ -82,21 +82,27 @@ NOTHING = Cell("–")
 
 
 class Column(NamedTuple):
-    """A column's head, and what stands in it by a row's key."""
+    """A column: its head, what stands in it by a row's key, and in a table its cells."""
 
     title: str
     of: Callable[[Any], Samples | Cell]
     kind: Kind = SHARE
+    cells: Sequence[Cell] = ()
 
-    def cells(self, keys: Iterable[Any]) -> list[Cell]:
-        """Its cells; the best as shown are marked, all of them where some are equal."""
+    @property
+    def head(self) -> str:
+        """Its title with the unit."""
+        return f"{self.title} ({self.kind.unit})" if self.kind.unit else self.title
+
+    def filled(self, keys: Iterable[Any]) -> Column:
+        """With cells; the best as shown are marked, all of them where some are equal."""
         cells, kind = [self._cell(self.of(key)) for key in keys], self.kind
         shown = [round(c.known.mean, kind.digits) if c.known else None for c in cells]
         known = [value for value in shown if value is not None]
-        if kind.best is None or len(known) < 2:
-            return cells
-        best = kind.best(known)
-        return [replace(cell, best=own == best) for cell, own in zip(cells, shown, strict=True)]
+        if kind.best is not None and len(known) > 1:
+            best = [value == kind.best(known) for value in shown]
+            cells = [replace(cell, best=b) for cell, b in zip(cells, best, strict=True)]
+        return self._replace(cells=cells)
 
     def _cell(self, found: Samples | Cell) -> Cell:
         if isinstance(found, Cell):
@@ -111,26 +117,6 @@ class Column(NamedTuple):
         return Cell(kind.shown(known.mean, kind.signed), found.runs, known, interval, sign)
 
 
-class Head(NamedTuple):
-    """A column's head, and characters of its longest interval, with which others are aligned."""
-
-    title: str
-    unit: str
-    width: int
-    text: bool
-
-    def __str__(self) -> str:
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
-
-class Row(NamedTuple):
-    """A row: what it is called, the method whose colour it has, if any, and its cells."""
-
-    label: str
-    method: str | None
-    cells: list[Cell]
-
-
 class Table:
     """Rows of cells under columns; rows and columns without any are left out.
 
@@ -138,7 +124,7 @@ class Table:
         about: its name and title.
         corner: what the row labels are.
         columns: say what stands in them.
-        rows: label, key and, if it has the colour of one, method of each.
+        rows: label, key and, if it has the colour of one, method of each; without keys afterwards.
         note: how to read it.
     """
 
@@ -151,25 +137,19 @@ class Table:
         note: str = "",
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
-        made = [(column, column.cells(key for _, key, _ in rows)) for column in columns]
-        made = [(column, cells) for column, cells in made if set(cells) - {NOTHING}]
-        self.heads = [
-            Head(
-                column.title,
-                column.kind.unit,
-                max(len(cell.interval) for cell in cells),
-                not any(cell.known for cell in cells),
-            )
-            for column, cells in made
-        ]
-        lines = zip(rows, *(cells for _, cells in made), strict=True)
-        found = [Row(label, method, cells) for (label, _, method), *cells in lines]
-        self.rows = [row for row in found if set(row.cells) - {NOTHING}]
-        units = {head.unit for head in self.heads}
-        self.unit = units.pop() if len(units) == 1 else ""
+        made = [column.filled(key for _, key, _ in rows) for column in columns]
+        made = [column for column in made if set(column.cells) - {NOTHING}]
+        kept = [i for i in range(len(rows)) if any(c.cells[i] != NOTHING for c in made)]
+        self.columns = [column._replace(cells=[column.cells[i] for i in kept]) for column in made]
+        self.rows = [(rows[i][0], rows[i][2]) for i in kept]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Those that any of its numbers came from."""
+        return runs_of(cell for column in self.columns for cell in column.cells)
 
     @property
     def files(self) -> dict[str, bytes | str]:
@@ -180,15 +160,15 @@ class Table:
 
     def _csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        lines: list[list[Any]] = [[self.corner], *([row.label] for row in self.rows)]
-        for i, head in enumerate(self.heads):
-            names = (str(head), f"{head} ±", f"{head} n")[: 3 if head.width else 1]
-            lines[0] += names
-            for line, row in zip(lines[1:], self.rows, strict=True):
-                cell, known = row.cells[i], row.cells[i].known
-                full = (known.mean, known.half, known.count) if known else (None, None, None)
-                line += [cell.text] if head.text else full[: len(names)]
-        text = io.StringIO()
+        made: list[list[Any]] = [[self.corner, *(label for label, _ in self.rows)]]
+        for column in self.columns:
+            known = [cell.known for cell in column.cells]
+            texts = [cell.text for cell in column.cells]
+            made.append([column.head, *([k and k.mean for k in known] if any(known) else texts)])
+            if any(cell.interval for cell in column.cells):
+                made.append([f"{column.head} ±", *(k and k.half for k in known)])
+                made.append([f"{column.head} n", *(k and k.count for k in known)])
+        text, lines = io.StringIO(), zip(*made, strict=True)
         csv.writer(text, lineterminator="\n").writerows(
             [_inert(value) if isinstance(value, str) else value for value in line] for line in lines
         )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from functools import partial
 
 from dapt.report.rows import method_title
-from dapt.report.sections import Block, Maker, averaged, shots_of
+from dapt.report.sections import Block, Maker, averaged
 from dapt.report.study import (
     Measure,
     Scope,
@@ -61,7 +61,7 @@ def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, st
     columns = [maker.column(head, scope, measure) for head, measure in measures]
     columns.append(maker.difference("difference", scope, elsewhere(*targets)))
     parts = [name, source, *([scope.classes] if apart else []), f"{scope.shots}-shots"]
-    about = maker.named(*parts, caption=f"From {label}, {shots_of(scope.shots)}")
+    about = maker.named(*parts, caption=f"From {label}, {scope.at}")
     return maker.by_method(about, columns, note if len(there) > 1 else "", there)
 
 
@@ -76,9 +76,9 @@ def base_to_new(maker: Maker) -> list[Block]:
         for datasets in averaged(every):
             several = len(datasets) > 1
             label = f"average over {len(datasets)} datasets" if several else datasets[0]
-            caption = f"Base to new, {label}, {shots_of(shots)}"
-            about = maker.named("base-to-new", label, f"{shots}-shots", caption=caption)
             scope = Scope(datasets, shots, "base")
+            caption = f"Base to new, {label}, {scope.at}"
+            about = maker.named("base-to-new", label, f"{shots}-shots", caption=caption)
             columns = [
                 maker.column("base", scope, base_classes),
                 maker.column("new", scope, new_classes),
