@@ -54,13 +54,13 @@ def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
     value = json.loads((tmp_path / "zero" / "metrics.json").read_text())["test"]["accuracy"]
     tuned = dapt("train", *options, "-o", tmp_path / "tuned")
     assert f"zero-shot, which learns nothing: {100 * value:.1f} % on the same" in tuned.output
-    monkeypatch.setattr("dapt.run.train.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
+    monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
     worse = dapt("train", *options, "-o", tmp_path / "worse")
     assert "tuning made it worse; give more images a class" in worse.output
     assert "try --tune-settings or --method linear-probe" in worse.output
     worse = dapt("train", *options, "--shots", 1, "-o", tmp_path / "one")  # none to hold out
     assert "try --method linear-probe" in worse.output
-    monkeypatch.setattr("dapt.run.train.evaluate_zero_shot", lambda *_: {"accuracy": 0.0})
+    monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 0.0})
     assert "worse" not in dapt("train", *options, "-o", tmp_path / "better").output
 
 
