@@ -87,15 +87,13 @@ def as_sequence(images: Any) -> Sequence[Any]:
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise InputError(f"give a list of images, not one {type(images).__name__}")
     if isinstance(images, np.ndarray | torch.Tensor):
-        array, shape = f"an array of shape {tuple(images.shape)}", images.shape
+        shape, said = images.shape, f"of shape {tuple(images.shape)}"
         if len(shape) in (0, 2):
-            raise InputError(f"{array} holds no images; reshape your data to (n, H, W, 3)")
+            raise InputError(f"an array {said} holds no images; reshape your data to (n, H, W, 3)")
         # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
         colours = shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)
         if len(shape) == 3 and colours:
-            raise InputError(
-                f"give a list of images, not one of shape {tuple(shape)}; grey ones as (n, H, W, 1)"
-            )
+            raise InputError(f"give a list of images, not one {said}; grey ones as (n, H, W, 1)")
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
         try:
             images = list(images)

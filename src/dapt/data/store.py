@@ -157,8 +157,8 @@ class ImageStore:
 
         try:
             for indices, view in wanted:
-                # Page-locked, a batch goes to a GPU while that is at work on another. Crops stay
-                # on the CPU: the protocol's bicubic resizing is PIL's.
+                # Page-locked, to go to a GPU while it is at work: untested, for want of one. Crops
+                # stay on the CPU: the protocol's bicubic resizing is PIL's.
                 shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
                 views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
                 parts = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
