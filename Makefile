@@ -8,8 +8,9 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
 
+# In a process a core, each computing with one thread: most of the time goes into starting programs.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -38,7 +39,7 @@ lowest:
 	$(VENV)-lowest/bin/pip install --quiet uv
 	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest/bin/python \
 	    --resolution lowest-direct --compile-bytecode --editable '.[test]'
-	$(VENV)-lowest/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses auto
 
 # Known vulnerabilities of what 'make test' installed; asks PyPI's database.
 audit: $(VENV)/.installed-test
