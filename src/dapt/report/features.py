@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,30 +46,21 @@ EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
-class HardClass(NamedTuple):
-    """A class, the share of its images that were named right, and some that were not.
-
-    Of these a data URI, what it was taken for and how sure that was.
-    """
-
-    name: str
-    accuracy: float
-    examples: list[tuple[str, str, float]]
-
-
 @dataclass
 class Inside:
     """One representative run, looked into.
 
-    Maps, to which the legend belongs, are of features before and after tuning in turn; each two
-    are embedded by one fit, and so comparable. Of reliability there is one diagram or none.
+    Attributes:
+        drawings: "pairs" of feature maps before and after tuning, to which the legend belongs, each
+            two embedded by one fit and so comparable; a "small" diagram of reliability.
+        hardest: classes, the share of their images that were named right, and some that were not:
+            data URI, what it was taken for and how sure that was.
     """
 
     run: Run
-    maps: list[Drawing] = field(default_factory=list)
+    drawings: dict[str, list[Drawing]] = field(default_factory=lambda: {"pairs": [], "small": []})
     legend: list[Entry] = field(default_factory=list)
-    reliability: list[Drawing] = field(default_factory=list)
-    hardest: list[HardClass] = field(default_factory=list)
+    hardest: list[tuple[str, float, list[tuple[str, str, float]]]] = field(default_factory=list)
 
 
 def look_inside(
@@ -223,7 +213,7 @@ class _Look:
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
         about = self.about("reliability", "Reliability of", f"{shown} images")
         bars = reliability(about, colour, confidence[even], correct[even], ECE_BINS)
-        self.inside.reliability.append(bars)
+        self.inside.drawings["small"].append(bars)
         root = self.task.root.resolve()
         for label, accuracy in self.hard.items():
             wrong = np.flatnonzero((self.labels == label) & ~correct)
@@ -235,7 +225,7 @@ class _Look:
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
             ]
-            self.inside.hardest.append(HardClass(_name(self.names[label]), accuracy, examples))
+            self.inside.hardest.append((_name(self.names[label]), accuracy, examples))
 
     def map(
         self, about: Named, before: np.ndarray, after: np.ndarray, colours: Sequence[str | None]
@@ -254,7 +244,7 @@ class _Look:
             title, caption = f"{about.title}, {time} tuning", f"{about.caption}, {time}"
             named = Named(f"{about.name}-{time}", title, caption)
             drawing = feature_map(named, points, limits, colours, self.inside.legend)
-            self.inside.maps.append(drawing)
+            self.inside.drawings["pairs"].append(drawing)
 
 
 def _thumbnail(path: Path) -> str:

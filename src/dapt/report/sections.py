@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dapt.report.features import HardClass, Inside
+from dapt.report.features import Inside
 from dapt.report.figures import Drawing, Entry, method_colour
 from dapt.report.rows import method_title
 from dapt.report.study import Measure, Scope, Study
@@ -41,7 +41,7 @@ class Block:
     drawings: list[Drawing] = field(default_factory=list)
     tables: Sequence[Table] = ()
     legend: Sequence[Entry] = ()
-    examples: Sequence[HardClass] = ()
+    hardest: Sequence[tuple[str, float, list[tuple[str, str, float]]]] = ()
     beside: bool = False
     kind: str = ""
     runs: tuple[int, ...] = ()
