@@ -57,7 +57,7 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         if learned == own and not terms:
             none += row(f"none ({method_title(other)})", other)
         if learned < own and terms and terms <= weights.keys():
-            left = f"{' and '.join(learned)} prompt only"
+            left = f"{' and '.join(sorted(learned))} prompt only"
             parts += row(f"{left}, {', '.join(map(loss_title, terms))}", other)
     scope = Scope(study.datasets, shots)
     both = row(f"both ({method_title(method)})", method)

@@ -6,19 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
+from dapt.report.collect import Run
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import ZERO_SHOT, method_title
 from dapt.report.sections import Block, Maker, averaged
-from dapt.report.statistics import Sample, Samples, runs_of
-from dapt.report.study import (
-    Measure,
-    Scope,
-    Study,
-    base_and_new,
-    base_classes,
-    elsewhere,
-    new_classes,
-)  # fmt: skip
+from dapt.report.statistics import Sample, Samples, mean, runs_of
+from dapt.report.study import Measure, Scope, Study
 from dapt.report.tables import PLAIN, Column, Table
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
@@ -146,18 +139,15 @@ def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, st
     study, source, apart = maker.study, scope.datasets[0], scope.classes != "all"
     label = _of(source, scope.classes)
     measures: list[tuple[str, Measure]] = [(f"source: {label}", "accuracy")]
-    measures += [(_of(_within(d, source), c), elsewhere((d, c))) for d, c in targets]
-    note, whose = "", ""
-    if len(targets) > 1:
-        measures.append(("average of targets", elsewhere(*targets)))
-        note, whose = (
-            "The average is of runs that were evaluated on every target. ",
-            "the average's, ",
-        )
-    note += f"The difference is {whose}to {method_title(study.baseline)}, paired by seed."
+    measures += [(_of(_within(d, source), c), _elsewhere((d, c))) for d, c in targets]
+    whose = "the average's, " if len(targets) > 1 else ""
+    note = f"The difference is {whose}to {method_title(study.baseline)}, paired by seed."
+    if whose:
+        measures.append(("average of targets", _elsewhere(*targets)))
+        note = f"The average is of runs that were evaluated on every target. {note}"
     there = [m for m in study.methods if any(study.samples(scope, m, x) for _, x in measures[1:])]
     columns = [maker.column(head, scope, measure) for head, measure in measures]
-    columns.append(maker.difference("difference", scope, elsewhere(*targets)))
+    columns.append(maker.difference("difference", scope, _elsewhere(*targets)))
     parts = [name, source, *([scope.classes] if apart else []), f"{scope.shots}-shots"]
     about = maker.named(*parts, caption=f"From {label}, {scope.at}")
     return maker.by_method(about, columns, note if len(there) > 1 else "", there)
@@ -167,7 +157,7 @@ def base_to_new(maker: Maker) -> list[Block]:
     """Prompts tuned on the base classes, evaluated on base and on new ones."""
     by_shots: dict[int, list[str]] = defaultdict(list)
     for scope, runs in maker.study.sources("base"):
-        if any(map(new_classes, runs)):
+        if any("new" in run.figures for run in runs):
             by_shots[scope.shots] += scope.datasets
     tables = []
     for shots, every in sorted(by_shots.items()):
@@ -178,13 +168,23 @@ def base_to_new(maker: Maker) -> list[Block]:
             caption = f"Base to new, {label}, {scope.at}"
             about = maker.named("base-to-new", label, f"{shots}-shots", caption=caption)
             columns = [
-                maker.column("base", scope, base_classes),
-                maker.column("new", scope, new_classes),
-                maker.column("harmonic mean", scope, base_and_new),
-                maker.difference("difference", scope, base_and_new),
+                maker.column("base", scope, "base"),
+                maker.column("new", scope, "new"),
+                maker.column("harmonic mean", scope, "harmonic"),
+                maker.difference("difference", scope, "harmonic"),
             ]
             tables.append(maker.by_method(about, columns))
     return [Block(tables=tables)]
+
+
+def _elsewhere(*targets: tuple[str, str]) -> Measure:
+    """Accuracy on a (dataset, classes), or the mean over several that the run must all have."""
+
+    def measure(run: Run) -> Sample | None:
+        found = [run.evaluations[target] for target in targets if target in run.evaluations]
+        return mean(found) if len(found) == len(targets) else None
+
+    return measure
 
 
 def _family(dataset: str) -> str:

@@ -46,21 +46,23 @@ EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
+# Name, share of the images that were named right, and some that were not: data URI, what it was
+# taken for and how sure that was.
+HardClass = tuple[str, float, list[tuple[str, str, float]]]
+
+
 @dataclass
 class Inside:
     """One representative run, looked into.
 
-    Attributes:
-        drawings: "pairs" of feature maps before and after tuning, to which the legend belongs, each
-            two embedded by one fit and so comparable; a "small" diagram of reliability.
-        hardest: classes, the share of their images that were named right, and some that were not:
-            data URI, what it was taken for and how sure that was.
+    Drawings are "pairs" of feature maps before and after tuning, to which the legend belongs, each
+    two embedded by one fit and so comparable; and a "small" diagram of reliability.
     """
 
     run: Run
     drawings: dict[str, list[Drawing]] = field(default_factory=lambda: {"pairs": [], "small": []})
     legend: list[Entry] = field(default_factory=list)
-    hardest: list[tuple[str, float, list[tuple[str, str, float]]]] = field(default_factory=list)
+    hardest: list[HardClass] = field(default_factory=list)
 
 
 def look_inside(
