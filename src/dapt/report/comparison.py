@@ -139,7 +139,11 @@ def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, st
     study, source, apart = maker.study, scope.datasets[0], scope.classes != "all"
     label = _of(source, scope.classes)
     measures: list[tuple[str, Measure]] = [(f"source: {label}", "accuracy")]
-    measures += [(_of(_within(d, source), c), _elsewhere((d, c))) for d, c in targets]
+    for target, classes in targets:
+        dataset, _, domain = target.partition(":")
+        own = domain and dataset == source.partition(":")[0]
+        head = _of(domain if own else target, classes)
+        measures.append((head, _elsewhere((target, classes))))
     whose = "the average's, " if len(targets) > 1 else ""
     note = f"The difference is {whose}to {method_title(study.baseline)}, paired by seed."
     if whose:
@@ -191,12 +195,6 @@ def _family(dataset: str) -> str:
     """What the domains of one dataset have in common."""
     name = dataset.partition(":")[0]
     return "imagenet" if name.startswith("imagenet") else name
-
-
-def _within(target: str, source: str) -> str:
-    """A target's name, without the dataset's where it is the source's."""
-    dataset, _, domain = target.partition(":")
-    return domain if domain and dataset == source.partition(":")[0] else target
 
 
 def _of(dataset: str, classes: str | None) -> str:

@@ -86,18 +86,15 @@ class Study:
 
     def _varied(self, runs: Iterable[Run]) -> list[str]:
         """Settings that differ between runs of one dataset, method, number of shots and seed."""
-        groups: dict[tuple[object, ...], list[dict[str, tuple[str, str]]]] = defaultdict(list)
+        first: dict[tuple[object, ...], dict[str, tuple[str, str]]] = {}
+        varied: set[str] = set()
         for run in runs:
+            own = self._settings[run.number]
             place = (run.dataset, run.classes, run.method, run.shots, run.seed)
-            groups[place].append(self._settings[run.number])
-        return sorted(
-            {
-                name
-                for group in groups.values()
-                for name in set().union(*group)
-                if len({own.get(name, _ABSENT) for own in group}) > 1
-            }
-        )
+            other = first.setdefault(place, own)
+            names = own.keys() | other.keys()
+            varied |= {n for n in names if own.get(n, _ABSENT) != other.get(n, _ABSENT)}
+        return sorted(varied)
 
     def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
         """Main variants by method and classes; of equally frequent ones that nearest to defaults.
@@ -140,12 +137,14 @@ class Study:
                 group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
                 said = f"{method_title(run.method)} {shown(value)}"
                 group.setdefault(known or _json(value), said)
-        for dataset in sorted({dataset for (dataset, _), group in found.items() if len(group) > 1}):
-            apart = next(g for (d, _), g in found.items() if d == dataset and len(g) > 1)
-            self.warnings.append(
-                f"{dataset}: methods differ in {name} ({', '.join(apart.values())}), so their "
-                "differences are not the methods' alone"
-            )
+        # Of several numbers of shots the first.
+        groups = reversed(found.items())
+        apart = {dataset: ", ".join(g.values()) for (dataset, _), g in groups if len(g) > 1}
+        self.warnings += (
+            f"{dataset}: methods differ in {name} ({values}), so their differences are not the "
+            "methods' alone"
+            for dataset, values in sorted(apart.items())
+        )
 
     # ----------------------------------------------------------------------------- runs
 
