@@ -24,15 +24,8 @@ from dapt.engine.shared import Shared, backbone_of, skip_unreadable
 from dapt.errors import UserError
 from dapt.methods.prompts import Prompts
 from dapt.progress import Reporter
+from dapt.report import figures
 from dapt.report.collect import Run, clean, read_confusion
-from dapt.report.figures import (
-    CLASS_COLOURS,
-    Drawing,
-    Entry,
-    feature_map,
-    method_colour,
-    reliability,
-)
 from dapt.report.rows import method_title, prompts
 from dapt.report.study import Study
 from dapt.report.tables import Named
@@ -60,8 +53,10 @@ class Inside:
     """
 
     run: Run
-    drawings: dict[str, list[Drawing]] = field(default_factory=lambda: {"pairs": [], "small": []})
-    legend: list[Entry] = field(default_factory=list)
+    drawings: dict[str, list[figures.Drawing]] = field(
+        default_factory=lambda: {"pairs": [], "small": []}
+    )
+    legend: list[figures.Entry] = field(default_factory=list)
     hardest: list[HardClass] = field(default_factory=list)
 
 
@@ -82,7 +77,7 @@ def look_inside(
     with reporter.stage("looking into runs", len(runs)) as advance:
         for run in runs:
             found.append(Inside(run))
-            colour = method_colour(run.method, study.methods)
+            colour = figures.method_colour(run.method, study.methods)
             try:
                 look = _Look(found[-1], backbones)
                 for note in look.all(colour, examples=run in featured):
@@ -125,10 +120,12 @@ class _Look:
         except (UserError, OSError) as error:
             yield f"{self.run.dataset}: no images to look at ({clean(error, 400)})"
             there, counts = False, np.ones(len(self.names), int)
-        largest = np.argsort(-counts, kind="stable")[:CLASS_COLOURS]
+        largest = np.argsort(-counts, kind="stable")[: figures.CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
         colours = {c: f"class-{i}" for i, c in enumerate(coloured)}
-        self.inside.legend = [Entry(name, _name(self.names[c])) for c, name in colours.items()]
+        self.inside.legend = [
+            figures.Entry(name, _name(self.names[c])) for c, name in colours.items()
+        ]
         if "text" in prompts(self.run.method):
             template = self.settings.template or self.directory.read_task()[2]
             plain = PromptedClassifier(self.shared.backbone, self.names, Prompts(), template)
@@ -214,7 +211,7 @@ class _Look:
             )
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
         about = self.about("reliability", "Reliability of", f"{shown} images")
-        bars = reliability(about, colour, confidence[even], correct[even], ECE_BINS)
+        bars = figures.reliability(about, colour, confidence[even], correct[even], ECE_BINS)
         self.inside.drawings["small"].append(bars)
         root = self.task.root.resolve()
         for label, accuracy in self.hard.items():
@@ -245,7 +242,7 @@ class _Look:
         for time, points in (("before", embedded[:count]), ("after", embedded[count:])):
             title, caption = f"{about.title}, {time} tuning", f"{about.caption}, {time}"
             named = Named(f"{about.name}-{time}", title, caption)
-            drawing = feature_map(named, points, limits, colours, self.inside.legend)
+            drawing = figures.feature_map(named, points, limits, colours, self.inside.legend)
             self.inside.drawings["pairs"].append(drawing)
 
 

@@ -264,7 +264,7 @@ def confusion_matrix(about: Named, names: Sequence[str], shares: np.ndarray) -> 
         cells, colours = [], []
         for row, column in np.argwhere(shares > 0):
             cells.append(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92))
-            kind = _LIGHT["coop" if row == column else "accent"]
+            kind = _LIGHT["right" if row == column else "accent"]
             colours.append(to_rgba(kind, 0.08 + 0.92 * shares[row, column]))
         axes.add_collection(PatchCollection(cells, facecolors=colours, linewidths=0))
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="named", ylabel="true")
