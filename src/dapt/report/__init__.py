@@ -9,7 +9,7 @@ figures.py     a figure for the page, and its SVG and PNG
 features.py    what only the backbone and the images can tell
 sections.py    what the parts of the page are made of, and made with; the parts are in
                comparison.py, ablation.py and inside.py
-page.py        the page itself; page/ has its words, templates, style and script
+page.py        the page itself; page/ has its words, templates, colours, style and script
 """
 
 from __future__ import annotations
