@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.errors import UserError
 from dapt.report import write_report
+from dapt.report.figures import PALETTE
 from dapt.report.statistics import estimate
 
 runner = CliRunner()
@@ -588,6 +589,12 @@ def test_names_are_text_wherever_they_stand(tmp_path):
                 assert not any(cell[:1] in ("=", "+", "@") for cell in row)
         if file.suffix == ".md":
             assert "<img" not in file.read_text(encoding="utf-8")
+
+
+def test_no_two_colours_are_one_in_a_figure():
+    """The page tells by the light colour which variable a mark of a figure has."""
+    light = [colours[0] for colours in PALETTE.values()]
+    assert len(set(light)) == len(light)
 
 
 def test_page_needs_nothing_else(grid, tmp_path):

@@ -8,8 +8,8 @@ tables.py      a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 features.py    what only the backbone and the images can tell
 sections.py    what the parts of the page are made of, and made with; the parts are in
-               comparison.py, transfer.py, ablation.py, training.py and mistakes.py
-page.py        the page itself; page/ has its words, templates, style and script
+               comparison.py, ablation.py and inside.py
+page.py        the page itself; page/ has its words, templates, colours, style and script
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report.ablation import ablations
 from dapt.report.collect import collect
-from dapt.report.comparison import accuracy, overview
+from dapt.report.comparison import accuracy, base_to_new, cross_dataset, domains, overview
 from dapt.report.features import look_inside
 from dapt.report.figures import Drawing
-from dapt.report.mistakes import calibration, featured, mistakes
+from dapt.report.inside import calibration, curves, dispersion, featured, mistakes
 from dapt.report.page import is_page, render
 from dapt.report.sections import Block, Maker
 from dapt.report.study import Study
 from dapt.report.tables import Table
-from dapt.report.training import curves, dispersion
-from dapt.report.transfer import base_to_new, cross_dataset, domains
 from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]

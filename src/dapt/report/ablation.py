@@ -15,6 +15,8 @@ from dapt.report.statistics import Samples, minus
 from dapt.report.study import Scope, Variant, full_settings, shown
 from dapt.report.tables import HIGHER, POINTS, Column, Named, Table
 
+_Varied = tuple[str, tuple[str, ...], int]  # method, settings, shots
+
 
 class _Compared(NamedTuple):
     """A row, of the runs of a method's variant."""
@@ -27,14 +29,13 @@ class _Compared(NamedTuple):
 def ablations(maker: Maker) -> list[Block]:
     """Main runs beside those that differ in other settings, which are named."""
     study = maker.study
-    found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
-    found = defaultdict(lambda: defaultdict(set))
+    found: dict[_Varied, dict[Variant, set[str]]] = defaultdict(lambda: defaultdict(set))
     for run in study.runs:
         if run.finished and run.classes == study.classes and (names := study.differing(run)):
             found[run.method, names, run.shots][study.variant(run)].add(run.dataset)
     tables = [t for shots in study.shots for m in METHODS for t in _parts(maker, m, shots)]
     for key in sorted(found, key=lambda key: (study.methods.index(key[0]), *key[1:])):
-        tables.append(_settings(maker, *key, found[key]))
+        tables.append(_settings(maker, key, found[key]))
     return [Block(tables=tables)]
 
 
@@ -57,7 +58,7 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         if learned == own and not terms:
             none += row(f"none ({method_title(other)})", other)
         if learned < own and terms and terms <= weights.keys():
-            left = f"{' and '.join(prompts(other))} prompt only"
+            left = f"{' and '.join(sorted(prompts(other)))} prompt only"
             parts += row(f"{left}, {', '.join(map(loss_title, terms))}", other)
     scope = Scope(study.datasets, shots)
     both = row(f"both ({method_title(method)})", method)
@@ -75,14 +76,9 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
     return tables
 
 
-def _settings(
-    maker: Maker,
-    method: str,
-    names: tuple[str, ...],
-    shots: int,
-    variants: dict[Variant, set[str]],
-) -> Table:
+def _settings(maker: Maker, varied: _Varied, variants: dict[Variant, set[str]]) -> Table:
     """Values of some settings; a dataset whose main runs have a row's value stands in it."""
+    method, names, shots = varied
     study, scope = maker.study, Scope(sorted(set().union(*variants.values())), shots)
     main = study.main(method) or ()
     rows: list[tuple[list[tuple[int, float, str]], _Compared]] = []

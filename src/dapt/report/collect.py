@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringC
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
-from dapt.report.statistics import Sample
+from dapt.report.statistics import Sample, runs_of
 from dapt.run import records
 from dapt.run.directory import RunDirectory
 from dapt.run.records import Count, Environment, Record, read_record
@@ -57,7 +58,7 @@ _Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
 _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
 
 
-class Scores(records.Test):
+class _Test(records.Test):
     """What one evaluation found, but for what is large and may be damaged by itself."""
 
     model_config = ConfigDict(extra="ignore")
@@ -85,54 +86,62 @@ class _Task(Record):
 class _Metrics(records.Metrics):
     method: _Name
     dataset: _Name
-    test: Scores
+    test: _Test
 
 
 class _Evaluation(records.EvaluationRecord):
     dataset: _Name
     classes: _Name | None = "all"
-    test: Scores
+    test: _Test
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory.
+    """One run directory."""
 
-    Attributes:
-        number: how the report refers to it, counted from 1.
-        classes: "all", "base" or "new".
-        failure: why an experiment gave it up, or its evaluations elsewhere.
-        scores: of a finished run; ``figures`` has them and others by name.
-        evaluations: accuracy by (dataset, classes) of evaluations elsewhere.
-    """
-
-    number: int
+    number: int  # how the report refers to it, counted from 1
     path: Path
     method: str
     dataset: str
-    classes: str
+    classes: str  # "all", "base" or "new"
     shots: int
     seed: int
     settings: dict[str, Any]
     environment: Environment
     class_names: list[str]
-    failure: str | None = None
-    scores: Scores | None = None
-    figures: dict[str, Sample] = field(default_factory=dict)
+    failure: str | None = None  # why an experiment gave it up, or its evaluations elsewhere
+    metrics: _Metrics | None = None  # of a finished run
+    # Accuracy elsewhere, by (dataset, classes).
     evaluations: dict[tuple[str, str], Sample] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
         """Whether it came to its end."""
-        return self.scores is not None
+        return self.metrics is not None
+
+    @cached_property
+    def figures(self) -> dict[str, Sample]:
+        """Of a finished run, by name; of base and new classes where it was evaluated on both."""
+        if self.metrics is None:
+            return {}
+        values = {**dict(self.metrics.test), "learned": self.metrics.learned_parameters}
+        values["tuning"] = self.environment.tuning_seconds
+        for kind, change in self.metrics.dispersion.items():
+            values |= {f"{kind} before": change.before, f"{kind} after": change.after}
+        found = {name: Sample(x, (self.number,)) for name, x in values.items() if x is not None}
+        if new := self.evaluations.get((self.dataset, "new")):
+            base = found["accuracy"]
+            total = base.value + new.value
+            harmonic = 2 * base.value * new.value / total if total else 0.0
+            found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
+        return found
 
 
 def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
     """Read every run under ``paths``, in order of path.
 
     Returns:
-        The runs; folders of those of them and others that failed, and why; and what could not be
-        read.
+        The runs; the folders of failed ones, which may hold no run, and why; what was not read.
 
     Raises:
         UserError: a path does not exist, or no run directory is found.
@@ -194,21 +203,12 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
         said, known = getattr(metrics, name), getattr(run, name)
         if said != known:
             raise UserError(f"metrics.json says {name} {said}, settings.json {known}")
-    found = {**dict(metrics.test), "learned": metrics.learned_parameters}
-    found["tuning"] = environment.tuning_seconds
-    for kind, change in metrics.dispersion.items():
-        found |= {f"{kind} before": change.before, f"{kind} after": change.after}
-    return replace(
-        run,
-        dataset=metrics.dataset,
-        scores=metrics.test,
-        figures={name: Sample(x, (number,)) for name, x in found.items() if x is not None},
-        evaluations=_evaluations(files.path, number, warnings),
-    )
+    evaluations = _evaluations(files.path, number, warnings)
+    return replace(run, dataset=metrics.dataset, metrics=metrics, evaluations=evaluations)
 
 
 def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[str, str], Sample]:
-    found: dict[tuple[str, str], Scores] = {}
+    found: dict[tuple[str, str], _Test] = {}
     for file in sorted(folder.glob("eval-*.json")):
         try:
             read = read_record(file, _Evaluation, "evaluation")
@@ -219,7 +219,7 @@ def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[s
             problem = f"{file.name} and an earlier file evaluate the same ({read.dataset}) "
             problem += "with other results"
             warnings.append(warning(folder, problem, "the earlier one is shown"))
-    return {key: Sample(scores.accuracy, (number,)) for key, scores in found.items()}
+    return {key: Sample(test.accuracy, (number,)) for key, test in found.items()}
 
 
 def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
@@ -249,18 +249,12 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """Test images by true and named class.
+    """Test images by true and named class."""
 
-    Attributes:
-        class_names: C in label order.
-        counts: (C, C) true (rows) and named (columns), mostly zeros.
-        images, right: (C,) test images of each class, and how many were named right.
-    """
-
-    class_names: list[str]
-    counts: csr_array
-    images: np.ndarray
-    right: np.ndarray
+    class_names: list[str]  # C in label order
+    counts: csr_array  # (C, C) true (rows) and named (columns), mostly zeros
+    images: np.ndarray  # (C,) of each class
+    right: np.ndarray  # (C,) of these, named right
 
     def hardest(self) -> list[int]:
         """Classes with misnamed images, by the share that was named right, then by label."""

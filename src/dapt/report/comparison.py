@@ -1,16 +1,19 @@
-"""The comparison of methods: at a glance, and over shots."""
+"""The comparison of methods: at a glance, over shots, and on what they were not tuned on."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 from dapt.methods import ZERO_SHOT
+from dapt.report.collect import Run
 from dapt.report.figures import accuracy_by_method, accuracy_over_shots
 from dapt.report.rows import method_title
 from dapt.report.sections import Block, Maker, averaged
-from dapt.report.statistics import Sample, Samples, runs_of
-from dapt.report.study import Scope, Study
-from dapt.report.tables import PLAIN, Column
+from dapt.report.statistics import Sample, Samples, mean, runs_of
+from dapt.report.study import Measure, Scope, Study
+from dapt.report.tables import PLAIN, Column, Table
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
@@ -102,3 +105,99 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
         about = maker.named("figure-accuracy", short, caption=caption, of=label)
         block.drawings.append(figure(about, lines))
     return block
+
+
+# -------------------------------------------------- what prompts were not tuned on
+
+
+def _targets(maker: Maker, name: str) -> list[Block]:
+    """For each source and number of shots, methods by targets.
+
+    A domain has the source's family and classes; anything else outside the source's own images is
+    another dataset.
+    """
+    tables = []
+    for classes in ("all", "base"):
+        for scope, runs in maker.study.sources(classes):
+            source = scope.datasets[0]
+            targets = {
+                (target, c)
+                for target, c in {key for run in runs for key in run.evaluations}
+                if target != source
+                and (name == "domains") is (_family(target) == _family(source) and c == classes)
+            }
+            if targets:
+                tables.append(_transfer(maker, name, scope, sorted(targets)))
+    return [Block(tables=tables)]
+
+
+domains = partial(_targets, name="domains")
+cross_dataset = partial(_targets, name="cross-dataset")
+
+
+def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, str]]) -> Table:
+    """Accuracy on the source, each target and all of them."""
+    study, source, apart = maker.study, scope.datasets[0], scope.classes != "all"
+    label = _of(source, scope.classes)
+    measures: list[tuple[str, Measure]] = [(f"source: {label}", "accuracy")]
+    for target, classes in targets:
+        dataset, _, domain = target.partition(":")
+        own = domain and dataset == source.partition(":")[0]
+        head = _of(domain if own else target, classes)
+        measures.append((head, _elsewhere((target, classes))))
+    whose = "the average's, " if len(targets) > 1 else ""
+    note = f"The difference is {whose}to {method_title(study.baseline)}, paired by seed."
+    if whose:
+        measures.append(("average of targets", _elsewhere(*targets)))
+        note = f"The average is of runs that were evaluated on every target. {note}"
+    there = [m for m in study.methods if any(study.samples(scope, m, x) for _, x in measures[1:])]
+    columns = [maker.column(head, scope, measure) for head, measure in measures]
+    columns.append(maker.difference("difference", scope, _elsewhere(*targets)))
+    parts = [name, source, *([scope.classes] if apart else []), f"{scope.shots}-shots"]
+    about = maker.named(*parts, caption=f"From {label}, {scope.at}")
+    return maker.by_method(about, columns, note if len(there) > 1 else "", there)
+
+
+def base_to_new(maker: Maker) -> list[Block]:
+    """Prompts tuned on the base classes, evaluated on base and on new ones."""
+    by_shots: dict[int, list[str]] = defaultdict(list)
+    for scope, runs in maker.study.sources("base"):
+        if any("new" in run.figures for run in runs):
+            by_shots[scope.shots] += scope.datasets
+    tables = []
+    for shots, every in sorted(by_shots.items()):
+        for datasets in averaged(every):
+            several = len(datasets) > 1
+            label = f"average over {len(datasets)} datasets" if several else datasets[0]
+            scope = Scope(datasets, shots, "base")
+            caption = f"Base to new, {label}, {scope.at}"
+            about = maker.named("base-to-new", label, f"{shots}-shots", caption=caption)
+            columns = [
+                maker.column("base", scope, "base"),
+                maker.column("new", scope, "new"),
+                maker.column("harmonic mean", scope, "harmonic"),
+                maker.difference("difference", scope, "harmonic"),
+            ]
+            tables.append(maker.by_method(about, columns))
+    return [Block(tables=tables)]
+
+
+def _elsewhere(*targets: tuple[str, str]) -> Measure:
+    """Accuracy on a (dataset, classes), or the mean over several that the run must all have."""
+
+    def measure(run: Run) -> Sample | None:
+        found = [run.evaluations[target] for target in targets if target in run.evaluations]
+        return mean(found) if len(found) == len(targets) else None
+
+    return measure
+
+
+def _family(dataset: str) -> str:
+    """What the domains of one dataset have in common."""
+    name = dataset.partition(":")[0]
+    return "imagenet" if name.startswith("imagenet") else name
+
+
+def _of(dataset: str, classes: str | None) -> str:
+    """A dataset with the classes meant, where they are not all."""
+    return dataset if classes == "all" else f"{dataset} ({classes})"

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +24,8 @@ from dapt.engine.evaluate import ECE_BINS, logits_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.progress import Reporter
+from dapt.report import figures
 from dapt.report.collect import Run, clean, read_confusion
-from dapt.report.figures import (
-    CLASS_COLOURS,
-    Drawing,
-    Entry,
-    feature_map,
-    method_colour,
-    reliability,
-)
 from dapt.report.rows import method_title, prompts
 from dapt.report.study import Study
 from dapt.report.tables import Named
@@ -47,29 +39,24 @@ EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
-class HardClass(NamedTuple):
-    """A class, the share of its images that were named right, and some that were not.
-
-    Of these a data URI, what it was taken for and how sure that was.
-    """
-
-    name: str
-    accuracy: float
-    examples: list[tuple[str, str, float]]
+# Name, share of the images that were named right, and some that were not: data URI, what it was
+# taken for and how sure that was.
+HardClass = tuple[str, float, list[tuple[str, str, float]]]
 
 
 @dataclass
 class Inside:
     """One representative run, looked into.
 
-    Maps, to which the legend belongs, are of features before and after tuning in turn; each two
-    are embedded by one fit, and so comparable. Of reliability there is one diagram or none.
+    Drawings are "pairs" of feature maps before and after tuning, to which the legend belongs, each
+    two embedded by one fit and so comparable; and a "small" diagram of reliability.
     """
 
     run: Run
-    maps: list[Drawing] = field(default_factory=list)
-    legend: list[Entry] = field(default_factory=list)
-    reliability: list[Drawing] = field(default_factory=list)
+    drawings: dict[str, list[figures.Drawing]] = field(
+        default_factory=lambda: {"pairs": [], "small": []}
+    )
+    legend: list[figures.Entry] = field(default_factory=list)
     hardest: list[HardClass] = field(default_factory=list)
 
 
@@ -90,7 +77,7 @@ def look_inside(
     with reporter.stage("looking into runs", len(runs)) as advance:
         for run in runs:
             found.append(Inside(run))
-            colour = method_colour(run.method, study.methods)
+            colour = figures.method_colour(run.method, study.methods)
             try:
                 look = _Look(found[-1], backbones)
                 for note in look.all(colour, examples=run in featured):
@@ -133,10 +120,12 @@ class _Look:
         except (UserError, OSError) as error:
             yield f"{self.run.dataset}: no images to look at ({clean(error, 400)})"
             there, counts = False, np.ones(len(self.names), int)
-        largest = np.argsort(-counts, kind="stable")[:CLASS_COLOURS]
+        largest = np.argsort(-counts, kind="stable")[: figures.CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
         colours = {c: f"class-{i}" for i, c in enumerate(coloured)}
-        self.inside.legend = [Entry(name, _name(self.names[c])) for c, name in colours.items()]
+        self.inside.legend = [
+            figures.Entry(name, _name(self.names[c])) for c, name in colours.items()
+        ]
         if "text" in prompts(self.run.method):
             template = self.classifier.template
             plain = Classifier(self.shared.backbone, self.names, template=template)
@@ -214,8 +203,8 @@ class _Look:
             )
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
         about = self.about("reliability", "Reliability of", f"{shown} images")
-        bars = reliability(about, colour, confidence[even], correct[even], ECE_BINS)
-        self.inside.reliability.append(bars)
+        bars = figures.reliability(about, colour, confidence[even], correct[even], ECE_BINS)
+        self.inside.drawings["small"].append(bars)
         root = self.task.root.resolve()
         for label, accuracy in self.hard.items():
             wrong = np.flatnonzero((self.labels == label) & ~correct)
@@ -227,7 +216,7 @@ class _Look:
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
             ]
-            self.inside.hardest.append(HardClass(_name(self.names[label]), accuracy, examples))
+            self.inside.hardest.append((_name(self.names[label]), accuracy, examples))
 
     def map(
         self, about: Named, before: np.ndarray, after: np.ndarray, colours: Sequence[str | None]
@@ -245,8 +234,8 @@ class _Look:
         for time, points in (("before", embedded[:count]), ("after", embedded[count:])):
             title, caption = f"{about.title}, {time} tuning", f"{about.caption}, {time}"
             named = Named(f"{about.name}-{time}", title, caption)
-            drawing = feature_map(named, points, limits, colours, self.inside.legend)
-            self.inside.maps.append(drawing)
+            drawing = figures.feature_map(named, points, limits, colours, self.inside.legend)
+            self.inside.drawings["pairs"].append(drawing)
 
 
 def _thumbnail(path: Path) -> str:

@@ -30,7 +30,6 @@ _LIGHT: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
 _VARIABLES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
 # Text stays text, which can be searched and has the page's font; a class name is no formula.
 _STYLE = {name: _LIGHT.get(str(value), value) for name, value in _LOOK["style"].items()}
-_NAMESPACE = "http://www.w3.org/2000/svg"
 _LEGEND_ROW, _LEGEND_COLUMNS = 0.24, 4  # inches; entries a row
 _FAR = (0.55, 0.12, 0.12, 0.5)  # margins with room for an axis and its label
 
@@ -115,12 +114,13 @@ def draw(
 
 def _for_page(svg: bytes, title: str, cut: float) -> str:
     """The SVG with the page's colours and font, no legend, and the ids that something refers to."""
-    ElementTree.register_namespace("", _NAMESPACE)
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)  # our own: matplotlib escapes what it is given
     for parent in root.iter():
         for child in list(parent):
-            if child.get("id") == "legend" or child.tag == f"{{{_NAMESPACE}}}metadata":
+            # A style would hold for the whole page, which says the same itself.
+            if child.get("id") == "legend" or child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
     values = [value for element in root.iter() for value in element.attrib.values()]
     used = {i for value in values for i in re.findall(r"(?:^|url\()#([\w.-]+)", value)}
@@ -132,13 +132,9 @@ def _for_page(svg: bytes, title: str, cut: float) -> str:
             style = re.sub(r"#[0-9a-f]{6}", lambda m: _VARIABLES.get(m[0], m[0]), style)
             element.set("style", style)
     _, _, width, height = map(float, root.attrib["viewBox"].split())
-    root.set("viewBox", f"0 0 {width:g} {height - cut:g}")
-    for key in ("width", "height", "version"):
-        del root.attrib[key]
-    root.set("role", "img")
-    root.set("aria-label", title)
-    for rules in root.iter(f"{{{_NAMESPACE}}}style"):
-        rules.text = ""  # it would hold for the whole page, which says the same itself
+    seen = {"viewBox": f"0 0 {width:g} {height - cut:g}", "role": "img", "aria-label": title}
+    root.attrib.clear()
+    root.attrib.update(seen)
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -268,7 +264,7 @@ def confusion_matrix(about: Named, names: Sequence[str], shares: np.ndarray) -> 
         cells, colours = [], []
         for row, column in np.argwhere(shares > 0):
             cells.append(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92))
-            kind = _LIGHT["coop" if row == column else "accent"]
+            kind = _LIGHT["right" if row == column else "accent"]
             colours.append(to_rgba(kind, 0.08 + 0.92 * shares[row, column]))
         axes.add_collection(PatchCollection(cells, facecolors=colours, linewidths=0))
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="named", ylabel="true")

@@ -26,25 +26,17 @@ _KINDS: dict[Measure, Kind] = {
 
 @dataclass
 class Block:
-    """Figures and tables that belong together.
+    """Figures and tables that belong together."""
 
-    Attributes:
-        title: its heading; none where the section's says it already.
-        legend: what the colours of the figures mean.
-        beside: whether figures and tables stand side by side where there is room.
-        kind: of the figures: "", "natural", "pairs" (feature maps) or "small" (reliability).
-        runs: what the figures are drawn from.
-    """
-
-    title: str = ""
+    title: str = ""  # none where the section's says it already
     note: str = ""
     drawings: list[Drawing] = field(default_factory=list)
     tables: Sequence[Table] = ()
-    legend: Sequence[Entry] = ()
-    examples: Sequence[HardClass] = ()
-    beside: bool = False
-    kind: str = ""
-    runs: tuple[int, ...] = ()
+    legend: Sequence[Entry] = ()  # what the colours of the figures mean
+    hardest: Sequence[HardClass] = ()
+    beside: bool = False  # figures and tables stand side by side where there is room
+    kind: str = ""  # of the figures: "", "natural", "pairs" (feature maps), "small" (reliability)
+    runs: tuple[int, ...] = ()  # what the figures are drawn from
 
     @property
     def items(self) -> list[Drawing | Table]:
@@ -53,31 +45,19 @@ class Block:
 
 
 class Maker:
-    """What the parts of the page are made with.
-
-    Args:
-        study: the runs.
-
-    Attributes:
-        inside: what was found with the backbone, if anything.
-        warnings: on what could not be read.
-        drawn: datasets that get figures.
-    """
+    """What the parts of the page are made with, of the runs of a study."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.inside: list[Inside] = []
-        self.warnings: list[str] = []
-        self.drawn = study.datasets[:MOST_DATASETS]
+        self.inside: list[Inside] = []  # what was found with the backbone, if anything
+        self.warnings: list[str] = []  # on what could not be read
+        self.drawn = study.datasets[:MOST_DATASETS]  # get figures
         self._taken: set[str] = set()
 
     def named(self, *parts: object, caption: str, title: str = "", of: str = "") -> Named:
-        """Names: for files one that no other has, of letters, digits and hyphens.
+        """A name for files after ``parts``, which no other has, and titles.
 
-        Args:
-            parts: what the file is named after.
-            caption: what is shown.
-            title: with what surroundings say; by default the caption and what it is ``of``.
+        By default a title is the caption and what it is ``of``.
         """
         base = re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")[:80]
         name, again = base or "figure", 2

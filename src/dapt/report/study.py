@@ -18,7 +18,7 @@ from dapt.errors import UserError, nearest
 from dapt.methods import METHODS, ZERO_SHOT
 from dapt.report.collect import Run, clean
 from dapt.report.rows import idle_settings, method_title, setting_defaults
-from dapt.report.statistics import Sample, Samples, mean, mean_by_seed, minus, runs_of
+from dapt.report.statistics import Sample, Samples, mean_by_seed, minus
 from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import default_settings
 
@@ -51,12 +51,6 @@ class Study:
         runs: from `collect`.
         baseline: method that others are compared with; zero-shot or the first present, if None.
 
-    Attributes:
-        varied: settings that tell runs apart.
-        classes: what runs are of that are compared by default, "all" wherever there are such.
-        methods, datasets, shots: that there are finished runs of, in order.
-        warnings: on what is not counted, or not alike.
-
     Raises:
         UserError: no run is of the baseline.
     """
@@ -64,9 +58,9 @@ class Study:
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
         self.runs, finished = runs, [run for run in runs if run.finished]
         self._settings = {run.number: _comparable(run) for run in finished}
-        self.varied = self._varied(finished)
+        self.varied = self._varied(finished)  # settings that tell runs apart
         self._main = self._most_frequent(finished)
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # on what is not counted, or not alike
         self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in self._distinct(finished):
             self._counted[run.dataset, run.method].append(run)
@@ -92,18 +86,15 @@ class Study:
 
     def _varied(self, runs: Iterable[Run]) -> list[str]:
         """Settings that differ between runs of one dataset, method, number of shots and seed."""
-        groups: dict[tuple[object, ...], list[dict[str, tuple[str, str]]]] = defaultdict(list)
+        first: dict[tuple[object, ...], dict[str, tuple[str, str]]] = {}
+        varied: set[str] = set()
         for run in runs:
+            own = self._settings[run.number]
             place = (run.dataset, run.classes, run.method, run.shots, run.seed)
-            groups[place].append(self._settings[run.number])
-        return sorted(
-            {
-                name
-                for group in groups.values()
-                for name in set().union(*group)
-                if len({own.get(name, _ABSENT) for own in group}) > 1
-            }
-        )
+            other = first.setdefault(place, own)
+            names = own.keys() | other.keys()
+            varied |= {n for n in names if own.get(n, _ABSENT) != other.get(n, _ABSENT)}
+        return sorted(varied)
 
     def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
         """Main variants by method and classes; of equally frequent ones that nearest to defaults.
@@ -125,7 +116,7 @@ class Study:
             variant = self.variant(run)
             own = (run.dataset, run.classes, run.method, run.shots, run.seed, variant)
             first = found.setdefault(own, run)
-            if run.scores == first.scores:
+            if run.metrics and first.metrics and run.metrics.test == first.metrics.test:
                 # One run that several suites share, each with evaluations of its own.
                 found[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
             else:
@@ -146,12 +137,14 @@ class Study:
                 group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
                 said = f"{method_title(run.method)} {shown(value)}"
                 group.setdefault(known or _json(value), said)
-        for dataset in sorted({dataset for (dataset, _), group in found.items() if len(group) > 1}):
-            apart = next(g for (d, _), g in found.items() if d == dataset and len(g) > 1)
-            self.warnings.append(
-                f"{dataset}: methods differ in {name} ({', '.join(apart.values())}), so their "
-                "differences are not the methods' alone"
-            )
+        # Of several numbers of shots the first.
+        groups = reversed(found.items())
+        apart = {dataset: ", ".join(g.values()) for (dataset, _), g in groups if len(g) > 1}
+        self.warnings += (
+            f"{dataset}: methods differ in {name} ({values}), so their differences are not the "
+            "methods' alone"
+            for dataset, values in sorted(apart.items())
+        )
 
     # ----------------------------------------------------------------------------- runs
 
@@ -265,41 +258,8 @@ class Study:
         return minus(one, other) if first == method else minus(other, one)
 
 
-# ------------------------------------------------------------------------------ measures
-
-
 def _look(run: Run, measure: Measure) -> Sample | None:
     return run.figures.get(measure) if isinstance(measure, str) else measure(run)
-
-
-def elsewhere(*targets: tuple[str, str]) -> Measure:
-    """Accuracy on a (dataset, classes), or the mean over several that the run must all have."""
-
-    def measure(run: Run) -> Sample | None:
-        found = [run.evaluations[target] for target in targets if target in run.evaluations]
-        return mean(found) if len(found) == len(targets) else None
-
-    return measure
-
-
-def new_classes(run: Run) -> Sample | None:
-    """Accuracy on the new classes of the run's own dataset."""
-    return run.evaluations.get((run.dataset, "new"))
-
-
-def base_classes(run: Run) -> Sample | None:
-    """Accuracy on the base classes, of a run that was evaluated on the new ones too."""
-    return run.figures["accuracy"] if new_classes(run) else None
-
-
-def base_and_new(run: Run) -> Sample | None:
-    """Harmonic mean of both accuracies."""
-    base, new = run.figures["accuracy"], new_classes(run)
-    if new is None:
-        return None
-    total = base.value + new.value
-    mean = 2 * base.value * new.value / total if total else 0.0
-    return Sample(mean, runs_of((base, new)))
 
 
 # ------------------------------------------------------------------------ varied settings

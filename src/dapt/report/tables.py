@@ -30,21 +30,14 @@ class Named(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How numbers are shown.
-
-    Attributes:
-        factor: what they are multiplied by.
-        best: max or min, where one of the rows is the best.
-        signed: whether they are differences.
-        spread: whether the interval of their mean says anything.
-    """
+    """How numbers are shown."""
 
     factor: float = 1.0
     digits: int = 0
     unit: str = ""
-    best: Callable[[Iterable[float]], float] | None = None
-    signed: bool = False
-    spread: bool = True
+    best: Callable[[Iterable[float]], float] | None = None  # max or min, where a row is the best
+    signed: bool = False  # a difference
+    spread: bool = True  # the interval of a mean says something
 
     def shown(self, value: float, signed: bool = False) -> str:
         """A number as text, a zero without a sign."""
@@ -62,19 +55,13 @@ POINTS = Kind(100.0, 1, "points", signed=True)
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, or a number with half its interval; and its runs.
-
-    Attributes:
-        text, interval: as shown.
-        known: the number in the column's unit.
-        sign: "gain" or "loss" for a difference whose interval excludes zero.
-    """
+    """A text, or a number with half its interval, as shown and in full; and its runs."""
 
     text: str
     runs: tuple[int, ...] = ()
-    known: Estimate | None = None
+    known: Estimate | None = None  # in the column's unit
     interval: str = ""
-    sign: str = ""
+    sign: str = ""  # "gain" or "loss" for a difference whose interval excludes zero
     best: bool = False
 
 
@@ -120,12 +107,7 @@ class Column(NamedTuple):
 class Table:
     """Rows of cells under columns; rows and columns without any are left out.
 
-    Args:
-        about: its name and title.
-        corner: what the row labels are.
-        columns: say what stands in them.
-        rows: label, key and, if it has the colour of one, method of each; without keys afterwards.
-        note: how to read it.
+    Of each row is given what it is called, its key and, if it has the colour of one, the method.
     """
 
     def __init__(

@@ -1,0 +1,204 @@
+"""What happens inside runs: loss terms, dispersion, features, mistakes, and confidence."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from dapt.errors import UserError
+from dapt.report.collect import ConfusionMatrix, Run, read_confusion, read_log, warning
+from dapt.report.figures import Entry, before_and_after, confusion_matrix, training_curves
+from dapt.report.rows import learns, loss_title, method_title
+from dapt.report.sections import Block, Maker
+from dapt.report.statistics import Sample, Samples
+from dapt.report.study import Scope, Study
+from dapt.report.tables import PLAIN, Cell, Column, Table
+
+MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
+LISTED = 10  # hardest classes and most frequent confusions
+_MOST_TERMS = 8  # of the loss
+_DISPERSION = [f"{kind} {time}" for kind in ("inter", "intra") for time in ("before", "after")]
+
+
+def curves(maker: Maker) -> list[Block]:
+    """Every loss term by epoch, at the number of shots that most methods have."""
+    return [_curves(maker, dataset) for dataset in maker.drawn]
+
+
+def _curves(maker: Maker, dataset: str) -> Block:
+    study, scope = maker.study, maker.study.best([dataset])
+    label = f"{study.label(dataset)}, {scope.at}"
+    logs: dict[str, dict[Entry, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    legend, numbers = dict[Entry, None](), set[int]()
+    for method in study.methods:
+        for run in study.runs_in(scope, method):
+            try:
+                log = read_log(run)
+            except UserError as error:
+                maker.warnings.append(warning(run.path, error, "its curves are left out"))
+                continue
+            for term, values in log.items():
+                logs[term][maker.entry(method)].append(values)
+                legend[maker.entry(method)] = None
+                numbers.add(run.number)
+    block = Block(label, legend=list(legend), runs=tuple(sorted(numbers)))
+    for name, found in list(logs.items())[:_MOST_TERMS]:
+        term = loss_title(name)
+        title = f"{term} by epoch, {label}"
+        about = maker.named("curve", name, dataset, caption=term.capitalize(), title=title)
+        stacked = {entry: _stacked(rows) for entry, rows in found.items()}
+        block.drawings.append(training_curves(about, term, stacked))
+    return block
+
+
+def _stacked(logs: list[np.ndarray]) -> np.ndarray:
+    """Rows of different length as one array, NaN where a row has ended."""
+    longest = max(map(len, logs))
+    return np.stack([np.pad(log, (0, longest - len(log)), constant_values=np.nan) for log in logs])
+
+
+def dispersion(maker: Maker) -> list[Block]:
+    """Inter- and intra-dispersion before and after, and maps of the features themselves."""
+    blocks = []
+    for dataset in maker.study.datasets:
+        blocks.append(_dispersion(maker, dataset))
+        blocks.append(_looked(maker, dataset, "Feature maps", "pairs"))
+    return blocks
+
+
+def _dispersion(maker: Maker, dataset: str) -> Block:
+    scope, label = maker.study.best([dataset]), maker.study.label(dataset)
+    about = maker.named("dispersion", dataset, caption="Dispersion", of=f"{label}, {scope.at}")
+    table = maker.by_method(about, [maker.column(name, scope, name) for name in _DISPERSION])
+    block = Block(f"{label}, {scope.at}", tables=[table], runs=table.runs)
+    if dataset not in maker.drawn:
+        return block
+    for kind in ("inter", "intra"):
+        changes = {}
+        for i, (_, method) in enumerate(table.rows):
+            known = {column.title: column.cells[i].known for column in table.columns}
+            before, after = known.get(f"{kind} before"), known.get(f"{kind} after")
+            if before and after:
+                changes[maker.entry(str(method))] = (before.mean, after.mean)
+        if changes:
+            what = f"{kind.capitalize()}-dispersion"
+            about = maker.named(
+                "dispersion",
+                kind,
+                dataset,
+                caption=f"{what}, before (hollow) and after tuning",
+                title=f"{what} before and after, {label}",
+            )
+            block.drawings.append(before_and_after(about, f"{kind}-dispersion", changes))
+    return block
+
+
+def _looked(maker: Maker, dataset: str, what: str, kind: str) -> Block:
+    """Drawings of what was found with the backbone."""
+    looked = [i for i in maker.inside if i.run.dataset == dataset and i.drawings[kind]]
+    return Block(
+        f"{what}, {maker.study.label(dataset)}",
+        drawings=[drawing for inside in looked for drawing in inside.drawings[kind]],
+        legend=looked[0].legend if looked and kind == "pairs" else [],
+        kind=kind,
+        runs=tuple(sorted(inside.run.number for inside in looked)),
+    )
+
+
+def featured(study: Study, datasets: Iterable[str]) -> list[Run]:
+    """For each dataset the run whose mistakes are shown.
+
+    It is of the method with the highest mean accuracy at the number of shots that most methods
+    have, of those that learn a prompt if there are any; its representative run.
+    """
+    found = []
+    for dataset in datasets:
+        scope = study.best([dataset])
+        tuned = [m for m in study.methods if learns(m) and study.runs_in(scope, m)]
+        samples = {method: study.samples(scope, method) for method in tuned or study.methods}
+        means = {m: own.estimate().mean for m, own in samples.items() if own}
+        if means:
+            best = max(means, key=lambda method: means[method])
+            found.append(study.main_runs(dataset, best)[0])
+    return found
+
+
+def mistakes(maker: Maker) -> list[Block]:
+    """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
+    blocks = []
+    for run in featured(maker.study, maker.drawn):
+        try:
+            blocks.append(_mistakes(maker, run, read_confusion(run)))
+        except UserError as error:
+            maker.warnings.append(warning(run.path, error, "its mistakes are left out"))
+    return blocks
+
+
+def _mistakes(maker: Maker, run: Run, confusion: ConfusionMatrix) -> Block:
+    label, size = maker.study.label(run.dataset), len(confusion.class_names)
+    what = f"{label}: {method_title(run.method)}, {Scope([], run.shots).at}, seed {run.seed}"
+    note = f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
+    # Classes with the most misnamed images, in label order.
+    wrong = confusion.images - confusion.right
+    kept = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
+    about = maker.named("confusion", run.dataset, caption="Confusion matrix", of=what)
+    shares = confusion.counts[kept][:, kept].toarray() / np.maximum(confusion.images[kept, None], 1)
+    return Block(
+        what,
+        note if size > MATRIX_CLASSES else "",
+        [confusion_matrix(about, [confusion.class_names[c] for c in kept], shares)],
+        _tables(maker, run, confusion),
+        hardest=[hard for inside in maker.inside if inside.run == run for hard in inside.hardest],
+        beside=size <= 36,
+        kind="natural",
+        runs=(run.number,),
+    )
+
+
+def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
+    names, images, right = confusion.class_names, confusion.images, confusion.right
+    wrong, source, label = confusion.mistakes(), (run.number,), maker.study.label(run.dataset)
+    # Of each class the name that it was given most.
+    taken = {true: f"{names[named]} ({count})" for true, named, count in reversed(wrong)}
+
+    def one(value: float) -> Samples:
+        return Samples({run.seed: Sample(value, source)})
+
+    hardest = [
+        Column("accuracy", lambda c: one(right[c] / images[c])),
+        Column("images", lambda c: one(images[c]), PLAIN),
+        Column("mostly taken for", lambda c: Cell(taken[c], source), PLAIN),
+    ]
+    confused = [
+        Column("named", lambda cell: Cell(names[cell[1]], source), PLAIN),
+        Column("images", lambda cell: one(cell[2]), PLAIN),
+        Column("of class", lambda cell: one(cell[2] / images[cell[0]])),
+    ]
+    return [
+        Table(
+            maker.named("hardest", run.dataset, caption="Hardest classes", of=label),
+            "class",
+            hardest,
+            [(names[c], c, None) for c in confusion.hardest()[:LISTED]],
+        ),
+        Table(
+            maker.named("confused", run.dataset, caption="Most frequent confusions", of=label),
+            "true class",
+            confused,
+            [(names[cell[0]], cell, None) for cell in wrong[:LISTED]],
+        ),
+    ]
+
+
+def calibration(maker: Maker) -> list[Block]:
+    """Expected calibration error, and reliability diagrams where confidences are known."""
+    blocks = []
+    for dataset in maker.study.datasets:
+        label, scopes = maker.study.label(dataset), [Scope([dataset], k) for k in maker.study.shots]
+        about = maker.named("ece", dataset, caption="ECE", of=label)
+        columns = [maker.column(scope.at, scope, "ece") for scope in scopes]
+        blocks.append(Block(label, tables=[maker.by_method(about, columns)]))
+        blocks.append(_looked(maker, dataset, "Reliability", "small"))
+    return blocks
