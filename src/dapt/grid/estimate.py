@@ -27,13 +27,10 @@ STEP, IMAGE = "step", "image"
 
 
 class Estimator:
-    """Seconds that runs will take.
+    """Seconds that runs will take; a session opens tasks, and has the backbone to time steps with.
 
     Runs of one dataset and method are taken to cost the same a step, and the same an image that
     they are evaluated on; where none was measured, as much as others of the dataset, or as all.
-
-    Args:
-        session: opens tasks, and has the backbone to time steps with.
     """
 
     def __init__(self, session: Session) -> None:
@@ -49,21 +46,20 @@ class Estimator:
         Raises:
             UserError: the backbone of all pending runs cannot be loaded.
         """
-        datasets = dict.fromkeys(run.settings.dataset for run in pending)
+        datasets = {run.settings.dataset for run in pending}
         for run in runs:
             if run.settings.dataset in datasets and run.directory.finished:
                 self.observe(run)
         several = len({backbone_key(run.settings) for run in pending}) > 1
-        learning = [run.settings for run in pending if get_method(run.settings.method).learns]
-        # The step that is the most work stands first.
+        learning = [s for s in (run.settings for run in pending) if get_method(s.method).learns]
+        # The first of the steps that are the most work, of each dataset, stands last.
         learning.sort(key=lambda settings: -len(get_method(settings.method).parts))
-        for dataset in datasets:
-            timed = next((s for s in learning if s.dataset == dataset), None)
-            if timed is not None and (STEP, dataset) not in self._measured:
+        for dataset, settings in {s.dataset: s for s in reversed(learning)}.items():
+            if (STEP, dataset) not in self._measured:
                 with suppress(UserError) if several else nullcontext():
-                    self.session.shared(timed)
+                    self.session.shared(settings)
                 with suppress(UserError):
-                    self._time_step(timed)
+                    self._time_step(settings)
 
     def observe(self, run: PlannedRun) -> None:
         """Learn from a run that is finished, if its task and records can be read."""
@@ -83,34 +79,30 @@ class Estimator:
         for there, evaluate in run.elsewhere():
             with suppress(UserError):
                 images += self._size(there, evaluate=evaluate)[1]
-        a_step, an_image = (self._expect(what, run.settings) for what in (STEP, IMAGE))
-        return steps * a_step + images * an_image
+        return steps * self._expect(STEP, run.settings) + images * self._expect(IMAGE, run.settings)
 
     def _time_step(self, settings: Settings) -> None:
         """Time steps and an evaluation batch of noise, with the dataset's class names."""
         task, method = self.session.task(settings), get_method(settings.method)
         backbone = self.session.shared(settings).backbone
         classifier = new_classifier(backbone, task.class_names, task.template, method, settings)
-        size = backbone.preprocessing.size
-        noise = torch.Generator().manual_seed(0)
-
-        def views(count: int) -> torch.Tensor:
-            return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=noise)
-
+        shape, noise = (3, *[backbone.preprocessing.size] * 2), torch.Generator().manual_seed(0)
         prototypes = torch.zeros(len(task.class_names), classifier.text_features().shape[1])
         tuner = Tuner(classifier, settings, prototypes)
         labels = torch.zeros(min(settings.batch_size, self._size(settings)[0]), dtype=torch.long)
-        seconds, batch = [], views(len(labels))
+        views = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=noise)
+        seconds = []
         for _ in range(1 + _TIMED):
             started = time.perf_counter()
-            tuner.step(batch, labels, 0.0, noise)
+            tuner.step(views, labels, 0.0, noise)
             seconds.append(time.perf_counter() - started)
         self._note(STEP, settings, median(seconds[1:]))
-        batch = views(max(1, min(settings.eval_batch_size, len(task.test))))
+        count = max(1, min(settings.eval_batch_size, len(task.test)))
+        views = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=noise)
         with torch.inference_mode():
             started = time.perf_counter()
-            classifier.image_features(batch)
-            self._note(IMAGE, settings, (time.perf_counter() - started) / len(batch))
+            classifier.image_features(views)
+            self._note(IMAGE, settings, (time.perf_counter() - started) / count)
 
     def _work(self, settings: Settings) -> tuple[int, int]:
         """Tuning steps of a run, and test images."""

@@ -16,7 +16,6 @@ from dapt.errors import UserError
 from dapt.grid import work
 from dapt.grid.estimate import Estimator, duration
 from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun
-from dapt.grid.work import BUSY, DIED, READY, Crew, Outcome, Session, Worker
 from dapt.progress import Reporter
 
 # A run whose worker dies this often is given up: it may be what kills them.
@@ -35,28 +34,17 @@ class Grid:
     One that another process holds is looked at again when the others are done. A run's result
     depends on the number of threads each worker has, in its last bits, but not on who does it.
 
-    Args:
-        plan: from `make_plan`.
-        workers: processes; one is this process itself. With Ray, actors; as many as there is
-            room for, if not given.
-        threads: of a worker; by default the cores are divided.
-        ray: address of a Ray cluster, or ``local``.
-        retry: do again what failed earlier.
-        reporter: is told what became of each run.
-        progress: is told the progress: of each run where this process does them, else of all.
-
-    Attributes:
-        states: what was found of each run.
-        done: how many runs are done.
-        failed: why others failed: title -> sentence.
+    Of its attributes, ``states`` is what was found of each run, ``done`` how many runs are done,
+    and ``failed`` why others failed: title -> sentence.
     """
 
     plan: Plan = field(kw_only=False)
-    workers: int | None = None
-    threads: int | None = None
-    ray: str | None = None
-    retry: bool = False
-    reporter: Reporter = field(default_factory=Reporter)
+    workers: int | None = None  # processes, or actors of Ray: by default one, or all with room
+    threads: int | None = None  # of a worker; by default the cores are divided
+    ray: str | None = None  # address of a Ray cluster, or ``local``
+    retry: bool = False  # do again what failed earlier
+    reporter: Reporter = field(default_factory=Reporter)  # is told what became of each run
+    # Is told the progress: of each run where this process does them, else of all.
     progress: Reporter = field(default_factory=Reporter)
 
     def __post_init__(self) -> None:
@@ -65,10 +53,11 @@ class Grid:
         self.waiting = [run for run, state in self.states.items() if state not in settled]
         self.done, self.failed = 0, dict[str, str]()
         self._each = self.threads or max(1, cpu_count() // (self.workers or 1))
-        self.session = Session(self.progress)
+        self.session = work.Session(self.progress)
         self.estimator = Estimator(self.session)
         self._held: list[PlannedRun] = []  # by other processes
-        self._workers: list[Worker] = []
+        self._idle: list[work.Worker] = []
+        self._asked: dict[work.Answer, work.Worker] = {}
         # Of workers, by what they did; by None since one was last ready.
         self._deaths: Counter[PlannedRun | None] = Counter()
 
@@ -93,9 +82,8 @@ class Grid:
             OSError: nothing more can be written.
         """
         for run, state in self.states.items():
-            if state == DONE:
-                self.done += 1
-            elif state == FAILED and self.retry:
+            self.done += state == DONE
+            if state == FAILED and self.retry:
                 run.directory.failure_file.unlink(missing_ok=True)
             elif state == FAILED:
                 self.failed[run.title] = run.directory.read_failure() or ""
@@ -105,35 +93,39 @@ class Grid:
         if not alone:
             self.session.backbones.clear()  # the workers load their own
         hire = partial(work.here, self.session) if alone else partial(work.process, self._each)
-        crew: Crew = hire, self.workers or 1, self._each
+        crew: work.Crew = hire, self.workers or 1
         # Where this process does the runs, their own progress is shown.
         watched = Reporter() if alone else self.progress
         with (
             nullcontext(crew) if self.ray is None else work.cluster(self.ray, self.threads) as crew,
-            work.computing_with(crew[2]),
+            work.computing_with(self._each),
             work.answering(signal.SIGTERM, signal.default_int_handler),  # it stops as by Ctrl-C
             watched.stage("runs", len(self.waiting)) as self._advance,
         ):
-            self._hire, room, _ = crew
+            self._hire, room = crew
             self._count = min(self.workers or room, len(self.waiting))
             try:
                 self._work()
             finally:
-                self._stop()
+                workers = [*self._idle, *self._asked.values()]
+                for worker in workers:
+                    worker.stop()
+                wait(self._asked, _PATIENCE)
+                for worker in workers:
+                    worker.kill()
         return self
 
     def _work(self) -> None:
         """Hand runs to workers until none is left."""
         for _ in range(self._count):
-            self._hire_one()
+            self._ask(self._hire(), None)
         announced = False
         while self.waiting or self._held or self._doing():
-            for worker in [w for w in self._workers if w.told is None][: len(self.waiting)]:
-                self._give(worker)
+            while self._idle and self.waiting:
+                self._give(self._idle.pop(0))
             if self.waiting or self._doing():
-                asked = {w.told: w for w in self._workers if w.told is not None}
-                for told in wait(asked, 1.0, FIRST_COMPLETED).done:
-                    self._hear(asked[told])
+                for told in wait(self._asked, 1.0, FIRST_COMPLETED).done:
+                    self._hear(told)
                 continue
             if not announced:
                 self.reporter.say(f"waiting for {len(self._held)} runs that other processes hold")
@@ -141,68 +133,56 @@ class Grid:
             time.sleep(_REVISIT)
             self.waiting, self._held = self._held, []
 
-    def _stop(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-        wait([w.told for w in self._workers if w.told is not None], _PATIENCE)
-        for worker in self._workers:
-            worker.kill()
-
     def _doing(self) -> list[PlannedRun]:
-        return [w.run for w in self._workers if w.told is not None and w.run is not None]
+        return [worker.run for worker in self._asked.values() if worker.run is not None]
 
-    def _hire_one(self) -> None:
-        self._workers.append(self._hire())
-        self._workers[-1].ask(None)
-
-    def _give(self, worker: Worker) -> None:
+    def _give(self, worker: work.Worker) -> None:
         """The next run of what this worker has loaded, else of what nobody works on, else any."""
         mine = worker.run and worker.run.group
         others = {run.group for run in self._doing()}
         run = min(self.waiting, key=lambda run: (run.group != mine, run.group in others))
         self.waiting.remove(run)
-        worker.ask(run)
+        self._ask(worker, run)
 
-    def _hear(self, worker: Worker) -> None:
+    def _ask(self, worker: work.Worker, run: PlannedRun | None) -> None:
+        worker.run, worker.since = run, time.perf_counter()
+        self._asked[worker.do(run)] = worker
+
+    def _hear(self, told: work.Answer) -> None:
         """What a worker answers: it is idle then, or another takes its place."""
-        assert worker.told is not None
-        told, run, seconds = worker.told, worker.run, time.perf_counter() - worker.since
-        worker.told = None
+        worker = self._asked.pop(told)
         if told.exception() is not None:
-            state, note = self._died(worker)
-        elif isinstance(answer := told.result(), BaseException):
-            raise answer
-        else:
-            state, note = answer
-        if state == READY:
-            self._deaths[None] = 0
-        if run is None:
+            self._lose(worker)
             return
-        if state == DIED:
-            self.reporter.say(f"{run.title}: its worker died; the run goes on in another")
-            self.waiting.insert(0, run)
-        elif state == BUSY:
-            self._held.append(run)
+        self._idle.append(worker)
+        if isinstance(answer := told.result(), BaseException):
+            raise answer
+        if worker.run is None:
+            self._deaths[None] = 0
+        elif answer == work.BUSY:
+            self._held.append(worker.run)
         else:
-            self._ended(run, state, note, seconds)
+            self._ended(worker, worker.run, *answer)
 
-    def _died(self, worker: Worker) -> Outcome:
-        """Of a lack of memory, a lost node, a kill: what that means for the run it was doing."""
+    def _lose(self, worker: work.Worker) -> None:
+        """Another goes on with what a worker died of: lack of memory, a lost node, a kill."""
         run = worker.run
         worker.kill()  # it may only be out of reach
-        self._workers.remove(worker)
         self._deaths[run] += 1
         if run is None and self._deaths[run] >= _DEATHS * self._count and not self._doing():
             raise UserError("workers end as soon as they are started; try --workers 1")
         if run is not None or self.waiting or self._held:
-            self._hire_one()
-        if run is None or self._deaths[run] < _DEATHS:
-            return DIED, ""
-        note = f"its worker died {_DEATHS} times, perhaps for lack of memory"
-        run.directory.fail(note)
-        return FAILED, note
+            self._ask(self._hire(), None)
+        if run is not None and self._deaths[run] >= _DEATHS:
+            note = f"its worker died {_DEATHS} times, perhaps for lack of memory"
+            run.directory.fail(note)
+            self._ended(worker, run, FAILED, note)
+        elif run is not None:
+            self.reporter.say(f"{run.title}: its worker died; the run goes on in another")
+            self.waiting.insert(0, run)
 
-    def _ended(self, run: PlannedRun, state: str, note: str, seconds: float) -> None:
+    def _ended(self, worker: work.Worker, run: PlannedRun, state: str, note: str) -> None:
+        seconds = time.perf_counter() - worker.since
         if state == FAILED:
             self.failed[run.title] = note
             note = f"failed: {note}"

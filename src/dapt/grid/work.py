@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,10 +33,9 @@ from dapt.run.train import train
 from dapt.run.transfer import evaluate_run, recorded
 from dapt.settings import Settings
 
-READY, BUSY, DIED = "ready", "busy", "died"
-
-# What became of a run: `DONE`, `FAILED` with a sentence, `BUSY` in another process, and so on.
+# What became of a run: `DONE` with its figures, `FAILED` with a sentence, or `BUSY`.
 Outcome = tuple[str, str]
+READY, BUSY = ("ready", ""), ("busy in another process", "")
 # That, or what stops the whole grid; where the future itself fails, the worker died.
 Answer = Future[Outcome | BaseException]
 
@@ -87,8 +85,7 @@ class Session:
         Raises:
             UserError: no run has all it needs; where some have, it is told that others will fail.
         """
-        wrong: dict[str, UserError] = {}
-        good = 0
+        wrong, good = dict[str, UserError](), 0
         for run in {(run.group, run.targets): run for run in runs}.values():
             try:
                 for settings, evaluate in ((run.settings, False), *run.elsewhere()):
@@ -104,52 +101,42 @@ class Session:
     def do(self, run: PlannedRun | None) -> Outcome | BaseException:
         """What became of a run, or what stops the whole grid; without a run, that this is here."""
         try:
-            return (READY, "") if run is None else execute(run, self)
+            return READY if run is None else self._do(run)
         except BaseException as error:  # to be raised where the grid is
             return error
 
+    def _do(self, run: PlannedRun) -> Outcome:
+        """Do a run with its evaluations, as far as they are not done; what fails is recorded."""
+        try:
+            state = run.state()
+            if state == FAILED:
+                return FAILED, run.directory.read_failure() or ""
+            if state != DONE:
+                self._tune_and_evaluate(run, state)
+            return DONE, summary(run)
+        except InUse:
+            return BUSY
+        except Exception as error:
+            if isinstance(error, Interrupted) or getattr(error, "errno", None) in _NO_STORAGE:
+                raise
+            expected = isinstance(error, UserError)
+            note = str(error) if expected else f"{type(error).__name__}: {error}"
+            run.directory.fail(note, None if expected else traceback.format_exc())
+            return FAILED, note
 
-def execute(run: PlannedRun, session: Session) -> Outcome:
-    """Do one run with its evaluations, as far as they are not done; what fails is recorded.
-
-    Raises:
-        Interrupted: the process was asked to stop; the run can be resumed.
-        OSError: nothing more can be written.
-    """
-    try:
-        state = run.state()
-        if state == FAILED:
-            return FAILED, run.directory.read_failure() or ""
-        if state != DONE:
-            _tune_and_evaluate(run, state, session)
-        return DONE, summary(run)
-    except Interrupted:
-        raise
-    except InUse:
-        return BUSY, ""
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_STORAGE:
-            raise
-        expected = isinstance(error, UserError)
-        note = str(error) if expected else f"{type(error).__name__}: {error}"
-        run.directory.fail(note, None if expected else traceback.format_exc())
-        return FAILED, note
-
-
-def _tune_and_evaluate(run: PlannedRun, state: str, session: Session) -> None:
-    settings, directory = run.settings, run.directory
-    task, told = session.task(settings), session.progress
-    shared = session.shared(settings)
-    if state == NEW and (twin := run.twin()) is not None:
-        directory.copy_from(twin)
-    else:
-        data = Data(task, support_of(settings, task))
-        train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
-    evaluate = partial(evaluate_run, shared=shared, open_task=session.task, reporter=told)
-    with directory.locked():
-        for target in run.targets:
-            if recorded(directory, target) is None:
-                evaluate(directory, target, held=True)
+    def _tune_and_evaluate(self, run: PlannedRun, state: str) -> None:
+        settings, directory, told = run.settings, run.directory, self.progress
+        task, shared = self.task(settings), self.shared(settings)
+        if state == NEW and (twin := run.twin()) is not None:
+            directory.copy_from(twin)
+        else:
+            data = Data(task, support_of(settings, task))
+            train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
+        evaluate = partial(evaluate_run, shared=shared, open_task=self.task, reporter=told)
+        with directory.locked():
+            for target in run.targets:
+                if recorded(directory, target) is None:
+                    evaluate(directory, target, held=True)
 
 
 def summary(run: PlannedRun) -> str:
@@ -177,8 +164,7 @@ def computing_with(count: int) -> Iterator[None]:
         with threadpool_limits(count):
             yield
     finally:
-        with suppress(RuntimeError):
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 # -------------------------------------------------------------------------- where it is
@@ -186,28 +172,17 @@ def computing_with(count: int) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Worker:
-    """Does runs, one at a time.
+    """Does runs, one at a time."""
 
-    Attributes:
-        do: asks for what `Session.do` returns.
-        stop: has it stop between two steps, as far as it can.
-        kill: ends it at once.
-        run: what it was last asked to do; None: whether it is there.
-        since: when that was.
-        told: the answer, until it is heard.
-    """
+    do: Callable[[PlannedRun | None], Answer]  # asks for what `Session.do` returns
+    stop: Callable[[], object] = lambda: None  # between two steps, as far as it can
+    kill: Callable[[], object] = lambda: None  # at once
+    run: PlannedRun | None = None  # what it was last asked to do; None: whether it is there
+    since: float = 0.0  # when that was
 
-    do: Callable[[PlannedRun | None], Answer]
-    stop: Callable[[], object] = lambda: None
-    kill: Callable[[], object] = lambda: None
-    run: PlannedRun | None = None
-    since: float = 0.0
-    told: Answer | None = None
 
-    def ask(self, run: PlannedRun | None) -> None:
-        """Let it do a run."""
-        self.run, self.since = run, time.perf_counter()
-        self.told = self.do(run)
+# How to hire a worker, and for how many there is room.
+Crew = tuple[Callable[[], Worker], int]
 
 
 def here(session: Session) -> Worker:
@@ -270,19 +245,13 @@ def answering(number: signal.Signals, answer: Any) -> Iterator[None]:
         signal.signal(number, before)
 
 
-# How to hire a worker, for how many there is room, and how many threads each has.
-Crew = tuple[Callable[[], Worker], int, int]
-
-
 @contextmanager
 def cluster(address: str, threads: int | None) -> Iterator[Crew]:
     """Actors on a Ray cluster whose nodes share the results folder.
 
     The address ``local`` starts one on this machine. By default a worker has as many threads as
-    the smallest node has cores.
-
-    Raises:
-        UserError: Ray is not installed or does not answer, or no node has so many cores.
+    the smallest node has cores. A `UserError`, if Ray is not installed, does not answer, or has no
+    node with so many cores.
     """
     try:
         import ray
@@ -315,7 +284,7 @@ def cluster(address: str, threads: int | None) -> Iterator[Crew]:
 
             return Worker(lambda run: actor.do.remote(run).future(), end, end)
 
-        yield hire, room, each
+        yield hire, room
     finally:
         if begun:
             ray.shutdown()
