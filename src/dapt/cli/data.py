@@ -37,10 +37,7 @@ def support_set(
 ) -> None:
     """Draw a support set exactly as the published protocol does, and print it.
 
-    **Examples**
-
-    - `dapt data support-set bundled --shots 4`
-    - `dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json`
+    **Example:** `dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json`
     """
     from dapt.data import draw_support_set, open_task
 
@@ -84,9 +81,7 @@ def list_datasets(as_json: _JsonOption = False) -> None:
 
 @data.command()
 def check(
-    dataset: Annotated[
-        str | None, Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
-    ] = None,
+    dataset: Annotated[str | None, Argument(help="If none, all benchmarks below --root.")] = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
@@ -99,7 +94,6 @@ def check(
     **Examples**
 
     - `dapt data check --root /data --quick`
-    - `dapt data check imagenet --root /data`
     - `dapt data check my_photos --decode`
     """
     from dapt.data import BENCHMARKS
@@ -118,9 +112,7 @@ def check(
     below = [n for n, row in BENCHMARKS.items() if root and (root / row.folder).is_dir()]
     chosen = [dataset] if dataset else below
     if not chosen:
-        raise UserError(
-            f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
-        )
+        raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
     level = "listed" if quick else "decoded" if decode else "whole"
     place, told = {"root": root, "domain": domain, "class_names": class_names}, RichReporter()
     checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]

@@ -87,16 +87,11 @@ def experiment(
 
 
 def _list(name: str, text: str) -> list[Any]:
-    """What stands between commas."""
+    """What stands between commas; a suite refuses a list that is empty."""
     try:
-        values = [_LISTS[name](value.strip()) for value in text.split(",") if value.strip()]
+        return [_LISTS[name](value.strip()) for value in text.split(",") if value.strip()]
     except ValueError as error:
-        raise UserError(
-            f"--{name} {text}: give numbers with commas between them, such as 1,2,4"
-        ) from error
-    if not values:
-        raise UserError(f"--{name} is empty; list at least one")
-    return values
+        raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
 
 
 def _chosen(
@@ -122,11 +117,11 @@ def _chosen(
 
 def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
     """A row a dataset, and how long all takes: the work in total, for a cluster of any size."""
-    from dapt.grid.estimate import duration
+    from dapt.grid.grid import duration
     from dapt.grid.plan import FAILED, STATES
 
-    plan = grid.plan
-    title = f"{plan.name}: {len(plan.runs)} runs in {plan.folder}"
+    plan, workers = grid.plan, grid.workers or 1
+    title = f"{plan.folder.name}: {len(plan.runs)} runs in {plan.folder}"
     made = table("dataset", figures=("runs", *STATES, "time"), title=title)
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
@@ -142,7 +137,7 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
         how = "tried again" if grid.retry else "--retry tries them again"
         say(f"{failed} failed before; {how}")
     if seconds:
-        total, workers = sum(seconds.values()), grid.workers or 1
+        total = sum(seconds.values())
         time = f"{duration(total / workers)} with {workers} worker(s)"
         if grid.ray is not None and grid.workers is None:
             time = f"{duration(total)} of work for a machine like this one"
@@ -154,10 +149,8 @@ def _show_result(grid: Grid) -> None:
     say(f"{grid.done} of {len(grid.plan.runs)} runs are done; all is in {grid.plan.folder}")
     if not grid.failed:
         return
-    reasons: dict[str, list[str]] = {}
-    for title, sentence in grid.failed.items():
-        reasons.setdefault(sentence, []).append(title)
-    for sentence, titles in reasons.items():
+    for sentence in dict.fromkeys(grid.failed.values()):
+        titles = [title for title, said in grid.failed.items() if said == sentence]
         more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
         say_error(f"failed: {titles[0]}{more}: {sentence}")
     say_error("details are in the failure.json of each; --retry tries them again")

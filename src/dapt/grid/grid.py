@@ -1,29 +1,35 @@
-"""Doing a plan: who does which run when, what failed, how long is left."""
+"""Doing a plan: who does which run when, what failed, how long it will take."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean, median
 
+import torch
 from joblib import cpu_count
 
+from dapt.engine.classifier import new_classifier
+from dapt.engine.fit import steps_per_epoch
+from dapt.engine.step import Tuner
 from dapt.errors import UserError
 from dapt.grid import work
-from dapt.grid.estimate import Estimator, duration
-from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun
+from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun, backbone_key, task_key
+from dapt.methods import get_method
 from dapt.progress import Reporter
+from dapt.settings import Settings
 
-# A run whose worker dies this often is given up: it may be what kills them.
-_DEATHS = 3
-# Seconds between two looks at runs that another process holds.
-_REVISIT = 2.0
-# Seconds that workers get to reach the end of a step.
-_PATIENCE = 60
+_DEATHS = 3  # of its workers, and a run is given up: it may be what kills them
+_REVISIT = 2.0  # seconds between two looks at runs that another process holds
+_PATIENCE = 60  # seconds that workers get to reach the end of a step
+_TIMED = 3  # steps, after one that pays for memory and kernels
+STEP, IMAGE = "step", "image"
 
 
 @dataclass(kw_only=True)
@@ -33,9 +39,8 @@ class Grid:
     A run that is done is skipped, an unfinished one resumed, one that failed earlier left failed.
     One that another process holds is looked at again when the others are done. A run's result
     depends on the number of threads each worker has, in its last bits, but not on who does it.
-
-    Of its attributes, ``states`` is what was found of each run, ``done`` how many runs are done,
-    and ``failed`` why others failed: title -> sentence.
+    ``states`` tells what was found of each run, ``done`` how many are done, and ``failed`` why
+    others are not: title -> sentence.
     """
 
     plan: Plan = field(kw_only=False)
@@ -44,8 +49,7 @@ class Grid:
     ray: str | None = None  # address of a Ray cluster, or ``local``
     retry: bool = False  # do again what failed earlier
     reporter: Reporter = field(default_factory=Reporter)  # is told what became of each run
-    # Is told the progress: of each run where this process does them, else of all.
-    progress: Reporter = field(default_factory=Reporter)
+    progress: Reporter = field(default_factory=Reporter)  # of each run, or of all with workers
 
     def __post_init__(self) -> None:
         self.states = {run: run.state() for run in self.plan.runs}
@@ -62,11 +66,7 @@ class Grid:
         self._deaths: Counter[PlannedRun | None] = Counter()
 
     def prepare(self) -> dict[PlannedRun, float]:
-        """Open what the runs to do need, and tell how many seconds each will take.
-
-        Raises:
-            UserError: no run has all it needs, or the backbone of all cannot be loaded.
-        """
+        """Seconds that each run to do will take, or a `UserError` where none has all it needs."""
         if self.waiting:
             self.session.open_tasks(self.waiting, self.reporter)
             with work.computing_with(self._each):
@@ -74,7 +74,7 @@ class Grid:
         return {run: self.estimator.seconds(run) for run in self.waiting}
 
     def run(self) -> Grid:
-        """Do what is to do; returns the grid, which tells what became of it.
+        """Do what is to do; the grid tells what became of it.
 
         Raises:
             Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
@@ -93,7 +93,7 @@ class Grid:
         if not alone:
             self.session.backbones.clear()  # the workers load their own
         hire = partial(work.here, self.session) if alone else partial(work.process, self._each)
-        crew: work.Crew = hire, self.workers or 1
+        crew: work.Crew = hire, 1
         # Where this process does the runs, their own progress is shown.
         watched = Reporter() if alone else self.progress
         with (
@@ -194,3 +194,118 @@ class Grid:
             left = f" ({duration(sum(map(self.estimator.seconds, rest)) / self._count)} left)"
         self._advance(1)
         self.reporter.say(f"[{ended}/{total}] {run.title}: {note}, {seconds:.1f} s{left}")
+
+
+class Estimator:
+    """Seconds that runs will take; the session opens tasks, and has a backbone to time steps with.
+
+    Runs of one dataset and method are taken to cost the same a step, and the same an image that
+    they are evaluated on; where none was measured, as much as others of the dataset, or as all.
+    """
+
+    def __init__(self, session: work.Session) -> None:
+        self.session = session
+        self._measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        self._sizes: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    def prepare(self, runs: Sequence[PlannedRun], pending: Sequence[PlannedRun]) -> None:
+        """Observe the runs that are done, and time steps where they tell nothing of a dataset.
+
+        What cannot be opened is left out, as its runs will tell; but not the backbone of all.
+        """
+        datasets = {run.settings.dataset for run in pending}
+        for run in runs:
+            if run.settings.dataset in datasets and run.directory.finished:
+                self.observe(run)
+        several = len({backbone_key(run.settings) for run in pending}) > 1
+        learning = [s for s in (run.settings for run in pending) if get_method(s.method).learns]
+        # The first of the steps that are the most work, of each dataset, stands last.
+        learning.sort(key=lambda settings: -len(get_method(settings.method).parts))
+        for dataset, settings in {s.dataset: s for s in reversed(learning)}.items():
+            if (STEP, dataset) not in self._measured:
+                with suppress(UserError) if several else nullcontext():
+                    self.session.shared(settings)
+                with suppress(UserError):
+                    self._time_step(settings)
+
+    def observe(self, run: PlannedRun) -> None:
+        """Learn from a run that is finished, if its task and records can be read."""
+        with suppress(UserError):
+            spent = run.directory.read_environment()
+            steps, images = self._work(run.settings)
+            if steps and spent.tuning_seconds:
+                self._note(STEP, run.settings, spent.tuning_seconds / steps)
+            self._note(IMAGE, run.settings, (spent.evaluation_seconds or 0.0) / max(1, images))
+
+    def seconds(self, run: PlannedRun) -> float:
+        """Expected duration of a run, with its evaluations; of what cannot be opened, none."""
+        steps = images = 0
+        with suppress(UserError):
+            if run.twin() is None:
+                steps, images = self._work(run.settings)
+        for there, evaluate in run.elsewhere():
+            with suppress(UserError):
+                images += self._size(there, evaluate=evaluate)[1]
+        return steps * self._expect(STEP, run.settings) + images * self._expect(IMAGE, run.settings)
+
+    def _time_step(self, settings: Settings) -> None:
+        """Time steps and an evaluation batch of noise, with the dataset's class names."""
+        task, method = self.session.task(settings), get_method(settings.method)
+        backbone = self.session.shared(settings).backbone
+        classifier = new_classifier(backbone, task.class_names, task.template, method, settings)
+        shape, noise = (3, *[backbone.preprocessing.size] * 2), torch.Generator().manual_seed(0)
+        prototypes = torch.zeros(len(task.class_names), classifier.text_features().shape[1])
+        tuner = Tuner(classifier, settings, prototypes)
+        labels = torch.zeros(min(settings.batch_size, self._size(settings)[0]), dtype=torch.long)
+        views = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=noise)
+        seconds = []
+        for _ in range(1 + _TIMED):
+            started = time.perf_counter()
+            tuner.step(views, labels, 0.0, noise)
+            seconds.append(time.perf_counter() - started)
+        self._note(STEP, settings, median(seconds[1:]))
+        count = max(1, min(settings.eval_batch_size, len(task.test)))
+        views = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=noise)
+        with torch.inference_mode():
+            started = time.perf_counter()
+            classifier.image_features(views)
+            self._note(IMAGE, settings, (time.perf_counter() - started) / count)
+
+    def _work(self, settings: Settings) -> tuple[int, int]:
+        """Tuning steps of a run, and test images."""
+        support, test = self._size(settings)
+        steps = settings.epochs * steps_per_epoch(support, settings.batch_size)
+        return steps if get_method(settings.method).learns else 0, test
+
+    def _size(self, settings: Settings, *, evaluate: bool = False) -> tuple[int, int]:
+        """Images to tune on, and to test on."""
+        key = (*task_key(settings), settings.shots, evaluate)
+        if key not in self._sizes:
+            task = self.session.task(settings, evaluate=evaluate)
+            each = Counter(item.label for item in task.train).values()
+            self._sizes[key] = sum(min(n, settings.shots) for n in each), len(task.test)
+        return self._sizes[key]
+
+    def _note(self, what: str, settings: Settings, seconds: float) -> None:
+        for key in _keys(what, settings):
+            self._measured[key].append(seconds)
+
+    def _expect(self, what: str, settings: Settings) -> float:
+        """Mean of what is nearest; nothing where nothing was measured."""
+        known = (self._measured[k] for k in _keys(what, settings) if k in self._measured)
+        return fmean(next(known, [0.0]))
+
+
+def _keys(what: str, settings: Settings) -> tuple[tuple[str, ...], ...]:
+    return (what, settings.dataset, settings.method), (what, settings.dataset), (what,)
+
+
+def duration(seconds: float) -> str:
+    """``"about 5 min"``, in the unit a reader would use."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} min"
+    if seconds < 48 * 3600:
+        return f"about {seconds / 3600:.1f} h"
+    return f"about {seconds // 86400:.0f} days"

@@ -22,7 +22,7 @@ from dapt.run.transfer import Target, recorded
 from dapt.safe.files import read_yaml, user_path
 from dapt.settings import Settings, absolute_paths, make_settings
 
-# Those that ship with the package, by name.
+# Files of those that ship with the package.
 SUITES = {f.stem: f for f in sorted(Path(__file__).resolve().parent.glob("suites/*.yaml"))}
 
 # Names become folders, on any system.
@@ -104,8 +104,7 @@ class Suite(Axes):
     def changed(self, part: dict[str, Any], where: str) -> Suite:
         """This suite with a part's keys in place of its own; ``settings`` are merged.
 
-        Raises:
-            UserError: the part is wrong, or what comes out; ``where`` tells the user what is meant.
+        A `UserError` where the part or what comes out is wrong, which ``where`` names to the user.
         """
         given = _checked(Axes, part, where).model_dump(exclude_unset=True)
         merged = {**self.settings, **given.get("settings", {})}
@@ -148,12 +147,7 @@ def suite_file(suite: str) -> Path:
 
 
 def read_suite(file: Path) -> Suite:
-    """Read and check a suite.
-
-    Raises:
-        UserError: the file cannot be read, or holds an unknown key, setting or method (with the
-            nearest known one), or an impossible value.
-    """
+    """Read and check a suite: a `UserError`, where it holds what is unknown or impossible."""
     values, where = read_yaml(file, "suite file"), f"suite file {file}"
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"{where} must map keys such as datasets and methods to values")
@@ -231,7 +225,6 @@ class PlannedRun:
 class Plan:
     """Runs of a grid, in the order they are done; those that share the most stand together."""
 
-    name: str
     folder: Path
     runs: tuple[PlannedRun, ...]
     same: int = 0  # runs left out, as an earlier column has the same settings
@@ -271,7 +264,7 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
         same += runs.setdefault((settings.model_dump_json(), targets), run) is not run
     for run in runs.values():
         check_output(run.directory, run.settings, resume=True, overwrite=False)
-    return Plan(suite.name, folder, tuple(runs.values()), same)
+    return Plan(folder, tuple(runs.values()), same)
 
 
 def _targets(suite: Suite, settings: Settings) -> tuple[Target, ...]:

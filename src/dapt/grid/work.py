@@ -42,16 +42,14 @@ Answer = Future[Outcome | BaseException]
 # No later run would fare better, so the grid stops instead of failing one run after another.
 _NO_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
-# Tasks are listings, not images: a source and its targets are kept, whatever the suite.
-_TASKS_KEPT = 16
+_TASKS_KEPT = 16  # listings, not images: a source and its targets, whatever the suite
 
 
 class Session:
     """What a worker does runs with: the backbone in use with what it saw, and tasks.
 
-    Args:
-        progress: is told the progress of each run.
-        threads: to compute with for as long as the process lives; as it did, if not given.
+    It is told what is to hear of each run's ``progress``, and, where the process is all its own,
+    how many ``threads`` to compute with.
     """
 
     def __init__(self, progress: Reporter | None = None, threads: int | None = None) -> None:
@@ -82,8 +80,7 @@ class Session:
     def open_tasks(self, runs: Sequence[PlannedRun], reporter: Reporter) -> None:
         """Open what runs are tuned and evaluated on, before any is begun, and tell what is odd.
 
-        Raises:
-            UserError: no run has all it needs; where some have, it is told that others will fail.
+        A `UserError` where no run has all it needs; else it is told that some will fail.
         """
         wrong, good = dict[str, UserError](), 0
         for run in {(run.group, run.targets): run for run in runs}.values():
@@ -146,12 +143,11 @@ def summary(run: PlannedRun) -> str:
     for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
         found[f"{file.stem.removeprefix('eval-')} "] = record
     parts = [f"{name}{record.test.accuracy:.1%}" for name, record in found.items()]
-    skipped = [*metrics.skipped, *(image for r in found.values() for image in r.test.skipped)]
-    twice = [pair for record in found.values() for pair in record.also_tested or ()]
-    if skipped:
-        parts.append(f"images skipped: {len({image['image'] for image in skipped}):,}")
-    if twice:
-        parts.append(f"support images tested too: {len({pair['support'] for pair in twice}):,}")
+    lists = (metrics.skipped, *(record.test.skipped for record in found.values()))
+    skipped = {image["image"] for images in lists for image in images}
+    twice = {pair["support"] for record in found.values() for pair in record.also_tested or ()}
+    odd = {"images skipped": skipped, "support images tested too": twice}
+    parts += [f"{what}: {len(images):,}" for what, images in odd.items() if images]
     return ", ".join([*parts, "its loss rose"] if metrics.rose else parts)
 
 
