@@ -62,10 +62,7 @@ def experiment(
     from dapt.grid.plan import DONE
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "torchrun divides one run among processes, an experiment divides runs: start it by "
-            "itself, with --workers or --ray"
-        )
+        raise UserError("torchrun divides one run; start an experiment with --workers or --ray")
     file, told = suite_file(suite), RichReporter()
     if yaml:
         echo(file.read_text(encoding="utf-8"), nl=False)
@@ -120,7 +117,7 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
     from dapt.grid.grid import duration
     from dapt.grid.plan import FAILED, STATES
 
-    plan, workers = grid.plan, grid.workers or 1
+    plan = grid.plan
     title = f"{plan.folder.name}: {len(plan.runs)} runs in {plan.folder}"
     made = table("dataset", figures=("runs", *STATES, "time"), title=title)
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
@@ -137,7 +134,7 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
         how = "tried again" if grid.retry else "--retry tries them again"
         say(f"{failed} failed before; {how}")
     if seconds:
-        total = sum(seconds.values())
+        total, workers = sum(seconds.values()), grid.workers or 1
         time = f"{duration(total / workers)} with {workers} worker(s)"
         if grid.ray is not None and grid.workers is None:
             time = f"{duration(total)} of work for a machine like this one"
@@ -201,8 +198,7 @@ def bench(context: Context) -> None:
     sources = Path(dapt.__file__).resolve().parents[1]
     if sources.name != "src" or not (sources.parent / "benchmarks").is_dir():
         raise UserError(
-            "the yardsticks of 'dapt bench' are in the repository and not in the wheel; "
-            "run it with dapt installed from a checkout (pip install -e .)"
+            "'dapt bench' is in the repository and not in the wheel: pip install -e . in a checkout"
         )
     sys.path.insert(0, str(sources.parent))
     from benchmarks.command import app as yardsticks

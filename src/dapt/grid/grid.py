@@ -302,10 +302,8 @@ def _keys(what: str, settings: Settings) -> tuple[tuple[str, ...], ...]:
 
 def duration(seconds: float) -> str:
     """``"about 5 min"``, in the unit a reader would use."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        return f"about {seconds / 3600:.1f} h"
+    units = (("s", 1, 90, 0), ("min", 60, 90 * 60, 0), ("h", 3600, 48 * 3600, 1))
+    for unit, size, most, digits in units:
+        if seconds < most:
+            return f"about {max(1, seconds / size):.{digits}f} {unit}"
     return f"about {seconds // 86400:.0f} days"
