@@ -91,9 +91,7 @@ def _list(name: str, text: str) -> list[Any]:
         raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
 
 
-def _chosen(
-    suite: Suite, changes: dict[str, Any], lists: dict[str, list[Any]], quick: bool
-) -> Suite:
+def _chosen(suite: Suite, changes: dict[str, Any], lists: dict[str, Any], quick: bool) -> Suite:
     """The suite as the command line changes it: its settings, and its lists."""
     columns, datasets = lists.pop("methods", None), lists.get("datasets")
     if "backbone" in changes:  # its weights are not those of the suite's

@@ -9,7 +9,7 @@ from glob import escape
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,9 +40,6 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-_Kind = TypeVar("_Kind", bound=_Model)
-
-
 class Evaluation(_Model):
     """What to evaluate each run on besides its own test images."""
 
@@ -51,9 +48,13 @@ class Evaluation(_Model):
     classes: Literal["all", "base", "new"] | None = None
 
 
-class Axes(_Model):
-    """What a grid has runs of."""
+class Suite(_Model):
+    """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
 
+    name: str  # folder of its runs; the file's name, if not given
+    about: str = ""  # what it is for
+    bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
+    quick: dict[str, Any] = {}  # changes for --quick
     datasets: list[str] = []  # to tune on; each one's name or path
     methods: list[str] = []  # rows of the method table
     variants: dict[str, dict[str, Any]] = {}  # further columns beside these: name -> settings
@@ -62,15 +63,6 @@ class Axes(_Model):
     seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]
     settings: dict[str, Any] = {}  # fixed for all runs
     evaluations: list[Evaluation] = []  # to do after each run
-
-
-class Suite(Axes):
-    """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
-
-    name: str  # folder of its runs; the file's name, if not given
-    about: str = ""  # what it is for
-    bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
-    quick: dict[str, Any] = {}  # changes for --quick
 
     @model_validator(mode="after")
     def _sound(self) -> Suite:
@@ -106,9 +98,10 @@ class Suite(Axes):
 
         A `UserError` where the part or what comes out is wrong, which ``where`` names to the user.
         """
-        given = _checked(Axes, part, where).model_dump(exclude_unset=True)
-        merged = {**self.settings, **given.get("settings", {})}
-        return _checked(Suite, {**self.model_dump(), **given, "settings": merged}, where)
+        values, settings = {**self.model_dump(), **part}, part.get("settings", {})
+        if isinstance(settings, dict):
+            values["settings"] = {**self.settings, **settings}
+        return _checked(values, where)
 
     def needs_root(self) -> bool:
         """Whether a dataset is a benchmark and no setting says where benchmarks are."""
@@ -120,10 +113,8 @@ class Suite(Axes):
         columns = {**self.columns(), **{name: {"method": name} for name in METHODS}}
         for name in names:
             if name not in columns:
-                raise UserError(
-                    f"{where}: '{name}' is no method and no variant of the suite"
-                    f"{nearest(name, list(columns))}; use some of {', '.join(columns)}"
-                )
+                near = f"{nearest(name, list(columns))}; use some of {', '.join(columns)}"
+                raise UserError(f"{where}: '{name}' is no method and no variant of the suite{near}")
         methods = [name for name in names if name in METHODS]
         variants = {name: columns[name] for name in names if name not in METHODS}
         return self.changed({"methods": methods, "variants": variants, "sweeps": {}}, where)
@@ -139,10 +130,10 @@ def suite_file(suite: str) -> Path:
     """The file of a suite that ships with the package, or at a path; a `UserError` without one."""
     path = SUITES.get(suite) or user_path(suite)
     if not path.is_file():
-        raise UserError(
-            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and a file of this name does "
-            f"not exist; give a YAML file, or one of {', '.join(SUITES)}"
+        said = (
+            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and such a file does not exist"
         )
+        raise UserError(f"{said}; give a YAML file, or one of {', '.join(SUITES)}")
     return path
 
 
@@ -151,16 +142,16 @@ def read_suite(file: Path) -> Suite:
     values, where = read_yaml(file, "suite file"), f"suite file {file}"
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"{where} must map keys such as datasets and methods to values")
-    suite = _checked(Suite, {"name": file.stem, **values}, where)
+    suite = _checked({"name": file.stem, **values}, where)
     for part in ("bundled", "quick"):
         suite.changed(getattr(suite, part), f"{where}, {part}")
     return suite
 
 
-def _checked(model: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
-    """The model of these values, or one sentence on what is wrong with them."""
+def _checked(values: dict[str, Any], where: str) -> Suite:
+    """The suite of these values, or one sentence on what is wrong with them."""
     try:
-        return model.model_validate(values)
+        return Suite.model_validate(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
@@ -168,7 +159,7 @@ def _checked(model: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
         *path, last = map(str, first["loc"])
         said = f"{'.'.join([*path, last])}: {shown(first['input'])}: {first['msg'].lower()}"
         if first["type"] == "extra_forbidden":
-            known = list((Evaluation if path else model).model_fields)
+            known = list((Evaluation if path else Suite).model_fields)
             inside = f" in {'.'.join(path)}" if path else ""
             said = f"unknown key '{last}'{inside}{nearest(last, known)}; use {', '.join(known)}"
         raise UserError(f"{where}: {said}") from error

@@ -163,9 +163,6 @@ def computing_with(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -------------------------------------------------------------------------- where it is
-
-
 @dataclass(eq=False)
 class Worker:
     """Does runs, one at a time."""
