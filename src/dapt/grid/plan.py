@@ -131,7 +131,7 @@ def suite_file(suite: str) -> Path:
     path = SUITES.get(suite) or user_path(suite)
     if not path.is_file():
         said = (
-            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and such a file does not exist"
+            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and the file does not exist"
         )
         raise UserError(f"{said}; give a YAML file, or one of {', '.join(SUITES)}")
     return path
