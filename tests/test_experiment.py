@@ -21,7 +21,7 @@ from dapt.cli import app
 from dapt.data import bundled_domains
 from dapt.errors import UserError
 from dapt.grid import SUITES, Grid, make_plan, read_suite, suite_file
-from dapt.grid.estimate import Estimator
+from dapt.grid.grid import Estimator
 from dapt.grid.plan import DONE
 from dapt.grid.work import Session, Worker
 from dapt.progress import Reporter
@@ -398,8 +398,8 @@ def test_a_step_is_timed_several_times(grid, tmp_path, monkeypatch):
         def step(self, *_):
             clock[0] += next(each)
 
-    monkeypatch.setattr("dapt.grid.estimate.Tuner", Tuner)
-    monkeypatch.setattr("dapt.grid.estimate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dapt.grid.grid.Tuner", Tuner)
+    monkeypatch.setattr("dapt.grid.grid.time.perf_counter", lambda: clock[0])
     (run,) = plan_of(grid(methods=["dapt"], shots=[2]), tmp_path).runs
     estimator = Estimator(Session())
     estimator.prepare([run], [run])

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.table import Column, Table
-from typer import Argument, Option
+from typer import Argument, Exit, Option, Typer, echo
 
-from dapt.cli.common import (
-    DomainOption,
-    NamesOption,
-    RootOption,
-    app,
-    readable_errors,
-    say,
-    say_json,
-)
+from dapt.cli import common
+from dapt.cli.common import say_json
 from dapt.errors import UserError, printable
-from dapt.progress import RichReporter, cell, console
+from dapt.progress import RichReporter, cell, console, say, table
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
@@ -27,8 +18,10 @@ if TYPE_CHECKING:
 # Problems of a kind that are told one by one.
 _SHOWN = 10
 
-data = typer.Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
-app.add_typer(data, name="data")
+data = Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
+common.app.add_typer(data, name="data")
+
+_JsonOption = Annotated[bool, Option("--json", help="Print all of it, as JSON.")]
 
 
 @data.command(name="support-set")
@@ -36,145 +29,115 @@ def support_set(
     dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
     seed: Annotated[int, Option(min=0, help="Of the draw.")] = 1,
-    root: RootOption = None,
-    domain: DomainOption = None,
-    class_names: NamesOption = None,
+    root: common.RootOption = None,
+    domain: common.DomainOption = None,
+    class_names: common.NamesOption = None,
     save: Annotated[Path | None, Option(help="Write it to a file for 'dapt train'.")] = None,
-    as_json: Annotated[bool, Option("--json", help="Print it as JSON.")] = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Draw a support set exactly as the published protocol does, and print it.
 
-    **Examples**
-
-        dapt data support-set bundled --shots 4
-
-        dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json
+    **Example:** `dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json`
     """
-    with readable_errors():
-        from dapt.data import draw_support_set, open_task
+    from dapt.data import draw_support_set, open_task
 
-        task = open_task(dataset, root=root, domain=domain, class_names=class_names)
-        drawn = draw_support_set(task, shots, seed)
-        if save:
-            drawn.save(save)
-        if as_json:
-            say_json(drawn.to_json())
-            return
-        for part in ("train", "val"):
-            for item in getattr(drawn, part):
-                name, path = printable(item.class_name), printable(item.path)
-                typer.echo(f"{part}\t{item.label}\t{name}\t{path}")
+    task = open_task(dataset, root=root, domain=domain, class_names=class_names)
+    drawn = draw_support_set(task, shots, seed)
+    if save:
+        drawn.save(save)
+    if as_json:
+        say_json(drawn.to_json())
+        return
+    for part in ("train", "val"):
+        for item in getattr(drawn, part):
+            name, path = printable(item.class_name), printable(item.path)
+            echo(f"{part}\t{item.label}\t{name}\t{path}")
 
 
 @data.command(name="list")
-def list_datasets(
-    as_json: Annotated[bool, Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """List the datasets that are known by name: sizes, licences, and where to get them.
+def list_datasets(as_json: _JsonOption = False) -> None:
+    """List the datasets that are known by name: sizes, licences, and where to get them."""
+    from dapt.data import BENCHMARKS
+    from dapt.data.benchmarks import LAYOUT
+    from dapt.data.items import PARTS
 
-    **Examples**
-
-        dapt data list
-
-        dapt data list --json
-    """
-    with readable_errors():
-        from dapt.data import BENCHMARKS
-        from dapt.data.benchmarks import LAYOUT
-        from dapt.data.items import PARTS
-
-        rows = BENCHMARKS.values()
-        if as_json:
-            inner = ("read", "least")
-            say_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows])
-            return
-        table = Table("dataset", *_numbers("classes", *PARTS, "GB"))
-        for row in rows:
-            counts = (f"{row.counts[p]:,}" if p in row.counts else "–" for p in PARTS)
-            size = f"{row.gigabytes:.1f}" if row.gigabytes < 10 else f"{row.gigabytes:.0f}"
-            table.add_row(row.name, f"{row.classes:,}", *counts, size)
-        console.print(table)
-        say("folder below --root, licence, and where to get it:")
-        for row in rows:
-            say(f"  {row.folder:21} {row.licence:23} {row.url}")
-        say(f"split files and layout: {LAYOUT}")
-        say("without a download: bundled, or any folder of images")
-
-
-def _numbers(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+    rows = BENCHMARKS.values()
+    if as_json:
+        inner = ("read", "least")
+        say_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows])
+        return
+    made = table("dataset", figures=("classes", *PARTS, "GB"))
+    for row in rows:
+        counts = (f"{row.counts[p]:,}" if p in row.counts else "–" for p in PARTS)
+        size = f"{row.gigabytes:.1f}" if row.gigabytes < 10 else f"{row.gigabytes:.0f}"
+        made.add_row(row.name, f"{row.classes:,}", *counts, size)
+    console.print(made)
+    say("folder below --root, licence, and where to get it:")
+    for row in rows:
+        say(f"  {row.folder:21} {row.licence:23} {row.url}")
+    say(f"split files and layout: {LAYOUT}")
+    say("without a download: bundled, or any folder of images")
 
 
 @data.command()
 def check(
-    dataset: Annotated[
-        str | None, Argument(help="As for 'dapt train'; all benchmarks below --root if none.")
-    ] = None,
-    root: RootOption = None,
-    domain: DomainOption = None,
-    class_names: NamesOption = None,
+    dataset: Annotated[str | None, Argument(help="If none, all benchmarks below --root.")] = None,
+    root: common.RootOption = None,
+    domain: common.DomainOption = None,
+    class_names: common.NamesOption = None,
     quick: Annotated[bool, Option("--quick", help="Look for files alone, not into them.")] = False,
-    decode: Annotated[
-        bool, Option("--decode", help="Decode every image in full, not just its ends.")
-    ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print all that is wrong.")] = False,
+    decode: Annotated[bool, Option("--decode", help="Decode images, not just their ends.")] = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Check a dataset's layout, counts and images; exit code 1 if anything is wrong.
 
     **Examples**
 
-        dapt data check --root /data --quick
-
-        dapt data check imagenet --root /data
-
-        dapt data check my_photos --decode
+    - `dapt data check --root /data --quick`
+    - `dapt data check my_photos --decode`
     """
-    with readable_errors():
-        from dapt.data import BENCHMARKS
-        from dapt.data.check import check_dataset
-        from dapt.safe.files import user_path
+    from dapt.data import BENCHMARKS
+    from dapt.data.check import check_dataset
+    from dapt.safe.files import user_path
 
-        if quick and decode:
-            raise UserError("--quick and --decode exclude each other; give one")
-        if dataset is None and root is None:
-            raise UserError("give a DATASET to check, or --root for all benchmarks below it")
-        if dataset is None and (domain or class_names):
-            raise UserError("--domain and --class-names go with one DATASET; give it")
-        root = user_path(root) if root else None
-        if root is not None and not root.is_dir():
-            raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
-        below = [n for n, row in BENCHMARKS.items() if root and (root / row.folder).is_dir()]
-        chosen = [dataset] if dataset else below
-        if not chosen:
-            raise UserError(
-                f"--root {root} holds no benchmark's folder; 'dapt data list' shows their names"
-            )
-        options: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
-        options["level"] = "listed" if quick else "decoded" if decode else "whole"
-        reporter = RichReporter()
-        checks = [check_dataset(name, reporter=reporter, **options) for name in chosen]
-        if as_json:
-            say_json([c.to_json() for c in checks])
-        else:
-            _show_checks(checks)
-            absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
-            if absent and dataset is None:
-                say(f"not below --root: {absent}")
+    if quick and decode:
+        raise UserError("--quick and --decode exclude each other; give one")
+    if dataset is None and root is None:
+        raise UserError("give a DATASET to check, or --root for all benchmarks below it")
+    if dataset is None and (domain or class_names):
+        raise UserError("--domain and --class-names go with one DATASET; give it")
+    root = user_path(root) if root else None
+    if root is not None and not root.is_dir():
+        raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
+    below = [n for n, row in BENCHMARKS.items() if root and (root / row.folder).is_dir()]
+    chosen = [dataset] if dataset else below
+    if not chosen:
+        raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
+    level = "listed" if quick else "decoded" if decode else "whole"
+    place, told = {"root": root, "domain": domain, "class_names": class_names}, RichReporter()
+    checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
+    if as_json:
+        say_json([c.to_json() for c in checks])
+    else:
+        _show_checks(checks)
+        absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
+        if absent and dataset is None:
+            say(f"not below --root: {absent}")
     if any(c.problems for c in checks):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _show_checks(checks: list[Check]) -> None:
     """A row a dataset, and below it what is wrong: the first few of each kind."""
     from dapt.data.items import PARTS
 
-    table = Table("dataset", *_numbers("classes", *PARTS, "problems"))
+    made = table("dataset", figures=("classes", *PARTS, "problems"))
     for found in checks:
         rows = [found.parts.get(part) for part in PARTS]
         cells = [_share(r[1], r[0] if r[2] is None else r[2]) if r else "–" for r in rows]
         classes, problems = _share(*found.classes), f"{len(found.problems):,}"
-        table.add_row(cell(found.dataset), classes, *cells, problems)
-    console.print(table)
+        made.add_row(cell(found.dataset), classes, *cells, problems)
+    console.print(made)
     for found in checks:
         for kind in dict.fromkeys(problem.kind for problem in found.problems):
             alike = [p for p in found.problems if p.kind == kind]

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from typer import Argument, Context, Option
 
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, show_run
+from dapt.cli.common import app
 from dapt.progress import RichReporter, say
 
 
@@ -35,12 +35,11 @@ def import_(
 ) -> None:
     """Make a run of prompts that the field's published code has tuned, on the same backbone.
 
-    Checkpoints of CoOp's code and its descendants are read (text prompt 'ctx' or 'txt_ctx', visual
-    prompt 'vis_ctx'), with nothing in them executed. Class-specific contexts and CoCoOp's
-    meta-network are not supported, and the class name is taken to stand at the end. Of a directory,
-    model-best.pth.tar is taken if it is there, else the highest model.pth.tar-N. Shots, seed and
-    epochs are only recorded (16, 1 and the checkpoint's own if not given); the method is coop, vpt
-    or dapt if not given, by which prompts there are.
+    Checkpoints of CoOp's code and its descendants are read, with nothing in them executed; not
+    class-specific contexts, nor CoCoOp's meta-network. The class name is taken to stand at the
+    end. Of a directory, model-best.pth.tar is taken, else the highest model.pth.tar-N. Shots, seed
+    and epochs are only recorded (16, 1 and the checkpoint's own if not given); the method is coop,
+    vpt or dapt if not given, by which prompts there are.
 
     **Examples**
 
@@ -49,10 +48,10 @@ def import_(
     """
     from dapt.share.exchange import import_checkpoint
 
-    reporter, given = RichReporter(), given_settings(context)
-    run = import_checkpoint(checkpoint, output, given, overwrite=overwrite, reporter=reporter)
+    told, given = RichReporter(), common.given_settings(context)
+    run = import_checkpoint(checkpoint, output, given, overwrite=overwrite, reporter=told)
     if run.finished:
-        show_run(run, "imported")
+        common.show_run(run, "imported")
     else:
         say(f"not evaluated, for want of a dataset; everything is in {run.path}")
 
@@ -73,20 +72,17 @@ def export(
 
     **Examples**
 
-    - `dapt export runs/photos -o photos.onnx`
     - `dapt export runs/photos -o photos-int8.onnx --int8`
     - `dapt export runs/photos -o photos.pt2 --format torch`
     - `dapt export runs/photos -o prompt_learner/model.pth.tar-200 --format coop`
     """
     from dapt.run.directory import RunDirectory
-    from dapt.share.export import export as run_export
+    from dapt.share import export
 
-    made = run_export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
+    made = export.export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
     if made.difference is not None:
-        say(
-            f"largest difference of a probability {made.difference:.1e}, same class for "
-            f"{made.agreement:.0%}, on {made.images}"
-        )
+        same = f"same class for {made.agreement:.0%}, on {made.images}"
+        say(f"largest difference of a probability {made.difference:.1e}, {same}")
     say(f"{made.file} ({decimal(made.file.stat().st_size)}) and {made.card}")
 
 
@@ -103,19 +99,15 @@ def push(
     lists the images it was tuned on; they go along as they are. Log in first, with 'hf auth login'.
     So far this was tried against a stub of the hub only.
 
-    **Examples**
-
-    - `dapt push runs/photos name/photos --dry-run`
-    - `dapt push runs/photos name/photos --private`
+    **Example:** `dapt push runs/photos name/photos --dry-run`
     """
     from dapt.run.directory import RunDirectory
-    from dapt.share.hub import files_to_push
-    from dapt.share.hub import push as run_push
+    from dapt.share import hub
 
     directory = RunDirectory(run)
-    if dry_run:
-        for name, content in files_to_push(directory).items():
-            size = content.stat().st_size if isinstance(content, Path) else len(content)
-            say(f"{name}  {size:,} bytes")
+    if not dry_run:
+        say(hub.push(directory, repo_id, private=private, reporter=RichReporter()))
         return
-    say(run_push(directory, repo_id, private=private, reporter=RichReporter()))
+    for name, content in hub.files_to_push(directory).items():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        say(f"{name}  {size:,} bytes")

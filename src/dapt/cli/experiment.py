@@ -1,45 +1,43 @@
-"""``dapt experiment``: grids of runs."""
+"""Many runs: ``dapt experiment`` does them, ``dapt report`` shows them, ``dapt bench`` times."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Column, Table
-from typer import Argument, Option
+from typer import Argument, Context, Exit, Option, echo
 
-from dapt.cli.common import DeviceOption, RootOption, app, readable_errors, say, say_error
+import dapt
+from dapt.cli import common
+from dapt.cli.common import app, say_error
 from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, cell, console, errors
+from dapt.progress import Reporter, RichReporter, cell, console, errors, say, table
 
 if TYPE_CHECKING:
     from dapt.grid import Grid, PlannedRun, Suite
 
+# Options that give settings of all runs, and those that take the place of the suite's lists.
+_SETTINGS = ("root", "backbone", "pretrained", "precision", "device")
+_LISTS: dict[str, type[Any]] = {"datasets": str, "methods": str, "shots": int, "seeds": int}
+
 
 @app.command()
 def experiment(
-    suite: Annotated[
-        str,
-        Argument(
-            help="few-shot, domain-generalization, base-to-new, cross-dataset, ablation, or a "
-            "YAML file of your own."
-        ),
-    ],
-    root: RootOption = None,
+    context: Context,
+    suite: Annotated[str, Argument(help="A suite that ships with dapt, or a YAML file.")],
+    root: common.RootOption = None,
     output: Annotated[Path, Option("--output", "-o", help="Where runs go.")] = Path("results"),
     datasets: Annotated[str | None, Option(help="Instead of the suite's: a,b.")] = None,
     methods: Annotated[str | None, Option(help="Methods, and variants of the suite: a,b.")] = None,
     shots: Annotated[str | None, Option(help="Instead of the suite's: 1,16.")] = None,
     seeds: Annotated[str | None, Option(help="Instead of the suite's: 1,2,3.")] = None,
-    backbone: Annotated[str | None, Option("--backbone", "-b", help="As for 'dapt train'.")] = None,
-    pretrained: Annotated[str | None, Option(help="As for 'dapt train'.")] = None,
-    precision: Annotated[str | None, Option(help="fp32, bf16 or fp16.")] = None,
-    device: DeviceOption = None,
-    settings: Annotated[
-        list[str] | None, Option("--set", "-s", help="A setting of all runs as name=value.")
-    ] = None,
+    backbone: common.BackboneOption = None,
+    pretrained: common.PretrainedOption = None,
+    precision: common.PrecisionOption = None,
+    device: common.DeviceOption = None,
+    settings: common.SetOption = None,
     quick: Annotated[bool, Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its time.")] = False,
     yaml: Annotated[bool, Option("--yaml", help="Print the suite's file, to copy.")] = False,
@@ -50,79 +48,58 @@ def experiment(
 ) -> None:
     """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere.
 
-    What is done is skipped and what was stopped goes on, so the same command continues a grid,
-    and several may share a folder. Without --root the suites run on the bundled task.
+    Suites that ship: few-shot, domain-generalization, base-to-new, cross-dataset and ablation; on
+    the bundled task without --root. The same command continues a grid; several may share a folder.
 
     **Examples**
 
-        dapt experiment few-shot --quick
-
-        dapt experiment few-shot --root /data --datasets dtd,eurosat --dry-run
-
-        dapt experiment base-to-new --root /data --workers 4
-
-        dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml
+    - `dapt experiment few-shot --root /data --datasets dtd,eurosat --dry-run`
+    - `dapt experiment base-to-new --quick --workers 4`
+    - `dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml`
     """
     from dapt.engine.fit import Interrupted
+    from dapt.grid import Grid, make_plan, read_suite, suite_file
+    from dapt.grid.plan import DONE
 
-    with readable_errors():
-        from dapt.grid import Grid, make_plan, read_suite, suite_file
-        from dapt.grid.plan import DONE
-        from dapt.settings import parse_assignment
-
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "torchrun divides one run among processes, an experiment divides runs: start it "
-                "by itself, with --workers or --ray"
-            )
-        file = suite_file(suite)
-        if yaml:
-            typer.echo(file.read_text(encoding="utf-8"), nl=False)
-            return
-        given = {"root": root and str(root), "backbone": backbone, "pretrained": pretrained}
-        given |= {"precision": precision, "device": device}
-        changes = {name: value for name, value in given.items() if value is not None}
-        changes |= dict(parse_assignment(text) for text in settings or [])
-        lists = {"datasets": datasets, "methods": methods, "shots": shots, "seeds": seeds}
-        chosen, reporter = _chosen(read_suite(file), changes, lists, quick), RichReporter()
-        grid = Grid(
-            make_plan(chosen, output),
-            workers=workers,
-            threads=threads,
-            ray=ray,
-            retry=retry,
-            reporter=reporter,
-            progress=reporter if errors.is_terminal else Reporter(),
-        )
-        try:
-            _show_plan(grid, grid.prepare())
-            if not dry_run:
-                _show_result(grid.run())
-        except (Interrupted, KeyboardInterrupt):
-            runs = grid.plan.runs
-            done = sum(run.state() == DONE for run in runs)
-            say_error(f"stopped with {done} of {len(runs)} runs done; the same command goes on")
-            raise typer.Exit(130) from None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun divides one run; start an experiment with --workers or --ray")
+    file, told = suite_file(suite), RichReporter()
+    if yaml:
+        echo(file.read_text(encoding="utf-8"), nl=False)
+        return
+    lists = {n: _list(n, context.params[n]) for n in _LISTS if context.params[n] is not None}
+    changes = common.given_settings(context, _SETTINGS, settings)
+    plan = make_plan(_chosen(read_suite(file), changes, lists, quick), output)
+    bars = told if errors.is_terminal else Reporter()
+    how: dict[str, Any] = {"workers": workers, "threads": threads, "ray": ray, "retry": retry}
+    grid = Grid(plan, **how, reporter=told, progress=bars)
+    try:
+        _show_plan(grid, grid.prepare())
+        if not dry_run:
+            _show_result(grid.run())
+    except (Interrupted, KeyboardInterrupt):
+        done = sum(run.state() == DONE for run in plan.runs)
+        say_error(f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on")
+        raise Exit(130) from None
 
 
-def _chosen(
-    suite: Suite, changes: dict[str, Any], lists: dict[str, str | None], quick: bool
-) -> Suite:
+def _list(name: str, text: str) -> list[Any]:
+    """What stands between commas; a suite refuses a list that is empty."""
+    try:
+        return [_LISTS[name](value.strip()) for value in text.split(",") if value.strip()]
+    except ValueError as error:
+        raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
+
+
+def _chosen(suite: Suite, changes: dict[str, Any], lists: dict[str, Any], quick: bool) -> Suite:
     """The suite as the command line changes it: its settings, and its lists."""
-    axes: dict[str, Any] = {
-        name: _list(f"--{name}", text, int if name in ("shots", "seeds") else str)
-        for name, text in lists.items()
-        if text is not None
-    }
-    columns = axes.pop("methods", None)
+    columns, datasets = lists.pop("methods", None), lists.get("datasets")
     if "backbone" in changes:  # its weights are not those of the suite's
         changes = {"pretrained": None, **changes}
-    part = {**axes, "settings": changes}
+    part = {**lists, "settings": changes}
     asked = suite.changed(part, "command line")
-    if asked.bundled and (
-        axes.get("datasets") == ["bundled"] or ("datasets" not in axes and asked.needs_root())
-    ):
-        if "datasets" not in axes:
+    if asked.bundled and (asked.needs_root() if datasets is None else datasets == ["bundled"]):
+        if datasets is None:
             say("no --root: on the bundled task in place of the benchmarks")
         suite = suite.changed(suite.bundled, "bundled")
     if quick:
@@ -133,36 +110,22 @@ def _chosen(
     return suite if columns is None else suite.select(columns, "--methods")
 
 
-def _list(option: str, text: str, kind: type[Any]) -> list[Any]:
-    """What stands between commas."""
-    try:
-        values = [kind(value.strip()) for value in text.split(",") if value.strip()]
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text}: give numbers with commas between them, such as 1,2,4"
-        ) from error
-    if not values:
-        raise UserError(f"{option} is empty; list at least one")
-    return values
-
-
 def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
     """A row a dataset, and how long all takes: the work in total, for a cluster of any size."""
-    from dapt.grid.estimate import duration
-    from dapt.grid.plan import BEGUN, DONE, FAILED, NEW
+    from dapt.grid.grid import duration
+    from dapt.grid.plan import FAILED, STATES
 
-    plan, shown = grid.plan, (DONE, BEGUN, FAILED, NEW)
-    numbers = (Column(name, justify="right") for name in ("runs", *shown, "time"))
-    title = cell(f"{plan.name}: {len(plan.runs)} runs in {plan.folder}")
-    table = Table("dataset", *numbers, title=title, title_justify="left")
+    plan = grid.plan
+    title = f"{plan.folder.name}: {len(plan.runs)} runs in {plan.folder}"
+    made = table("dataset", figures=("runs", *STATES, "time"), title=title)
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
         states = [grid.states[run] for run in runs]
         expected = sum(seconds.get(run, 0.0) for run in runs)
-        counts = (str(states.count(state)) for state in shown)
+        counts = (str(states.count(state)) for state in STATES)
         time = duration(expected) if expected else ""
-        table.add_row(cell(Path(dataset).name), str(len(runs)), *counts, time)
-    console.print(table)
+        made.add_row(cell(Path(dataset).name), str(len(runs)), *counts, time)
+    console.print(made)
     if plan.same:
         say(f"{plan.same} more have the same settings as one of these, and are not done twice")
     if failed := list(grid.states.values()).count(FAILED):
@@ -181,11 +144,61 @@ def _show_result(grid: Grid) -> None:
     say(f"{grid.done} of {len(grid.plan.runs)} runs are done; all is in {grid.plan.folder}")
     if not grid.failed:
         return
-    reasons: dict[str, list[str]] = {}
-    for title, sentence in grid.failed.items():
-        reasons.setdefault(sentence, []).append(title)
-    for sentence, titles in reasons.items():
+    for sentence in dict.fromkeys(grid.failed.values()):
+        titles = [title for title, said in grid.failed.items() if said == sentence]
         more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
         say_error(f"failed: {titles[0]}{more}: {sentence}")
     say_error("details are in the failure.json of each; --retry tries them again")
-    raise typer.Exit(1)
+    raise Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], Argument(help="Run directories, or folders that hold some.")],
+    out: Annotated[Path, Option("--out", "-o", help="HTML page.")] = Path("report.html"),
+    baseline: Annotated[
+        str | None, Option(help="Method to compare with; by default zero-shot, or the first.")
+    ] = None,
+    features: Annotated[
+        bool, Option("--features", help="Feature maps, reliability, misnamed images, too.")
+    ] = False,
+) -> None:
+    """Tables and figures of any set of runs, on one HTML page that needs nothing else.
+
+    Beside the page, a folder has every table as Markdown, CSV and LaTeX and every figure as SVG
+    and PNG. Only runs' files are read, so a hundred runs take seconds; with --features their
+    backbones are loaded and test images looked at again.
+
+    **Examples**
+
+    - `dapt report runs/grid runs/more --baseline coop`
+    - `dapt report runs/photos --features`
+    """
+    from dapt.report import write_report
+
+    told = RichReporter()
+    written = write_report(runs, out, baseline=baseline, features=features, reporter=told)
+    for warning in written.warnings:
+        say_error(f"warning: {warning}")
+    unfinished = f", {written.unfinished} of them unfinished" if written.unfinished else ""
+    failed = f", {written.failed} failed" if written.failed else ""
+    say(f"{written.runs} runs{unfinished}{failed}: {written.page}")
+    say(f"tables and figures: {written.folder}")
+
+
+# Whatever follows the command's name, --help too, is for the yardsticks to read.
+_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_UNREAD)
+def bench(context: Context) -> None:
+    """Time a training step and an evaluation, the plain way and ours, in one run."""
+    sources = Path(dapt.__file__).resolve().parents[1]
+    if sources.name != "src" or not (sources.parent / "benchmarks").is_dir():
+        raise UserError(
+            "'dapt bench' is in the repository and not in the wheel: pip install -e . in a checkout"
+        )
+    sys.path.insert(0, str(sources.parent))
+    from benchmarks.command import app as yardsticks
+
+    yardsticks(context.args, prog_name="dapt bench")

@@ -1,37 +1,173 @@
-"""From a suite to a list of runs, and what has been done of each."""
+"""Suites, read from YAML and checked before anything runs, and the runs that they plan."""
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from dapt.errors import UserError
-from dapt.grid.suite import Suite
-from dapt.methods import get_method
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dapt.data import BENCHMARKS
+from dapt.errors import UserError, nearest, shown
+from dapt.methods import METHODS, get_method
 from dapt.run.directory import RunDirectory
 from dapt.run.train import check_output
 from dapt.run.transfer import Target, recorded
-from dapt.safe.files import user_path
+from dapt.safe.files import read_yaml, user_path
 from dapt.settings import Settings, absolute_paths, make_settings
 
-DONE, FAILED, BEGUN, NEW = "done", "failed", "unfinished", "to do"
+# Files of those that ship with the package.
+SUITES = {f.stem: f for f in sorted(Path(__file__).resolve().parent.glob("suites/*.yaml"))}
 
+# Names become folders, on any system.
+_NAME = re.compile(r"[\w=+-][\w.=+-]{0,79}")
+
+# What has been done of a run.
+STATES = DONE, BEGUN, FAILED, NEW = ("done", "unfinished", "failed", "to do")
 
 # What decides which backbone settings load, and which task they open.
 backbone_key = attrgetter("backbone", "pretrained", "device", "precision")
 task_key = attrgetter("dataset", "root", "domain", "class_names", "classes")
 
 
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Evaluation(_Model):
+    """What to evaluate each run on besides its own test images."""
+
+    dataset: str | None = None
+    domain: str | None = None
+    classes: Literal["all", "base", "new"] | None = None
+
+
+class Suite(_Model):
+    """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
+
+    name: str  # folder of its runs; the file's name, if not given
+    about: str = ""  # what it is for
+    bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
+    quick: dict[str, Any] = {}  # changes for --quick
+    datasets: list[str] = []  # to tune on; each one's name or path
+    methods: list[str] = []  # rows of the method table
+    variants: dict[str, dict[str, Any]] = {}  # further columns beside these: name -> settings
+    sweeps: dict[str, list[Any]] = {}  # setting -> values, each a variant named setting=value
+    shots: list[Annotated[int, Field(strict=True, ge=1)]] = [16]  # support images a class
+    seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]
+    settings: dict[str, Any] = {}  # fixed for all runs
+    evaluations: list[Evaluation] = []  # to do after each run
+
+    @model_validator(mode="after")
+    def _sound(self) -> Suite:
+        """Check what makes sense only together; pydantic lets a `UserError` through as it is."""
+        columns = self.columns()
+        lists = {f"{axis} is empty": getattr(self, axis) for axis in ("datasets", "shots", "seeds")}
+        for fault, values in {**lists, "no methods and no variants": columns}.items():
+            if not values:
+                raise UserError(f"{fault}; list at least one")
+        if clash := self.variants.keys() & METHODS:
+            raise UserError(f"variant '{min(clash)}' has the name of a method; give it another")
+        # What a suite has lists for is not set by hand; only variants choose a method.
+        fixed = [(name, "dataset seed method shots") for name in self.settings]
+        fixed += [(name, "dataset seed method") for name in self.sweeps]
+        fixed += [(name, "dataset seed") for given in self.variants.values() for name in given]
+        for name, listed in fixed:
+            if name in listed.split():
+                axis = f"{name.rstrip('s')}s"
+                raise UserError(f"'{name}' is no fixed setting here; list it under {axis}")
+        named = {f"variant '{name}' must be named by": name for name in columns}
+        for rule, name in {f"name '{self.name}' must be": self.name, **named}.items():
+            if not _NAME.fullmatch(name):
+                raise UserError(
+                    f"{rule} letters, digits and . _ = + - (runs get a folder of this name); give "
+                    "it another, under variants where it comes of a sweep"
+                )
+        for given in columns.values():
+            make_settings({"dataset": self.datasets[0], **self.settings, **given})
+        return self
+
+    def changed(self, part: dict[str, Any], where: str) -> Suite:
+        """This suite with a part's keys in place of its own; ``settings`` are merged.
+
+        A `UserError` where the part or what comes out is wrong, which ``where`` names to the user.
+        """
+        values, settings = {**self.model_dump(), **part}, part.get("settings", {})
+        if isinstance(settings, dict):
+            values["settings"] = {**self.settings, **settings}
+        return _checked(values, where)
+
+    def needs_root(self) -> bool:
+        """Whether a dataset is a benchmark and no setting says where benchmarks are."""
+        asked = [*self.datasets, *(e.dataset for e in self.evaluations if e.dataset)]
+        return not self.settings.get("root") and any(name in BENCHMARKS for name in asked)
+
+    def select(self, names: list[str], where: str) -> Suite:
+        """This suite with only the columns named, or a `UserError`: its variants, or any method."""
+        columns = {**self.columns(), **{name: {"method": name} for name in METHODS}}
+        for name in names:
+            if name not in columns:
+                near = f"{nearest(name, list(columns))}; use some of {', '.join(columns)}"
+                raise UserError(f"{where}: '{name}' is no method and no variant of the suite{near}")
+        methods = [name for name in names if name in METHODS]
+        variants = {name: columns[name] for name in names if name not in METHODS}
+        return self.changed({"methods": methods, "variants": variants, "sweeps": {}}, where)
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Methods, variants and sweeps as name -> settings, in this order."""
+        methods = {name: {"method": name} for name in self.methods}
+        swept = [(setting, value) for setting, values in self.sweeps.items() for value in values]
+        return {**methods, **self.variants, **{f"{s}={value}": {s: value} for s, value in swept}}
+
+
+def suite_file(suite: str) -> Path:
+    """The file of a suite that ships with the package, or at a path; a `UserError` without one."""
+    path = SUITES.get(suite) or user_path(suite)
+    if not path.is_file():
+        said = (
+            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and the file does not exist"
+        )
+        raise UserError(f"{said}; give a YAML file, or one of {', '.join(SUITES)}")
+    return path
+
+
+def read_suite(file: Path) -> Suite:
+    """Read and check a suite: a `UserError`, where it holds what is unknown or impossible."""
+    values, where = read_yaml(file, "suite file"), f"suite file {file}"
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UserError(f"{where} must map keys such as datasets and methods to values")
+    suite = _checked({"name": file.stem, **values}, where)
+    for part in ("bundled", "quick"):
+        suite.changed(getattr(suite, part), f"{where}, {part}")
+    return suite
+
+
+def _checked(values: dict[str, Any], where: str) -> Suite:
+    """The suite of these values, or one sentence on what is wrong with them."""
+    try:
+        return Suite.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        *path, last = map(str, first["loc"])
+        said = f"{'.'.join([*path, last])}: {shown(first['input'])}: {first['msg'].lower()}"
+        if first["type"] == "extra_forbidden":
+            known = list((Evaluation if path else Suite).model_fields)
+            inside = f" in {'.'.join(path)}" if path else ""
+            said = f"unknown key '{last}'{inside}{nearest(last, known)}; use {', '.join(known)}"
+        raise UserError(f"{where}: {said}") from error
+
+
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a grid: where it goes, its settings, and the evaluations after it.
-
-    The path is its identity.
-    """
+    """One run of a grid, known by its path: its settings, and the evaluations after it."""
 
     path: Path
     title: str = field(compare=False)
@@ -57,13 +193,12 @@ class PlannedRun:
 
         Suites that tune on the same source differ in what they evaluate on alone.
         """
-        dataset, _, leaf = self.path.parts[-3:]
-        for path in sorted(self.path.parents[3].glob(f"*/{escape(dataset)}/*/{escape(leaf)}")):
+        dataset, _, leaf = map(escape, self.path.parts[-3:])
+        for path in sorted(self.path.parents[3].glob(f"*/{dataset}/*/{leaf}")):
             other = RunDirectory(path)
-            if path == self.path or not (other.exists and other.finished):
-                continue
             with suppress(UserError):  # written by another version
-                if other.read_settings() == self.settings:
+                done = path != self.path and other.exists and other.finished
+                if done and other.read_settings() == self.settings:
                     return other
         return None
 
@@ -81,7 +216,6 @@ class PlannedRun:
 class Plan:
     """Runs of a grid, in the order they are done; those that share the most stand together."""
 
-    name: str
     folder: Path
     runs: tuple[PlannedRun, ...]
     same: int = 0  # runs left out, as an earlier column has the same settings
@@ -101,47 +235,38 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
     for dataset in suite.datasets:
         name = user_path(dataset).resolve().stem
         if datasets.setdefault(name, dataset) != dataset:
-            raise UserError(
-                f"datasets {datasets[name]} and {dataset} would share the folder {folder / name}; "
-                "rename one"
-            )
+            both = f"{datasets[name]} and {dataset}"
+            raise UserError(f"datasets {both} would share the folder {folder / name}; rename one")
     runs: dict[tuple[str, tuple[Target, ...]], PlannedRun] = {}  # one of each settings
     same = 0
     axes = (dict.fromkeys(suite.shots), dict.fromkeys(suite.seeds), suite.columns().items())
     for (name, dataset), shots, seed, (column, changes) in product(datasets.items(), *axes):
-        # A column that sets its own number of shots has one run a seed.
-        first = shots == suite.shots[0]
-        if "shots" in changes and not first:
-            continue
         grid = {"dataset": dataset, "shots": shots, "seed": seed}
         settings = make_settings(absolute_paths({**suite.settings, **grid, **changes}))
-        if get_method(settings.method).still and not (first and seed == suite.seeds[0]):
+        still = get_method(settings.method).still
+        # A column that sets its own number of shots has one run a seed.
+        if shots != suite.shots[0] and (still or "shots" in changes):
             continue
-        targets = _targets(suite, settings)
-        key = (settings.model_dump_json(), targets)
-        if key in runs:
-            same += 1
+        if seed != suite.seeds[0] and still:
             continue
         place = Path(name, column, f"{settings.shots}shots-seed{seed}")
-        runs[key] = PlannedRun(folder / place, place.as_posix(), settings, targets)
+        targets = _targets(suite, settings)
+        run = PlannedRun(folder / place, place.as_posix(), settings, targets)
+        same += runs.setdefault((settings.model_dump_json(), targets), run) is not run
     for run in runs.values():
         check_output(run.directory, run.settings, resume=True, overwrite=False)
-    return Plan(suite.name, folder, tuple(runs.values()), same)
+    return Plan(folder, tuple(runs.values()), same)
 
 
 def _targets(suite: Suite, settings: Settings) -> tuple[Target, ...]:
     """Where to evaluate a run with these settings; its own test images are left out."""
-    targets = []
+    targets, closed = [], get_method(settings.method).head.closed
     for evaluation in suite.evaluations:
         target = Target(**absolute_paths(evaluation.model_dump()))
         there = target.settings(settings)
         if task_key(there) == task_key(settings):
             continue
-        if (
-            get_method(settings.method).head.closed
-            and not target.dataset
-            and there.classes != settings.classes
-        ):
+        if closed and not target.dataset and there.classes != settings.classes:
             raise UserError(
                 f"method '{settings.method}' knows only the classes it was fitted on and cannot be "
                 f"evaluated on {there.classes} ones; take it out of the suite's methods"

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,26 +33,23 @@ from dapt.run.train import train
 from dapt.run.transfer import evaluate_run, recorded
 from dapt.settings import Settings
 
-READY, BUSY, DIED = "ready", "busy", "died"
-
-# What became of a run: `DONE`, `FAILED` with a sentence, `BUSY` in another process, and so on.
+# What became of a run: `DONE` with its figures, `FAILED` with a sentence, or `BUSY`.
 Outcome = tuple[str, str]
+READY, BUSY = ("ready", ""), ("busy in another process", "")
 # That, or what stops the whole grid; where the future itself fails, the worker died.
 Answer = Future[Outcome | BaseException]
 
 # No later run would fare better, so the grid stops instead of failing one run after another.
 _NO_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
-# Tasks are listings, not images: a source and its targets are kept, whatever the suite.
-_TASKS_KEPT = 16
+_TASKS_KEPT = 16  # listings, not images: a source and its targets, whatever the suite
 
 
 class Session:
     """What a worker does runs with: the backbone in use with what it saw, and tasks.
 
-    Args:
-        progress: is told the progress of each run.
-        threads: to compute with for as long as the process lives; as it did, if not given.
+    It is told what is to hear of each run's ``progress``, and, where the process is all its own,
+    how many ``threads`` to compute with.
     """
 
     def __init__(self, progress: Reporter | None = None, threads: int | None = None) -> None:
@@ -84,11 +80,9 @@ class Session:
     def open_tasks(self, runs: Sequence[PlannedRun], reporter: Reporter) -> None:
         """Open what runs are tuned and evaluated on, before any is begun, and tell what is odd.
 
-        Raises:
-            UserError: no run has all it needs; where some have, it is told that others will fail.
+        A `UserError` where no run has all it needs; else it is told that some will fail.
         """
-        wrong: dict[str, UserError] = {}
-        good = 0
+        wrong, good = dict[str, UserError](), 0
         for run in {(run.group, run.targets): run for run in runs}.values():
             try:
                 for settings, evaluate in ((run.settings, False), *run.elsewhere()):
@@ -104,52 +98,42 @@ class Session:
     def do(self, run: PlannedRun | None) -> Outcome | BaseException:
         """What became of a run, or what stops the whole grid; without a run, that this is here."""
         try:
-            return (READY, "") if run is None else execute(run, self)
+            return READY if run is None else self._do(run)
         except BaseException as error:  # to be raised where the grid is
             return error
 
+    def _do(self, run: PlannedRun) -> Outcome:
+        """Do a run with its evaluations, as far as they are not done; what fails is recorded."""
+        try:
+            state = run.state()
+            if state == FAILED:
+                return FAILED, run.directory.read_failure() or ""
+            if state != DONE:
+                self._tune_and_evaluate(run, state)
+            return DONE, summary(run)
+        except InUse:
+            return BUSY
+        except Exception as error:
+            if isinstance(error, Interrupted) or getattr(error, "errno", None) in _NO_STORAGE:
+                raise
+            expected = isinstance(error, UserError)
+            note = str(error) if expected else f"{type(error).__name__}: {error}"
+            run.directory.fail(note, None if expected else traceback.format_exc())
+            return FAILED, note
 
-def execute(run: PlannedRun, session: Session) -> Outcome:
-    """Do one run with its evaluations, as far as they are not done; what fails is recorded.
-
-    Raises:
-        Interrupted: the process was asked to stop; the run can be resumed.
-        OSError: nothing more can be written.
-    """
-    try:
-        state = run.state()
-        if state == FAILED:
-            return FAILED, run.directory.read_failure() or ""
-        if state != DONE:
-            _tune_and_evaluate(run, state, session)
-        return DONE, summary(run)
-    except Interrupted:
-        raise
-    except InUse:
-        return BUSY, ""
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_STORAGE:
-            raise
-        expected = isinstance(error, UserError)
-        note = str(error) if expected else f"{type(error).__name__}: {error}"
-        run.directory.fail(note, None if expected else traceback.format_exc())
-        return FAILED, note
-
-
-def _tune_and_evaluate(run: PlannedRun, state: str, session: Session) -> None:
-    settings, directory = run.settings, run.directory
-    task, told = session.task(settings), session.progress
-    shared = session.shared(settings)
-    if state == NEW and (twin := run.twin()) is not None:
-        directory.copy_from(twin)
-    else:
-        data = Data(task, support_of(settings, task))
-        train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
-    evaluate = partial(evaluate_run, shared=shared, open_task=session.task, reporter=told)
-    with directory.locked():
-        for target in run.targets:
-            if recorded(directory, target) is None:
-                evaluate(directory, target, held=True)
+    def _tune_and_evaluate(self, run: PlannedRun, state: str) -> None:
+        settings, directory, told = run.settings, run.directory, self.progress
+        task, shared = self.task(settings), self.shared(settings)
+        if state == NEW and (twin := run.twin()) is not None:
+            directory.copy_from(twin)
+        else:
+            data = Data(task, support_of(settings, task))
+            train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
+        evaluate = partial(evaluate_run, shared=shared, open_task=self.task, reporter=told)
+        with directory.locked():
+            for target in run.targets:
+                if recorded(directory, target) is None:
+                    evaluate(directory, target, held=True)
 
 
 def summary(run: PlannedRun) -> str:
@@ -159,12 +143,11 @@ def summary(run: PlannedRun) -> str:
     for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
         found[f"{file.stem.removeprefix('eval-')} "] = record
     parts = [f"{name}{record.test.accuracy:.1%}" for name, record in found.items()]
-    skipped = [*metrics.skipped, *(image for r in found.values() for image in r.test.skipped)]
-    twice = [pair for record in found.values() for pair in record.also_tested or ()]
-    if skipped:
-        parts.append(f"images skipped: {len({image['image'] for image in skipped}):,}")
-    if twice:
-        parts.append(f"support images tested too: {len({pair['support'] for pair in twice}):,}")
+    lists = (metrics.skipped, *(record.test.skipped for record in found.values()))
+    skipped = {image["image"] for images in lists for image in images}
+    twice = {pair["support"] for record in found.values() for pair in record.also_tested or ()}
+    odd = {"images skipped": skipped, "support images tested too": twice}
+    parts += [f"{what}: {len(images):,}" for what, images in odd.items() if images]
     return ", ".join([*parts, "its loss rose"] if metrics.rose else parts)
 
 
@@ -177,37 +160,22 @@ def computing_with(count: int) -> Iterator[None]:
         with threadpool_limits(count):
             yield
     finally:
-        with suppress(RuntimeError):
-            torch.set_num_threads(before)
-
-
-# -------------------------------------------------------------------------- where it is
+        torch.set_num_threads(before)
 
 
 @dataclass(eq=False)
 class Worker:
-    """Does runs, one at a time.
+    """Does runs, one at a time."""
 
-    Attributes:
-        do: asks for what `Session.do` returns.
-        stop: has it stop between two steps, as far as it can.
-        kill: ends it at once.
-        run: what it was last asked to do; None: whether it is there.
-        since: when that was.
-        told: the answer, until it is heard.
-    """
+    do: Callable[[PlannedRun | None], Answer]  # asks for what `Session.do` returns
+    stop: Callable[[], object] = lambda: None  # between two steps, as far as it can
+    kill: Callable[[], object] = lambda: None  # at once
+    run: PlannedRun | None = None  # what it was last asked to do; None: whether it is there
+    since: float = 0.0  # when that was
 
-    do: Callable[[PlannedRun | None], Answer]
-    stop: Callable[[], object] = lambda: None
-    kill: Callable[[], object] = lambda: None
-    run: PlannedRun | None = None
-    since: float = 0.0
-    told: Answer | None = None
 
-    def ask(self, run: PlannedRun | None) -> None:
-        """Let it do a run."""
-        self.run, self.since = run, time.perf_counter()
-        self.told = self.do(run)
+# How to hire a worker, and for how many there is room.
+Crew = tuple[Callable[[], Worker], int]
 
 
 def here(session: Session) -> Worker:
@@ -270,19 +238,13 @@ def answering(number: signal.Signals, answer: Any) -> Iterator[None]:
         signal.signal(number, before)
 
 
-# How to hire a worker, for how many there is room, and how many threads each has.
-Crew = tuple[Callable[[], Worker], int, int]
-
-
 @contextmanager
 def cluster(address: str, threads: int | None) -> Iterator[Crew]:
     """Actors on a Ray cluster whose nodes share the results folder.
 
     The address ``local`` starts one on this machine. By default a worker has as many threads as
-    the smallest node has cores.
-
-    Raises:
-        UserError: Ray is not installed or does not answer, or no node has so many cores.
+    the smallest node has cores. A `UserError`, if Ray is not installed, does not answer, or has no
+    node with so many cores.
     """
     try:
         import ray
@@ -315,7 +277,7 @@ def cluster(address: str, threads: int | None) -> Iterator[Crew]:
 
             return Worker(lambda run: actor.do.remote(run).future(), end, end)
 
-        yield hire, room, each
+        yield hire, room
     finally:
         if begun:
             ray.shutdown()
