@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dapt.data import items
 from dapt.data.images import has_image_name
+from dapt.data.items import check_class_names, check_path, make_task, refusing, subfolders
 from dapt.errors import UserError
 from dapt.safe import files
 
@@ -38,13 +39,13 @@ def read_split(file: Path, images: Path | None = None) -> items.Task:
             if (known := names.setdefault(label, name)) != name:
                 what = f"label {label} is '{name}' here and '{known}' before"
                 raise UserError(f"{where}: {what}; a label has one class name")
-            rows.append((part, items.check_path(path, where), label))
+            rows.append((part, check_path(path, where), label))
     if missing := sorted(set(range(len(names))) - set(names)):
         what = f"labels must be 0 .. {len(names) - 1} for its {len(names)} classes"
         raise UserError(f"{whole}: {what}, but {missing[0]} is missing; number them anew")
     names = dict(sorted(names.items()))
-    items.check_class_names(list(names.values()), whole)
-    return items.make_task(file.stem, images or file.parent, rows, whole, names=names)
+    check_class_names(list(names.values()), whole)
+    return make_task(file.stem, images or file.parent, rows, whole, names=names)
 
 
 def read_variants(file: Path, images: Path) -> items.Task:
@@ -53,7 +54,7 @@ def read_variants(file: Path, images: Path) -> items.Task:
     A line of the first is a class, in label order; of the others, "id name of the variant".
     """
     variants, rows = [line for _, line in _lines(file)], list[items.Row]()
-    items.check_class_names(variants, f"index file {file}")
+    check_class_names(variants, f"index file {file}")
     names = {variant: variant for variant in variants}
     for part in items.PARTS:
         for where, line in _lines(file.parent / f"images_variant_{part}.txt"):
@@ -61,8 +62,8 @@ def read_variants(file: Path, images: Path) -> items.Task:
             if name not in names:
                 what = f"'{name}' is no variant that {file.name} lists"
                 raise UserError(f"{where}: {what}; download both anew")
-            rows.append((part, items.check_path(f"{image}.jpg", where), name))
-    return items.make_task(file.stem, images, rows, f"index file {file}", names=names)
+            rows.append((part, check_path(f"{image}.jpg", where), name))
+    return make_task(file.stem, images, rows, f"index file {file}", names=names)
 
 
 def read_class_folders(
@@ -86,7 +87,7 @@ def read_class_folders(
         names[key] = name.strip()
     for part, place in (("train", "train"), ("test", "val")) if parted else (("test", "."),):
         folder = images / place
-        there = set(items.subfolders(folder))
+        there = set(subfolders(folder))
         if unknown := sorted(there.difference(names)):
             what = f"folder {folder / unknown[0]} is no class that {file} lists"
             raise UserError(f"{what}; take it out, or mend the file")
@@ -101,16 +102,16 @@ def read_class_folders(
             raise UserError(f"{what}: {', '.join(empty[:20])}; download what is not there")
         for key in names:
             paths = (f"{place}/{key}/{image}".removeprefix("./") for image in found[key])
-            rows += [(part, items.check_path(path, f"folder {images}"), key) for path in paths]
+            rows += [(part, check_path(path, f"folder {images}"), key) for path in paths]
     where = f"benchmark folder {images}"
-    return items.make_task(images.name, images, rows, where, names=names, tuned=parted)
+    return make_task(images.name, images, rows, where, names=names, tuned=parted)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """A text file's lines that are not blank, each after where it is."""
     if not file.exists():
         raise UserError(f"index file {file} does not exist; put the published one there")
-    with items.refusing(f"index file {file} cannot be read", "download it anew"):
+    with refusing(f"index file {file} cannot be read", "download it anew"):
         text = files.read_text(file)
     if not text.strip():
         raise UserError(f"index file {file} is empty; download it anew")
