@@ -59,9 +59,9 @@ def check_dataset(
 
     Args:
         dataset, options: as for `open_task`.
-        level: "listed" looks for files alone, a directory at a time. "whole" also reads each
-            file's first and last bytes, and decodes what does not begin and end as an image
-            should: a broken download shows, a flipped bit does not. "decoded" decodes all.
+        level: "listed" looks for files alone. "whole" also reads each file's first and last bytes,
+            and decodes what does not begin and end as an image should: a broken download shows, a
+            flipped bit does not. "decoded" decodes all.
         reporter: is told how far it is: with the listing, then image by image.
     """
     if level not in LEVELS:
@@ -74,7 +74,7 @@ def check_dataset(
         hint = f"; the layout is described at {LAYOUT}" if dataset in BENCHMARKS else ""
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
         return check
-    items = [item for part in PARTS for item in getattr(task, part)]
+    items = [*task.train, *task.val, *task.test]
     folders = grouped(items, lambda item: os.path.dirname(item.path)).values()
     with reporter.stage(f"{dataset}: look for the files", len(items)) as advance:
         bad = _examine(folders, partial(_missing, task.root), advance)
@@ -94,7 +94,6 @@ def check_dataset(
 def _examine(
     lots: Collection[list[Item]], look: Callable[[list[Item]], dict[str, Problem]], advance: Advance
 ) -> dict[str, Problem]:
-    """What ``look`` finds wrong, lot by lot."""
     bad: dict[str, Problem] = {}
     # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -105,10 +104,7 @@ def _examine(
 
 
 def _missing(root: Path, items: list[Item]) -> dict[str, Problem]:
-    """Which files of one folder are not there, by one listing of it.
-
-    A folder that is not there is one problem, not one for each of its images: the topmost one.
-    """
+    """Which files of one folder are not there; of missing folders, the topmost is the problem."""
     folder, bad = os.path.dirname(items[0].path), dict[str, Problem]()
     try:
         with os.scandir(root / folder) as entries:
@@ -152,8 +148,7 @@ def _count(task: Task, check: Check, bad: dict[str, Problem]) -> None:
     if published and check.classes[0] != published.classes:
         text = f"{check.classes[0]:,} classes are there, {published.classes:,} are published"
         found.append(Problem("classes", check.dataset, text))
-    for part in PARTS:
-        items = getattr(task, part)
+    for part, items in zip(PARTS, (task.train, task.val, task.test), strict=True):
         expected = published.counts.get(part, 0) if published else None
         if not items and not expected:
             continue

@@ -26,11 +26,10 @@ from dapt.safe.files import open_regular
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-# Least share of an image's area in a training crop, as in Inception-style training.
-CROP_MIN = 0.08
+CROP_MIN = 0.08  # least share of an image's area in a training crop (Szegedy et al., 2015)
 
-# What undoes each EXIF orientation; 1 is upright. (PIL's `exif_transpose` also writes the block
-# anew, and fails where it is damaged.)
+# What undoes each EXIF orientation. (PIL's `exif_transpose` also writes the block anew, and fails
+# where it is damaged.)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,9 +40,13 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_WAYS = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "resize mode": ("shortest", "squash"),
+}
+
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
-# Encoders write about ten; PIL sets no limit.
-_MOST_SCANS = 256
+_MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
 # The marker that ends a JPEG, or one that a length follows; of what lies between, FF00 is escaped.
 _MARKER = re.compile(rb"\xff(?:\xd9|[\xc0-\xcf\xda-\xfe](..))", re.DOTALL)
 _MOST_JPEG_BYTES = 2**28
@@ -52,11 +55,8 @@ _MOST_JPEG_BYTES = 2**28
 # a few bytes would become gigabytes. What is cut lies far outside the centre crop.
 _MAX_ASPECT = 16
 
-# A photo of the largest cameras; its transparency and turning may take 2 GB.
-MAX_PIXELS = 2**27
-
-# Of images of more pixels, one is decoded at a time, whatever the number of threads.
-_LARGE = 2**24
+MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
+_LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
 _one_large = threading.Lock()
 
 # Faults of the machine, not of an image: another may do no better.
@@ -84,14 +84,12 @@ def has_image_name(name: str) -> bool:
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Read an image file as upright 8-bit RGB.
+    """Read an image file as upright 8-bit RGB; of an animation, the first frame.
 
-    EXIF orientation is applied, transparency laid on white, 16-bit greyscale scaled to 8 bits,
-    and of an animation the first frame is taken.
+    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits.
 
     Raises:
-        BadImage: the file is missing, empty, damaged, no image, no ordinary file, or has more
-            than `MAX_PIXELS`.
+        BadImage: the file is missing, no ordinary file, no image, damaged, or of too many pixels.
         OSError, MemoryError: the machine is at fault, not the image.
     """
     try:
@@ -116,8 +114,8 @@ def decode_image(
     far as libtiff does: strangers who may not exceed a limit should send other formats.
 
     Raises:
-        TooManyPixels: the file's header tells of more.
-        BadImage: as `open_image`, once the file is open.
+        TooManyPixels: the file's header tells of more than ``max_pixels``.
+        BadImage, OSError, MemoryError: as `open_image`, once the file is open.
     """
     # Of those asked for, this PIL may lack some.
     known = [f for f in _formats() if formats is None or f in formats]
@@ -197,10 +195,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def check_resizing(interpolation: str, resize_mode: str) -> None:
     """Raise `UserError` where ``interpolation`` or ``resize_mode`` is unknown."""
-    for what, way, ways in (
-        ("interpolation", interpolation, ("nearest", "bilinear", "bicubic", "lanczos")),
-        ("resize mode", resize_mode, ("shortest", "squash")),
-    ):
+    for (what, ways), way in zip(_WAYS.items(), (interpolation, resize_mode), strict=True):
         if way not in ways:
             hint = "use a backbone with one of these"
             raise UserError(f"{what} '{way}' is none of {', '.join(ways)}; {hint}")
@@ -211,8 +206,8 @@ def centre_view(
 ) -> Image.Image:
     """The square of ``size`` px that is looked at in evaluation.
 
-    ``shortest`` resizes the short side and crops the centre, as torchvision's ``Resize`` and
-    ``CenterCrop`` do on a PIL image (to the bit); ``squash`` resizes both sides.
+    ``shortest`` is torchvision's ``Resize`` and ``CenterCrop`` of a PIL image, to the bit;
+    ``squash`` resizes both sides.
     """
     check_resizing(interpolation, resize_mode)
     resample = Image.Resampling[interpolation.upper()]
@@ -236,10 +231,10 @@ def train_view(
     interpolation: str = "bicubic",
     crop_min: float = CROP_MIN,
 ) -> Image.Image:
-    """A random resized crop (area ``crop_min`` to 1, aspect 3/4 to 4/3), mirrored half the time.
+    """A random crop resized to ``size`` px, mirrored half the time.
 
-    The distribution is that of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
-    Only ``generator.random()`` is called: the one method whose values Python promises to keep.
+    As torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip`` are distributed. Only
+    ``generator.random()`` is called: the one method whose values Python promises to keep.
     """
     box = crop_box(*image.size, generator, crop_min)
     view = image.crop(box).resize((size, size), Image.Resampling[interpolation.upper()])
@@ -251,8 +246,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a random crop of a width x height px image.
 
-    Area is uniform, aspect log-uniform; after ten crops that do not fit, the largest centred one
-    of an allowed aspect is taken (Szegedy et al., 2015, as in torchvision).
+    Area is uniform in ``crop_min`` .. 1, aspect log-uniform in 3/4 .. 4/3; after ten that do not
+    fit, it is the largest centred one of an allowed aspect.
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):

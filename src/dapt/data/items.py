@@ -1,7 +1,7 @@
 """What a task is made of, and what is checked of every task wherever it was read from.
 
-Here and in all readers, whatever is wrong with what is read is a `UserError`: one sentence that
-names the file, the line or entry, and what to do.
+In all readers, what is wrong with what is read is a `UserError` that names the file, the line or
+entry, and what to do.
 """
 
 from __future__ import annotations
@@ -36,19 +36,16 @@ _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Item:
-    """One labelled image: ``path`` is relative to the task's root, with forward slashes."""
+    """One labelled image."""
 
-    path: str
+    path: str  # relative to the task's root, with forward slashes
     label: int
     class_name: str
 
 
 @dataclass(frozen=True)
 class Task:
-    """Classes, and the images to tune on (train, val) and to evaluate on (test).
-
-    A target domain has test images only.
-    """
+    """Classes, and images to tune on (train, val; a target domain has none) and to evaluate on."""
 
     name: str
     root: Path
@@ -103,7 +100,7 @@ def subset_classes(task: Task, which: str) -> Task:
     half = (len(names) + 1) // 2
     labels = range(half) if which == "base" else range(half, len(names))
     names, part_of = names[labels.start : labels.stop], (task, labels)
-    train, val, test = (subset_items(getattr(task, part), labels) for part in PARTS)
+    train, val, test = (subset_items(part, labels) for part in (task.train, task.val, task.test))
     return replace(task, class_names=names, train=train, val=val, test=test, part_of=part_of)
 
 
@@ -130,8 +127,8 @@ def make_task(
     """The task that a reader's rows make, once checked; ``where`` is what they were read from.
 
     ``names`` are the class names in label order, by what rows call the classes; if not given, rows
-    have the names, which `label_order` puts in order. ``split`` is of rows without a part. Unless
-    it tests on everything, or the task is not ``tuned``, every class needs images to tune on.
+    have the names. ``split`` is of rows without a part. Unless it tests on everything, or the task
+    is not ``tuned``, every class needs images to tune on. ``facts`` are other fields of the task.
     """
     names = names or {key: key for key in label_order({key for _, _, key in rows})}
     check_class_names(list(names.values()), where, distinct=False)
@@ -151,27 +148,22 @@ def make_task(
         raise UserError(f"{where} names no test images; {hint}")
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
-        for item in parts[part]:
-            if item.label not in taught:
-                what = f"class '{item.class_name}' of {part} image {item.path} has no train images"
-                raise UserError(f"{where}: {what}; add some, or take the class out")
+        if odd := next((item for item in parts[part] if item.label not in taught), None):
+            what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
+            raise UserError(f"{where}: {what}; add some, or take the class out")
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
 
 
 def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
-    """The test images among all, at random but always the same.
-
-    How a class is split does not depend on other classes. Of two or more images, either part has
-    some; a single one is to tune on.
-    """
+    """The test images among all, of each class by itself, at random but always the same."""
     if fraction == 1:
         return set(items)
     tested: set[Item] = set()
     by_class = grouped(sorted(items, key=lambda i: i.path), lambda i: i.class_name)
     for name, members in by_class.items():
         random.Random(f"{seed}/{name}").shuffle(members)
-        count = round(fraction * len(members))
-        tested.update(members[: min(max(count, 1), len(members) - 1)])
+        # Of two or more images, either part has some; a single one is to tune on.
+        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
     return tested
 
 
@@ -184,8 +176,8 @@ def label_order(names: set[str]) -> list[str]:
 def check_path(text: str, where: str) -> str:
     """Return ``text`` if it is a relative path that stays below its root, without a '..' step.
 
-    Links on disk are followed, wherever they lead: datasets are laid out with them. What is at
-    their end is read as an image, or named in a warning, and goes nowhere else.
+    Links on disk are followed, as datasets are laid out with them: what is at their end is read as
+    an image, or named in a warning, and goes nowhere else.
     """
     if not text.strip() or _UNSAFE_PATH.search(text):
         hint = "give one relative to the dataset's folder, without '..'"
@@ -194,7 +186,10 @@ def check_path(text: str, where: str) -> str:
 
 
 def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Labels of classes that no prompt can tell apart, each with the first of its name."""
+    """Labels of classes whose names no prompt can tell apart, each after the first of its name.
+
+    They differ by case, spaces or underscores alone.
+    """
     first: dict[str, int] = {}
     read = (" ".join(name.replace("_", " ").split()).casefold() for name in names)
     pairs = [(first.setdefault(name, label), label) for label, name in enumerate(read)]
@@ -202,10 +197,9 @@ def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True) -> None:
-    """Refuse blank names, control characters and (unless told otherwise) two equal names.
+    """Refuse blank names, control characters and names that are `names_alike`, if ``distinct``.
 
-    Two names that differ by case, spaces or underscores alone are equal: no prompt can tell
-    them apart. ``where`` is the file or folder that they come from.
+    ``where`` is the file or folder that they come from.
     """
     for name in names:
         if not name.replace("_", " ").strip() or _UNSAFE_NAME.search(name):

@@ -17,26 +17,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from dapt.data.items import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
-    PARTS,
-    Split,
-    Task,
-    check_path,
-    first_of,
-    label_order,
-    make_task,
-    refusing,
-)
+from dapt.data import items
+from dapt.data.items import check_path, first_of, label_order, make_task, refusing
 from dapt.errors import UserError
 from dapt.safe import files
 
 # What both formats call parts, and what we call them.
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-# In the folder of shards whose .cls are numbers: a class name a line, in label order.
-_NAMES_FILE = "classnames.txt"
+_NAMES_FILE = "classnames.txt"  # beside shards whose .cls are numbers: in label order
 _LISTING = "listing.json"
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
@@ -56,10 +45,7 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def is_webdataset(path: Path) -> bool:
-    """Whether this is a ``.tar`` file, or a folder that holds some (in parts' folders or not).
-
-    A folder with class folders is none, whatever archive lies beside them.
-    """
+    """Whether this is a ``.tar`` file, or a folder that holds some, and no folders but parts'."""
     if not path.is_dir():
         return path.suffix.lower() == ".tar" and path.is_file()
     shards = _shards(path)
@@ -68,7 +54,7 @@ def is_webdataset(path: Path) -> bool:
     return bool(shards) and folders <= places
 
 
-def read_packed(path: Path, split: Split) -> Task:
+def read_packed(path: Path, split: items.Split) -> items.Task:
     """Unpack a source, if that was not done before, and read what is in it.
 
     It is a folder that ``save_to_disk`` wrote; a ``.tar`` shard; or a folder of shards, whose part
@@ -93,16 +79,12 @@ def cache_folder() -> Path:
     try:
         return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
-        raise UserError(
-            f"there is no folder for unpacked images ({error}); name one in DAPT_CACHE"
-        ) from error
+        what = f"there is no folder for unpacked images ({error})"
+        raise UserError(f"{what}; name one in DAPT_CACHE") from error
 
 
 def _fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of all files of a source.
-
-    It is remembered in the cache by the files' places, sizes and times: making it reads them all.
-    """
+    """SHA-256 over a source's file names and contents, remembered by places, sizes and times."""
     found = [path]
     if is_hugging_face(path):
         found = [p for p in path.rglob("*") if not p.name.startswith(("cache-", "."))]
@@ -148,7 +130,7 @@ def _unpack(path: Path, folder: Path) -> None:
             raise UserError(f"dataset {path}: {what}")
         classes = label_order({name for pairs in found.values() for _, name in pairs})
         labels = {name: label for label, name in enumerate(classes)}
-        parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *PARTS) if p in found}
+        parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *items.PARTS) if p in found}
         files.write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
         if hasattr(os, "sync"):  # the images must be on disk before the name says so
             os.sync()
@@ -184,11 +166,8 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             if split and part not in _PARTS:
                 what = f"split '{part}' is none of train, validation, test"
                 raise UserError(f"dataset {path}: {what}; rename it, or take it out")
-            image, label = (first_of(c, rows.column_names) for c in (IMAGE_COLUMNS, LABEL_COLUMNS))
-            if image is None or label is None:
-                what, known = ("labels", LABEL_COLUMNS) if image else ("images", IMAGE_COLUMNS)
-                there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
-                raise UserError(f"{where} has no column of {what} {there}; rename one")
+            image = _column(rows, "images", items.IMAGE_COLUMNS, where)
+            label = _column(rows, "labels", items.LABEL_COLUMNS, where)
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.
@@ -203,14 +182,21 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
                 yield _PARTS.get(part, ""), name, _content(row[image], line, path)
 
 
+def _column(rows: Any, what: str, known: tuple[str, ...], where: str) -> str:
+    if (name := first_of(known, rows.column_names)) is None:
+        there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
+        raise UserError(f"{where} has no column of {what} {there}; rename one")
+    return name
+
+
 def _content(value: Any, where: str, root: Path) -> bytes:
     """The bytes of an image in a row: those in it, or of the file that it names."""
     if content := (value or {}).get("bytes"):
         return bytes(content)
     if not (value or {}).get("path"):
         raise UserError(f"{where} has no image; take the row out")
-    file = Path(value["path"])
-    with refusing(f"{where}: its image {file} cannot be read", "save the dataset with its images"):
+    file, hint = Path(value["path"]), "save the dataset with its images"
+    with refusing(f"{where}: its image {file} cannot be read", hint):
         # Whoever wrote the dataset must not choose which of this machine's files are read.
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("it is not in the dataset's folder")
@@ -225,10 +211,8 @@ def _check_names(path: Path) -> None:
 
     The library opens whatever they name, and would wait for a FIFO without end.
     """
-    places = [path]
-    if (path / "dataset_dict.json").is_file():
-        places = [path / name for name in _names_in(path / "dataset_dict.json", "splits")]
-    for place in places:
+    parts = path / "dataset_dict.json"
+    for place in map(path.joinpath, _names_in(parts, "splits") if parts.is_file() else [""]):
         for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
             what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"
             with refusing(what, "save it anew"):
@@ -260,8 +244,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             names = [line.strip() for line in files.read_text(file).splitlines()]
     for shard in shards:
         # Of a single shard, the name says nothing.
-        start = re.match("[a-z]*", shard.relative_to(path).as_posix())
-        part = _PARTS.get(start[0], "") if start else ""
+        part = _PARTS.get(re.split("[^a-z]", shard.relative_to(path).as_posix())[0], "")
         # The file is opened here: the library would take some names for commands or addresses.
         refuse = refusing(f"shard {shard} cannot be read", "copy it anew", Exception)
         with refuse, files.open_regular(shard) as stream:
@@ -274,10 +257,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
 
 
 def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    """The files in a tar that is not compressed, as webdataset's own reader gives them.
-
-    That one would unpack what looks compressed, however much it becomes.
-    """
+    """The files in a tar, as webdataset's own reader, which would unpack compressed ones too."""
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # it would keep them all
@@ -299,4 +279,4 @@ def _label(sample: dict[str, Any], where: str) -> Any:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
         value = files.parse_json(sample["json"].decode())
-        return value[first_of(LABEL_COLUMNS, value) or "label"]
+        return value[first_of(items.LABEL_COLUMNS, value) or "label"]

@@ -25,10 +25,7 @@ def read_picture(value: Any) -> Image.Image:
 
     That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
     (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
-    dataset; or a pair of any of these and a label.
-
-    Raises:
-        InputError: it is none of these, or cannot be read.
+    dataset; or a pair of any of these and a label. What is none, or broken, is an `InputError`.
     """
     try:
         if isinstance(value, (str, os.PathLike)):
@@ -78,10 +75,7 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 
 def as_sequence(images: Any) -> Sequence[Any]:
-    """``images`` if they can be counted and picked from, as a list where they cannot.
-
-    One image, what is no collection, and an empty one are an `InputError`.
-    """
+    """``images``, as a list if they cannot be counted or picked from; `InputError` if none."""
     if hasattr(images, "tocsr"):  # scipy's sparse matrices, of which some are mappings too
         raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
@@ -107,10 +101,7 @@ def as_sequence(images: Any) -> Sequence[Any]:
 
 
 def labels_of(images: Sequence[Any]) -> list[Any]:
-    """Labels that come with a dataset, or with rows or pairs; as class names where it has them.
-
-    ``images`` are what `as_sequence` gives; that they hold no labels is an `InputError`.
-    """
+    """Labels in what `as_sequence` gives, as class names where known; `InputError` if none."""
     whole: Any = images
     places: Sequence[int] = range(len(images))
     while hasattr(whole, "dataset") and hasattr(whole, "indices"):  # torch's Subset
@@ -120,10 +111,10 @@ def labels_of(images: Sequence[Any]) -> list[Any]:
     if column := first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ()):
         names, targets = getattr(whole.features[column], "names", None), list(whole[column])
     if targets is None:
-        labels = [_label_of(images[i]) for i in range(len(images))]
+        given = [_label_of(images[i]) for i in range(len(images))]
     else:
-        labels = [targets[i] for i in places]
-    labels = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in labels]
+        given = [targets[i] for i in places]
+    labels = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in given]
     if names is None or not all(isinstance(label, int) for label in labels):
         return labels
     if not 0 <= min(labels) <= max(labels) < len(names):

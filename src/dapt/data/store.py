@@ -22,9 +22,7 @@ from dapt.data.images import CROP_MIN, centre_view, check_resizing, open_image, 
 from dapt.data.pictures import read_picture
 from dapt.errors import UserError
 
-# Images a thread takes at a time: enough to hide the cost of handing them out.
-_CHUNK = 8
-
+_CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
 _View = Callable[[int], Image.Image]
 
 
@@ -56,8 +54,8 @@ def _read(source: Any) -> Image.Image:
 class ImageStore:
     """Views of many images, of which as many as fit a budget stay decoded in memory.
 
-    What is kept never changes a view; it only saves decoding. Nothing is read at construction, and
-    sources are taken when they are read: there may be more than memory holds.
+    What is kept changes no view. Sources are taken only when they are read: there may be more than
+    memory holds.
     """
 
     sources: Sequence[Any]  # image files, or whatever else `read_picture` takes
@@ -102,28 +100,24 @@ class ImageStore:
     def train_batches(
         self, batches: Iterable[tuple[int, Sequence[int]]], *, seed: int, prefetch: int = 2
     ) -> Iterator[Tensor]:
-        """As `batches`, of the views of `train_view`; given the epoch and the indices of each.
-
-        A view is a function of seed, epoch and index alone.
-        """
+        """As `batches`, of `train_view`s, which are functions of seed, epoch and index alone."""
         wanted = ((ids, partial(self._train_view, f"{seed}/{epoch}")) for epoch, ids in batches)
         return self._made_ahead(wanted, prefetch)
 
     def batches(
         self,
-        index_lists: Iterable[Sequence[int]],
+        lists: Iterable[Sequence[int]],
         *,
         prefetch: int = 2,
         unreadable: dict[int, str] | None = None,
     ) -> Iterator[Tensor]:
-        """`test_views` batch by batch, made in other threads while earlier batches are in use.
+        """`test_views` of each of these lists, ``prefetch`` made ahead of the one in use.
 
-        So many as ``prefetch`` are ahead of the one in use. An image that cannot be read raises a
-        `UserError` in its batch's place. Where ``unreadable`` is given, it is black in its batch
-        instead, and the sentence why is there, under its index, by the time the batch is yielded.
+        An image that cannot be read raises a `UserError` in its batch's place; where ``unreadable``
+        is given, it is black in its batch, and the reason is there by then, under its index.
         """
         view = partial(self._test_view, unreadable)
-        return self._made_ahead(((indices, view) for indices in index_lists), prefetch)
+        return self._made_ahead(((indices, view) for indices in lists), prefetch)
 
     def _test_view(self, unreadable: dict[int, str] | None, index: int) -> Image.Image:
         try:
@@ -148,13 +142,6 @@ class ImageStore:
         """A batch of views of each of these indices, by the function beside them."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
         started: deque[tuple[Tensor, list[Future[None]]]] = deque()
-
-        def finished() -> Tensor:
-            views, work = started.popleft()
-            for part in work:
-                part.result()
-            return views
-
         try:
             for indices, view in wanted:
                 # Page-locked, to go to a GPU while it is at work: untested, for want of one. Crops
@@ -165,9 +152,9 @@ class ImageStore:
                 work = [pool.submit(_fill, views[p].numpy(), indices[p], view) for p in parts]
                 started.append((views, work))
                 if len(started) > prefetch:
-                    yield finished()
+                    yield _finished(*started.popleft())
             while started:
-                yield finished()
+                yield _finished(*started.popleft())
         finally:
             # Also where the consumer has had enough, or an image could not be read.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -176,6 +163,12 @@ class ImageStore:
 def _fill(pixels: np.ndarray, indices: Sequence[int], view: _View) -> None:
     for row, index in zip(pixels, indices, strict=True):
         row[:] = np.asarray(view(int(index))).transpose(2, 0, 1)
+
+
+def _finished(views: Tensor, work: list[Future[None]]) -> Tensor:
+    for part in work:
+        part.result()
+    return views
 
 
 def _bytes(image: Image.Image) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -29,8 +28,8 @@ class SupportSet:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``."""
-        values = asdict(self)
-        return {**values, "train": list(values["train"]), "val": list(values["val"])}
+        parts = {"train": [*map(asdict, self.train)], "val": [*map(asdict, self.val)]}
+        return {**asdict(self), **parts}
 
     def save(self, path: Path) -> None:
         """Write it to a JSON file, all or nothing; a `UserError` if that cannot be."""
@@ -39,12 +38,11 @@ class SupportSet:
 
 
 def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
-    """Draw a support set as the published protocol does, to the very image.
+    """Draw a support set as the published protocol does, to the very image (Zhou et al., 2022).
 
     One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
     ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
-    gives all it has, without a draw. Zhou et al. (2022) drew the published sets like this. A subset
-    of classes has its images of the draw from all: they drew before they took base or new classes.
+    gives all it has, without a draw. A subset of classes has its images of the draw from all.
     """
     if shots < 1:
         raise UserError(f"shots {shots} must be 1 or more")
@@ -53,17 +51,13 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
     if task.part_of is not None:
         whole, labels = task.part_of
         return _subset(draw_support_set(whole, shots, seed), labels)
-    generator = random.Random(seed)
-    train = _draw(task.train, shots, generator)
-    val = _draw(task.val, min(shots, 4), generator)
-    return SupportSet(task.name, shots, seed, train, val)
-
-
-def _draw(items: Sequence[Item], shots: int, generator: random.Random) -> tuple[Item, ...]:
-    drawn: list[Item] = []
-    for members in grouped(items, lambda item: item.label).values():
-        drawn += generator.sample(members, shots) if len(members) >= shots else members
-    return tuple(drawn)
+    generator, parts = random.Random(seed), dict[str, tuple[Item, ...]]()
+    for part, listed, count in (("train", task.train, shots), ("val", task.val, min(shots, 4))):
+        drawn: list[Item] = []
+        for members in grouped(listed, lambda item: item.label).values():
+            drawn += generator.sample(members, count) if len(members) >= count else members
+        parts[part] = tuple(drawn)
+    return SupportSet(task.name, shots, seed, **parts)
 
 
 def _subset(support: SupportSet, labels: range) -> SupportSet:
@@ -76,8 +70,7 @@ def images_in_both(
 ) -> list[tuple[Item, Item]]:
     """Support images whose very file is a test image too, under whatever name: (support, test).
 
-    Only files as long as one of the other side are read. What cannot be read is in neither;
-    whoever uses it says so. ``tested`` has the test images, if it is another task.
+    What cannot be read is in neither. ``tested`` has the test images, if it is another task.
     """
     tested, digest, found = tested or task, cache(_digest), []
     for item in (*support.train, *support.val):
@@ -125,44 +118,49 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
     if not isinstance(data, dict):
         raise UserError(f"{file} must hold a JSON object; draw it anew")
     form = {"dataset": str, "shots": int, "seed": int, "train": list, "val": list}
-    for key, kind in form.items():
-        if type(data.get(key)) is not kind:
-            raise UserError(f"{file} needs '{key}' as {kind.__name__}; draw it anew")
+    for key in _missing(data, form):
+        raise UserError(f"{file} needs '{key}' as {form[key].__name__}; draw it anew")
     if not data["train"]:
         raise UserError(f"{file} names no train images; draw it anew")
+    placed = [
+        (f"{file}, {p} entry {i}", e) for p in ("train", "val") for i, e in enumerate(data[p])
+    ]
+    drawn = [_item(entry, where) for where, entry in placed]
     if task.part_of is not None:
         whole, labels = task.part_of
-        if any(_fits(e, whole) and not _fits(e, task) for e in (*data["train"], *data["val"])):
+        if any(_fits(item, whole) and not _fits(item, task) for item in drawn):
             return _subset(load_support_set(path, whole), labels)
-    seen = {item.path: f"a test image of '{task.name}'; take it out" for item in task.test}
-    for part in ("train", "val"):
-        for number, entry in enumerate(data[part]):
-            where = f"{file}, {part} entry {number}"
-            item = data[part][number] = _item(entry, task, where)
-            if item.path in seen:
-                raise UserError(f"{where}: {item.path} is {seen[item.path]}")
-            seen[item.path] = "listed twice; take one out"
-    train, val = tuple(data["train"]), tuple(data["val"])
+    names, tested = task.class_names, f"a test image of '{task.name}'; take it out"
+    seen = {item.path: tested for item in task.test}
+    for item, (where, _) in zip(drawn, placed, strict=True):
+        if not _fits(item, task):
+            what = (
+                f"'{task.name}' has no class '{item.class_name}'{nearest(item.class_name, names)}"
+            )
+            if item.class_name in names:
+                label = f"label {names.index(item.class_name)} in '{task.name}'"
+                what = f"class '{item.class_name}' has {label}, not {item.label}"
+            raise UserError(f"{where}: {what}; use the task it was drawn from")
+        if item.path in seen:
+            raise UserError(f"{where}: {item.path} is {seen[item.path]}")
+        seen[item.path] = "listed twice; take one out"
+    count = len(data["train"])
+    train, val = tuple(drawn[:count]), tuple(drawn[count:])
     return SupportSet(data["dataset"], data["shots"], data["seed"], train, val)
 
 
-def _fits(entry: Any, task: Task) -> bool:
-    """Whether an entry's label and class name are those of a class of the task."""
-    entry, names = entry if isinstance(entry, dict) else {}, task.class_names
-    label = entry.get("label")
-    known = type(label) is int and 0 <= label < len(names)
-    return known and names[label] == entry.get("class_name")
-
-
-def _item(entry: Any, task: Task, where: str) -> Item:
-    entry, names = entry if isinstance(entry, dict) else {}, task.class_names
-    path, label, name = map(entry.get, ("path", "label", "class_name"))
-    # True is an int to isinstance, but no label
-    if [type(value) for value in (path, label, name)] != [str, int, str]:
+def _item(entry: Any, where: str) -> Item:
+    form = {"path": str, "label": int, "class_name": str}
+    if not isinstance(entry, dict) or _missing(entry, form):
         raise UserError(f"{where} must be an object of path, label (a number) and class_name")
-    if not _fits(entry, task):
-        what = f"'{task.name}' has no class '{name}'{nearest(name, names)}"
-        if name in names:
-            what = f"class '{name}' has label {names.index(name)} in '{task.name}', not {label}"
-        raise UserError(f"{where}: {what}; use the task it was drawn from")
-    return Item(check_path(path, where), label, name)
+    return Item(check_path(entry["path"], where), entry["label"], entry["class_name"])
+
+
+def _missing(value: dict[str, Any], form: dict[str, type]) -> list[str]:
+    # True is an int to isinstance, but no label
+    return [key for key, kind in form.items() if type(value.get(key)) is not kind]
+
+
+def _fits(item: Item, task: Task) -> bool:
+    names = task.class_names
+    return 0 <= item.label < len(names) and names[item.label] == item.class_name

@@ -10,29 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dapt.data import items
 from dapt.data.benchmarks import BENCHMARKS
 from dapt.data.images import has_image_name
-from dapt.data.items import (
-    DEFAULT_TEMPLATE,
-    PARTS,
-    Item,
-    Row,
-    Split,
-    Task,
-    check_class_names,
-    check_path,
-    label_order,
-    make_task,
-    names_alike,
-    refusing,
-    subfolders,
-)
+from dapt.data.items import check_class_names, check_path, make_task, refusing, subfolders
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.errors import UserError, nearest
-from dapt.safe.files import parse_json, read_json, read_text, user_path
+from dapt.safe import files
 
-__all__ = ["DEFAULT_TEMPLATE", "bundled_domains", "images_below", "open_task", "read_class_names"]
-
+DEFAULT_TEMPLATE = items.DEFAULT_TEMPLATE
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
 TABLES = (".csv", ".jsonl")
@@ -49,22 +35,19 @@ def open_task(
     test_fraction: float = 0.5,
     split_seed: int = 0,
     evaluate: bool = False,
-) -> Task:
+) -> items.Task:
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
     Args:
         dataset: ``bundled``; a benchmark's name; a folder with ``train/<class>/`` and
             ``test/<class>/`` or with ``<class>/`` alone; a ``.csv`` or ``.jsonl`` file with
-            ``path`` and ``label`` (and ``split``); or a Hugging Face dataset or WebDataset
-            shards, as `read_packed` takes them.
+            ``path`` and ``label`` (and ``split``); or what `read_packed` takes.
         root: folder that holds the benchmarks; not read for anything else.
         domain: style of the bundled task; the source domain if not given.
-        class_names: JSON file with other names for the classes: an object from the listed name
-            (a folder's, say) to the new one, or a list of all in label order.
-        test_fraction: share of each class that becomes test images, where nothing is split yet.
-        split_seed: of that split.
-        evaluate: the task is only evaluated on: an unsplit source is all test images, and
-            nothing needs train images.
+        class_names: JSON file with other names for the classes, as `read_class_names` takes it.
+        test_fraction, split_seed: share of each class that becomes test images, and the seed of
+            that split, where nothing is split yet.
+        evaluate: the task is only evaluated on: an unsplit source is all test images.
 
     Raises:
         UserError: unknown dataset or domain, or anything wrong with what is read.
@@ -74,7 +57,7 @@ def open_task(
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
     split = (1.0 if evaluate else test_fraction, split_seed)
-    path = user_path(dataset)
+    path = files.user_path(dataset)
     if dataset == BUNDLED:
         task = _read_bundled(domain)
     elif dataset in BENCHMARKS:
@@ -95,52 +78,46 @@ def open_task(
         raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
     if class_names is not None:
         return _renamed(task, class_names)
-    if dataset in BENCHMARKS:  # some do have two classes of one name
-        return replace(task, notes=_notes_on_names(task))
-    check_class_names(task.class_names, f"dataset '{dataset}'")
+    if dataset not in BENCHMARKS:
+        check_class_names(task.class_names, f"dataset '{dataset}'")
+    # Some benchmarks do have two classes of one name.
+    names, alike = task.class_names, items.names_alike(task.class_names)
+    for one, other in alike[:1]:
+        what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
+        such = f"(such as '{names[other]}', label {other}, that of label {one})"
+        hint = "text prompts cannot tell apart; better names can be given with --class-names"
+        return replace(task, notes=(f"{what} {such}, which {hint}",))
     return task
-
-
-def _notes_on_names(task: Task) -> tuple[str, ...]:
-    names, alike = task.class_names, names_alike(task.class_names)
-    return tuple(
-        f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name (such as "
-        f"'{names[other]}', label {other}, that of label {one}), which text prompts cannot tell "
-        "apart; better names can be given with --class-names"
-        for one, other in alike[:1]
-    )
 
 
 def bundled_domains() -> tuple[str, ...]:
     """Styles of the bundled task, the source domain first."""
-    return tuple(read_json(BUNDLED_ROOT / "task.json", "bundled task")["domains"])
+    return tuple(files.read_json(BUNDLED_ROOT / "task.json", "bundled task")["domains"])
 
 
-def _read_bundled(domain: str | None) -> Task:
-    data = read_json(BUNDLED_ROOT / "task.json", "bundled task")
+def _read_bundled(domain: str | None) -> items.Task:
+    data = files.read_json(BUNDLED_ROOT / "task.json", "bundled task")
     domains, names = list(data["domains"]), tuple(data["class_names"])
     chosen = domains[0] if domain is None else domain
     if chosen not in domains:
         what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"
         raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
-    train, val, test = (
-        tuple(Item(path, k, names[k]) for path, k in data["domains"][chosen].get(part, ()))
-        for part in PARTS
-    )
-    return Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
+    listed = (data["domains"][chosen].get(part, ()) for part in items.PARTS)
+    train, val, test = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
+    return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
-def read_folder(folder: Path, split: Split) -> Task:
+def read_folder(folder: Path, split: items.Split) -> items.Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
-    Either ``train/<class>/`` and ``test/<class>/`` (and ``val/<class>/``), or ``<class>/`` alone,
-    which is then split. Images may lie deeper in a class's folder.
+    Where there is no train/, test/ (and val/) above the class folders, classes are split. Images
+    may lie deeper in a class's folder.
     """
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
     if "train" in classes and (tuned := subfolders(folder / "train")):
-        places = {part: folder / part for part in PARTS if part in classes}
+        places = {part: folder / part for part in items.PARTS if part in classes}
         if "test" not in places:
             hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
             raise UserError(f"folder {folder} has train/ but no test/; {hint}")
@@ -149,12 +126,12 @@ def read_folder(folder: Path, split: Split) -> Task:
         hint = "put each class's images in one of its own, or train/ and test/ with such folders"
         raise UserError(f"folder {folder} holds no class folders; {hint}")
     # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
-    elif all(name.casefold() in _PART_NAMES and subfolders(folder / name) for name in classes):
+    elif all(c.casefold() in _PART_NAMES and subfolders(folder / c) for c in classes):
         listed = ", ".join(f"{name}/" for name in classes)
         hint = "rename them train/ and test/ (and val/)"
         raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
-    order, where = label_order(set(classes)), f"folder {folder}"
-    rows, left = list[Row](), list[str]()
+    order, where = items.label_order(set(classes)), f"folder {folder}"
+    rows, left = list[items.Row](), list[str]()
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
@@ -162,14 +139,14 @@ def read_folder(folder: Path, split: Split) -> Task:
             raise UserError(f"{what}; add one, or take it out")
         for name in [name for name in order if name in there]:
             inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
-            found = sorted(f"{inside}/{path}" for path in images_below(place / name, others))
-            others = sorted(f"{inside}/{path}" for path in others)
+            found = images_below(place / name, others)
             if not found:
-                named = f" (by its name, {others[0]} is none)" if others else ""
+                named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
                 what = f"class folder {place / name} holds no images{named}"
                 raise UserError(f"{what}; add some, or take it out")
-            rows += [(part, check_path(path, where), name) for path in found]
-            left += others
+            paths = (f"{inside}/{path}" for path in sorted(found))
+            rows += [(part, check_path(path, where), name) for path in paths]
+            left += [f"{inside}/{path}" for path in sorted(others)]
     notes = tuple(
         f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
         f"out (such as {such}); convert them, or give them the extension that they should have"
@@ -185,12 +162,12 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     names are added to ``others``.
     """
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
-        if not folders and not files and has_image_name(inside.name):
+        if not folders and not names and has_image_name(inside.name):
             found.append(inside.as_posix())
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
+        for name in names:
             if has_image_name(name):
                 found.append((inside / name).as_posix())
             elif others is not None and not name.startswith("."):
@@ -198,13 +175,13 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     return found
 
 
-def read_table(file: Path, split: Split) -> Task:
+def read_table(file: Path, split: items.Split) -> items.Task:
     """Read a table: one image a row, its path relative to the file's folder.
 
     ``label`` is the class name. Where no row has a ``split`` (train, val or test), classes are
     split. Other columns are ignored.
     """
-    rows, seen = list[Row](), dict[str, int]()
+    rows, seen = list[items.Row](), dict[str, int]()
     for line, record in _records(file):
         where = f"{file}, line {line}"
         path, label, part = (record.get(key) for key in ("path", "label", "split"))
@@ -217,7 +194,7 @@ def read_table(file: Path, split: Split) -> Task:
         path, part = check_path(path.strip(), where), (part or "").strip()
         if seen.setdefault(path, line) != line:
             raise UserError(f"{where}: {path} is on line {seen[path]} already; take one out")
-        if part and part not in PARTS:
+        if part and part not in items.PARTS:
             raise UserError(f"{where}: split '{part}' is none of train, val, test")
         rows.append((part, path, label.strip()))
         if bool(part) != bool(rows[0][0]):
@@ -230,13 +207,14 @@ def read_table(file: Path, split: Split) -> Task:
 def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     """The rows of a table, each after the number of its line."""
     with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-        text = read_text(file, encoding="utf-8-sig")
+        text = files.read_text(file, encoding="utf-8-sig")
     if file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
             if line.strip():
-                with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
-                    record = parse_json(line)
+                errors = (ValueError, RecursionError)
+                with refusing(f"{where}: malformed JSON", "mend it", *errors):
+                    record = files.parse_json(line)
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: must be an object such as {form}")
                 yield number, record
@@ -254,7 +232,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
 
 def read_class_names(file: Path) -> list[str] | dict[str, str]:
     """Class names in label order, or an object from listed names to better ones."""
-    given = read_json(user_path(file), "class name file")
+    given = files.read_json(files.user_path(file), "class name file")
     values = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
         form = "a JSON object of folder name to class name, or a list of names in label order"
@@ -262,7 +240,7 @@ def read_class_names(file: Path) -> list[str] | dict[str, str]:
     return given
 
 
-def _renamed(task: Task, file: Path) -> Task:
+def _renamed(task: items.Task, file: Path) -> items.Task:
     """A task with its classes called as the user's mapping or list says."""
     given, names, where = read_class_names(file), task.class_names, f"class name file {file}"
     if isinstance(given, dict):
@@ -275,8 +253,6 @@ def _renamed(task: Task, file: Path) -> Task:
         what = f"lists {len(given)} names, but the dataset has {len(names)} classes"
         raise UserError(f"{where} {what}; list one for each, in label order")
     check_class_names(given, where)
-    train, val, test = (
-        tuple(replace(item, class_name=given[item.label]) for item in getattr(task, part))
-        for part in PARTS
-    )
+    listed = (task.train, task.val, task.test)
+    train, val, test = (tuple(replace(i, class_name=given[i.label]) for i in p) for p in listed)
     return replace(task, class_names=tuple(given), train=train, val=val, test=test)
