@@ -109,8 +109,8 @@ def push(
     - `dapt push runs/photos name/photos --private`
     """
     from dapt.run.directory import RunDirectory
-    from dapt.share.hub import files_to_push
-    from dapt.share.hub import push as run_push
+    from dapt.share.card import files_to_push
+    from dapt.share.card import push as run_push
 
     directory = RunDirectory(run)
     if dry_run:

@@ -1,4 +1,7 @@
-"""The model card of a run: what it is, what it was made from, how well it does, what it is for."""
+"""The model card of a run, and both of them on the Hugging Face hub.
+
+A card says what the run is, what it was made from, how well it does, and what it is for.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from markupsafe import Markup
 
 from dapt import __version__
 from dapt.clip.sources import BUNDLED
-from dapt.errors import printable
+from dapt.errors import UserError, printable, reason_of
 from dapt.methods import get_method
+from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.settings import FITTED, IMPORTED, Settings, backbone_name, idle_settings
 
@@ -74,28 +78,25 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         },
         backbone_licence=backbone_licence,
         data_licence=data_licence,
-        mit=backbone_licence.startswith(_MIT) and data_licence.startswith(_MIT),
+        mit=backbone_licence.startswith("MIT") and data_licence.startswith("MIT"),
     )  # fmt: skip
-
-
-_MIT = "MIT"
 
 
 def _licences(settings: Settings, dataset: str) -> tuple[str, str]:
     """Of the backbone and of the images, in words that start with the licence where it is known."""
     backbone = "not known to dapt; see where the weights come from."
+    images = "not known to dapt; see where they come from."
     openai = "/" not in settings.backbone and settings.pretrained in (None, "openai")
     if settings.backbone == BUNDLED:
         backbone = (
-            f"{_MIT} (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
+            "MIT (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
         )
     elif openai and not Path(settings.backbone).suffix:
-        backbone = f"{_MIT} (OpenAI's CLIP)."
-    images = "not known to dapt; see where they come from."
+        backbone = "MIT (OpenAI's CLIP)."
     if dataset == "bundled:streamline-emojis":
         images = "CC BY 4.0 (Streamline Emojis; see dapt's LICENSES.md)."
     elif dataset.partition(":")[0] == BUNDLED:
-        images = f"{_MIT} (Fluent Emoji; see dapt's LICENSES.md)."
+        images = "MIT (Fluent Emoji; see dapt's LICENSES.md)."
     return backbone, images
 
 
@@ -105,3 +106,54 @@ def _plain(value: Any) -> str:
         return value
     text = html.escape(printable(str(value)), quote=False)
     return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
+    """What of a run goes to the hub, by its name there: its records and results, and its card.
+
+    The checkpoint, which only resuming reads, and TensorBoard's files stay here.
+
+    Raises:
+        UserError: no finished run is here, or a file of it is a link.
+    """
+    run.require()
+    kept = sorted({*run.files(), *run.path.glob("eval-*.json")})
+    run.check_links(kept)
+    return {"README.md": model_card(run).encode(), **{file.name: file for file in kept}}
+
+
+def push(
+    run: RunDirectory, repo_id: str, *, private: bool = False, reporter: Reporter | None = None
+) -> str:
+    """Upload a run to the model repository ``repo_id``, made if need be, in one commit.
+
+    Args:
+        run: a finished run.
+        repo_id: such as ``name/flowers``.
+        private: who may see the repository, where it is made now.
+        reporter: is told the progress.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: no finished run is here, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = files_to_push(run)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi(library_name="dapt")
+    try:
+        with (reporter or Reporter()).stage(f"pushing to {repo_id}", 2) as advance:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            advance(1)
+            said = "Run directory of dapt and its model card"
+            commit = api.create_commit(repo_id, operations, commit_message=said)
+            advance(1)
+    except Exception as error:  # the hub's client raises a wide family
+        raise UserError(
+            f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)}); check the name "
+            "and the connection, and log in with 'hf auth login'"
+        ) from error
+    return str(commit.commit_url)
