@@ -147,12 +147,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         except BadImage as error:
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
-        self._adopt(files_of(tuned, journal, labels=_as_json(classes)), classes, tuned.classifier)
+        self._adopt(files_of(tuned, journal, labels=_json(classes)), classes, tuned.classifier)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """(n,) labels of n images."""
-        return self.classes_[self.predict_proba(X).argmax(-1)]
+        places = self.predict_proba(X).argmax(-1)
+        return self.classes_[places]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """(n, C) probabilities of n images, columns in the order of ``classes_``.
@@ -173,17 +174,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
         if y is None:
-            X = as_sequence(X)
-            y = labels_of(X)
+            y = labels_of(X := as_sequence(X))
         return float(super().score(X, y, sample_weight))
 
     def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
         """Tell apart further classes by the tuned context, without tuning again.
 
+        ``names`` are class names, or a mapping from labels to them where labels are no names.
         Metrics that came with the run are dropped: they are those of fewer classes.
-
-        Args:
-            names: class names, or a mapping from labels to them where labels are no names.
 
         Raises:
             UserError: a name that is there already or is none, or a linear probe, which knows
@@ -198,19 +196,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         text = self.classes_.dtype.kind in "UO"
         fresh = len(set(classes.tolist())) == len(self.classes_) + len(given)
         if not fresh or any(isinstance(label, str) != text for label in given):
+            what = "labels of added classes must be new, and of the same kind as those there"
             hint = "give a mapping from label to class name where labels are no names"
-            raise InputError(
-                f"labels of added classes must be new, and of the same kind as those there; {hint}"
-            )
+            raise InputError(f"{what}; {hint}")
         before = [self.class_names_[i] for i in back]
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         files = {name: file for name, file in self.files_.items() if name != "metrics.json"}
-        for name, entry, value in (
-            ("task.json", "class_names", everything),
-            ("environment.json", "labels", _as_json(classes)),
-        ):
-            files[name] = to_json({**json.loads(files[name]), entry: value}, indent=1)
+        changed: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
+        for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
+            value = {**json.loads(files[name]), entry: changed[entry]}
+            files[name] = to_json(value, indent=1)
         self._adopt(files, classes, self._built(files, own_names=before))
         return self
 
@@ -234,10 +230,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
-        Args:
-            path: its directory.
-            device: to run on.
-            backbone: where the weights it was tuned on are now, if they have moved.
+        ``backbone`` says where the weights it was tuned on are now, if they have moved.
 
         Raises:
             UserError: there is no finished run, or its backbone is not what it was tuned on.
@@ -254,7 +247,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         own = {name: values[name] for name in _OWN}
         found = cls(**{**own, "device": device, "settings": others or None})
         names = run.read_task().class_names
-        labels = _from_json(run, names)
+        labels = _labels(run, names)
         if labels != names:
             found.class_names = dict(zip(labels, names, strict=True))
         classifier = load_classifier(run, backbone=found._backbone(settings))
@@ -359,21 +352,17 @@ def _located(images: Sequence[Any], item: Item) -> Item:
     return replace(item, path=str(Path(value).absolute())) if is_file else item
 
 
-def _fit_json(labels: list[Any]) -> bool:
-    return all(isinstance(label, str | int | float) for label in labels)
-
-
-def _as_json(classes: np.ndarray) -> list[Any] | None:
+def _json(classes: Any) -> list[Any] | None:
     """Labels for a JSON record, None where it cannot hold them."""
-    labels = classes.tolist()
-    return labels if _fit_json(labels) else None
+    labels = list(classes.tolist() if isinstance(classes, np.ndarray) else classes)
+    return labels if all(isinstance(label, str | int | float) for label in labels) else None
 
 
-def _from_json(run: RunDirectory, names: list[str]) -> list[Any]:
-    """What `_as_json` recorded of a run's classes; their names where it recorded nothing."""
+def _labels(run: RunDirectory, names: list[str]) -> list[Any]:
+    """What `_json` recorded of a run's classes; their names where it recorded nothing."""
     labels = run.read_environment().labels
     if labels is None:
         return names
-    if len(set(map(repr, labels))) != len(names) or not _fit_json(labels):
+    if len(set(map(repr, labels))) != len(names) or _json(labels) is None:
         raise UserError(f"{run.environment_file} is damaged: its labels are not those of classes")
     return labels

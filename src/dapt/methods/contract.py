@@ -91,25 +91,18 @@ class TowerPart(nn.Module):
         return out
 
     def load(self, tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> None:
-        """Take values that `named_parameters` had, from the file ``where``.
-
-        Raises:
-            UserError: one is of another shape.
-        """
+        """Take what `named_parameters` had; a `UserError` of ``where`` if it has other shapes."""
         for name, own in self.named_parameters():
             given, needed = tuple(tensors[name].shape), tuple(own.shape)
+            what = f"'{name}' in {where} has shape {given}"
             if len(given) != len(needed) or 0 in given:
-                raise UserError(f"'{name}' in {where} has shape {given}; {needed} is needed")
+                raise UserError(f"{what}; {needed} is needed")
             if given[-1:] != needed[-1:]:
-                raise UserError(
-                    f"the {name.replace('_', ' ')} in {where} is {given[-1]} wide, but "
-                    f"'{backbone.name}' needs {needed[-1]}; give the --backbone it was tuned on"
-                )
+                what = f"the {name.replace('_', ' ')} in {where} is {given[-1]} wide"
+                needs = f"'{backbone.name}' needs {needed[-1]}; give the --backbone it was tuned on"
+                raise UserError(f"{what}, but {needs}")
             if given != needed:
-                raise UserError(
-                    f"'{name}' in {where} has shape {given}, and the settings say {needed}; one "
-                    "of them was changed"
-                )
+                raise UserError(f"{what}, and the settings say {needed}; one of them was changed")
             own.data.copy_(tensors[name])
 
 
@@ -133,10 +126,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A term that is added to cross-entropy.
-
-    It is a mean over the batch's images, or the same for every part of a batch.
-    """
+    """Added to cross-entropy: a mean over a batch's images, or the same for any part of it."""
 
     name: str  # its column in log.csv
     weight: str  # the setting that weighs it: one of ``Settings``, or of the user's loss_weights
@@ -170,7 +160,7 @@ class Evidence:
 
 
 class Head(nn.Module):
-    """How image features and class features become logits; by itself, cosines times the scale.
+    """How features become logits: by itself, cosines times the scale.
 
     Its buffers and parameters are what is fitted.
     """
@@ -199,8 +189,7 @@ class Head(nn.Module):
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Take what `state_dict` gave, for C classes and features of D numbers.
 
-        Raises:
-            UserError: it is not of this head, or of other shapes.
+        What is not of this head, or of other shapes, is a `UserError` of ``where``.
         """
         if tensors:
             raise UserError(f"{where} holds '{min(tensors)}', which this method does not fit")
@@ -240,18 +229,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the parts that a method is put together of.
-
-    Attributes:
-        defaults: (dataset, shots) -> settings that are this method's own, where others' would not
-            do; published ones for a benchmark.
-    """
+    """A row of the table: the parts that a method is put together of."""
 
     title: str  # how tables call it
     parts: tuple[type[TowerPart], ...] = ()
     losses: tuple[LossTerm, ...] = ()
     head: type[Head] = Head
     finish: type[Finish] = Finish
+    # Of a dataset and number of shots: settings of its own, where others' would not do.
     defaults: Callable[[str, int], dict[str, Any]] = lambda dataset, shots: {}
     checkpoint: tuple[Published, ...] = ()  # how published code saves what is learned
     colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dapt.methods.contract import LARGEST, LossTerm, PartSettings
+from dapt.methods.contract import LARGEST, LossTerm, PartSettings, Step
 
 # Classes whose distances to all others are held at once: at 20,000 classes, 80 MB a matrix.
 _ROWS = 1000
@@ -76,17 +76,13 @@ class InterSettings(PartSettings):
     rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
 
 
-INTRA = LossTerm(
-    "intra",
-    "beta_visual",
-    lambda step: intra_dispersion(step.image_features, step.labels, step.prototypes),
-    IntraSettings,
-    search=(1.0, 0.1, 10.0),
-)
-INTER = LossTerm(
-    "inter",
-    "beta_text",
-    lambda step: inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t),
-    InterSettings,
-    search=(1.0, 10.0),
-)
+def _intra(step: Step) -> Tensor:
+    return intra_dispersion(step.image_features, step.labels, step.prototypes)
+
+
+def _inter(step: Step) -> Tensor:
+    return inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t)
+
+
+INTRA = LossTerm("intra", "beta_visual", _intra, IntraSettings, search=(1.0, 0.1, 10.0))
+INTER = LossTerm("inter", "beta_text", _inter, InterSettings, search=(1.0, 10.0))

@@ -51,8 +51,7 @@ class DeepVisualSettings(PartSettings):
 class Prompt(TowerPart):
     """Vectors of one tower: ``<kind>_prompt`` in a run's files, or ``<kind>_prompt.<layer>``.
 
-    Args:
-        vectors: (N, W) initial values; of a deep prompt a list, by layer.
+    They start as the (N, W) values given; of a deep prompt these are a list, by layer.
     """
 
     kind: ClassVar[str]  # "text" or "visual"
@@ -111,18 +110,16 @@ class Context(Prompt):
     def create(cls, backbone: Backbone, settings: HasSettings) -> Context:
         """Vectors from N(0, 0.02); words, where there are any, are the last of them.
 
-        Raises:
-            UserError: the tower takes no context, or the words outnumber the vectors.
+        That they outnumber the vectors, or the tower takes no context, is a `UserError`.
         """
         own: ContextSettings = settings.of(ContextSettings)
         [vectors] = _normal(1, own.text_vectors, backbone.text_width, 2 * settings.seed)
         if own.text_init:
             words = backbone.embed_words(own.text_init)
             if len(words) > own.text_vectors:
-                raise UserError(
-                    f"the words '{own.text_init}' take {len(words)} vectors but the text prompt "
-                    f"has {own.text_vectors}; use fewer words or more vectors"
-                )
+                what = f"the words '{own.text_init}' take {len(words)} vectors"
+                hint = f"has {own.text_vectors}; use fewer words or more vectors"
+                raise UserError(f"{what} but the text prompt {hint}")
             vectors[own.text_vectors - len(words) :] = words
         return cls(vectors)
 
@@ -155,11 +152,8 @@ class DeepContext(DeepPrompt):
 class VisualPrompt(Prompt):
     """Shallow VPT (Jia et al., 2022), DAPT's visual prompt: ``[CLS] v_1 .. v_N patches``.
 
-    It enters after ``ln_pre`` and carries no positional embedding.
-
-    Args:
-        vectors: (N, vision width) initial values.
-        dropout: probability of zeroing an element, drawn anew for each image of a step.
+    It enters after ``ln_pre`` and carries no positional embedding. ``dropout`` is the probability
+    of zeroing an element, drawn anew for each image of a step.
     """
 
     kind, towers = "visual", frozenset({"image"})
@@ -192,11 +186,8 @@ class VisualPrompt(Prompt):
 class DeepVisual(DeepPrompt):
     """``[CLS] patches v_1 .. v_N``: visual prompts at any depth.
 
-    The first enters before ``ln_pre``, as in the published code; it has no position.
-
-    Args:
-        vectors: (N, vision width) for each layer.
-        pre: the tower's layer norm in front of its layers; it stays frozen.
+    The first enters before ``ln_pre`` (here ``pre``, which stays frozen), as in the published code;
+    it has no position.
     """
 
     kind, towers = "visual", frozenset({"image"})

@@ -57,14 +57,13 @@ class TipAdapterF(contract.Head):
     def fit(self, evidence: contract.Evidence, settings: HasSettings) -> None:
         """Fill the memory, tune its keys, choose alpha and beta."""
         own: TipSettings = settings.of(TipSettings)
-        views, labels = evidence.views(own.tip_views), evidence.support.labels  # (V, n, D), (n,)
+        views, labels, text = evidence.views(own.tip_views), evidence.support.labels, evidence.text
         self.remember(views, labels, own.tip_alpha, own.tip_beta)
         order = torch.Generator().manual_seed(settings.seed)
-        steps = own.tip_epochs, own.tip_lr, own.tip_batch, order
-        for _ in self.tune(views, labels, evidence.text, *steps):
+        for _ in self.tune(views, labels, text, own.tip_epochs, own.tip_lr, own.tip_batch, order):
             pass
         if evidence.val is not None:
-            self.choose(evidence.val, evidence.text)
+            self.choose(evidence.val, text)
 
     def remember(self, views: Tensor, labels: Tensor, alpha: float, beta: float) -> None:
         """Keys and values of features (V, n, D) with labels (n,)."""

@@ -19,7 +19,7 @@ from dapt.errors import UserError, printable, reason_of
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.settings import FITTED, IMPORTED, Settings, backbone_name, idle_settings
+from dapt.settings import FITTED, IMPORTED, backbone_name, idle_settings
 
 # By this a card is known for one of ours, which may be replaced.
 _START = "---\nlibrary_name: dapt\n"
@@ -43,13 +43,11 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         run: a run whose prompts are there, with or without metrics.
         what: the form that the card goes with; the metrics stay the run's.
     """
-    settings, task = run.read_settings(), run.read_task()
-    images = run.read_support().train
+    settings, task, images = run.read_settings(), run.read_task(), run.read_support().train
     given = {IMPORTED: "not recorded", FITTED: "images given in Python"}
-    idle = _NOT_TOLD | idle_settings(settings.method)
-    backbone_licence, data_licence = _licences(settings, task.dataset)
-    test = run.read_metrics().test if run.finished else None
-    tuned = {image.class_name for image in images}
+    idle, tuned = _NOT_TOLD | idle_settings(settings.method), {i.class_name for i in images}
+    local = "/" in settings.backbone or Path(settings.backbone).suffix
+    openai = settings.pretrained in (None, "openai") and not local
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         finalize=_plain,  # whatever is not said to be raw
@@ -71,33 +69,9 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         images=images,
         added=[name for name in task.class_names if name not in tuned],
         told={k: v for k, v in settings.model_dump().items() if k not in idle and v is not None},
-        test=test,
-        figures={} if test is None else {
-            "top-1 accuracy": test.accuracy, "top-5 accuracy": test.top5,
-            "macro-F1": test.macro_f1, "expected calibration error": test.ece,
-        },
-        backbone_licence=backbone_licence,
-        data_licence=data_licence,
-        mit=backbone_licence.startswith("MIT") and data_licence.startswith("MIT"),
-    )  # fmt: skip
-
-
-def _licences(settings: Settings, dataset: str) -> tuple[str, str]:
-    """Of the backbone and of the images, in words that start with the licence where it is known."""
-    backbone = "not known to dapt; see where the weights come from."
-    images = "not known to dapt; see where they come from."
-    openai = "/" not in settings.backbone and settings.pretrained in (None, "openai")
-    if settings.backbone == BUNDLED:
-        backbone = (
-            "MIT (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
-        )
-    elif openai and not Path(settings.backbone).suffix:
-        backbone = "MIT (OpenAI's CLIP)."
-    if dataset == "bundled:streamline-emojis":
-        images = "CC BY 4.0 (Streamline Emojis; see dapt's LICENSES.md)."
-    elif dataset.partition(":")[0] == BUNDLED:
-        images = "MIT (Fluent Emoji; see dapt's LICENSES.md)."
-    return backbone, images
+        test=run.read_metrics().test if run.finished else None,
+        weights=settings.backbone if settings.backbone == BUNDLED else "openai" if openai else "",
+    )
 
 
 def _plain(value: Any) -> str:
@@ -127,14 +101,7 @@ def push(
 ) -> str:
     """Upload a run to the model repository ``repo_id``, made if need be, in one commit.
 
-    Args:
-        run: a finished run.
-        repo_id: such as ``name/flowers``.
-        private: who may see the repository, where it is made now.
-        reporter: is told the progress.
-
-    Returns:
-        The commit's address.
+    A repository that is made now is ``private`` or not. Returns the commit's address.
 
     Raises:
         UserError: no finished run is here, or the hub refuses or cannot be reached.
@@ -152,8 +119,7 @@ def push(
             commit = api.create_commit(repo_id, operations, commit_message=said)
             advance(1)
     except Exception as error:  # the hub's client raises a wide family
-        raise UserError(
-            f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)}); check the name "
-            "and the connection, and log in with 'hf auth login'"
-        ) from error
+        what = f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)})"
+        hint = "check the name and the connection, and log in with 'hf auth login'"
+        raise UserError(f"{what}; {hint}") from error
     return str(commit.commit_url)

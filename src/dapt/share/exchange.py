@@ -128,12 +128,10 @@ def import_checkpoint(
     another dataset. The images it was tuned on are not known: its support set is empty.
 
     Args:
-        checkpoint: as `read_published` takes it.
-        output: the run directory.
+        checkpoint, output: as `read_published` takes it, and the run directory.
         given: settings as for `make_settings`; ``class_names`` or ``dataset`` must be among them.
             The method follows from which prompts there are, the epochs from the file.
         overwrite: discard the run that is there.
-        reporter: is told the progress of the evaluation.
         backbone: already loaded as the settings say, to share it.
 
     Raises:

@@ -50,8 +50,8 @@ _INT8 = ", with its linear layers at 8 bits (the metrics below are those of the 
 TOLERANCE = 1e-4
 # Images a file is compared on; they are not chosen by anything.
 _COMPARED = 16
-# A protobuf message, which an ONNX file is, cannot be larger.
-_MAX_ONNX = 2**31 - 1
+# Of weights: a protobuf message, which an ONNX file is, cannot be larger than 2 GiB.
+_MAX_ONNX = 2**31 - 2**24
 # Endings that no form of export has, and a run's records and results do.
 _OF_RUNS = {".json", ".csv", ".safetensors"}
 
@@ -100,12 +100,10 @@ def export(
     """Write a finished run's classifier to ``file``, and its model card beside it.
 
     Args:
-        run: its directory.
-        file: what to write; ``<stem>.md`` beside it becomes the card.
+        run, file: from where and to where; ``<stem>.md`` beside it becomes the card.
         form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, the prompts
             as the published code saves them.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
-        reporter: is told the progress.
 
     Raises:
         UserError: bad input, a missing extra, or a file whose probabilities differ by more than
@@ -181,10 +179,9 @@ def _compare(
         found = torch.cat([compute(views[:1]), compute(views[1:])])
     difference = float((found - expected).abs().max())
     if not isfinite(difference) or difference > limit:
-        raise UserError(
-            f"{what} is not written: its probabilities differ from the classifier's by up to "
-            f"{difference:.2g}; try --format torch, or other versions of torch and onnxruntime"
-        )
+        why = f"its probabilities differ from the classifier's by up to {difference:.2g}"
+        hint = "try --format torch, or other versions of torch and onnxruntime"
+        raise UserError(f"{what} is not written: {why}; {hint}")
     return difference, float((found.argmax(-1) == expected.argmax(-1)).float().mean())
 
 
@@ -244,10 +241,9 @@ def _require_onnx() -> None:
 def _graph(program: torch.export.ExportedProgram, views: Tensor) -> Any:
     """An ONNX model, without what tells of the exporting machine and no computation needs."""
     size = sum(t.nbytes for t in program.state_dict.values())
-    if size > _MAX_ONNX - 2**24:
-        raise UserError(
-            f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file; use --format torch"
-        )
+    if size >= _MAX_ONNX:
+        what = f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file"
+        raise UserError(f"{what}; use --format torch")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
     with _quietly():
         made = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
