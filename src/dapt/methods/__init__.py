@@ -50,7 +50,8 @@ METHODS: dict[str, Method] = {
         colour=("#c2410c", "#fb8b4a"), marker="o",
     ),
     "ivlp": Method(
-        "IVLP", (prompts.DeepContext, prompts.DeepVisual), defaults=published.ivlp_settings
+        "IVLP", (prompts.DeepContext, prompts.DeepVisual),
+        defaults=lambda dataset, shots: published.IVLP,
     ),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
 }  # fmt: skip

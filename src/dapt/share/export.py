@@ -248,7 +248,8 @@ def _graph(program: torch.export.ExportedProgram, views: Tensor) -> Any:
     with _quietly():
         made = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
     assert made is not None
-    graph, body = made.model_proto, made.model_proto.graph
+    graph = made.model_proto  # made anew each time it is asked for
+    body = graph.graph
     for part in (graph, body, *body.node, *body.input, *body.output, *body.initializer):
         del part.metadata_props[:]
     del body.value_info[:]
