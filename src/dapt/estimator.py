@@ -193,7 +193,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         back = np.argsort(self._places)  # to the run's own order, to which they are added
         classes = np.asarray([*self.classes_[back].tolist(), *given])
-        text = self.classes_.dtype.kind in "UO"
+        text = self.classes_.dtype.kind in "UO"  # whether labels are names
         fresh = len(set(classes.tolist())) == len(self.classes_) + len(given)
         if not fresh or any(isinstance(label, str) != text for label in given):
             what = "labels of added classes must be new, and of the same kind as those there"
@@ -266,10 +266,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return make_settings(absolute_paths(given))
 
     def _adopt(self, files: dict[str, bytes], classes: np.ndarray, classifier: Classifier) -> None:
-        """Become what the files of a run hold.
-
-        ``classes`` are labels in the run's order; scikit-learn's scorers take them as sorted.
-        """
+        """Become what a run holds; its labels are sorted, as scikit-learn's scorers take them."""
         self.files_, self._classifier = files, classifier
         self._places = np.argsort(classes, kind="stable")
         self.classes_ = classes[self._places]

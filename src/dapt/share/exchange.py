@@ -72,8 +72,7 @@ def read_published(path: Path) -> PublishedPrompts:
     """Read the prompts of a checkpoint (see `find_checkpoint`), running nothing that is inside it.
 
     Raises:
-        UserError: the file cannot be read, asks for something to be run, or holds prompts of
-            another kind.
+        UserError: it cannot be read, asks for something to be run, or holds other prompts.
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file, _IGNORED)
