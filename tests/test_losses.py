@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from dapt.engine import evaluate
 from dapt.engine.evaluate import calibration_error, mean_text_distance, metrics
 from dapt.methods import losses
+from dapt.methods.contract import Evidence, Examples
 from dapt.methods.losses import class_prototypes, inter_dispersion, intra_dispersion
-from dapt.methods.probe import fit_probe
+from dapt.methods.probe import LinearProbe
+from dapt.settings import make_settings
 
 
 @settings(max_examples=30)
@@ -119,7 +121,9 @@ def test_probe_separates_what_is_separable(classes, val):
     centres = F.normalize(torch.randn(classes, 16), dim=-1)
     labels = torch.arange(classes).repeat(6)
     features = F.normalize(centres[labels] + 0.05 * torch.randn(len(labels), 16), dim=-1)
-    held = (features, labels) if val else None
+    support, probe = Examples(features, labels), LinearProbe(1.0)
     # One class more than there are images for: it must never win.
-    weight, bias = fit_probe(features, labels, held, classes + 1, seed=1)
-    assert ((features @ weight.T + bias).argmax(-1) == labels).all()
+    text = torch.zeros(classes + 1, 0)
+    evidence = Evidence(support, support if val else None, text, 1.0, lambda count: None)
+    probe.fit(evidence, make_settings({"dataset": "bundled", "seed": 1}))
+    assert (probe(features, text).argmax(-1) == labels).all()

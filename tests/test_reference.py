@@ -10,9 +10,8 @@ from dapt.clip.image import image_features
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
-from dapt.methods.context import Context
 from dapt.methods.losses import class_prototypes
-from dapt.methods.visual import VisualPrompt
+from dapt.methods.prompts import Context, VisualPrompt
 from dapt.settings import make_settings
 
 

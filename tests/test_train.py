@@ -22,8 +22,8 @@ from dapt.engine.fit import epoch_order, steps_per_epoch
 from dapt.engine.step import learning_rate
 from dapt.errors import UserError
 from dapt.methods import METHODS, LossTerm, Method
-from dapt.methods.context import Context
 from dapt.methods.losses import INTER
+from dapt.methods.prompts import Context
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
 from dapt.run.train import train

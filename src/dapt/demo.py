@@ -10,8 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from dapt.clip.sources import load_backbone
-from dapt.data import Task, open_image
-from dapt.engine.classifier import Classifier
+from dapt.data import Item, Task, open_image
 from dapt.engine.data import open_data
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
@@ -23,7 +22,7 @@ from dapt.run.load import load_classifier
 from dapt.run.records import Metrics
 from dapt.run.train import train
 from dapt.safe.files import write_atomic
-from dapt.settings import Settings, make_settings
+from dapt.settings import make_settings
 
 DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
 # A small part of the published schedule: enough to show what tuning does within minutes.
@@ -48,68 +47,48 @@ def run_demo(
         runs.append(run)
 
     results, task = [run.read_metrics() for run in runs], data.task
-    table = Table(
-        title=f"{task.name}: {len(task.class_names)} classes, {base.shots} shots, seed {seed}, "
-        f"{base.epochs} epochs",
-        title_justify="left",
-    )
-    table.add_column("method")
+    what = f"{len(task.class_names)} classes, {base.shots} shots, seed {seed}, {base.epochs} epochs"
+    table = Table("method", title=f"{task.name}: {what}", title_justify="left")
     for column in ("accuracy", "learned parameters", "seconds"):
         table.add_column(column, justify="right")
     for run, result in zip(runs, results, strict=True):
-        table.add_row(
-            METHODS[result.method].title,
-            f"{result.test.accuracy:.1%}",
-            f"{result.learned_parameters:,}",
-            f"{run.read_environment().tuning_seconds or 0:.1f}",
-        )
+        seconds = run.read_environment().tuning_seconds or 0
+        figures = (f"{result.test.accuracy:.1%}", f"{result.learned_parameters:,}")
+        table.add_row(METHODS[result.method].title, *figures, f"{seconds:.1f}")
     console.print(table)
 
+    store = shared.store(task, task.test, base)
     classifiers = [load_classifier(runs[i], backbone=shared.backbone) for i in (0, -1)]
+    first, last = (classify(c, store).argmax(-1).tolist() for c in classifiers)
+    named = zip(task.test, first, last, strict=True)
+    mended = [(item, before) for item, before, after in named if after == item.label != before]
     picture = output / "demo.png"
-    _draw(picture, base, task, results, classifiers, shared)
+    write_atomic(picture, _drawn(task, results, mended))
     console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
     return runs
 
 
-def _draw(
-    path: Path,
-    settings: Settings,
-    task: Task,
-    results: Sequence[Metrics],
-    classifiers: Sequence[Classifier],
-    shared: Shared,
-) -> None:
-    """Bars of accuracy, and test images that the last classifier names and the first does not."""
+def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, int]]) -> bytes:
+    """Bars of accuracy, and test images that the last method names and the first does not: PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    store = shared.store(task, task.test, settings)
-    first, last = (classify(c, store).argmax(-1).tolist() for c in classifiers)
-    mended = [
-        (item, before)
-        for item, before, after in zip(task.test, first, last, strict=True)
-        if after == item.label != before
-    ]
-    # One image a class at most, so that the picture shows variety.
-    shown = list({item.label: (item, before) for item, before in reversed(mended)}.values())[:12]
-
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5)))
     axes = left.subplots()
-    titles = [METHODS[r.method].title for r in results][::-1]
+    titles = [METHODS[r.method].title for r in results]
     values = [100 * r.test.accuracy for r in results][::-1]
-    bars = axes.barh(titles, values, color=["#c2410c", *["#94a3b8"] * (len(values) - 1)])
+    bars = axes.barh(titles[::-1], values, color=["#c2410c", *["#94a3b8"] * (len(values) - 1)])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(100 / len(task.class_names), color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="accuracy on test images, % (dotted: chance)", xlim=(0, max(values) * 1.15))
     axes.spines[["top", "right"]].set_visible(False)
-    right.suptitle(
-        f"named by {METHODS[results[-1].method].title}, missed without tuning", fontsize=10
-    )
-    for place, (item, before) in zip(right.subplots(2, 6).flat, shown, strict=False):
+    right.suptitle(f"named by {titles[-1]}, missed without tuning", fontsize=10)
+    # One image a class at most, so that the picture shows variety.
+    shown = {item.label: (item, before) for item, before in reversed(mended)}
+    for place, (item, before) in zip(right.subplots(2, 6).flat, shown.values(), strict=False):
         place.imshow(open_image(task.image_path(item)))
         wrong = task.class_names[before].replace("_", " ")
         place.set_title(item.class_name.replace("_", " "), fontsize=8, color="#c2410c")
@@ -120,4 +99,4 @@ def _draw(
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
-    write_atomic(path, content.getvalue())
+    return content.getvalue()

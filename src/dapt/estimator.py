@@ -17,14 +17,14 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
 from dapt.data.items import check_class_names
 from dapt.data.pictures import InputError, as_sequence, labels_of
-from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data
 from dapt.engine.evaluate import classify
-from dapt.engine.features import Shared, backbone_of
+from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.errors import UserError
 from dapt.methods import get_method
@@ -114,17 +114,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
     def fit(self, X: Any, y: Any = None) -> PromptClassifier:
-        """Tune prompts on images and labels.
+        """Tune prompts on n images and labels; without labels, on those of the dataset ``X``.
 
-        Args:
-            X: n images.
-            y: n labels; without them, those of the dataset ``X``.
+        Warns where labels are numbers and nothing says what they mean, unless no prompt reads it.
 
         Raises:
             UserError: an image, label or parameter that cannot be used (a ValueError too, where
                 ``X`` or ``y`` is to blame).
-
-        Warns where labels are numbers and nothing says what they mean, unless no prompt reads it.
         """
         images = as_sequence(X)
         classes, codes = _classes(labels_of(images) if y is None else y, len(images))
@@ -133,18 +129,16 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
         if numbers and self.class_names is None and get_method(settings.method).head.reads_text:
-            warnings.warn(
-                f"prompts call the classes {names[0]!r}, {names[1]!r} and so on, for want of "
-                "names; give class_names, such as {0: 'cat', 1: 'dog'}",
-                stacklevel=2,
-            )
+            called = f"prompts call the classes {names[0]!r}, {names[1]!r} and so on"
+            hint = "give class_names, such as {0: 'cat', 1: 'dog'}"
+            warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
         # Each item's path is its image's place, until it is known which are files.
         items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
-        task = Task(FITTED, Path(), names, items, (), (), DEFAULT_TEMPLATE, pictures=images)
+        task = Task(FITTED, Path(), names, items, (), (), pictures=images)
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
-        journal, shared = Journal(), Shared(_backbone(settings))
+        journal, shared = Journal(), Shared(self._backbone(settings))
         reporter = RichReporter() if self.verbose else Reporter()
         try:
             tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
@@ -153,13 +147,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         except BadImage as error:
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
-        self._adopt(files_of(tuned, journal, labels=_as_json(classes)), classes, tuned.classifier)
+        self._adopt(files_of(tuned, journal, labels=_json(classes)), classes, tuned.classifier)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """(n,) labels of n images."""
-        probabilities = self.predict_proba(X)
-        return self.classes_[probabilities.argmax(-1)]
+        places = self.predict_proba(X).argmax(-1)
+        return self.classes_[places]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """(n, C) probabilities of n images, columns in the order of ``classes_``.
@@ -180,17 +174,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
         if y is None:
-            X = as_sequence(X)
-            y = labels_of(X)
+            y = labels_of(X := as_sequence(X))
         return float(super().score(X, y, sample_weight))
 
     def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
         """Tell apart further classes by the tuned context, without tuning again.
 
+        ``names`` are class names, or a mapping from labels to them where labels are no names.
         Metrics that came with the run are dropped: they are those of fewer classes.
-
-        Args:
-            names: class names, or a mapping from labels to them where labels are no names.
 
         Raises:
             UserError: a name that is there already or is none, or a linear probe, which knows
@@ -202,27 +193,21 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         back = np.argsort(self._places)  # to the run's own order, to which they are added
         classes = np.asarray([*self.classes_[back].tolist(), *given])
-        if len(set(classes.tolist())) != len(self.classes_) + len(given) or any(
-            isinstance(label, str) != (self.classes_.dtype.kind in "UO") for label in given
-        ):
-            raise InputError(
-                "labels of added classes must be new, and of the same kind as those there; give a "
-                "mapping from label to class name where labels are no names"
-            )
+        text = self.classes_.dtype.kind in "UO"  # whether labels are names
+        fresh = len(set(classes.tolist())) == len(self.classes_) + len(given)
+        if not fresh or any(isinstance(label, str) != text for label in given):
+            what = "labels of added classes must be new, and of the same kind as those there"
+            hint = "give a mapping from label to class name where labels are no names"
+            raise InputError(f"{what}; {hint}")
         before = [self.class_names_[i] for i in back]
-        everything = (*before, *(str(name) for name in given.values()))
+        everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
-        kept = json.loads(self.files_["task.json"])
-        files = {
-            **self.files_,
-            "task.json": to_json({**kept, "class_names": list(everything)}, indent=1),
-            "environment.json": to_json(
-                {**json.loads(self.files_["environment.json"]), "labels": _as_json(classes)},
-                indent=1,
-            ),
-        }
-        files.pop("metrics.json", None)
-        self._adopt(files, classes, self._built(files, own_names=kept["class_names"]))
+        files = {name: file for name, file in self.files_.items() if name != "metrics.json"}
+        changed: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
+        for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
+            value = {**json.loads(files[name]), entry: changed[entry]}
+            files[name] = to_json(value, indent=1)
+        self._adopt(files, classes, self._built(files, own_names=before))
         return self
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
@@ -232,8 +217,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             UserError: a run is there already and ``overwrite`` is not set, or it is in use.
         """
         check_is_fitted(self, "files_")
-        run = RunDirectory(path)
-        settings = make_settings(json.loads(self.files_["settings.json"]))
+        run, settings = RunDirectory(path), make_settings(json.loads(self.files_["settings.json"]))
         check_output(run, settings, resume=False, overwrite=overwrite)
         with run.locked():
             check_output(run, settings, resume=False, overwrite=overwrite)
@@ -246,10 +230,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
-        Args:
-            path: its directory.
-            device: to run on.
-            backbone: where the weights it was tuned on are now, if they have moved.
+        ``backbone`` says where the weights it was tuned on are now, if they have moved.
 
         Raises:
             UserError: there is no finished run, or its backbone is not what it was tuned on.
@@ -260,15 +241,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if backbone is not None:
             moved = absolute_paths({"backbone": backbone})
             settings = settings.model_copy(update={**moved, "pretrained": None})
+        values = settings.model_dump()
         usual = make_settings({"dataset": FITTED, "shots": settings.shots}).model_dump()
-        values = {n: v for n, v in settings.model_dump().items() if v != usual[n]}
-        found = cls(
-            **{name: getattr(settings, name) for name in _OWN if name != "device"},
-            device=device,
-            settings={name: values[name] for name in _free() & values.keys()} or None,
-        )
+        others = {name: values[name] for name in _free() if values[name] != usual[name]}
+        own = {name: values[name] for name in _OWN}
+        found = cls(**{**own, "device": device, "settings": others or None})
         names = run.read_task().class_names
-        labels = _from_json(run, names)
+        labels = _labels(run, names)
         if labels != names:
             found.class_names = dict(zip(labels, names, strict=True))
         classifier = load_classifier(run, backbone=found._backbone(settings))
@@ -279,28 +258,23 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return found
 
     def _settings(self, shots: int) -> Settings:
-        own = {name: getattr(self, name) for name in _OWN}
-        others = dict(self.settings or {})
+        own, others = {name: getattr(self, name) for name in _OWN}, dict(self.settings or {})
         if clash := sorted(others.keys() - _free()):
-            raise UserError(
-                f"setting '{clash[0]}' is no entry of PromptClassifier's settings; give it as a "
-                "parameter, if it is one"
-            )
+            what = f"setting '{clash[0]}' is no entry of PromptClassifier's settings"
+            raise UserError(f"{what}; give it as a parameter, if it is one")
         given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
     def _adopt(self, files: dict[str, bytes], classes: np.ndarray, classifier: Classifier) -> None:
-        """Become what the files of a run hold.
-
-        ``classes`` are labels in the run's order; scikit-learn's scorers take them as sorted.
-        """
+        """Become what a run holds; its labels are sorted, as scikit-learn's scorers take them."""
         self.files_, self._classifier = files, classifier
         self._places = np.argsort(classes, kind="stable")
         self.classes_ = classes[self._places]
         self.class_names_ = tuple(classifier.class_names[i] for i in self._places)
 
     def _backbone(self, settings: Settings) -> Backbone:
-        return _backbone(settings.model_copy(update={"device": self.device}))
+        name, tag, precision = settings.backbone, settings.pretrained, settings.precision
+        return _load_backbone(name, tag, device=self.device or "auto", precision=precision)
 
     def _loaded(self) -> Classifier:
         """The classifier, built anew from the run's files after unpickling."""
@@ -313,15 +287,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         settings = make_settings(json.loads(files["settings.json"]))
         task = TaskRecord.model_validate_json(files["task.json"])
         same = self._classifier.backbone if getattr(self, "_classifier", None) else None
-        return classifier_of(
-            settings,
-            load(files["prompts.safetensors"]),
-            same or self._backbone(settings),
-            task.class_names,
-            task.template,
-            where="what was fitted",
-            own_names=own_names,
-        )
+        backbone, told = same or self._backbone(settings), (task.class_names, task.template)
+        tensors, where = load(files["prompts.safetensors"]), "what was fitted"
+        return classifier_of(settings, tensors, backbone, *told, where=where, own_names=own_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and the run's files; the backbone is loaded again, not pickled."""
@@ -330,6 +298,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return state
 
 
+# Kept between fits: a grid search loads it once.
+_load_backbone = lru_cache(maxsize=2)(load_backbone)
 # Settings that are parameters.
 _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
 
@@ -339,18 +309,6 @@ def _free() -> frozenset[str]:
     given = {"dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget",
              "strict"}  # fmt: skip
     return frozenset(all_fields()) - _OWN - given
-
-
-@lru_cache(maxsize=2)
-def _load_backbone(settings: str) -> Backbone:
-    return backbone_of(make_settings(json.loads(settings)))
-
-
-def _backbone(settings: Settings) -> Backbone:
-    """The backbone, kept between fits: a grid search loads it once."""
-    names = ("backbone", "pretrained", "device", "precision")
-    chosen = {name: getattr(settings, name) for name in names}
-    return _load_backbone(json.dumps({**chosen, "dataset": FITTED}, sort_keys=True))
 
 
 def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -367,22 +325,19 @@ def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
     """What prompts call the classes."""
-    labels = classes.tolist()
+    names = labels = classes.tolist()
     if isinstance(given, Mapping):
         if missing := [label for label in labels if label not in given]:
             raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
         names = [given[label] for label in labels]
     elif given is not None:
         if len(given) != len(labels):
-            raise InputError(
-                f"class_names lists {len(given)} names, but y has {len(labels)} classes; list one "
-                "for each, in sorted order of labels"
-            )
+            what = f"class_names lists {len(given)} names, but y has {len(labels)} classes"
+            raise InputError(f"{what}; list one for each, in sorted order of labels")
         names = list(given)
-    else:
-        names = labels
-    check_class_names([str(n) for n in names], "labels" if given is None else "class_names")
-    return tuple(str(name) for name in names)
+    called = tuple(map(str, names))
+    check_class_names(called, "labels" if given is None else "class_names")
+    return called
 
 
 def _located(images: Sequence[Any], item: Item) -> Item:
@@ -390,27 +345,21 @@ def _located(images: Sequence[Any], item: Item) -> Item:
     value = images[int(item.path)]
     if isinstance(value, tuple) and len(value) == 2:
         value = value[0]
-    if isinstance(value, str | Path):
-        return replace(item, path=str(Path(value).absolute()))
-    return item
+    is_file = isinstance(value, str | Path)
+    return replace(item, path=str(Path(value).absolute())) if is_file else item
 
 
-_IN_JSON = (str, int, float)
+def _json(classes: Any) -> list[Any] | None:
+    """Labels for a JSON record, None where it cannot hold them."""
+    labels = list(classes.tolist() if isinstance(classes, np.ndarray) else classes)
+    return labels if all(isinstance(label, str | int | float) for label in labels) else None
 
 
-def _as_json(classes: np.ndarray) -> list[Any] | None:
-    """Labels for a JSON record, None where class names or nothing JSON can hold."""
-    values = classes.tolist()
-    return values if all(isinstance(v, _IN_JSON) for v in values) else None
-
-
-def _from_json(run: RunDirectory, names: list[str]) -> list[Any]:
-    """What `_as_json` recorded of a run's classes; their names where it recorded nothing."""
+def _labels(run: RunDirectory, names: list[str]) -> list[Any]:
+    """What `_json` recorded of a run's classes; their names where it recorded nothing."""
     labels = run.read_environment().labels
     if labels is None:
         return names
-    if len(set(map(repr, labels))) != len(names) or not all(
-        isinstance(v, _IN_JSON) for v in labels
-    ):
+    if len(set(map(repr, labels))) != len(names) or _json(labels) is None:
         raise UserError(f"{run.environment_file} is damaged: its labels are not those of classes")
     return labels

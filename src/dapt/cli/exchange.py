@@ -102,12 +102,13 @@ def push(
     **Example:** `dapt push runs/photos name/photos --dry-run`
     """
     from dapt.run.directory import RunDirectory
-    from dapt.share import hub
+    from dapt.share.card import files_to_push
+    from dapt.share.card import push as run_push
 
     directory = RunDirectory(run)
     if not dry_run:
-        say(hub.push(directory, repo_id, private=private, reporter=RichReporter()))
+        say(run_push(directory, repo_id, private=private, reporter=RichReporter()))
         return
-    for name, content in hub.files_to_push(directory).items():
+    for name, content in files_to_push(directory).items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         say(f"{name}  {size:,} bytes")

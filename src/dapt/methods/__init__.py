@@ -1,5 +1,9 @@
-"""What is learned: the table of methods and the parts its rows are made of."""
+"""What is learned: the table of methods, in which a new one is a row, put together of parts."""
 
+from __future__ import annotations
+
+from dapt.errors import UserError, nearest
+from dapt.methods import probe, prompts, published, tip_adapter
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -7,21 +11,61 @@ from dapt.methods.contract import (
     LossTerm,
     Method,
     PartSettings,
+    Published,
     Step,
     TowerPart,
 )
-from dapt.methods.table import METHODS, ZERO_SHOT, get_method
+from dapt.methods.losses import INTER, INTRA
 
-__all__ = [
-    "METHODS",
-    "ZERO_SHOT",
-    "Evidence",
-    "Finish",
-    "Head",
-    "LossTerm",
-    "Method",
-    "PartSettings",
-    "Step",
-    "TowerPart",
-    "get_method",
-]
+__all__ = ["METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
+           "PartSettings", "Step", "TowerPart", "get_method"]  # fmt: skip
+
+ZERO_SHOT = "zero-shot"
+
+_TEXT, _VISUAL = prompts.Context, prompts.VisualPrompt
+# How the code that CoOp and DAPT were published with saves one prompt, and two.
+_CTX = (Published("ctx", "text_prompt"),)
+_VIS = (Published("vis_ctx", "visual_prompt", leading=True),)
+_BOTH = (Published("txt_ctx", "text_prompt"), *_VIS)
+
+METHODS: dict[str, Method] = {
+    ZERO_SHOT: Method("Zero-shot CLIP", colour=("#6b7281", "#9aa3b0"), marker="_"),
+    "linear-probe": Method(
+        "Linear probe", head=probe.LinearProbe, colour=("#a16208", "#e3b341"), marker="s"
+    ),
+    "coop": Method("CoOp", (_TEXT,), checkpoint=_CTX, colour=("#2563ec", "#6ea8fe"), marker="^"),
+    "vpt": Method("VPT", (_VISUAL,), checkpoint=_VIS, colour=("#0d9489", "#3cd5c1"), marker="D"),
+    "vlpt": Method(
+        "VLPT", (_TEXT, _VISUAL), checkpoint=_BOTH, colour=("#7c3aee", "#b294fb"), marker="v"
+    ),
+    "dapt-text": Method(
+        "DAPT-text", (_TEXT,), (INTER,), checkpoint=_CTX, colour=("#db2778", "#f77fb8"), marker="P"
+    ),
+    "dapt-visual": Method(
+        "DAPT-visual", (_VISUAL,), (INTRA,), checkpoint=_VIS,
+        colour=("#5f930e", "#a5d94b"), marker="X",
+    ),
+    "dapt": Method(
+        "DAPT", (_TEXT, _VISUAL), (INTRA, INTER), checkpoint=_BOTH,
+        colour=("#c2410c", "#fb8b4a"), marker="o",
+    ),
+    "ivlp": Method(
+        "IVLP", (prompts.DeepContext, prompts.DeepVisual),
+        defaults=lambda dataset, shots: published.IVLP,
+    ),
+    "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
+}  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by its name in `METHODS`.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UserError(
+            f"unknown method '{name}'{nearest(name, list(METHODS))}; use one of {known}"
+        )
+    return METHODS[name]

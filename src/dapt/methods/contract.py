@@ -7,12 +7,11 @@ method by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -41,18 +40,13 @@ class HasSettings(Protocol):
         """Those of one part, as its own model."""
 
 
-# ------------------------------------------------------------------------------ tower parts
-
-
 class TowerPart(nn.Module):
     """Something learned inside a frozen tower; by itself, it changes nothing there.
 
-    Its parameters are what is learned: they are kept in fp32, and their names are those of the
-    tensors in a run's files.
+    Its parameters are what is learned: in fp32, by the names they have in a run's files.
 
     Attributes:
-        towers: which towers it changes: "text", "image" or both. Features of the others are cached.
-        Settings: its settings.
+        towers: those it changes: "text", "image" or both. Features of the others are cached.
         after: words that stand between its tokens and the class name, in the text tower.
     """
 
@@ -62,11 +56,7 @@ class TowerPart(nn.Module):
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> TowerPart:
-        """A new one with its initial values, drawn by ``settings.seed``.
-
-        Raises:
-            UserError: the backbone takes no such part.
-        """
+        """Initial values, drawn by ``settings.seed``; a `UserError` if the backbone takes none."""
         raise NotImplementedError
 
     @classmethod
@@ -96,62 +86,39 @@ class TowerPart(nn.Module):
     ) -> Tensor:
         """What a linear map of a layer gives: ``out`` of ``x`` if it stays frozen.
 
-        ``names`` are of "q", "k", "v" (end to end where several are computed at once), "o", "fc"
-        and "proj".
+        ``names`` are of "q", "k", "v" (end to end where computed at once), "o", "fc" and "proj".
         """
         return out
 
     def load(self, tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> None:
-        """Take values that `named_parameters` had, from the file ``where``.
-
-        Raises:
-            UserError: one is of another shape than it should be.
-        """
-        with torch.no_grad():
-            for name, own in self.named_parameters():
-                check_vectors(backbone, name, tensors[name], own, where)
-                own.copy_(tensors[name])
-
-
-def check_vectors(backbone: Backbone, name: str, given: Tensor, own: Tensor, where: str) -> None:
-    """Raise `UserError` unless a tensor from a file has the shape of the one it is for."""
-    if given.ndim != own.ndim or not given.numel():
-        shape = tuple(given.shape)
-        raise UserError(f"'{name}' in {where} has shape {shape}; {tuple(own.shape)} is needed")
-    if given.shape[-1] != own.shape[-1]:
-        raise UserError(
-            f"the {name.replace('_', ' ')} in {where} is {given.shape[-1]} wide, but "
-            f"'{backbone.name}' needs {own.shape[-1]}; give the --backbone it was tuned on"
-        )
-    if given.shape != own.shape:
-        raise UserError(
-            f"'{name}' in {where} has shape {tuple(given.shape)}, and the settings say "
-            f"{tuple(own.shape)}; one of them was changed"
-        )
-
-
-# ------------------------------------------------------------------------------- loss terms
+        """Take what `named_parameters` had; a `UserError` of ``where`` if it has other shapes."""
+        for name, own in self.named_parameters():
+            given, needed = tuple(tensors[name].shape), tuple(own.shape)
+            what = f"'{name}' in {where} has shape {given}"
+            if len(given) != len(needed) or 0 in given:
+                raise UserError(f"{what}; {needed} is needed")
+            if given[-1:] != needed[-1:]:
+                what = f"the {name.replace('_', ' ')} in {where} is {given[-1]} wide"
+                needs = f"'{backbone.name}' needs {needed[-1]}; give the --backbone it was tuned on"
+                raise UserError(f"{what}, but {needs}")
+            if given != needed:
+                raise UserError(f"{what}, and the settings say {needed}; one of them was changed")
+            own.data.copy_(tensors[name])
 
 
 @dataclass(frozen=True)
 class Step:
     """What a loss term may look at: one step's features, and what they are compared with.
 
-    Attributes:
-        image_features: (B, D), normalised; ``text_features``: (C, D), normalised.
-        labels: (B,); ``logits``: (B, C).
-        prototypes: (C, D), means of the support images' features without anything learned.
-        settings: of the run.
-        frozen_image: gives (B, D), the batch's features without anything learned.
-        frozen_text: gives (T, C, D), the classes' in T templates, not normalised; without any, in
-            that of the task.
+    The last two give (B, D) features of the batch without anything learned; and (T, C, D) of the
+    classes in T templates (those given, else the task's), not normalised.
     """
 
-    image_features: Tensor
-    text_features: Tensor
-    labels: Tensor
-    logits: Tensor
-    prototypes: Tensor
+    image_features: Tensor  # (B, D), normalised
+    text_features: Tensor  # (C, D), normalised
+    labels: Tensor  # (B,)
+    logits: Tensor  # (B, C)
+    prototypes: Tensor  # (C, D), means of the support images' features without anything learned
     settings: HasSettings
     frozen_image: Callable[[], Tensor]
     frozen_text: Callable[..., Tensor]
@@ -159,24 +126,13 @@ class Step:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A term that is added to cross-entropy.
+    """Added to cross-entropy: a mean over a batch's images, or the same for any part of it."""
 
-    Attributes:
-        name: its column in log.csv.
-        weight: the setting that weighs it; one of ``Settings``, or of the user's loss_weights.
-        compute: a mean over the batch's images, or the same for every part of a batch.
-        Settings: its settings.
-        search: multiples of its weight that a search tries.
-    """
-
-    name: str
-    weight: str
+    name: str  # its column in log.csv
+    weight: str  # the setting that weighs it: one of ``Settings``, or of the user's loss_weights
     compute: Callable[[Step], Tensor]
     Settings: type[PartSettings] = PartSettings
-    search: tuple[float, ...] = ()
-
-
-# ------------------------------------------------------------------------------------ heads
+    search: tuple[float, ...] = ()  # multiples of its weight that a search tries
 
 
 @dataclass(frozen=True)
@@ -189,20 +145,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a head is fitted on; nothing of it comes from test images.
+    """What a head is fitted on; nothing of it comes from test images."""
 
-    Attributes:
-        support: the images tuned on, in the plain view; ``val``: held-out ones, where there are.
-        text: (C, D) normalised class features, (C, 0) where the head reads none.
-        scale: exp(logit_scale) of the backbone.
-        views: V -> (V, n, D) features of training views of the support images, not normalised.
-    """
-
-    support: Examples
-    val: Examples | None
-    text: Tensor
-    scale: float
-    views: Callable[[int], Tensor]
+    support: Examples  # the images tuned on, in the plain view
+    val: Examples | None  # held-out ones, where there are
+    text: Tensor  # (C, D) normalised class features, (C, 0) where the head reads none
+    scale: float  # exp(logit_scale) of the backbone
+    views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
 
     @property
     def classes(self) -> int:
@@ -211,21 +160,15 @@ class Evidence:
 
 
 class Head(nn.Module):
-    """How image features and class features become logits; by itself, cosines times the scale.
+    """How features become logits: by itself, cosines times the scale.
 
     Its buffers and parameters are what is fitted.
-
-    Attributes:
-        Settings: its settings.
-        fitted: whether there is anything to fit.
-        reads_text: whether it needs class features at all.
-        closed: why it knows the classes it was fitted on alone, where it does.
     """
 
     Settings: ClassVar[type[PartSettings]] = PartSettings
-    fitted: ClassVar[bool] = False
-    reads_text: ClassVar[bool] = True
-    closed: ClassVar[str] = ""
+    fitted: ClassVar[bool] = False  # whether there is anything to fit
+    reads_text: ClassVar[bool] = True  # whether it needs class features at all
+    closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -246,22 +189,14 @@ class Head(nn.Module):
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Take what `state_dict` gave, for C classes and features of D numbers.
 
-        Raises:
-            UserError: it is not of this head, or of other shapes.
+        What is not of this head, or of other shapes, is a `UserError` of ``where``.
         """
         if tensors:
             raise UserError(f"{where} holds '{min(tensors)}', which this method does not fit")
 
 
-# ----------------------------------------------------------------------------------- finish
-
-
 class Finish:
-    """What happens to the learned tensors at the end; by itself, the last step's stay.
-
-    Attributes:
-        Settings: its settings.
-    """
+    """What happens to the learned tensors at the end; by itself, the last step's stay."""
 
     Settings: ClassVar[type[PartSettings]] = PartSettings
 
@@ -283,48 +218,29 @@ class Finish:
         """Continue from what `state` gave."""
 
 
-# ---------------------------------------------------------------------------------- methods
-
-
 @dataclass(frozen=True)
 class Published:
-    """How the field's published code calls a tensor in its checkpoints.
+    """How the field's published code calls a tensor in its checkpoints."""
 
-    Attributes:
-        key: its name there; ``tensor``: in a run's files.
-        leading: whether it has a first dimension of one there.
-    """
-
-    key: str
-    tensor: str
-    leading: bool = False
+    key: str  # its name there
+    tensor: str  # its name in a run's files
+    leading: bool = False  # whether it has a first dimension of one there
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the parts that a method is put together of.
+    """A row of the table: the parts that a method is put together of."""
 
-    Attributes:
-        title: how tables call it.
-        parts: what is learned in the towers.
-        losses: terms added to cross-entropy.
-        head: how features become logits.
-        finish: what happens to the learned tensors at the end.
-        defaults: (dataset, shots) -> settings that are this method's own, where others' would not
-            do; published ones for a benchmark.
-        checkpoint: how published code saves what is learned, where it does.
-        colour: for light and for dark paper; ``marker``: in curves. Others share a few.
-    """
-
-    title: str
+    title: str  # how tables call it
     parts: tuple[type[TowerPart], ...] = ()
     losses: tuple[LossTerm, ...] = ()
     head: type[Head] = Head
     finish: type[Finish] = Finish
+    # Of a dataset and number of shots: settings of its own, where others' would not do.
     defaults: Callable[[str, int], dict[str, Any]] = lambda dataset, shots: {}
-    checkpoint: tuple[Published, ...] = ()
-    colour: tuple[str, str] | None = None
-    marker: str = "o"
+    checkpoint: tuple[Published, ...] = ()  # how published code saves what is learned
+    colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few
+    marker: str = "o"  # in curves
 
     @property
     def learns(self) -> bool:
@@ -345,11 +261,10 @@ class Method:
         """Names of the settings of its parts."""
         return frozenset(name for kind in self.kinds() for name in kind.model_fields)
 
-    def kinds(self) -> Iterable[type[PartSettings]]:
+    def kinds(self) -> list[type[PartSettings]]:
         """Settings of its parts."""
-        of_parts = [part.Settings for part in self.parts]
-        return [*of_parts, *(t.Settings for t in self.losses), self.head.Settings,
-                self.finish.Settings]  # fmt: skip
+        parts: list[Any] = [*self.parts, *self.losses, self.head, self.finish]
+        return [part.Settings for part in parts]
 
     def describe(self, settings: HasSettings) -> str:
         """What is learned, in words for a model card."""

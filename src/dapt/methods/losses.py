@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dapt.methods.contract import LARGEST, LossTerm, PartSettings
+from dapt.methods.contract import LARGEST, LossTerm, PartSettings, Step
 
 # Classes whose distances to all others are held at once: at 20,000 classes, 80 MB a matrix.
 _ROWS = 1000
@@ -17,12 +19,8 @@ _ROWS = 1000
 def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
     """Gaussian potential of class text features: small where classes lie far apart.
 
-    Mean over pairs c < c' of ``exp(-t * |w_c - w_c'|²)`` (the inter-dispersion loss of the
-    paper, after Wang and Isola, 2020). Zero for a single class.
-
-    Args:
-        text_features: (C, D), L2-normalised.
-        t: sharpness of the potential.
+    Mean over pairs c < c' of ``exp(-t * |w_c - w_c'|²)`` for (C, D) L2-normalised features (the
+    inter-dispersion loss of the paper, after Wang and Isola, 2020). Zero for a single class.
     """
     classes = len(text_features)
     if classes < 2:
@@ -39,38 +37,25 @@ def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
     if classes <= _ROWS:
         return potential(0, classes) / pairs
     # Rows in blocks, their (r, C') matrices computed anew in the backward pass.
-    blocks = [
-        checkpoint(
-            potential, i, min(i + _ROWS, classes), use_reentrant=False, preserve_rng_state=False
-        )
-        for i in range(0, classes, _ROWS)
-    ]
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    starts = range(0, classes, _ROWS)
+    blocks = [checkpoint(potential, i, min(i + _ROWS, classes), **how) for i in starts]
     return torch.stack(blocks).sum() / pairs
 
 
 def intra_dispersion(image_features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
     """Mean squared difference of image features from their class prototype.
 
-    The mean runs over batch and feature dimensions (the intra-dispersion loss of the paper).
-
-    Args:
-        image_features: (B, D), L2-normalised.
-        labels: (B,) class of each.
-        prototypes: (C, D), from `class_prototypes`.
+    Of (B, D) L2-normalised features with labels (B,), and (C, D) from `class_prototypes`; the mean
+    runs over batch and feature dimensions (the intra-dispersion loss of the paper).
     """
     return F.mse_loss(image_features, prototypes[labels])
 
 
 def class_prototypes(image_features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean of each class's normalised, un-prompted support features; not normalised again.
+    """(C, D) means of each class's normalised, un-prompted support features; not normalised again.
 
-    Args:
-        image_features: (n, D), L2-normalised features of the support set.
-        labels: (n,).
-        classes: C; a class without images gets a zero row.
-
-    Returns:
-        (C, D).
+    Of (n, D) features with labels (n,); a class without images gets a zero row.
     """
     sums = image_features.new_zeros(classes, image_features.shape[-1])
     sums.index_add_(0, labels, image_features)
@@ -91,17 +76,13 @@ class InterSettings(PartSettings):
     rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
 
 
-INTRA = LossTerm(
-    "intra",
-    "beta_visual",
-    lambda step: intra_dispersion(step.image_features, step.labels, step.prototypes),
-    IntraSettings,
-    search=(1.0, 0.1, 10.0),
-)
-INTER = LossTerm(
-    "inter",
-    "beta_text",
-    lambda step: inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t),
-    InterSettings,
-    search=(1.0, 10.0),
-)
+def _intra(step: Step) -> Tensor:
+    return intra_dispersion(step.image_features, step.labels, step.prototypes)
+
+
+def _inter(step: Step) -> Tensor:
+    return inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t)
+
+
+INTRA = LossTerm("intra", "beta_visual", _intra, IntraSettings, search=(1.0, 0.1, 10.0))
+INTER = LossTerm("inter", "beta_text", _inter, InterSettings, search=(1.0, 10.0))

@@ -20,10 +20,13 @@ STRENGTHS = tuple(float(10**e) for e in np.arange(-1, 4.5, 0.5))
 
 
 class LinearProbe(Head):
-    """Logistic regression on frozen image features, which needs no class names."""
+    """Multinomial logistic regression on frozen image features, which needs no class names.
 
-    fitted = True
-    reads_text = False
+    Its strength is chosen on the support set's val images, else on folds of its train images, else
+    (too few images a class) a middle one is taken. A class without images never wins.
+    """
+
+    fitted, reads_text = True, False
     closed = "a linear probe, which knows only the classes it was fitted on"
     weight: Tensor
     bias: Tensor
@@ -39,12 +42,34 @@ class LinearProbe(Head):
         return "a linear classifier fitted on its image features"
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> None:
-        """`fit_probe` on the support images in the plain view."""
-        support, val = evidence.support, evidence.val
-        held = None if val is None else (val.features, val.labels)
-        self.weight, self.bias = fit_probe(
-            support.features, support.labels, held, evidence.classes, settings.seed
-        )
+        """Fit weight (C, D) and bias (C,); ``settings.seed`` is that of the folds."""
+        x, y = evidence.support.features.double().numpy(), evidence.support.labels.numpy()
+        self.weight = torch.zeros(evidence.classes, x.shape[1])
+        self.bias = torch.full((evidence.classes,), -1e4)
+        present = np.unique(y)
+        if len(present) == 1:
+            self.bias[present[0]] = 0
+            return
+        strength, folds = 100.0, min(3, int(np.bincount(y)[present].min()))
+        if (val := evidence.val) is not None:
+            vx, vy = val.features.double().numpy(), val.labels.numpy()
+            strength = -max((_fit(x, y, c).score(vx, vy), -c) for c in STRENGTHS)[1]
+        elif folds >= 2:
+            shuffled = StratifiedKFold(folds, shuffle=True, random_state=settings.seed)
+            split = list(shuffled.split(x, y))
+            strength = -max(
+                (float(np.mean([_fit(x[a], y[a], c).score(x[b], y[b]) for a, b in split])), -c)
+                for c in STRENGTHS
+            )[1]
+        # To the optimum: where the solver's usual tolerance stops, the last bit of a feature
+        # decides a weight's second digit. The search above compares accuracies, which hardly move.
+        model = _fit(x, y, strength, tolerance=1e-8)
+        coefficients, intercepts = model.coef_, model.intercept_
+        if len(present) == 2:  # scikit-learn keeps one row for two classes
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercepts = np.concatenate([-intercepts, intercepts]) / 2
+        self.weight[present] = torch.from_numpy(coefficients).float()
+        self.bias[present] = torch.from_numpy(intercepts).float()
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
@@ -52,68 +77,12 @@ class LinearProbe(Head):
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """A weight (C, D) and a bias (C,)."""
-        weight, bias = tensors.get("weight"), tensors.get("bias")
-        if weight is None or bias is None or weight.ndim != 2 or bias.shape != (len(weight),):
+        shapes = [tuple(tensors[n].shape) if n in tensors else () for n in ("weight", "bias")]
+        if len(shapes[0]) != 2 or shapes[0][0] != classes or shapes[1] != (classes,):
             raise UserError(f"{where} is no probe of {classes} classes; train again")
-        if len(weight) != classes:
-            raise UserError(f"{where} is no probe of {classes} classes; train again")
-        if weight.shape[1] != dimension:
+        if shapes[0][1] != dimension:
             raise UserError(f"{where} does not fit the backbone's features; train again")
-        self.weight, self.bias = weight.float(), bias.float()
-
-
-def fit_probe(
-    features: Tensor,
-    labels: Tensor,
-    val: tuple[Tensor, Tensor] | None,
-    classes: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Fit a multinomial logistic regression; its strength is chosen on held-out images.
-
-    Held out are the support set's val images, else folds of the train images, else (too few
-    images a class) a middle strength is taken.
-
-    Args:
-        features: (n, D) normalised; ``labels``: (n,).
-        val: the same of held-out images, (m, D) and (m,), or None.
-        classes: C; a class without images gets a bias that never wins.
-        seed: of the folds.
-
-    Returns:
-        weight (C, D) and bias (C,).
-    """
-    x, y = features.double().numpy(), labels.numpy()
-    weight = torch.zeros(classes, x.shape[1])
-    bias = torch.full((classes,), -1e4)
-    present = np.unique(y)
-    if len(present) == 1:
-        bias[present[0]] = 0
-        return weight, bias
-
-    if val is not None:
-        vx, vy = val[0].double().numpy(), val[1].numpy()
-        scores = [(_fit(x, y, c).score(vx, vy), -c) for c in STRENGTHS]
-        strength = -max(scores)[1]
-    elif (folds := min(3, int(np.bincount(y)[present].min()))) >= 2:
-        split = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
-        scores = [
-            (float(np.mean([_fit(x[a], y[a], c).score(x[b], y[b]) for a, b in split])), -c)
-            for c in STRENGTHS
-        ]
-        strength = -max(scores)[1]
-    else:
-        strength = 100.0
-    # To the optimum: where the solver's usual tolerance stops, the last bit of a feature decides a
-    # weight's second digit. The search above compares accuracies, which hardly move.
-    model = _fit(x, y, strength, tolerance=1e-8)
-    coefficients, intercepts = model.coef_, model.intercept_
-    if len(present) == 2:  # scikit-learn keeps one row for two classes
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercepts = np.concatenate([-intercepts, intercepts]) / 2
-    weight[present] = torch.from_numpy(coefficients).float()
-    bias[present] = torch.from_numpy(intercepts).float()
-    return weight, bias
+        self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
 
 
 def _fit(

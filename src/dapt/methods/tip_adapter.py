@@ -11,21 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.errors import UserError
-from dapt.methods.contract import (
-    LARGEST,
-    Evidence,
-    Examples,
-    HasSettings,
-    Head,
-    PartSettings,
-    Tensors,
-)
-
-# (largest value, steps) of the grids for beta and alpha, as the published configurations have them.
-SCALES, STEPS = (7.0, 3.0), (200, 20)
+from dapt.methods import contract
+from dapt.methods.contract import LARGEST, Examples, HasSettings, Tensors
 
 
-class TipSettings(PartSettings):
+class TipSettings(contract.PartSettings):
     """Of Tip-Adapter-F."""
 
     tip_alpha: float = Field(1.17, gt=0, le=LARGEST, description="weight of Tip-Adapter's memory")
@@ -36,7 +26,7 @@ class TipSettings(PartSettings):
     tip_batch: int = Field(256, ge=1, description="features a step of the keys")
 
 
-class TipAdapterF(Head):
+class TipAdapterF(contract.Head):
     """``scale x·T + alpha exp(-beta (1 - x·K)) V``: keys K of the support images are tuned.
 
     K starts as the mean of an image's features over views, normalised, and is not normalised
@@ -64,18 +54,16 @@ class TipAdapterF(Head):
         """What a model card says of it."""
         return "a memory of the support images' features, tuned,"
 
-    def fit(self, evidence: Evidence, settings: HasSettings) -> None:
+    def fit(self, evidence: contract.Evidence, settings: HasSettings) -> None:
         """Fill the memory, tune its keys, choose alpha and beta."""
         own: TipSettings = settings.of(TipSettings)
-        views, labels = evidence.views(own.tip_views), evidence.support.labels  # (V, n, D), (n,)
+        views, labels, text = evidence.views(own.tip_views), evidence.support.labels, evidence.text
         self.remember(views, labels, own.tip_alpha, own.tip_beta)
-        generator = torch.Generator().manual_seed(settings.seed)
-        for _ in self.tune(
-            views, labels, evidence.text, own.tip_epochs, own.tip_lr, own.tip_batch, generator
-        ):
+        order = torch.Generator().manual_seed(settings.seed)
+        for _ in self.tune(views, labels, text, own.tip_epochs, own.tip_lr, own.tip_batch, order):
             pass
         if evidence.val is not None:
-            self.choose(evidence.val, evidence.text)
+            self.choose(evidence.val, text)
 
     def remember(self, views: Tensor, labels: Tensor, alpha: float, beta: float) -> None:
         """Keys and values of features (V, n, D) with labels (n,)."""
@@ -95,22 +83,16 @@ class TipAdapterF(Head):
     ) -> Iterator[tuple[float, float]]:
         """Tune the keys by AdamW, the rate a cosine over all steps; epoch e sees view e mod V.
 
-        Args:
-            views: (V, n, D), not normalised; ``labels``: (n,); ``text``: (C, D).
-            epochs, lr, batch: of the steps.
-            generator: of the order; None keeps the images' own.
-
-        Yields:
-            Cross-entropy and learning rate of each step.
+        Views are (V, n, D), not normalised, labels (n,), text (C, D); the generator is of the
+        order, None keeps the images' own. Yields cross-entropy and learning rate of each step.
         """
         optimizer = torch.optim.AdamW([self.keys], lr=lr, eps=1e-4, weight_decay=0.01)
         count = len(labels)
         total, step = epochs * -(-count // batch), 0
         for epoch in range(epochs):
             images = F.normalize(views[epoch % len(views)], dim=-1)
-            order = torch.arange(count)
-            if generator is not None:
-                order = torch.randperm(count, generator=generator)
+            drawn = generator is not None
+            order = torch.randperm(count, generator=generator) if drawn else torch.arange(count)
             for part in order.split(batch):
                 rate = lr * (1 + cos(pi * step / total)) / 2
                 optimizer.param_groups[0]["lr"] = rate
@@ -123,13 +105,13 @@ class TipAdapterF(Head):
 
     @torch.no_grad()
     def choose(
-        self,
-        val: Examples,
-        text: Tensor,
-        scales: tuple[float, float] = SCALES,
-        steps: tuple[int, int] = STEPS,
-    ) -> None:
-        """Take the first beta and alpha with the highest accuracy on held-out images."""
+        self, val: Examples, text: Tensor, scales: tuple[float, float] = (7.0, 3.0),
+        steps: tuple[int, int] = (200, 20),
+    ) -> None:  # fmt: skip
+        """Take the first beta and alpha with the highest accuracy on held-out images.
+
+        Of a grid whose largest values and steps are, if not given, as published.
+        """
         betas, alphas = (
             [i * (scale - 0.1) / count + 0.1 for i in range(count)]
             for scale, count in zip(scales, steps, strict=True)
@@ -154,16 +136,12 @@ class TipAdapterF(Head):
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Keys (n, D), labels (n,), alpha and beta."""
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        count = shapes.get("labels", (0,))[0] if shapes.get("labels") else 0
+        labels = tensors.get("labels", torch.zeros(0))
+        count = labels.numel()
         needed = {"keys": (count, dimension), "labels": (count,), "alpha": (), "beta": ()}
-        if not count or shapes != needed:
+        if not count or {name: tuple(t.shape) for name, t in tensors.items()} != needed:
             raise UserError(f"{where} is no Tip-Adapter of these features; train again")
-        labels = tensors["labels"]
         if not bool(((labels >= 0) & (labels < classes) & (labels == labels.round())).all()):
-            raise UserError(
-                f"{where} has labels of other than these {classes} classes; train again"
-            )
-        self.keys = nn.Parameter(tensors["keys"].float())
-        self.labels = labels.float()
+            raise UserError(f"{where} has labels of other than {classes} classes; train again")
+        self.keys, self.labels = nn.Parameter(tensors["keys"].float()), labels.float()
         self.alpha, self.beta = tensors["alpha"].float(), tensors["beta"].float()

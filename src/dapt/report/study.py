@@ -271,10 +271,10 @@ _ABSENT = ("", "null")
 def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     """Settings that may change the run's result, as JSON: "" for a default, and in full.
 
-    Defaults go by dataset and shots.
+    Defaults go by dataset, shots and method.
     """
     settings = full_settings(run)
-    given = {"dataset": str(settings["dataset"]), "shots": run.shots}
+    given = {"dataset": str(settings["dataset"]), "shots": run.shots, "method": run.method}
     usual = {**setting_defaults(), **default_settings(given)}
     names = settings.keys() - _IDENTITY - _NO_RESULT - idle_settings(run.method)
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}

@@ -1,4 +1,7 @@
-"""The model card of a run: what it is, what it was made from, how well it does, what it is for."""
+"""The model card of a run, and both of them on the Hugging Face hub.
+
+A card says what the run is, what it was made from, how well it does, and what it is for.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from markupsafe import Markup
 
 from dapt import __version__
 from dapt.clip.sources import BUNDLED
-from dapt.errors import printable
+from dapt.errors import UserError, printable, reason_of
 from dapt.methods import get_method
+from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.settings import FITTED, IMPORTED, Settings, backbone_name, idle_settings
+from dapt.settings import FITTED, IMPORTED, backbone_name, idle_settings
 
 # By this a card is known for one of ours, which may be replaced.
 _START = "---\nlibrary_name: dapt\n"
@@ -39,13 +43,11 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         run: a run whose prompts are there, with or without metrics.
         what: the form that the card goes with; the metrics stay the run's.
     """
-    settings, task = run.read_settings(), run.read_task()
-    images = run.read_support().train
+    settings, task, images = run.read_settings(), run.read_task(), run.read_support().train
     given = {IMPORTED: "not recorded", FITTED: "images given in Python"}
-    idle = _NOT_TOLD | idle_settings(settings.method)
-    backbone_licence, data_licence = _licences(settings, task.dataset)
-    test = run.read_metrics().test if run.finished else None
-    tuned = {image.class_name for image in images}
+    idle, tuned = _NOT_TOLD | idle_settings(settings.method), {i.class_name for i in images}
+    local = "/" in settings.backbone or Path(settings.backbone).suffix
+    openai = settings.pretrained in (None, "openai") and not local
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         finalize=_plain,  # whatever is not said to be raw
@@ -67,36 +69,9 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         images=images,
         added=[name for name in task.class_names if name not in tuned],
         told={k: v for k, v in settings.model_dump().items() if k not in idle and v is not None},
-        test=test,
-        figures={} if test is None else {
-            "top-1 accuracy": test.accuracy, "top-5 accuracy": test.top5,
-            "macro-F1": test.macro_f1, "expected calibration error": test.ece,
-        },
-        backbone_licence=backbone_licence,
-        data_licence=data_licence,
-        mit=backbone_licence.startswith(_MIT) and data_licence.startswith(_MIT),
-    )  # fmt: skip
-
-
-_MIT = "MIT"
-
-
-def _licences(settings: Settings, dataset: str) -> tuple[str, str]:
-    """Of the backbone and of the images, in words that start with the licence where it is known."""
-    backbone = "not known to dapt; see where the weights come from."
-    openai = "/" not in settings.backbone and settings.pretrained in (None, "openai")
-    if settings.backbone == BUNDLED:
-        backbone = (
-            f"{_MIT} (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md)."
-        )
-    elif openai and not Path(settings.backbone).suffix:
-        backbone = f"{_MIT} (OpenAI's CLIP)."
-    images = "not known to dapt; see where they come from."
-    if dataset == "bundled:streamline-emojis":
-        images = "CC BY 4.0 (Streamline Emojis; see dapt's LICENSES.md)."
-    elif dataset.partition(":")[0] == BUNDLED:
-        images = f"{_MIT} (Fluent Emoji; see dapt's LICENSES.md)."
-    return backbone, images
+        test=run.read_metrics().test if run.finished else None,
+        weights=settings.backbone if settings.backbone == BUNDLED else "openai" if openai else "",
+    )
 
 
 def _plain(value: Any) -> str:
@@ -105,3 +80,46 @@ def _plain(value: Any) -> str:
         return value
     text = html.escape(printable(str(value)), quote=False)
     return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
+    """What of a run goes to the hub, by its name there: its records and results, and its card.
+
+    The checkpoint, which only resuming reads, and TensorBoard's files stay here.
+
+    Raises:
+        UserError: no finished run is here, or a file of it is a link.
+    """
+    run.require()
+    kept = sorted({*run.files(), *run.path.glob("eval-*.json")})
+    run.check_links(kept)
+    return {"README.md": model_card(run).encode(), **{file.name: file for file in kept}}
+
+
+def push(
+    run: RunDirectory, repo_id: str, *, private: bool = False, reporter: Reporter | None = None
+) -> str:
+    """Upload a run to the model repository ``repo_id``, made if need be, in one commit.
+
+    A repository that is made now is ``private`` or not. Returns the commit's address.
+
+    Raises:
+        UserError: no finished run is here, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = files_to_push(run)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi(library_name="dapt")
+    try:
+        with (reporter or Reporter()).stage(f"pushing to {repo_id}", 2) as advance:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            advance(1)
+            said = "Run directory of dapt and its model card"
+            commit = api.create_commit(repo_id, operations, commit_message=said)
+            advance(1)
+    except Exception as error:  # the hub's client raises a wide family
+        what = f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)})"
+        hint = "check the name and the connection, and log in with 'hf auth login'"
+        raise UserError(f"{what}; {hint}") from error
+    return str(commit.commit_url)

@@ -22,12 +22,13 @@ from torch import Tensor
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
-from dapt.data.tasks import DEFAULT_TEMPLATE, read_class_names
+from dapt.data.tasks import read_class_names
 from dapt.engine.data import task_of
 from dapt.engine.evaluate import evaluate_task
 from dapt.engine.features import backbone_of
 from dapt.errors import UserError
 from dapt.methods import METHODS, get_method
+from dapt.methods.contract import Published
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.run.load import classifier_of
@@ -42,100 +43,72 @@ _NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 
 @dataclass(frozen=True)
 class PublishedPrompts:
-    """What a published checkpoint holds.
+    """What a published checkpoint holds."""
 
-    Attributes:
-        tensors: by the names they have in a run's files.
-        epoch: after which they were saved, if the file says so.
-        file: where they were read from.
-    """
-
-    tensors: dict[str, Tensor]
-    epoch: int | None
-    file: Path
+    tensors: dict[str, Tensor]  # by the names they have in a run's files
+    epoch: int | None  # after which they were saved, if the file says so
+    file: Path  # where they were read from
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint file that ``path`` means.
 
     Of a directory (or the ``prompt_learner`` in it) ``model-best.pth.tar`` is taken if it is
-    there, else the ``model.pth.tar-N`` with the highest N.
-
-    Raises:
-        UserError: the directory holds neither.
+    there, else the ``model.pth.tar-N`` with the highest N, else it is a `UserError`.
     """
     if not path.is_dir():
         return path
     folder = path / "prompt_learner" if (path / "prompt_learner").is_dir() else path
-    best = folder / "model-best.pth.tar"
-    if best.is_file():
+    if (best := folder / "model-best.pth.tar").is_file():
         return best
     numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
     if not numbered:
-        raise UserError(
-            f"{folder} holds no model-best.pth.tar and no model.pth.tar-N; give the checkpoint file"
-        )
+        what = f"{folder} holds no model-best.pth.tar and no model.pth.tar-N"
+        raise UserError(f"{what}; give the checkpoint file")
     return max(numbered)[1]
 
 
 def read_published(path: Path) -> PublishedPrompts:
-    """Read the prompts of a published checkpoint, running nothing that is inside it.
-
-    Args:
-        path: the file, or a directory as `find_checkpoint` takes it.
+    """Read the prompts of a checkpoint (see `find_checkpoint`), running nothing that is inside it.
 
     Raises:
-        UserError: the file cannot be read, asks for something to be run, or holds prompts of
-            another kind.
+        UserError: it cannot be read, asks for something to be run, or holds other prompts.
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file, _IGNORED)
-    found = {name.removeprefix("prompt_learner."): t for name, t in checkpoint.state.items()}
-    found = {name: t for name, t in found.items() if name not in _IGNORED}
+    state = {name.removeprefix("prompt_learner."): t for name, t in checkpoint.state.items()}
+    found = {name: t for name, t in state.items() if name not in _IGNORED}
     if any(name.startswith("meta_net.") for name in found):
-        raise UserError(
-            f"{file} holds CoCoOp's meta-network, whose context changes with the image; only a "
-            "context that all images share can be imported"
-        )
+        what = f"{file} holds CoCoOp's meta-network, whose context changes with the image"
+        raise UserError(f"{what}; only a context that all images share can be imported")
     known = {entry.key: entry for row in METHODS.values() for entry in row.checkpoint}
     if odd := sorted(found.keys() - known):
-        raise UserError(
-            f"{file} holds '{odd[0]}', which is none of {', '.join(known)}; prompts of other kinds "
-            "cannot be imported"
-        )
+        what = f"{file} holds '{odd[0]}', which is none of {', '.join(known)}"
+        raise UserError(f"{what}; prompts of other kinds cannot be imported")
     if not found:
         raise UserError(f"{file} holds no prompts ({', '.join(known)})")
-    tensors: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
-    for key, tensor in found.items():
-        name, other = known[key].tensor, keys.setdefault(known[key].tensor, key)
-        if other != key:
+    for key in found:
+        if (other := keys.setdefault(known[key].tensor, key)) != key:
             raise UserError(f"{file} holds both {other} and {key}; keep the one that counts")
-        if known[key].leading and tensor.ndim == 3 and len(tensor) == 1:
-            tensor = tensor[0]
-        _check_prompt(tensor, name.replace("_", " "), known[key].leading, file)
-        tensors[name] = tensor
+    tensors = {name: _prompt(found[key], known[key], file) for name, key in keys.items()}
     return PublishedPrompts(tensors, checkpoint.epoch, file)
 
 
-def _check_prompt(tensor: Tensor, what: str, leading: bool, file: Path) -> None:
-    if tensor.ndim == 3 and not leading:
-        raise UserError(
-            f"the {what} in {file} is class-specific, {tuple(tensor.shape)}; only one that all "
-            "classes share, (vectors, width), can be imported"
-        )
+def _prompt(tensor: Tensor, entry: Published, file: Path) -> Tensor:
+    """(N, W), as runs have it."""
+    what, shape = f"the {entry.tensor.replace('_', ' ')} in {file}", tuple(tensor.shape)
+    if tensor.ndim == 3 and not entry.leading:
+        hint = "only one that all classes share, (vectors, width), can be imported"
+        raise UserError(f"{what} is class-specific, {shape}; {hint}")
+    if tensor.ndim == 3 and len(tensor) == 1:
+        tensor = tensor[0]
     if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
-        raise UserError(
-            f"the {what} in {file} has shape {tuple(tensor.shape)} of {tensor.dtype}; "
-            "(vectors, width) of numbers is needed"
-        )
+        needed = "(vectors, width) of numbers is needed"
+        raise UserError(f"{what} has shape {shape} of {tensor.dtype}; {needed}")
     if not bool(tensor.isfinite().all()):
-        raise UserError(f"the {what} in {file} holds numbers that are not finite")
-
-
-def _learns(method: str) -> set[str]:
-    """Names of the tensors that a method's published checkpoints hold."""
-    return {entry.tensor for entry in get_method(method).checkpoint}
+        raise UserError(f"{what} holds numbers that are not finite")
+    return tensor
 
 
 def import_checkpoint(
@@ -154,81 +127,80 @@ def import_checkpoint(
     another dataset. The images it was tuned on are not known: its support set is empty.
 
     Args:
-        checkpoint: as `read_published` takes it.
-        output: the run directory.
+        checkpoint, output: as `read_published` takes it, and the run directory.
         given: settings as for `make_settings`; ``class_names`` or ``dataset`` must be among them.
             The method follows from which prompts there are, the epochs from the file.
         overwrite: discard the run that is there.
-        reporter: is told the progress of the evaluation.
         backbone: already loaded as the settings say, to share it.
 
     Raises:
         UserError: bad input, or prompts that do not fit the backbone.
     """
-    reporter, run = reporter or Reporter(), RunDirectory(output)
-    published = read_published(checkpoint)
-    given = {name: value for name, value in given.items() if value is not None}
-    if "class_names" not in given and "dataset" not in given:
-        raise UserError(
-            f"a checkpoint does not say what its classes are called; give {checkpoint} "
-            "--class-names, a JSON list in label order, or --dataset"
-        )
-    # Losses leave no trace in a file: of methods that learn the same, the usual one, or the first.
-    usual = Settings.model_fields["method"].default
-    fitting = [m for m in (usual, *METHODS) if _learns(m) == published.tensors.keys()]
-    decided: dict[str, Any] = {"method": fitting[0], "dataset": IMPORTED}
-    if published.epoch is not None:
-        decided["epochs"] = published.epoch
-    for part in get_method(fitting[0]).parts:
-        given |= part.settings_of(published.tensors)
-    settings = make_settings({**decided, **given})
-    if _learns(settings.method) != published.tensors.keys():
-        has = " and a ".join(name.replace("_", " ") for name in published.tensors)
-        raise UserError(
-            f"method '{settings.method}' does not learn what {published.file} holds (a {has}); "
-            "leave --method out, or give one that does"
-        )
+    run, published = RunDirectory(output), read_published(checkpoint)
+    settings = _settings_of(published, checkpoint, given)
     _check_free(run, settings, overwrite)
     named = settings.dataset == IMPORTED
     task = _named_task(Path(str(settings.class_names))) if named else task_of(settings)
-    backbone = backbone or backbone_of(settings)
-    where = str(published.file)
+    backbone, where = backbone or backbone_of(settings), str(published.file)
     classifier = classifier_of(
         settings, published.tensors, backbone, task.class_names, task.template, where=where
     )
     started, test = time.perf_counter(), None
-    if settings.dataset != IMPORTED:
-        test = evaluate_task(classifier, task, settings, reporter)
-    spent = time.perf_counter() - started
+    if not named:
+        test = evaluate_task(classifier, task, settings, reporter or Reporter())
+    spent = round(time.perf_counter() - started, 2)
 
     def known() -> None:
-        run.add_to_environment(
-            imported_from=published.file.name,
-            imported_sha256=hashlib.sha256(published.file.read_bytes()).hexdigest(),
-            tuning_seconds=0.0,
-            evaluation_seconds=round(spent, 2),
-        )
+        source = {"imported_from": published.file.name}
+        source["imported_sha256"] = hashlib.sha256(published.file.read_bytes()).hexdigest()
+        run.add_to_environment(**source, tuning_seconds=0.0, evaluation_seconds=spent)
         run.write_tensors(run.prompts_file, classifier.tensors())
         if test is not None:
-            run.finish(
-                {
-                    "method": settings.method,
-                    "dataset": task.name,
-                    "shots": settings.shots,
-                    "seed": settings.seed,
-                    "learned_parameters": classifier.learned_parameters,
-                    "support_images": 0,
-                    "dispersion": {},
-                    "imported": True,
-                    "test": test,
-                }
-            )
+            run.finish({
+                "method": settings.method, "dataset": task.name, "shots": settings.shots,
+                "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
+                "support_images": 0, "dispersion": {}, "imported": True, "test": test,
+            })  # fmt: skip
 
     with run.locked():
         _check_free(run, settings, overwrite)
         support = SupportSet(task.name, settings.shots, settings.seed, (), ())
         run.begin(settings, task, support, backbone, known=known)
     return run
+
+
+def _settings_of(published: PublishedPrompts, checkpoint: Path, given: dict[str, Any]) -> Settings:
+    """What is given, and what the prompts say of themselves."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if "class_names" not in given and "dataset" not in given:
+        hint = f"give {checkpoint} --class-names, a JSON list in label order, or --dataset"
+        raise UserError(f"a checkpoint does not say what its classes are called; {hint}")
+    # Losses leave no trace in a file: of methods that learn the same, the usual one, or the first.
+    usual, held = Settings.model_fields["method"].default, published.tensors.keys()
+    method = next(m for m in (usual, *METHODS) if _learns(m) == held)
+    decided = {"method": method, "dataset": IMPORTED, "epochs": published.epoch}
+    for part in get_method(method).parts:
+        given |= part.settings_of(published.tensors)
+    settings = make_settings({**decided, **given})
+    if _learns(settings.method) != held:
+        what = " and a ".join(name.replace("_", " ") for name in held)
+        what = f"method '{settings.method}' does not learn what {published.file} holds (a {what})"
+        raise UserError(f"{what}; leave --method out, or give one that does")
+    return settings
+
+
+def _learns(method: str) -> set[str]:
+    """Names of the tensors that a method's published checkpoints hold."""
+    return {entry.tensor for entry in get_method(method).checkpoint}
+
+
+def _named_task(file: Path) -> Task:
+    """A task of class names alone."""
+    value = read_class_names(file)
+    names = tuple(value.values() if isinstance(value, dict) else value)
+    # Published label lists do have two classes of one name.
+    check_class_names(names, f"class name file {file}", distinct=False)
+    return Task(IMPORTED, Path(), names, (), (), ())
 
 
 def _check_free(run: RunDirectory, settings: Settings, overwrite: bool) -> None:
@@ -247,21 +219,10 @@ def published_bytes(run: RunDirectory) -> bytes:
     settings = run.read_settings()
     entries = get_method(settings.method).checkpoint
     if not entries:
-        raise UserError(
-            f"the run in {run.path} ({settings.method}) has no learned prompts to write as a "
-            "checkpoint; use --format onnx or torch"
-        )
+        what = f"the run in {run.path} ({settings.method}) has no learned prompts to write"
+        raise UserError(f"{what} as a checkpoint; use --format onnx or torch")
     tensors, _ = run.read_tensors(run.prompts_file)
     state = {e.key: tensors[e.tensor][None] if e.leading else tensors[e.tensor] for e in entries}
     file = io.BytesIO()
     torch.save({"state_dict": state, "epoch": settings.epochs}, file)
     return file.getvalue()
-
-
-def _named_task(file: Path) -> Task:
-    """A task of class names alone."""
-    value = read_class_names(file)
-    names = list(value.values()) if isinstance(value, dict) else value
-    # Published label lists do have two classes of one name.
-    check_class_names(names, f"class name file {file}", distinct=False)
-    return Task(IMPORTED, Path(), tuple(names), (), (), (), DEFAULT_TEMPLATE)

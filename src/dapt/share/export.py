@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -39,39 +39,38 @@ from dapt.settings import backbone_name
 from dapt.share.card import is_card, model_card
 from dapt.share.exchange import published_bytes
 
-FORMATS = ("onnx", "torch", "coop")
+# Each form, in the words of its card.
+FORMATS = {
+    "onnx": "an ONNX graph: normalised images in, probabilities out",
+    "torch": "a program for torch.export.load: normalised images in, probabilities out",
+    "coop": "the prompts alone, as CoOp's code and its descendants save them",
+}
+_INT8 = ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)"
 # Largest difference of a probability between a file and its classifier.
 TOLERANCE = 1e-4
 # Images a file is compared on; they are not chosen by anything.
 _COMPARED = 16
-# A protobuf message, which an ONNX file is, cannot be larger.
-_MAX_ONNX = 2**31 - 1
+# Of weights: a protobuf message, which an ONNX file is, cannot be larger than 2 GiB.
+_MAX_ONNX = 2**31 - 2**24
+# Endings that no form of export has, and a run's records and results do.
+_OF_RUNS = {".json", ".csv", ".safetensors"}
+
+Compute = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
-
-    Attributes:
-        file: the file; ``card``: the model card beside it.
-        difference: largest difference of a probability, None where nothing is computed (coop).
-        agreement: share of images whose most probable class is the same.
-        images: what it was compared on, in words.
-    """
+    """What came of an export; the last three are missing where nothing is computed (coop)."""
 
     file: Path
-    card: Path
-    difference: float | None = None
-    agreement: float | None = None
-    images: str = ""
+    card: Path  # the model card beside it
+    difference: float | None = None  # largest one of a probability
+    agreement: float | None = None  # share of images whose most probable class is the same
+    images: str = ""  # what it was compared on, in words
 
 
 class ImageClassifier(nn.Module):
-    """A classifier with everything but the image constant.
-
-    Args:
-        classifier: whose image tower it shares; at fp32, on the CPU.
-    """
+    """A classifier (at fp32, on the CPU) with everything but the image constant."""
 
     text: Tensor
 
@@ -101,101 +100,94 @@ def export(
     """Write a finished run's classifier to ``file``, and its model card beside it.
 
     Args:
-        run: its directory.
-        file: what to write; ``<stem>.md`` beside it becomes the card.
+        run, file: from where and to where; ``<stem>.md`` beside it becomes the card.
         form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, the prompts
             as the published code saves them.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
-        reporter: is told the progress.
 
     Raises:
         UserError: bad input, a missing extra, or a file whose probabilities differ by more than
             `TOLERANCE` from the classifier's (with ``int8``: before rounding); none is left then.
     """
-    reporter = reporter or Reporter()
+    card = file.with_suffix(".md")
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'; use one of {', '.join(FORMATS)}")
     if int8 and form != "onnx":
         raise UserError(f"--int8 goes with --format onnx, not with {form}")
-    card = file.with_suffix(".md")
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
     if file.suffix.lower() in _OF_RUNS:
-        raise UserError(
-            f"--output {file} has the name of a run's own files; give one such as classifier.onnx"
-        )
+        hint = "give one such as classifier.onnx"
+        raise UserError(f"--output {file} has the name of a run's own files; {hint}")
     if card.exists() and not is_card(card):
-        raise UserError(
-            f"{card}, where the model card goes, is something else; choose another --output"
-        )
+        hint = "choose another --output"
+        raise UserError(f"{card}, where the model card goes, is something else; {hint}")
     run.require()
-    if form == "onnx":
-        _require_onnx()
     exported = Exported(file, card)
     if form == "coop":
         content = published_bytes(run)
     else:
-        with reporter.stage(f"exporting {file.name}", 3) as advance:
+        if form == "onnx":
+            _require_onnx()
+        with (reporter or Reporter()).stage(f"exporting {file.name}", 3) as advance:
             content, exported = _export_graph(run, exported, form, int8, advance)
-    words = _FORM_WORDS[form] + (_INT8_WORDS if int8 else "")
-    said = model_card(run, f"`{file.name}`, {words}")
+    said = model_card(run, f"`{file.name}`, {FORMATS[form]}{_INT8 if int8 else ''}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, content)
     write_atomic(card, said)
     return exported
 
 
-# Endings that no form of export has, and a run's records and results do.
-_OF_RUNS = {".json", ".csv", ".safetensors"}
-_FORM_WORDS = {
-    "onnx": "an ONNX graph: normalised images in, probabilities out",
-    "torch": "a program for torch.export.load: normalised images in, probabilities out",
-    "coop": "the prompts alone, as CoOp's code and its descendants save them",
-}
-_INT8_WORDS = ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)"
-
-
 def _export_graph(
     run: RunDirectory, exported: Exported, form: str, int8: bool, advance: Callable[[int], Any]
 ) -> tuple[bytes, Exported]:
+    """The file's bytes, and what they were compared on."""
     # Whatever it was tuned at: a file that runs anywhere is fp32.
     settings = run.read_settings().model_copy(update={"precision": "fp32"})
     backbone = backbone_of(settings, device="cpu")
     classifier = load_classifier(run, backbone=backbone)
-    views, images = _views_to_compare(run, classifier)
-    views = backbone.normalize(views)
+    pixels, images = _views_to_compare(run, classifier)
+    views = backbone.normalize(pixels)
     with torch.inference_mode():
         expected = classifier(views).softmax(-1)
     advance(1)
-    facts = _facts(run, classifier, int8)
-    program = _program(ImageClassifier(classifier), views)
-    if form == "onnx":
-        content, compute = _onnx(program, views, facts, int8, expected)
-    else:
+    facts, batch = _facts(run, classifier, int8), {"images": {0: torch.export.Dim("batch")}}
+    with _quietly():
+        model = ImageClassifier(classifier)
+        program = torch.export.export(model, (views[:2],), dynamic_shapes=batch)
+    if form == "torch":
         content, compute = _torch_file(program, facts)
+    else:
+        graph = _graph(program, views)
+        content, compute = _onnx_file(graph, facts)
+        if int8:
+            _compare("the graph at fp32", compute, views, expected)
+            content, compute = _onnx_file(_quantised(graph), facts)
     advance(1)
+    limit = float("inf") if int8 else TOLERANCE
+    difference, agreement = _compare(str(exported.file), compute, views, expected, limit)
+    advance(1)
+    return content, replace(exported, difference=difference, agreement=agreement, images=images)
+
+
+def _compare(
+    what: str, compute: Compute, views: Tensor, expected: Tensor, limit: float = TOLERANCE
+) -> tuple[float, float]:
+    """Largest difference of a probability, and how often the most probable class is the same."""
     with torch.inference_mode():
         # Batches of one and of many: the batch dimension must not have become a constant.
         found = torch.cat([compute(views[:1]), compute(views[1:])])
     difference = float((found - expected).abs().max())
-    agreement = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    _check(exported.file, difference, float("inf") if int8 else TOLERANCE)
-    advance(1)
-    return content, Exported(exported.file, exported.card, difference, agreement, images)
-
-
-def _check(file: Path, difference: float, limit: float) -> None:
     if not isfinite(difference) or difference > limit:
-        raise UserError(
-            f"{file} is not written: its probabilities differ from the classifier's by up to "
-            f"{difference:.2g}; try --format torch, or other versions of torch and onnxruntime"
-        )
+        why = f"its probabilities differ from the classifier's by up to {difference:.2g}"
+        hint = "try --format torch, or other versions of torch and onnxruntime"
+        raise UserError(f"{what} is not written: {why}; {hint}")
+    return difference, float((found.argmax(-1) == expected.argmax(-1)).float().mean())
 
 
 def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor, str]:
     """(B, 3, S, S) uint8 views: test images spread over the run's dataset, or noise."""
-    settings = run.read_settings()
-    size = classifier.backbone.preprocessing.size
+    settings, size = run.read_settings(), classifier.backbone.preprocessing.size
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (4, 3, size, size), generator=generator, dtype=torch.uint8)
     try:
@@ -210,40 +202,32 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
 
 def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:
     """What the file says of itself, each a JSON text; no date, so the same run gives its bytes."""
-    settings = run.read_settings()
-    task = run.read_task()
+    settings, task, backbone = run.read_settings(), run.read_task(), classifier.backbone
     values = {
         "labels": task.class_names,
-        "preprocessing": asdict(classifier.backbone.preprocessing),
+        "preprocessing": asdict(backbone.preprocessing),
         "provenance": {
             "dapt": __version__,
             "run": run.path.resolve().name,
             "method": settings.method,
             "dataset": task.dataset,
             "backbone": backbone_name(settings),
-            "backbone_sha256": classifier.backbone.fingerprint,
+            "backbone_sha256": backbone.fingerprint,
             "int8": int8,
         },
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 
-def _program(model: ImageClassifier, views: Tensor) -> torch.export.ExportedProgram:
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    with _quietly():
-        return torch.export.export(model, (views[:2],), dynamic_shapes=batch)
-
-
 def _torch_file(
     program: torch.export.ExportedProgram, facts: dict[str, str]
-) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+) -> tuple[bytes, Compute]:
     file = io.BytesIO()
     # The trace's example images are somebody's; the file keeps none.
     program.example_inputs = None
     with _quietly():
         torch.export.save(program, file, extra_files={f"{k}.json": v for k, v in facts.items()})
-        loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
-    return file.getvalue(), loaded
+        return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
 def _require_onnx() -> None:
@@ -254,51 +238,24 @@ def _require_onnx() -> None:
         raise UserError(f"ONNX needs {error.name}: pip install 'dapt[onnx]'") from error
 
 
-def _onnx(
-    program: torch.export.ExportedProgram,
-    views: Tensor,
-    facts: dict[str, str],
-    int8: bool,
-    expected: Tensor,
-) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    """An ONNX file's bytes, and what computes with them in onnxruntime."""
-    import onnx
-
+def _graph(program: torch.export.ExportedProgram, views: Tensor) -> Any:
+    """An ONNX model, without what tells of the exporting machine and no computation needs."""
     size = sum(t.nbytes for t in program.state_dict.values())
-    if size > _MAX_ONNX - 2**24:
-        raise UserError(
-            f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file; use --format torch"
-        )
+    if size >= _MAX_ONNX:
+        what = f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file"
+        raise UserError(f"{what}; use --format torch")
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
     with _quietly():
-        made = torch.onnx.export(
-            program,
-            (views[:2],),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["probabilities"],
-        )
+        made = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
     assert made is not None
-    graph = made.model_proto
-    _strip(graph)
-    if int8:
-        content = graph.SerializeToString(deterministic=True)
-        found = _runner(content)(views)
-        _check(Path("the graph at fp32"), float((found - expected).abs().max()), TOLERANCE)
-        graph = _quantised(graph)
-    onnx.helper.set_model_props(graph, facts)
-    content = graph.SerializeToString(deterministic=True)
-    return content, _runner(content)
-
-
-def _strip(graph: Any) -> None:
-    """Drop what tells of the exporting machine and no computation needs."""
+    graph = made.model_proto  # made anew each time it is asked for
     body = graph.graph
     for part in (graph, body, *body.node, *body.input, *body.output, *body.initializer):
         del part.metadata_props[:]
     del body.value_info[:]
     for value in (*body.input, *body.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return graph
 
 
 def _quantised(graph: Any) -> Any:
@@ -306,25 +263,24 @@ def _quantised(graph: Any) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    how = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
     with tempfile.TemporaryDirectory() as folder, _quietly():
         file = Path(folder) / "int8.onnx"
-        quantize_dynamic(
-            graph,
-            file,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        quantize_dynamic(graph, file, per_channel=True, **how)
         return onnx.load(file)
 
 
-def _runner(content: bytes) -> Callable[[Tensor], Tensor]:
+def _onnx_file(graph: Any, facts: dict[str, str]) -> tuple[bytes, Compute]:
+    """An ONNX file's bytes, and what computes with them in onnxruntime."""
+    import onnx
     import onnxruntime
 
+    onnx.helper.set_model_props(graph, facts)
+    content = graph.SerializeToString(deterministic=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda views: torch.from_numpy(session.run(None, {"images": views.numpy()})[0])
+    return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
 @contextmanager
