@@ -15,7 +15,7 @@ from benchmarks.meters import count_operations, now, peak_memory
 from benchmarks.plain import PlainClassifier
 from dapt.clip.sources import load_backbone, load_model
 from dapt.engine.classifier import Classifier
-from dapt.engine.memory import keep_freed_memory
+from dapt.engine.processes import keep_freed_memory
 from dapt.engine.step import Tuner
 from dapt.errors import UserError
 from dapt.methods import get_method

@@ -7,15 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-    field_validator,
-)
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -79,17 +72,14 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(
-        4.0,
-        gt=0,
-        le=2**20,
-        description="GiB of text activations a step; more classes go in chunks",
+        4.0, gt=0, le=2**20, description="GiB of text activations a step; more classes go in chunks"
     )
     strict: bool = Field(False, description="an unreadable image is an error, not left out")
     memory_budget: float = Field(
         2.0, gt=0, le=2**20, description="GiB of decoded images kept in memory"
     )
 
-    @field_validator("*", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes and true would be 1."""
@@ -107,20 +97,20 @@ class Settings(BaseModel):
         return _with_values, (self.model_dump(),)
 
 
+def _with_values(values: dict[str, Any]) -> Settings:
+    return settings_class()(**values)
+
+
 def settings_class() -> type[Settings]:
     """`Settings` with those of all parts that the table of methods names now."""
-    kinds = [kind for method in METHODS.values() for kind in method.kinds()]
-    return _settings_class(tuple(dict.fromkeys(kinds)))
+    return _settings_class(tuple(kind for row in METHODS.values() for kind in row.kinds()))
 
 
 @lru_cache(maxsize=8)
 def _settings_class(kinds: tuple[type[PartSettings], ...]) -> type[Settings]:
-    fields: dict[str, Any] = {
-        name: (field.annotation, field)
-        for kind in kinds
-        for name, field in kind.model_fields.items()
-    }
-    return create_model("Settings", __base__=Settings, __module__=__name__, **fields)
+    known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in known.items()}
+    return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **fields)
 
 
 def all_fields() -> dict[str, FieldInfo]:
@@ -129,47 +119,35 @@ def all_fields() -> dict[str, FieldInfo]:
 
 
 def idle_settings(method: str) -> frozenset[str]:
-    """Settings that cannot change what a method finds: other parts', or tuning's where it has none.
-
-    Empty for a method that this installation does not know.
-    """
-    if method not in METHODS:
+    """Settings that cannot change what a method finds; none of a method that is not known here."""
+    if (row := METHODS.get(method)) is None:
         return frozenset()
-    row = METHODS[method]
     parts = frozenset().union(*(other.settings for other in METHODS.values()))
     return (parts - row.settings) | (frozenset() if row.learns else TUNING)
-
-
-def _with_values(values: dict[str, Any]) -> Settings:
-    return settings_class()(**values)
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
     """Fill what is not given with published settings, or with those for own data, and validate.
 
-    Raises:
-        UserError: an unknown setting (with the nearest known one) or an impossible value.
+    A `UserError` names an unknown setting (with the nearest known one) or an impossible value.
     """
     given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
     for name in given:
         if name not in known:
-            raise UserError(
-                f"unknown setting '{name}'{nearest(name, known)}; 'dapt settings' lists all"
-            )
+            near = nearest(name, known)
+            raise UserError(f"unknown setting '{name}'{near}; 'dapt settings' lists all")
     try:
         settings = _with_values({**default_settings(given), **given})
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"setting {name}={shown(first['input'])}: {first['msg'].lower()}"
-        ) from error
+        name, value = ".".join(map(str, first["loc"])), shown(first["input"])
+        raise UserError(f"setting {name}={value}: {first['msg'].lower()}") from error
     if settings.template is not None and settings.template.count("{}") != 1:
         raise UserError(
             f"setting template='{settings.template}' must hold {{}} once, where the class name goes"
         )
     for term in get_method(settings.method).losses:
-        if not (hasattr(settings, term.weight) or term.weight in settings.loss_weights):
+        if term.weight not in _weights(settings):
             raise UserError(
                 f"loss term '{term.name}' of method '{settings.method}' needs a weight; set "
                 f"loss_weights: {{{term.weight}: ...}}"
@@ -200,24 +178,18 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
 
 def backbone_name(settings: Settings) -> str:
     """The backbone as others may be told of it: of a local file, its name alone."""
-    given = (settings.backbone, settings.pretrained)
-    return "/".join(_without_folder(source) for source in given if source is not None)
-
-
-def _without_folder(source: str) -> str:
-    return Path(source).name if Path(source).is_absolute() else source
+    given = [s for s in (settings.backbone, settings.pretrained) if s is not None]
+    return "/".join(Path(s).name if Path(s).is_absolute() else s for s in given)
 
 
 def loss_weights(settings: Settings) -> dict[str, float]:
     """Weight of each of the method's loss terms."""
-    return {
-        term.name: float(
-            getattr(settings, term.weight)
-            if hasattr(settings, term.weight)
-            else settings.loss_weights[term.weight]
-        )
-        for term in get_method(settings.method).losses
-    }
+    losses, known = get_method(settings.method).losses, _weights(settings)
+    return {term.name: float(known[term.weight]) for term in losses}
+
+
+def _weights(settings: Settings) -> dict[str, Any]:
+    return {**settings.loss_weights, **dict(settings)}
 
 
 def text_memory(settings: Settings) -> int:
@@ -226,13 +198,8 @@ def text_memory(settings: Settings) -> int:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read settings from YAML (or JSON, which is YAML too).
-
-    Raises:
-        UserError: the file is missing, malformed, or holds no mapping.
-    """
-    values = read_yaml(path, "settings file")
-    if values is None:
+    """Read settings from YAML (or JSON, which is YAML too); a `UserError` if it holds none."""
+    if (values := read_yaml(path, "settings file")) is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"settings file {path} must map setting names to values")
@@ -240,16 +207,11 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Split ``key=value`` of the command line; the value is read as YAML.
-
-    Raises:
-        UserError: there is no ``=``, or the value is malformed.
-    """
+    """Split ``key=value`` of the command line; the value is YAML, or a `UserError` says so."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set {text}: write it as name=value, such as --set lr=0.2")
-    key = key.strip().replace("-", "_")
-    field = all_fields().get(key)
+    field = all_fields().get(key := key.strip().replace("-", "_"))
     if field is not None and field.annotation in (str, str | None):
         return key, value  # text as it stands: "{} texture." is no YAML
     try:

@@ -13,10 +13,9 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
+from dapt.data.items import DEFAULT_TEMPLATE
 from dapt.methods import Head, Method, TowerPart
 from dapt.settings import Settings, text_memory
-
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 class Classifier(nn.Module):
@@ -26,16 +25,10 @@ class Classifier(nn.Module):
     ``logits = exp(logit_scale) * f(x) @ g(classes).T`` with both features L2-normalised.
 
     Args:
-        backbone: the frozen model.
-        class_names: C names in label order; underscores stand for spaces.
-        parts: what is learned in the towers.
-        head: how features become logits.
+        class_names: C names in label order; a `UserError` says that one does not fit the tower.
         template: a sentence for the names where no part gives a context.
         text_memory: bytes of the text tower's activations to keep for the backward pass; more
             classes than fit are encoded in chunks.
-
-    Raises:
-        UserError: a class name or context that does not fit the text tower.
     """
 
     def __init__(
@@ -55,8 +48,7 @@ class Classifier(nn.Module):
         self.changes_images = bool(parts_of(self.parts, "image"))
         self.text_encoder: TextEncoder | None = None
         if self.head.reads_text:
-            tokens = self._tokens()
-            self.text_encoder = TextEncoder(backbone, tokens, text_memory)
+            self.text_encoder = TextEncoder(backbone, self._tokens(), text_memory)
         self._fixed_text_features: Tensor | None = None
 
     def _tokens(self) -> ClassTokens:
@@ -64,9 +56,7 @@ class Classifier(nn.Module):
         if context is None:
             return ClassTokens.for_template(self.backbone, self.class_names, self.template)
         after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
-        return ClassTokens.for_context(
-            self.backbone, self.class_names, context.shape[-2], after=after
-        )
+        return ClassTokens.for_context(self.backbone, self.class_names, context.shape[-2], after)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What gradient descent changes, by the names it has in a run's files."""
@@ -74,8 +64,7 @@ class Classifier(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was learned or fitted, by the names it has in a run's files."""
-        learned = {name: p.detach() for name, p in self.learned().items()}
-        return {**learned, **self.head.state_dict()}
+        return {n: p.detach() for n, p in self.learned().items()} | self.head.state_dict()
 
     @property
     def learned_parameters(self) -> int:
@@ -85,7 +74,7 @@ class Classifier(nn.Module):
     def text_features(self) -> Tensor:
         """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
 
-        They are computed once unless gradients may reach what is learned in the text tower.
+        Computed once, unless gradients may reach what is learned in the text tower.
         """
         if self.text_encoder is None:
             return torch.zeros(len(self.class_names), 0, device=self.backbone.device)
@@ -104,10 +93,7 @@ class Classifier(nn.Module):
     ) -> Tensor:
         """(B, D) image features in fp32, of length one unless told otherwise.
 
-        Args:
-            views: (B, 3, S, S), uint8 pixels, or already normalised floating point.
-            now: what is random in a training step.
-            normalized: whether features are brought to length one.
+        Views (B, 3, S, S) are uint8 pixels, or floating point that is normalised already.
         """
         inside = inside_of(self.parts, "image", now)
         return image_features(self.backbone, views, inside, normalized=normalized)
@@ -144,8 +130,10 @@ class Together(Inside):
             longest = max((t.shape[:-2] for t in tokens), key=len)
             tokens = [torch.cat([t.expand(*longest, -1, -1) for t in tokens], -2)]
         super().__init__(tokens[0] if tokens else None)
-        self.layers = _any_has(parts, "before_layer")
-        self.linears = _any_has(parts, "linear")
+        self.layers, self.linears = (
+            any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
+            for hook in ("before_layer", "linear")
+        )
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""
@@ -161,21 +149,13 @@ class Together(Inside):
         return out
 
 
-def _any_has(parts: Sequence[TowerPart], hook: str) -> bool:
-    return any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
-
-
 def new_classifier(
-    backbone: Backbone,
-    class_names: Sequence[str],
-    template: str,
-    method: Method,
-    settings: Settings,
+    backbone: Backbone, names: Sequence[str], template: str, method: Method, settings: Settings
 ) -> Classifier:
     """A classifier as a method's row says, with initial values drawn by the settings' seed."""
     return Classifier(
         backbone,
-        class_names,
+        names,
         [part.create(backbone, settings) for part in method.parts],
         method.head(backbone.logit_scale),
         template=settings.template or template,

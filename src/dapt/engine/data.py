@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapt.data import (
-    SupportSet,
-    Task,
-    draw_support_set,
-    images_in_both,
-    load_support_set,
-    open_task,
-    subset_classes,
-)
+from dapt import data as images
+from dapt.data import SupportSet, Task
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.settings import WITHOUT_DATASET, Settings
@@ -28,11 +21,7 @@ class Data:
 
 
 def open_data(settings: Settings) -> Data:
-    """The task that settings name, and its support set.
-
-    Raises:
-        UserError: as `task_of` and `support_of`.
-    """
+    """The task that settings name, and its support set; errors are those of both."""
     task = task_of(settings)
     return Data(task, support_of(settings, task))
 
@@ -44,30 +33,24 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
         UserError: as `open_task`, or the run's prompts came without a dataset.
     """
     if settings.dataset in WITHOUT_DATASET:
-        raise UserError(
-            f"these prompts were {WITHOUT_DATASET[settings.dataset]}; 'dapt eval RUN --dataset "
-            "...' evaluates them on one"
-        )
-    task = open_task(
+        why, way = WITHOUT_DATASET[settings.dataset], "'dapt eval RUN --dataset ...'"
+        raise UserError(f"these prompts were {why}; {way} evaluates them on one")
+    task = images.open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
     )
-    return subset_classes(task, settings.classes)
+    return images.subset_classes(task, settings.classes)
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:
-    """Draw the support set by the protocol, or read the saved one.
-
-    Raises:
-        UserError: the saved one was drawn with other shots, or there is nothing to tune on.
-    """
+    """Draw the support set by the protocol, or read the saved one, drawn with as many shots."""
     if settings.support_set:
-        support = load_support_set(Path(settings.support_set), task)
+        support = images.load_support_set(Path(settings.support_set), task)
     else:
-        support = draw_support_set(task, settings.shots, settings.seed)
+        support = images.draw_support_set(task, settings.shots, settings.seed)
     if support.shots != settings.shots:
         raise UserError(
             f"support set {settings.support_set} was drawn with {support.shots} shots; give "
@@ -86,8 +69,7 @@ def tell_notes(task: Task, reporter: Reporter) -> None:
 
 def tell_of_overlap(data: Data, tested: Task, reporter: Reporter) -> list[dict[str, str]]:
     """Warn of support images that are ``tested`` on, and return a record of them."""
-    both = images_in_both(data.task, data.support, tested)
-    if both:
+    if both := images.images_in_both(data.task, data.support, tested):
         first, same = both[0]
         count = len(data.support.train) + len(data.support.val)
         reporter.warn(

@@ -17,7 +17,7 @@ from dapt.engine.fit import Tuned
 from dapt.errors import UserError
 from dapt.methods import ZERO_SHOT, get_method
 from dapt.progress import Advance, Reporter, nothing
-from dapt.settings import Settings, text_memory
+from dapt.settings import Settings
 
 ECE_BINS = 15
 
@@ -26,16 +26,11 @@ _ROWS = 1000
 
 
 def classify(
-    classifier: Classifier,
-    store: ImageStore,
-    *,
-    batch_size: int = 100,
-    advance: Advance = nothing,
+    classifier: Classifier, store: ImageStore, *, batch_size: int = 100, advance: Advance = nothing
 ) -> Tensor:
     """(n, C) logits of every image in ``store``; class features are computed once."""
-    features = encode_store(
-        classifier.image_features, store, batch_size=batch_size, advance=advance
-    )
+    encode = classifier.image_features
+    features = encode_store(encode, store, batch_size=batch_size, advance=advance)
     return torch.cat(list(logits_of(classifier, features)))
 
 
@@ -55,31 +50,23 @@ def logits_of(classifier: Classifier, image_features: Tensor) -> Iterator[Tensor
 def metrics(
     logits: Iterable[Tensor], labels: Sequence[int], class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Figures of a classifier on labelled images.
+    """Figures of a classifier on labelled images; all are fractions, none percent.
 
-    Args:
-        logits: (r, C) of some images after the other, n in all; as `logits_of` gives them.
-        labels: n labels in 0 .. C-1.
-        class_names: C names.
-
-    Returns:
-        ``images``, ``accuracy`` (top-1), ``top5`` where there are more than five classes,
-        ``macro_f1`` over the classes present, ``ece`` (expected calibration error, 15 bins of
-        equal width), ``per_class`` in label order (accuracy None without images) and
-        ``confusion``, the confusion matrix's entries that are not zero, by rows: ``true`` and
-        ``predicted`` labels and the number of ``images``. All fractions, none percent.
+    Logits (r, C) are of some images after the other, as `logits_of` gives them, n in all; labels
+    n numbers in 0 .. C-1. ``top5`` is there if there are more than five classes, ``macro_f1`` is
+    over the classes present, ``ece`` is `calibration_error`, ``per_class`` is in label order, and
+    ``confusion`` has the entries of the confusion matrix that are not zero.
     """
     classes, truth = len(class_names), np.asarray(labels)
     best, confidences, in_five, done = [], [], 0, 0
+    five = {"k": 5, "labels": range(classes), "normalize": False}
     for block in logits:
         probabilities = block.double().softmax(-1).numpy()
         true = truth[done : (done := done + len(probabilities))]
         best.append(probabilities.argmax(-1))
         confidences.append(probabilities.max(-1))
         if classes > 5:
-            in_five += top_k_accuracy_score(
-                true, probabilities, k=5, labels=range(classes), normalize=False
-            )
+            in_five += top_k_accuracy_score(true, probabilities, **five)
     predicted, confidence = np.concatenate(best), np.concatenate(confidences)
     correct = predicted == truth
     result: dict[str, Any] = {"images": len(truth), "accuracy": float(correct.mean())}
@@ -89,15 +76,10 @@ def metrics(
         f1_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0)
     )
     result["ece"] = calibration_error(confidence, correct)
-    totals = np.bincount(truth, minlength=classes)
-    right = np.bincount(truth[correct], minlength=classes)
+    totals = [np.bincount(t, minlength=classes).tolist() for t in (truth, truth[correct])]
     result["per_class"] = [
-        {
-            "class": name,
-            "images": int(totals[i]),
-            "accuracy": float(right[i] / totals[i]) if totals[i] else None,
-        }
-        for i, name in enumerate(class_names)
+        {"class": name, "images": images, "accuracy": right / images if images else None}
+        for name, images, right in zip(class_names, *totals, strict=True)
     ]
     pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
     columns = zip(("true", "predicted", "images"), (*pairs, counts), strict=True)
@@ -108,16 +90,12 @@ def metrics(
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
     """Expected calibration error (Guo et al., 2017): gap of confidence and accuracy, by bins.
 
-    Args:
-        confidence: (n,) probabilities of the classes that were named.
-        correct: (n,) whether they are the true ones.
-        bins: number of equal-width bins of confidence.
+    Confidence (n,) is the probability of the class named, ``correct`` (n,) whether it is true;
+    bins are of equal width.
     """
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    error = 0.0
+    which, error = np.minimum((confidence * bins).astype(int), bins - 1), 0.0
     for b in range(bins):
-        inside = which == b
-        if inside.any():
+        if (inside := which == b).any():
             gap = abs(confidence[inside].mean() - correct[inside].mean())
             error += float(inside.mean() * gap)
     return error
@@ -125,16 +103,13 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = E
 
 def mean_text_distance(text_features: Tensor) -> float:
     """Mean Euclidean distance between two classes' text features (C, D): inter-dispersion."""
-    w, count = text_features.float(), len(text_features)
-    if count < 2:
-        return 0.0
-    total = 0.0
+    w, count, total = text_features.float(), len(text_features), 0.0
     for first in range(0, count, _ROWS):
-        rows = w[first : first + _ROWS]
         # By differences: products would lose what is nearly equal.
-        distances = torch.cdist(rows, w[first:], compute_mode="donot_use_mm_for_euclid_dist")
+        how = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(w[first : first + _ROWS], w[first:], compute_mode=how)
         total += float(distances.triu(1).double().sum())
-    return total / (count * (count - 1) / 2)
+    return total / max(count * (count - 1) / 2, 1)
 
 
 def mean_prototype_distance(features: Tensor, labels: Tensor, prototypes: Tensor) -> float:
@@ -151,64 +126,42 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """`metrics` of a classifier on a task's test images, and ``skipped``, those left out.
 
-    Images that cannot be read are left out, unless settings are strict.
-
-    Raises:
-        UserError: the task has no test images; one cannot be read, and settings are strict or
-            none can.
+    A `UserError` says that there are none, or as `Shared.encode`.
     """
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
-    shared, reporter = shared or Shared(classifier.backbone), reporter or Reporter()
-    with reporter.stage("evaluating", len(task.test)) as advance:
-        found = shared.encode(
-            task, task.test, settings, classifier, reporter=reporter, advance=advance
-        )
-    logits = logits_of(classifier, found.features)
-    labels = found.labels.tolist()
+    shared = shared or Shared(classifier.backbone)
+    found = shared.encode(task, task.test, settings, classifier, reporter=reporter)
+    logits, labels = logits_of(classifier, found.features), found.labels.tolist()
     return {**metrics(logits, labels, task.class_names), "skipped": found.skipped}
 
 
 def evaluate_zero_shot(
     task: Task, settings: Settings, reporter: Reporter, shared: Shared
 ) -> dict[str, Any]:
-    """`metrics` of the bare backbone, with the template's words, on a task's test images.
-
-    Raises:
-        UserError: the task has no test images.
-    """
+    """As `evaluate_task`, of the bare backbone with the template's words."""
     method = get_method(ZERO_SHOT)
     classifier = new_classifier(shared.backbone, task.class_names, task.template, method, settings)
     return evaluate_task(classifier, task, settings, reporter, shared)
 
 
 def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
-    """Mean inter- and intra-dispersion before and after tuning; empty where nothing was tuned.
+    """Inter- and intra-dispersion, means of distances, before and after tuning; empty without any.
 
-    Inter: mean distance between class text features, in the template before, in the learned
-    context after. Intra: mean distance of support images to their class prototype.
+    Class text features are in the template's words before, in the learned context after.
     """
-    settings, classifier, support = tuned.settings, tuned.classifier, tuned.support
+    settings, own, support = tuned.settings, tuned.classifier, tuned.support
     method = get_method(settings.method)
     if not method.learns:
         return {}
-    after = support.features
-    if classifier.changes_images:
-        size = settings.eval_batch_size
-        after = encode_store(classifier.image_features, support.store, batch_size=size)
-    plain = classifier  # where the words are not learned, they are those before
+    plain = own  # where the words are not learned, they are those before
     if method.changes("text"):
-        plain = Classifier(
-            classifier.backbone,
-            classifier.class_names,
-            template=classifier.template,
-            text_memory=text_memory(settings),
-        )
+        bare = get_method(ZERO_SHOT)
+        plain = new_classifier(own.backbone, own.class_names, own.template, bare, settings)
     with torch.inference_mode():
-        text = [mean_text_distance(c.text_features().cpu()) for c in (plain, classifier)]
+        text = [mean_text_distance(c.text_features().cpu()) for c in (plain, own)]
     labels, prototypes = support.labels, support.prototypes
-    image = [mean_prototype_distance(z, labels, prototypes) for z in (support.features, after)]
-    return {
-        "inter": {"before": text[0], "after": text[1]},
-        "intra": {"before": image[0], "after": image[1]},
-    }
+    features = (support.features, support.features_of(own, settings))
+    image = [mean_prototype_distance(z, labels, prototypes) for z in features]
+    found = {"inter": text, "intra": image}
+    return {name: {"before": before, "after": after} for name, (before, after) in found.items()}

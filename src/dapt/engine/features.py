@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +27,8 @@ _NAMED = 5
 
 def backbone_of(settings: Settings, *, device: str | None = None) -> Backbone:
     """Load the backbone that settings name, on another device than theirs if one is given."""
-    return load_backbone(
-        settings.backbone,
-        settings.pretrained,
-        device=device or settings.device,
-        precision=settings.precision,
-    )
+    place = {"device": device or settings.device, "precision": settings.precision}
+    return load_backbone(settings.backbone, settings.pretrained, **place)
 
 
 def chunks(count: int, size: int) -> list[list[int]]:
@@ -50,11 +46,8 @@ def encode_store(
 ) -> Tensor:
     """Run ``encode`` on the test views of every image in ``store``: (n, D) in fp32 on the CPU.
 
-    Decoding runs ahead of the model in other threads. Rows of images that ``unreadable`` comes to
-    name (see `ImageStore.batches`) mean nothing.
-
-    Raises:
-        UserError: an image cannot be read, and there is no ``unreadable``.
+    Rows of images that ``unreadable`` comes to name (see `ImageStore.batches`) mean nothing;
+    without it, such an image is a `UserError`.
     """
     features = []
     with torch.inference_mode():
@@ -105,6 +98,13 @@ class Support:
     features: Tensor  # (n, D), normalised, on the CPU
     prototypes: Tensor  # (C, D)
 
+    def features_of(self, classifier: Classifier, settings: Settings) -> Tensor:
+        """(n, D), as a classifier sees the images."""
+        if not classifier.changes_images:
+            return self.features
+        size = settings.eval_batch_size
+        return encode_store(classifier.image_features, self.store, batch_size=size)
+
 
 @dataclass
 class _Images:
@@ -119,14 +119,11 @@ class Shared:
     Zero-shot CLIP, the probe and CoOp evaluate on the same image features, and every method starts
     from the same prototypes; a grid of runs hands one of these to all of them. What is kept never
     changes a result, to the bit.
-
-    Args:
-        backbone: whose features they are.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._known: OrderedDict[tuple, _Images] = OrderedDict()
+        self._known: dict[tuple, _Images] = {}  # the last used comes last
         self._allowance = Allowance(0)
 
     def store(self, task: Task, items: tuple[Item, ...], settings: Settings) -> ImageStore:
@@ -142,42 +139,43 @@ class Shared:
         *,
         what: str = "test",
         reporter: Reporter | None = None,
-        advance: Advance = nothing,
     ) -> Encoded:
-        """Normalised features of ``items`` as a classifier sees them, or the bare backbone.
+        """Normalised features of ``items`` as the bare backbone, or a classifier, sees them.
 
-        Images that cannot be read are left out, and told, unless settings are strict.
-
-        Args:
-            task, items: the images; ``what`` they are, in warnings.
-            settings: of the run.
-            classifier: whose features they are to be, if it changes images.
-            reporter: is told what is left out.
-            advance: is told the progress.
+        Images that cannot be read are left out, and told as ``what`` they are.
 
         Raises:
             UserError: an image cannot be read, and settings are strict or none can.
         """
-        images, size = self._images(task, items, settings), settings.eval_batch_size
-        unreadable: dict[int, str] | None = None if settings.strict else images.unreadable
-        if classifier is not None and classifier.changes_images:
-            features = encode_store(
-                classifier.image_features, images.store, batch_size=size, advance=advance,
-                unreadable=unreadable,
-            )  # fmt: skip
-        elif size in images.features:  # with another batch size they may round otherwise
-            features = images.features[size]
-            advance(len(items))
-        else:
-            features = images.features[size] = encode_store(
-                lambda views: image_features(self.backbone, views), images.store, batch_size=size,
-                advance=advance, unreadable=unreadable,
-            )  # fmt: skip
-        if settings.strict and images.unreadable:
-            raise UserError(images.unreadable[min(images.unreadable)])
-        if not images.unreadable:
+        images, reporter = self._images(task, items, settings), reporter or Reporter()
+        size = settings.eval_batch_size
+        encode, features = partial(image_features, self.backbone), images.features.get(size)
+        if own := classifier is not None and classifier.changes_images:
+            encode, features = partial(classifier.image_features), None
+        if features is None:
+            bad = None if settings.strict else images.unreadable
+            with reporter.stage(f"{what} images", len(items)) as advance:
+                features = encode_store(
+                    encode, images.store, batch_size=size, advance=advance, unreadable=bad
+                )
+        if not own:  # with another batch size they may round otherwise
+            images.features[size] = features
+        if not (bad := images.unreadable):
             return Encoded(items, features, [])
-        kept, skipped = _without(items, images.unreadable, what, reporter or Reporter())
+        first = bad[min(bad)]
+        if settings.strict:
+            raise UserError(first)
+        if len(bad) == len(items):
+            more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
+            raise UserError(f"{first}{more}")
+        for index in sorted(bad)[:_NAMED]:
+            reporter.warn(f"{bad[index]}; skipped")
+        reporter.warn(
+            f"{len(bad):,} of {len(items):,} {what} images cannot be read and are skipped; "
+            "the metrics name them, and --strict makes them an error"
+        )
+        kept = [i for i in range(len(items)) if i not in bad]
+        skipped = [{"image": items[i].path, "reason": bad[i]} for i in sorted(bad)]
         return Encoded(tuple(items[i] for i in kept), features[kept], skipped)
 
     def support(self, data: Data, settings: Settings, reporter: Reporter) -> Support:
@@ -186,20 +184,15 @@ class Shared:
         Raises:
             UserError: an image cannot be read, and settings are strict or its class has no other.
         """
-        task, support = data.task, data.support
-        with reporter.stage("support set", len(support.train)) as advance:
-            found = self.encode(
-                task, support.train, settings, what="support", reporter=reporter, advance=advance
-            )
-        left, reasons = {item.label for item in found.items}, [s["reason"] for s in found.skipped]
-        gone = [item for item in support.train if item not in set(found.items)]
-        for item, reason in zip(gone, reasons, strict=True):
+        task, drawn = data.task, data.support
+        found = self.encode(task, drawn.train, settings, what="support", reporter=reporter)
+        left, reasons = set(found.labels.tolist()), {s["image"]: s["reason"] for s in found.skipped}
+        for item in drawn.train:
             if item.label not in left:
-                raise UserError(
-                    f"{reason}: no support image of class '{item.class_name}' can be read"
-                )
+                lost = f"no support image of class '{item.class_name}' can be read"
+                raise UserError(f"{reasons[item.path]}: {lost}")
         return Support(
-            replace(support, train=found.items),
+            replace(drawn, train=found.items),
             found.skipped,
             self.store(task, found.items, settings),
             found.labels,
@@ -209,45 +202,16 @@ class Shared:
 
     def _images(self, task: Task, items: tuple[Item, ...], settings: Settings) -> _Images:
         sources = tuple(task.source(item) for item in items)
-        self._allowance.limit = int(settings.memory_budget * 2**30)
+        allowance, crop_min = self._allowance, settings.crop_min
+        allowance.limit = int(settings.memory_budget * 2**30)
         # Of a picture in memory, that very object is meant, which may not be hashable.
-        key = (tuple(s if isinstance(s, Path) else id(s) for s in sources), settings.crop_min)
-        if key in self._known:
-            self._known.move_to_end(key)
-        else:
-            self._known[key] = _Images(
-                ImageStore(
-                    sources,
-                    **self.backbone.preprocessing.of_views(),
-                    crop_min=settings.crop_min,
-                    allowance=self._allowance,
-                )
-            )
+        key = (tuple(s if isinstance(s, Path) else id(s) for s in sources), crop_min)
+        if (wanted := self._known.pop(key, None)) is None:
+            views = self.backbone.preprocessing.of_views()
+            wanted = _Images(ImageStore(sources, **views, crop_min=crop_min, allowance=allowance))
+        self._known[key] = wanted
         # Those wanted now get at least half; the oldest go first. Features are small and stay.
-        *others, (_, wanted) = self._known.items()
-        for _, known in others:
-            if self._allowance.used > self._allowance.limit / 2:
+        for known in self._known.values():
+            if known is not wanted and allowance.used > allowance.limit / 2:
                 known.store.forget()
         return wanted
-
-
-def _without(
-    items: tuple[Item, ...], unreadable: dict[int, str], what: str, reporter: Reporter
-) -> tuple[list[int], list[dict[str, str]]]:
-    """Indices of the images that could be read, and a record of the others, which are told.
-
-    Raises:
-        UserError: none could.
-    """
-    skipped = sorted(unreadable)
-    if len(skipped) == len(items):
-        more = f" (nor any other of its {len(items):,} {what} images)" if len(items) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}")
-    for index in skipped[:_NAMED]:
-        reporter.warn(f"{unreadable[index]}; skipped")
-    reporter.warn(
-        f"{len(skipped):,} of {len(items):,} {what} images cannot be read and are skipped; "
-        "the metrics name them, and --strict makes them an error"
-    )
-    record = [{"image": items[i].path, "reason": unreadable[i]} for i in skipped]
-    return [i for i in range(len(items)) if i not in unreadable], record

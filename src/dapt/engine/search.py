@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 
 from dapt.data import Item, SupportSet
+from dapt.data.items import grouped
 from dapt.engine.data import Data, open_data
 from dapt.engine.evaluate import evaluate_task
 from dapt.engine.features import Shared, backbone_of
@@ -24,67 +26,51 @@ EPOCHS = 20
 def hold_out(support: SupportSet, seed: int) -> SupportSet:
     """Move a quarter of each class's train images (at least one of two or more) to val.
 
-    The support set's own val images stay out of it: they are not drawn for this.
-
-    Raises:
-        UserError: no class has two images, so nothing can be held out.
+    The support set's own val images stay out of it: they are not drawn for this. Raises a
+    `UserError` where no class has two images.
     """
     generator = random.Random(seed)
-    by_class: dict[int, list[Item]] = {}
-    for item in support.train:
-        by_class.setdefault(item.label, []).append(item)
     train: list[Item] = []
     val: list[Item] = []
-    for items in by_class.values():
+    for items in grouped(support.train, lambda item: item.label).values():
         count = max(1, len(items) // 4) if len(items) > 1 else 0
         held = set(generator.sample(range(len(items)), count))
         for i, item in enumerate(items):
             (val if i in held else train).append(item)
     if not val:
-        raise UserError(
-            "--tune-settings needs two support images in some class; use more --shots, or leave "
-            "it out"
-        )
+        way = "use more --shots, or leave it out"
+        raise UserError(f"--tune-settings needs two support images in some class; {way}")
     return replace(support, train=tuple(train), val=tuple(val))
 
 
 def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     """Choose learning rate and loss weights by accuracy on held-out support images.
 
-    Short runs (20 epochs) over a small grid; only the weights the method uses are varied. First
-    the learning rate at the given weights, then the weights at the best rate. Test images are
-    never looked at.
-
-    Returns:
-        The settings with the best values found; the first of equals, in the order tried.
+    Short runs over a small grid: the learning rate at the given weights, then the weights of the
+    method at the best rate. Of equals, the first tried. Test images are never looked at.
     """
     method = get_method(settings.method)
     if not method.learns:
         reporter.warn(f"--tune-settings: {settings.method} has no learning rate to search for")
         return settings
     data, shared = open_data(settings), Shared(backbone_of(settings))
-    drawn = shared.support(data, settings, reporter).drawn
-    held = hold_out(drawn, settings.seed)
+    held = hold_out(shared.support(data, settings, reporter).drawn, settings.seed)
     data = Data(replace(data.task, test=held.val), held)
     weights = {t.weight: t.search for t in method.losses if t.search}
-    names = ("lr", *weights)
-    scored: dict[tuple[float, ...], float] = {}
+    scored: dict[str, float] = {}
 
     def told(candidate: Settings) -> str:
-        return ", ".join(f"{name} {getattr(candidate, name):g}" for name in names)
+        return ", ".join(f"{name} {getattr(candidate, name):g}" for name in ("lr", *weights))
 
     def score(candidate: Settings) -> float:
-        key = tuple(getattr(candidate, name) for name in names)
-        if key not in scored:
+        if (key := told(candidate)) not in scored:
             short = candidate.model_copy(update={"epochs": min(EPOCHS, settings.epochs)})
-            try:
+            scored[key] = 0.0
+            with suppress(Diverged):
                 tuned = fit(data, short, shared=shared)
-            except Diverged:
-                scored[key] = 0.0
-            else:
                 found = evaluate_task(tuned.classifier, data.task, short, shared=shared)
                 scored[key] = found["accuracy"]
-            reporter.say(f"{told(candidate)}: {scored[key]:.1%} of {len(held.val)} held-out images")
+            reporter.say(f"{key}: {scored[key]:.1%} of {len(held.val)} held-out images")
         return scored[key]
 
     rates = [settings.model_copy(update={"lr": settings.lr * m}) for m in LEARNING_RATES]

@@ -21,14 +21,11 @@ WARMUP_LR = 1e-5
 
 
 def learning_rate(epoch: int, epochs: int, lr: float) -> float:
-    """Published schedule: epoch 0 at a constant 1e-5, then a cosine over all epochs.
+    """Published schedule: epoch 0 at a constant 1e-5, then a cosine, stepped once an epoch.
 
-    The cosine starts at ``lr`` in epoch 1 and is stepped once an epoch; with ``epochs`` as its
-    period it ends a little above zero.
+    It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
     """
-    if epoch == 0:
-        return WARMUP_LR
-    return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2
+    return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2 if epoch else WARMUP_LR
 
 
 @dataclass(frozen=True)
@@ -42,15 +39,9 @@ class StepResult:
 
 
 class Tuner:
-    """What a classifier learns, under SGD.
+    """What a classifier learns, in place, under SGD; ``prototypes`` are (C, D).
 
-    Where ``torchrun`` started several processes, each takes its part of every batch and gradients
-    are summed: a step is that of one process, up to the order in which floats are added.
-
-    Args:
-        classifier: whose parts are tuned, in place.
-        settings: of the run: the method's losses and their weights, momentum, weight decay.
-        prototypes: (C, D) class prototypes.
+    Where ``torchrun`` started several processes, each takes its part of every batch.
     """
 
     def __init__(self, classifier: Classifier, settings: Settings, prototypes: Tensor) -> None:
@@ -61,10 +52,7 @@ class Tuner:
         self.named = classifier.learned()
         self._frozen: dict[str, Tensor] = {}
         self.optimizer = torch.optim.SGD(
-            self.named.values(),
-            lr=0.0,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            self.named.values(), 0.0, settings.momentum, weight_decay=settings.weight_decay
         )
 
     def frozen_text(self, *templates: str) -> Tensor:
@@ -90,8 +78,7 @@ class Tuner:
             frozen_image=lambda: image_features(classifier.backbone, views),
             frozen_text=self.frozen_text,
         )  # fmt: skip
-        parts = {"cross_entropy": F.cross_entropy(logits, labels)}
-        total = parts["cross_entropy"]
+        parts = {"cross_entropy": (total := F.cross_entropy(logits, labels))}
         for term in self.terms:
             parts[term.name] = term.compute(step)
             total = total + self.weights[term.name] * parts[term.name]
@@ -111,15 +98,16 @@ class Tuner:
         Each loss is a mean over images, or the same in all: weighed by the share of images, their
         gradients sum to that of the whole batch.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         alone, whole = self.processes.alone, images or len(views)
         part = slice(None) if alone else self.processes.part(range(whole))
         total, parts, logits = self.losses(views, labels, Pass(generator, whole, part))
         share = len(labels) / whole
         (total if alone else total * share).backward()
-        self.processes.sum_gradients(self.named.values())
+        for parameter in self.named.values():
+            if parameter.grad is not None:
+                self.processes.sum(parameter.grad)
         self.optimizer.step()
         accuracy = (logits.argmax(-1) == labels.to(logits.device)).float().mean()
         # One transfer for all numbers, not one each.
@@ -132,21 +120,16 @@ class Tuner:
         """What is learned, and its momentum: all that a later step depends on."""
         tensors = {name: p.detach() for name, p in self.named.items()}
         for name, parameter in self.named.items():
-            buffer = self.optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
+            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{name}"] = buffer
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def fits(self, state: dict[str, Tensor]) -> bool:
         """Whether this is a state of what this very classifier learns."""
-        known = {name: p.shape for name, p in self.named.items()}
-        momentum = {f"momentum.{name}": p.shape for name, p in self.named.items()}
-        found = {name: tensor.shape for name, tensor in state.items()}
-        return (
-            known.items() <= found.items()
-            and found.items() <= {**known, **momentum}.items()
-            and all(tensor.dtype == torch.float32 for tensor in state.values())
-        )
+        known = {name: (p.shape, torch.float32) for name, p in self.named.items()}
+        both = known | {f"momentum.{name}": form for name, form in known.items()}
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        return known.items() <= found.items() <= both.items()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
@@ -154,6 +137,5 @@ class Tuner:
             for name, parameter in self.named.items():
                 parameter.copy_(state[name])
                 if (momentum := state.get(f"momentum.{name}")) is not None:
-                    self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(
-                        parameter.device
-                    ).clone()
+                    own = momentum.to(parameter.device, copy=True)
+                    self.optimizer.state[parameter]["momentum_buffer"] = own

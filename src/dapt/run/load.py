@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.data import SupportSet, Task, load_support_set, support_digest
-from dapt.engine.classifier import Classifier
+from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.features import backbone_of
-from dapt.engine.memory import keep_freed_memory
+from dapt.engine.processes import keep_freed_memory
 from dapt.errors import UserError
-from dapt.methods import get_method
+from dapt.methods import TowerPart, get_method
 from dapt.run.directory import RunDirectory
-from dapt.settings import Settings, text_memory
+from dapt.settings import Settings
 
 
 def load_classifier(
@@ -29,15 +30,10 @@ def load_classifier(
     """The tuned classifier of a finished run.
 
     Args:
-        run: its directory.
         class_names: other classes than it was tuned on, for what carries over.
         template: goes with them, where the text prompt is not learned.
         backbone: already loaded, to share it.
         device: to run on, if not the one it was tuned on.
-
-    Raises:
-        UserError: no finished run is here, its backbone differs from the one it was tuned on,
-            or its head knows no other classes.
     """
     run.require()
     keep_freed_memory()
@@ -45,15 +41,9 @@ def load_classifier(
     backbone = backbone or backbone_of(settings, device=device)
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
-    return classifier_of(
-        settings,
-        tensors,
-        backbone,
-        class_names or task.class_names,
-        template or task.template,
-        where=str(run.prompts_file),
-        own_names=task.class_names,
-    )
+    names, template = class_names or task.class_names, template or task.template
+    where, own = str(run.prompts_file), task.class_names
+    return classifier_of(settings, tensors, backbone, names, template, where=where, own_names=own)
 
 
 def classifier_of(
@@ -69,59 +59,39 @@ def classifier_of(
     """A classifier of what was learned or fitted.
 
     Args:
-        settings: it was made with.
-        tensors: as `Classifier.tensors` gave them.
-        backbone: whose weights it fits.
-        class_names: of all classes.
+        tensors: as `Classifier.tensors` gave them, from the file ``where``.
         template: for names, where the text prompt is not learned.
-        where: the file they are from, for errors.
         own_names: of the classes it was tuned on, if these are others.
 
-    Raises:
-        UserError: tensors are not what the method learns or do not fit the backbone, or its head
-            knows no other classes.
+    A `UserError` says that tensors are not what the method learns, or do not fit the backbone, or
+    that its head knows no other classes.
     """
     method = get_method(settings.method)
     if method.head.closed and own_names is not None and list(class_names) != list(own_names):
-        raise UserError(
-            f"{where} is of {method.head.closed}; use a prompt method for other classes"
-        )
-    parts = [part.create(backbone, settings) for part in method.parts]
-    learned = {name for part in parts for name, _ in part.named_parameters()}
-    own = {name for name in tensors if name in learned}
-    if own != learned or (own != tensors.keys() and not method.head.fitted):
-        raise UserError(
-            f"{where} does not hold what method '{settings.method}' learns; train again"
-        )
-    for part in parts:
-        part.load(tensors, backbone, where)
-        part.requires_grad_(False)
-    head = method.head(backbone.logit_scale)
-    if method.head.fitted:
+        way = "use a prompt method for other classes"
+        raise UserError(f"{where} is of {method.head.closed}; {way}")
+    classifier = new_classifier(backbone, class_names, template, method, settings)
+    learned, head = classifier.learned(), classifier.head
+    fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
+    if not learned.keys() <= tensors.keys() or (fitted and not head.fitted):
+        what = f"what method '{settings.method}' learns"
+        raise UserError(f"{where} does not hold {what}; train again")
+    for part in classifier.parts:
+        cast(TowerPart, part).load(tensors, backbone, where)
+    if head.fitted:
         size = backbone.preprocessing.size
         with torch.inference_mode():
             seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
         head.load(fitted, len(class_names), seen.shape[1], where)
-        head.requires_grad_(False)
-    return Classifier(
-        backbone,
-        class_names,
-        parts,
-        head,
-        template=settings.template or template,
-        text_memory=text_memory(settings),
-    )
+        head.to(backbone.device)
+    return classifier.requires_grad_(False)
 
 
 def known_support(run: RunDirectory, task: Task) -> SupportSet:
     """A run's support set, if its images are still those that it was tuned on.
 
     To be asked before images are shown: a stranger's run may name any folder of whoever opens it,
-    but cannot know what is in the images there.
-
-    Raises:
-        UserError: they are not, or the classes are others.
+    but cannot know what is in the images there. Raises a `UserError` if they are not the same.
     """
     support = load_support_set(run.support_file, task)
     recorded, found = run.read_metrics().support_sha256, support_digest(task, support)

@@ -1,21 +1,28 @@
-"""The files of a run as models: what each holds, in one place for all who write or read them.
-
-Numbers are what they should be, text is text; further keys, of other versions, are kept.
-"""
+"""The files of a run as models, for all who write or read them; what other versions add is kept."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from dapt.clip.backbone import Backbone
+from dapt.data import Task
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
 from dapt.safe.files import read_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+_PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 
 
 class Record(BaseModel):
@@ -153,14 +160,8 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def read_record(file: Path, kind: type[Kind], what: str) -> Kind:
-    """A run's file as its model.
-
-    Raises:
-        UserError: it is missing, no JSON, or holds something else than it should.
-    """
-    value = read_json(file, what)
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
+    """A run's file as its model; a `UserError` where it is missing or holds something else."""
+    value = read_object(file, what)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -170,3 +171,69 @@ def read_record(file: Path, kind: type[Kind], what: str) -> Kind:
         raise UserError(
             f"{file} is damaged ({why}{first['msg'].lower()}); run 'dapt train' again"
         ) from error
+
+
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """A run's file as a JSON object; a `UserError` where it is none."""
+    value = read_json(file, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
+    return value
+
+
+def task_record(task: Task) -> dict[str, Any]:
+    """What task.json keeps of a task."""
+    found = {"dataset": task.name, "template": task.template, "class_names": list(task.class_names)}
+    return found if task.source_sha256 is None else found | {"source_sha256": task.source_sha256}
+
+
+def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
+    """Versions, source commit, machine, device and backbone of this process."""
+    device, versions = backbone.device, {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        **({} if seed is None else {"seed": seed}),
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "precision": backbone.precision,
+        "cpu": _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.fingerprint,
+        "command": sys.argv,
+    }
+
+
+def rounding(record: dict[str, Any]) -> dict[str, Any]:
+    """What of an `environment` decides how sums are rounded, as far as it is recorded."""
+    versions = record.get("versions")
+    found = {**record, "torch": versions.get("torch") if isinstance(versions, dict) else None}
+    names = ("torch", "threads", "cpu", "device")
+    return {name: found[name] for name in names if found.get(name) is not None}
+
+
+def _cpu() -> str:
+    """Model of the processor, and the instructions that torch uses of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    except (OSError, StopIteration):  # Linux on x86 alone tells it there
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parents[2] / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,6 @@ from dapt.run.load import load_classifier
 from dapt.run.records import EvaluationRecord
 from dapt.safe.files import file_digest, write_json
 from dapt.settings import Settings
-
-# Of another dataset, unless it is told otherwise.
-_OWN = {"domain": None, "class_names": None, "classes": "all"}
 
 # Seconds to wait for who else writes an evaluation into the run.
 _PATIENCE = 10
@@ -43,13 +40,13 @@ class Target:
     @property
     def elsewhere(self) -> bool:
         """Whether anything but the run's own test images is meant."""
-        return any(part is not None for part in (self.dataset, self.domain, self.classes))
+        return (self.dataset, self.domain, self.classes) != (None, None, None)
 
     def settings(self, settings: Settings) -> Settings:
         """The run's settings, changed to open the target's task."""
-        own = _OWN if self.dataset is not None else {}
+        own = {"domain": None, "class_names": None, "classes": "all"}
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        return settings.model_copy(update={**own, **given})
+        return settings.model_copy(update={**(own if "dataset" in given else {}), **given})
 
     def place(self, settings: Settings) -> dict[str, Any]:
         """What says which images and classes are meant, for a run with these settings."""
@@ -81,54 +78,45 @@ def evaluate_run(
     On the run's own test images nothing is written. Several processes may evaluate a run at once.
 
     Args:
-        run: its directory.
-        target: where to evaluate.
         device: to run on, if not the one it was tuned on.
         strict: an unreadable image is an error, whatever the run's settings say.
         shared: the run's backbone, already loaded, and what was read with it.
         open_task: as `task_of`; one that remembers shares tasks.
         held: whether the caller holds the run's lock; it is taken to write, if not.
-        reporter: is told the progress.
 
-    Returns:
-        The target task's name, and `metrics`.
-
-    Raises:
-        UserError: there is no finished run, the target cannot be opened or read, or another run
-            has taken this one's place meanwhile.
+    Returns the target task's name and `metrics`. A `UserError` says that there is no finished run,
+    the target cannot be read, or another run has taken this one's place meanwhile.
     """
     reporter = reporter or Reporter()
     run.require()
-    identity = _identity(run)
-    own = run.read_settings()
+    identity, own = _identity(run), run.read_settings()
     settings = target.settings(own)
     task = open_task(settings, evaluate=target.dataset is not None)
-    classifier = load_classifier(
-        run,
-        task.class_names,
-        task.template,
-        backbone=shared.backbone if shared else None,
-        device=device,
-    )
-    if strict:
-        settings = settings.model_copy(update={"strict": True})
+    backbone = shared.backbone if shared else None
+    names, template = task.class_names, task.template
+    classifier = load_classifier(run, names, template, backbone=backbone, device=device)
     tell_notes(task, reporter)
+    settings = settings.model_copy(update={"strict": strict or settings.strict})
     result = evaluate_task(classifier, task, settings, reporter, shared)
     if not target.elsewhere:
         return task.name, result
+    twice = None  # where the images it was tuned on are not at hand
+    with suppress(UserError):
+        tuned_on = open_task(own, evaluate=False)
+        data = Data(tuned_on, load_support_set(run.support_file, tuned_on))
+        twice = tell_of_overlap(data, task, reporter)
     record = {
         "dataset": task.name,
         "domain": settings.domain,
         "classes": settings.classes,
         "settings": target.place(own),
-        "also_tested": _tell_of_overlap(run, own, task, open_task, reporter),
+        "also_tested": twice,
         "test": result,
     }
     with nullcontext() if held else run.locked(patience=_PATIENCE):
         if _identity(run) != identity:
             raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
-        before = recorded(run, target)
-        write_json(before[0] if before else _free_file(run, target, own), record)
+        write_json(_file_for(run, target, own), record)
     return task.name, result
 
 
@@ -137,27 +125,13 @@ def _identity(run: RunDirectory) -> tuple[bytes, bytes]:
     return run.settings_file.read_bytes(), file_digest(run.prompts_file)
 
 
-def _tell_of_overlap(
-    run: RunDirectory,
-    settings: Settings,
-    tested: Task,
-    open_task: Callable[..., Task],
-    reporter: Reporter,
-) -> list[dict[str, str]] | None:
-    """Warn of images the run was tuned on that are tested; None where those are not at hand."""
-    try:
-        own = open_task(settings, evaluate=False)
-        data = Data(own, load_support_set(run.support_file, own))
-    except UserError:
-        return None
-    return tell_of_overlap(data, tested, reporter)
-
-
-def _free_file(run: RunDirectory, target: Target, settings: Settings) -> Path:
-    """``eval-<dataset>[-<domain>][-<classes>].json``, numbered where that name is taken."""
-    dataset = Path(target.dataset or settings.dataset).stem
-    name = "-".join(part for part in (dataset, target.domain, target.classes) if part)
-    file, number = run.path / f"eval-{name}.json", 2
+def _file_for(run: RunDirectory, target: Target, own: Settings) -> Path:
+    """Its earlier record, or ``eval-<dataset>[-<domain>][-<classes>].json``, numbered if taken."""
+    if before := recorded(run, target):
+        return before[0]
+    dataset = Path(target.dataset or own.dataset).stem
+    name = "-".join(filter(None, ("eval", dataset, target.domain, target.classes)))
+    file, number = run.path / f"{name}.json", 2
     while file.exists():
-        file, number = run.path / f"eval-{name}-{number}.json", number + 1
+        file, number = run.path / f"{name}-{number}.json", number + 1
     return file
