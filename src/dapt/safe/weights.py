@@ -8,14 +8,12 @@ pickles, which `dapt.safe.unpickle` reads; it knows tensors and plain containers
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,19 +108,6 @@ def _state_of(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
     return state
-
-
-def digest(state: StateDict) -> str:
-    """SHA-256 over names, shapes and bytes of a state dict, in hexadecimal.
-
-    Lets a run say which weights it was tuned on, wherever they were loaded from.
-    """
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def is_torchscript(path: Path) -> bool:
