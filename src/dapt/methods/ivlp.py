@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import Pass
-from dapt.clip.layers import norm
+from dapt.clip.inside import Pass, norm
 from dapt.methods.context import ContextSettings
 from dapt.methods.contract import HasSettings, PartSettings, TowerPart
 from dapt.methods.visual import VisualSettings
