@@ -1,8 +1,7 @@
 """A frozen CLIP-like model, and what of it prompts need.
 
-Whatever the source (`dapt.clip.sources`), the result is one `Backbone`: an image tower, a text
-tower, a temperature, a tokenizer and the preprocessing that belongs to the weights, in eval mode,
-without gradients, on one device at one precision. Models and tokenizers are open_clip's.
+Whatever the source (`dapt.clip.sources`), a `Backbone` is in eval mode, without gradients, on one
+device at one precision. Models and tokenizers are open_clip's.
 """
 
 from __future__ import annotations
@@ -35,18 +34,15 @@ class Preprocessing:
 
     def of_views(self) -> dict[str, Any]:
         """What decides the views of an image, by the names that `ImageStore` gives it."""
-        return {"size": self.size, "interpolation": self.interpolation,
-                "resize_mode": self.resize_mode}  # fmt: skip
+        return {k: getattr(self, k) for k in ("size", "interpolation", "resize_mode")}
 
 
 class Backbone(nn.Module):
     """A frozen vision-language model.
 
     Attributes:
-        visual: image tower, (B, 3, S, S) -> (B, D).
-        text: text tower, (C, L) token ids -> (C, D).
-        tokenizer: open_clip tokenizer, list of strings -> (C, L) ids.
-        preprocessing: what an image must go through first.
+        visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D).
+        tokenizer: open_clip's, list of strings -> (C, L) ids.
         name: what it was loaded as; ``fingerprint`` is the SHA-256 of its weights.
         dtype: precision of weights and of compute.
         start_tokens: what the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for
@@ -85,14 +81,13 @@ class Backbone(nn.Module):
         self.end_token = next((t for t in reversed(empty) if t != empty[-1]), empty[-1])
         self.eval().requires_grad_(False)
         if device.type == "cuda" and self.dtype == torch.float32:
-            # fp32 is the reference: PyTorch would run convolutions in TF32. Untested, for want of
-            # a GPU.
+            # fp32 is the reference: PyTorch would run convolutions in TF32 (untested on a GPU).
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for module in model.modules():
             if isinstance(module, transformer.ResidualAttentionBlock):
-                _fold_quick_gelu(module)
-        _cast(self.visual, self.dtype)
-        _cast(self.text, self.dtype)
+                _fold_quick_gelu(module.mlp)
+        for tower in (self.visual, self.text):
+            _cast(tower, self.dtype)
         self.to(device)
 
     @property
@@ -164,7 +159,7 @@ class Backbone(nn.Module):
             )
 
     def normalize(self, views: Tensor) -> Tensor:
-        """Map (B, 3, S, S) uint8 views to the towers' input, on their device, at their dtype."""
+        """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""
         x = views.to(self.device, non_blocking=True)
         return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
 
@@ -205,10 +200,7 @@ class Backbone(nn.Module):
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """``precision``, or fp16 where bf16 is asked for and a GPU has none (those before Ampere).
-
-    Untested on such a GPU, for want of one.
-    """
+    """``precision``, or fp16 for bf16 on a GPU before Ampere, which has none (untested there)."""
     if precision == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -217,11 +209,7 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``, if it is there.
-
-    Raises:
-        UserError: it is not.
-    """
+    """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``; a `UserError` if not there."""
     kinds: dict[str, Any] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
@@ -250,28 +238,24 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _fold_quick_gelu(block: transformer.ResidualAttentionBlock) -> None:
+def _fold_quick_gelu(mlp: Any) -> None:
     """Turn ``x * sigmoid(1.702 x)`` into SiLU, one kernel instead of three passes over memory.
 
     ``quick_gelu(x) = silu(1.702 x) / 1.702``, and both factors go into the linear layers around
     it: the same function, up to the rounding of their weights.
     """
-    if not isinstance(block.mlp.gelu, transformer.QuickGELU):
-        return
-    with torch.no_grad():
-        block.mlp.c_fc.weight *= 1.702
-        block.mlp.c_fc.bias *= 1.702
-        block.mlp.c_proj.weight /= 1.702
-    block.mlp.gelu = nn.SiLU()
+    if isinstance(mlp.gelu, transformer.QuickGELU):
+        with torch.no_grad():
+            mlp.c_fc.weight *= 1.702
+            mlp.c_fc.bias *= 1.702
+            mlp.c_proj.weight /= 1.702
+        mlp.gelu = nn.SiLU()
 
 
 def _cast(tower: nn.Module, dtype: torch.dtype) -> None:
     """Put a tower's weights at ``dtype``, but open_clip's layer norms: those stay in fp32."""
-    tower.to(dtype)
-    if dtype == torch.float32:
-        return
-    for module in tower.modules():
-        if isinstance(module, transformer.LayerNorm):
+    for module in tower.to(dtype).modules():
+        if isinstance(module, transformer.LayerNorm) and dtype != torch.float32:
             module.float()
             # Same module, whose forward casts its input up and back, on every device.
             module.__class__ = transformer.LayerNormFp32

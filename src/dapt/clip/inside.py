@@ -21,19 +21,13 @@ QKV = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a batch through the model, as far as what is learned may depend on it.
+    """One pass of a batch through the model, as far as what is learned may depend on it."""
 
-    Attributes:
-        generator: of what is random in a training step; None in evaluation. It is a CPU one, so
-            that a draw is the same on every device.
-        images: how many the batch has; ``part``: which of them are here, where processes share it.
-        image_features: (B, D) that class features may depend on.
-    """
-
+    # Of what is random in training, None in evaluation; a CPU one draws the same for all devices.
     generator: torch.Generator | None = None
-    images: int = 0
-    part: slice = field(default_factory=lambda: slice(None))
-    image_features: Tensor | None = None
+    images: int = 0  # of the batch
+    part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
+    image_features: Tensor | None = None  # (B, D) that class features may depend on
 
 
 EVALUATION = Pass()
@@ -47,9 +41,7 @@ class Inside:
         layers: whether `before_layer` does anything; ``linears``: whether `linear` does.
     """
 
-    tokens: Tensor | None = None
-    layers = False
-    linears = False
+    layers = linears = False
 
     def __init__(self, tokens: Tensor | None = None) -> None:
         self.tokens = tokens

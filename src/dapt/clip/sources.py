@@ -22,21 +22,15 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip.backbone import (
-    PRECISIONS,
-    Backbone,
-    Preprocessing,
-    choose_device,
-    usable_precision,
-)
+from dapt.clip import backbone
+from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing
 from dapt.errors import UserError, nearest, reason_of, shown
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
 # OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
-_HEAD_WIDTH = 64
-_WIDEST = 1024
+_HEAD_WIDTH, _WIDEST = 64, 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
 _HANDED_ON = {
     "tokenizer_kwargs": {"clean", "strip_sep_token"},
@@ -45,6 +39,10 @@ _HANDED_ON = {
 }
 # Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
 _LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
+
+# What comes of configurations that are none, here and in open_clip.
+_ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+        ValueError)  # fmt: skip
 
 Loaded = tuple[nn.Module, Any, Preprocessing]
 
@@ -76,19 +74,15 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
-    place = choose_device(device)
-    precision = usable_precision(precision, place)
+    place = backbone.choose_device(device)
+    precision = backbone.usable_precision(precision, place)
     model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
 
 
 def load_model(name: str, pretrained: str | None) -> Loaded:
-    """open_clip's own model, tokenizer and preprocessing, from any source of `load_backbone`.
-
-    Raises:
-        UserError: unknown name or tag; unreadable or unfit weights.
-    """
+    """open_clip's own model, tokenizer and preprocessing; sources and errors of `load_backbone`."""
     path = user_path(name)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
         raise UserError(
@@ -124,21 +118,19 @@ def taken_for_granted(name: str) -> str | None:
 def _from_directory(path: Path) -> Loaded:
     config_file = path / "open_clip_config.json"
     if not config_file.is_file():
-        raise UserError(
-            f"{path} has no open_clip_config.json; a backbone directory holds it and its weights"
-        )
+        said = f"{path} has no {config_file.name}"
+        raise UserError(f"{said}; a backbone directory holds that file and its weights")
     try:
         config = parse_json(read_text(config_file))
         model_config = dict(config["model_cfg"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
-    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
-    found = [p for pattern in ("*.safetensors", "*.pt", "*.bin") for p in path.glob(pattern)]
+    found = [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
     if not found:
         raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
-    weights = min(
-        found, key=lambda p: (not p.name.startswith("open_clip"), p.suffix != ".safetensors", p)
-    )
+    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
+    ours = [p for p in found if p.name.startswith("open_clip")] or found
+    weights = min(ours, key=lambda p: (p.suffix != ".safetensors", p))
     model = _build(model_config, read_state_dict(weights), weights)
     # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
     tokenizer = _tokenizer(f"local-dir:{path}", model_config)
@@ -177,7 +169,7 @@ def _from_file(path: Path) -> Loaded:
 
 
 def config_from_shapes(state: StateDict) -> dict[str, Any]:
-    """Read an open_clip model configuration off the shapes of an OpenAI-key state dict.
+    """An open_clip model configuration, off the shapes of a state dict with OpenAI's keys.
 
     What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
     """
@@ -186,14 +178,12 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
         if name not in state:
             raise UserError(f"the weights lack '{name}'; give the whole state dict of a CLIP")
         if len(found := state[name].shape) != dimensions:
-            raise UserError(
-                f"the weights' '{name}' has shape {tuple(found)}, where a CLIP's has "
-                f"{dimensions} dimensions"
-            )
+            said = f"the weights' '{name}' has shape {tuple(found)}"
+            raise UserError(f"{said}, where a CLIP's has {dimensions} dimensions")
         return found
 
     def layers(prefix: str) -> int:
-        return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
+        return sum(k.startswith(prefix) and k.endswith("in_proj_weight") for k in state)
 
     width, _, _, patch = shape("visual.conv1.weight", 4)
     side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
@@ -217,10 +207,9 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
 
 
 def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
-    """The model that a configuration describes, with the weights that belong to it.
+    """The model of a configuration and its weights, either of which may be a stranger's.
 
-    Either may be a stranger's: the model is laid out without memory first, and made only if the
-    weights fill it.
+    It is laid out without memory first, and made only if the weights fill it.
     """
     config.pop("custom_text", None)
     try:
@@ -229,16 +218,13 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
             raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
         state = convert_to_custom_text_state_dict(state)
         with torch.device("meta"):
-            CustomTextCLIP(**config).load_state_dict(
-                {k: v.to("meta") for k, v in state.items()}, assign=True
-            )
+            laid_out = {k: v.to("meta") for k, v in state.items()}
+            CustomTextCLIP(**config).load_state_dict(laid_out, assign=True)
         model = CustomTextCLIP(**config)
         model.load_state_dict({k: v.float() for k, v in state.items()})
-    except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
-            AttributeError) as error:  # fmt: skip
-        raise UserError(
-            f"the weights in {source} do not fit their model: {reason_of(error)}"
-        ) from error
+    except _ODD as error:
+        said = f"the weights in {source} do not fit their model: {reason_of(error)}"
+        raise UserError(said) from error
     return model
 
 
@@ -249,7 +235,7 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
     there, and model names to timm and transformers, which fetch those that are not their own.
 
     Raises:
-        UserError: the configuration asks for something else than weights and their tokenizer.
+        UserError: it asks for something else than weights and their tokenizer.
         Exception: it is none, in one of many ways.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -352,7 +338,7 @@ def _preprocessing(model: Any, config: Any, source: Path | str) -> Preprocessing
         finite = all(map(isfinite, mean + std)) and min(std) > 0
         if not 0 < side <= _LARGEST_IMAGE or not finite or not len(mean) == len(std) == 3:
             raise ValueError(f"size {side}, mean {mean}, std {std}")
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+    except _ODD as error:
         raise UserError(
             f"{source} says of images what cannot be ({shown(str(error))}); three finite means "
             f"and positive deviations are needed, and a size of at most {_LARGEST_IMAGE}"

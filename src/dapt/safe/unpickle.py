@@ -23,11 +23,8 @@ from torch import Tensor
 
 # A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
 # 100 KB and 30,000 steps.
-_MAX_HEADER = 2**22
-_MAX_STEPS = 2**19
-_MAX_TENSORS = 2**16
-_MAX_PARTS = 64  # dimensions of a tensor, arguments of a call
-_MAX_NAME = 1000
+_MAX_HEADER, _MAX_STEPS, _MAX_TENSORS = 2**22, 2**19, 2**16
+_MAX_PARTS, _MAX_NAME = 64, 1000  # of a tensor's dimensions or a call's arguments; of characters
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,6 @@ class _Storage:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-    def load(self) -> Tensor:
-        if not self.numel:
-            return torch.empty(0, dtype=self.dtype)
-        return torch.frombuffer(bytearray(self.read(self)), dtype=self.dtype, count=self.numel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,9 +364,7 @@ def _read_legacy(file: BinaryIO) -> Any:
 def build(described: dict[str, Described], size: int) -> dict[str, Tensor]:
     """Give descriptions their bytes; each storage is read once.
 
-    Args:
-        described: what is wanted, by name.
-        size: of the file. Views may overlap: no more than its bytes is built of them.
+    Views may overlap: no more is built of them than the bytes of the file, its ``size``.
 
     Raises:
         Exception: they describe more than it holds, or tensors that cannot be.
@@ -383,7 +373,12 @@ def build(described: dict[str, Described], size: int) -> dict[str, Tensor]:
     too_much = UnpicklingError("it describes more than it holds")
     if len(described) > _MAX_TENSORS or sum(s.nbytes for s in storages.values()) > size:
         raise too_much
-    flat = {key: storage.load() for key, storage in storages.items()}
+    flat = {
+        key: torch.frombuffer(bytearray(s.read(s)), dtype=s.dtype, count=s.numel)
+        if s.numel
+        else torch.empty(0, dtype=s.dtype)
+        for key, s in storages.items()
+    }
     # A view inside of its storage, of sizes that can be: `as_strided` sees to that.
     views = {
         name: flat[d.storage.key].as_strided(d.size, d.stride, d.offset)
