@@ -245,7 +245,9 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
         for part in (vision, text)
         for key in (part.get(setting) or {}).keys() - known
     ]
-    if (hf_name := text.get("hf_model_name")) and hf_name not in _hf_models():
+    # Of transformers' text towers, those that open_clip's own configurations name.
+    ours = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
+    if text.get("hf_model_name") not in (None, "", *(c.get("hf_model_name") for c in ours)):
         refused.append("hf_model_name")
     if (timm_name := vision.get("timm_model_name")) and not timm.is_model(timm_name):
         refused.append("timm_model_name")
@@ -265,12 +267,6 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
         raise ValueError(f"its images are larger than {_LARGEST_IMAGE} px")
     if vision.get("pos_embed_type", "learnable") != "learnable":
         raise ValueError("its positions are computed; only learned ones are known here")
-
-
-def _hf_models() -> set[Any]:
-    """Text towers of transformers that open_clip's own configurations name."""
-    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
-    return {config["text_cfg"].get("hf_model_name") for config in configs}
 
 
 def _numbers(value: Any) -> list[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -81,9 +82,8 @@ class ClassTokens:
         texts = [template.replace("{}", name.replace("_", " ")) for name in class_names]
         rows = backbone.tokenize(texts)
         # What all classes begin with is shared too, short of the last token of the shortest.
-        limit = min(map(len, rows)) - 1
-        same = (len({row[i] for row in rows}) == 1 for i in range(limit))
-        count = next((i for i, equal in enumerate(same) if not equal), limit)
+        places = zip(*(row[:-1] for row in rows), strict=False)
+        count = len(list(takewhile(lambda ids: len(set(ids)) == 1, places)))
         return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
 
 
