@@ -11,7 +11,7 @@ from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
 from dapt.methods.contract import Examples
-from dapt.methods.prompts import DeepContext, DeepVisual
+from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.tip_adapter import TipAdapterF
 from dapt.settings import make_settings
 

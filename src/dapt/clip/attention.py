@@ -28,13 +28,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention over split heads: (..., H, L, d) each -> (..., L, W)."""
-    if (
-        q.requires_grad
-        and q.device.type == "cpu"
-        and q.dtype != torch.float32
-        and q.dim() == 4
-        and not causal
-    ):
+    on_cpu = q.requires_grad and q.device.type == "cpu"
+    if on_cpu and q.dtype != torch.float32 and q.dim() == 4 and not causal:
         # On CPUs the fused kernel's backward pass at low precision takes over three times as long
         # as the matrix products it is made of.
         return merge_heads(_Attention.apply(q, k, v))
@@ -77,16 +72,14 @@ def attend_after_prefix(
     """Attention of each class's tokens over a prefix that all share and over the class itself.
 
     The prefix's keys and values are never repeated: all classes meet them in one matrix product,
-    and a gradient reaches them already summed. Equal to attention over the joined sequence.
+    and a gradient reaches them already summed. Equal to attention over the joined sequence; a
+    token sees no later one.
 
     Args:
-        q: (N, W), or (C, W) where only each class's last token asks.
+        q: (N, W), or (C, W) where only each class's last token asks; so is what is returned.
         k, v: (N, W), classes end to end.
         prefix_k, prefix_v: (H, P, d).
         groups: how the N tokens divide into classes, shorter ones first.
-
-    Returns:
-        (N, W) or (C, W), as ``q``; a token sees no later one.
     """
     heads, length, width = prefix_k.shape
     all_ask = len(q) == len(k)

@@ -1,29 +1,23 @@
 """A frozen CLIP-like model, and what of it prompts need.
 
-Whatever the source (`dapt.clip.sources`), the result is one `Backbone`: an image tower, a text
-tower, a temperature, a tokenizer and the preprocessing that belongs to the weights, in eval mode,
-without gradients, on one device at one precision. Models and tokenizers are open_clip's.
+Whatever the source (`dapt.clip.sources`), a `Backbone` is in eval mode, without gradients, on one
+device at one precision. Models and tokenizers are open_clip's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import timm
 import torch
-from open_clip.transformer import (
-    LayerNorm,
-    LayerNormFp32,
-    QuickGELU,
-    ResidualAttentionBlock,
-    TextTransformer,
-    VisionTransformer,
-)
+from open_clip import transformer
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from dapt.errors import UserError
-from dapt.safe.weights import digest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,20 +34,19 @@ class Preprocessing:
 
     def of_views(self) -> dict[str, Any]:
         """What decides the views of an image, by the names that `ImageStore` gives it."""
-        return {"size": self.size, "interpolation": self.interpolation,
-                "resize_mode": self.resize_mode}  # fmt: skip
+        return {k: getattr(self, k) for k in ("size", "interpolation", "resize_mode")}
 
 
 class Backbone(nn.Module):
     """A frozen vision-language model.
 
     Attributes:
-        visual: image tower, (B, 3, S, S) -> (B, D).
-        text: text tower, (C, L) token ids -> (C, D).
-        tokenizer: open_clip tokenizer, list of strings -> (C, L) ids.
-        preprocessing: what an image must go through first.
+        visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D).
+        tokenizer: open_clip's, list of strings -> (C, L) ids.
         name: what it was loaded as; ``fingerprint`` is the SHA-256 of its weights.
         dtype: precision of weights and of compute.
+        start_tokens: what the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for
+            SigLIP; ``pad_token`` is what it fills a row up with, ``end_token`` may be the same.
     """
 
     # open_clip's towers are of many types; what is asked of them is checked where it is.
@@ -75,24 +68,26 @@ class Backbone(nn.Module):
         super().__init__()
         self.name, self.tokenizer, self.preprocessing = name, tokenizer, preprocessing
         self.precision, self.dtype = precision, PRECISIONS[precision]
-        self.fingerprint = digest(model.state_dict())
-        self.visual = model.visual
-        self.text = model.text
+        self.fingerprint = _digest(model.state_dict())
+        self.visual, self.text = model.visual, model.text
         # A plain number: nothing learns it, and fp32 arithmetic on it is wanted everywhere.
         self.logit_scale = float(cast(Tensor, model.logit_scale).detach().float().exp())
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        for part in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, part)).view(1, 3, 1, 1)
+            self.register_buffer(part, values, persistent=False)
+        a, b, empty = tokenizer(["a", "b", ""], context_length=8).tolist()
+        self.start_tokens: list[int] = a[:1] if a[0] == b[0] else []
+        self.pad_token: int = empty[-1]
+        self.end_token = next((t for t in reversed(empty) if t != empty[-1]), empty[-1])
         self.eval().requires_grad_(False)
         if device.type == "cuda" and self.dtype == torch.float32:
-            # fp32 is the reference: PyTorch would run convolutions in TF32. Untested, for want of
-            # a GPU.
+            # fp32 is the reference: PyTorch would run convolutions in TF32 (untested on a GPU).
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for module in model.modules():
-            if isinstance(module, ResidualAttentionBlock):
-                _fold_quick_gelu(module)
-        _cast(self.visual, self.dtype)
-        _cast(self.text, self.dtype)
+            if isinstance(module, transformer.ResidualAttentionBlock):
+                _fold_quick_gelu(module.mlp)
+        for tower in (self.visual, self.text):
+            _cast(tower, self.dtype)
         self.to(device)
 
     @property
@@ -113,12 +108,12 @@ class Backbone(nn.Module):
     @property
     def vision_width(self) -> int:
         """Width of a visual prompt vector."""
-        return self._patches()[0]
+        return int(self._vit()[0])
 
     @property
     def patch_size(self) -> int:
         """Side of an image patch in pixels."""
-        return self._patches()[1]
+        return int(self._vit()[1])
 
     @property
     def text_layers(self) -> int:
@@ -129,30 +124,30 @@ class Backbone(nn.Module):
     @property
     def vision_layers(self) -> int:
         """Layers that a visual prompt may be put in front of."""
-        self.require_visual_prompts()
-        if isinstance(self.visual, VisionTransformer):
-            return len(self.visual.transformer.resblocks)
-        return len(self.visual.trunk.blocks)
+        return len(self._vit()[2])
 
     @property
     def norm_before_layers(self) -> nn.Module:
         """The image tower's layer norm of tokens in front of its first layer."""
-        self.require_visual_prompts()
-        if isinstance(self.visual, VisionTransformer):
-            return self.visual.ln_pre
-        return self.visual.trunk.norm_pre
+        return self._vit()[3]
 
     @property
     def context_length(self) -> int:
         """Longest text in tokens, start and end included."""
         return int(getattr(self.text, "context_length", self.tokenizer.context_length))
 
-    def _patches(self) -> tuple[int, int]:
-        self.require_visual_prompts()
-        if isinstance(self.visual, VisionTransformer):
-            return self.visual.conv1.out_channels, self.visual.patch_size[0]
-        trunk = self.visual.trunk
-        return int(trunk.embed_dim), int(trunk.patch_embed.patch_size[0])
+    def _vit(self) -> tuple[Any, ...]:
+        """Width, patch size, layers and the norm before them, where visual prompts can be."""
+        if isinstance(visual := self.visual, VisionTransformer):
+            layers = visual.transformer.resblocks
+            return visual.conv1.out_channels, visual.patch_size[0], layers, visual.ln_pre
+        trunk = getattr(visual, "trunk", None)
+        if isinstance(trunk, timm.models.VisionTransformer):
+            return trunk.embed_dim, trunk.patch_embed.patch_size[0], trunk.blocks, trunk.norm_pre
+        raise UserError(
+            f"the image tower of '{self.name}' is a {type(visual).__name__}, which takes no visual "
+            "prompt; use a method without one (coop), or a ViT such as ViT-B-16"
+        )
 
     def require_text_prompts(self) -> None:
         """Raise `UserError` where no context can be learned in front of the class name."""
@@ -163,16 +158,8 @@ class Backbone(nn.Module):
                 "own text transformer, such as ViT-B-16"
             )
 
-    def require_visual_prompts(self) -> None:
-        """Raise `UserError` where no vectors can be put between class token and patches."""
-        if not isinstance(self.visual, VisionTransformer) and not _is_timm_vit(self.visual):
-            raise UserError(
-                f"the image tower of '{self.name}' is a {type(self.visual).__name__}, which takes "
-                "no visual prompt; use a method without one (coop), or a ViT such as ViT-B-16"
-            )
-
     def normalize(self, views: Tensor) -> Tensor:
-        """Map (B, 3, S, S) uint8 views to the towers' input, on their device, at their dtype."""
+        """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""
         x = views.to(self.device, non_blocking=True)
         return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
 
@@ -184,13 +171,12 @@ class Backbone(nn.Module):
         """
         # One more place than the tower has shows which texts the tokenizer would cut.
         ids = self.tokenizer(list(texts), context_length=self.context_length + 1)
-        pad = self.pad_token
-        rows = []
+        pad, rows = self.pad_token, []
         for text, row in zip(texts, ids.tolist(), strict=True):
             while len(row) > 1 and row[-1] == pad and row[-2] == pad:
                 row.pop()
             # Padding and end may be the same token (SigLIP's tokenizers): the first one is the end.
-            if row[-1] == pad and pad != self._end_id():
+            if row[-1] == pad and pad != self.end_token:
                 row.pop()
             if len(row) > self.context_length:
                 raise UserError(
@@ -212,27 +198,9 @@ class Backbone(nn.Module):
         table = self.text.token_embedding.weight
         return table[torch.tensor(inner, device=table.device)].float().cpu()
 
-    @property
-    def pad_token(self) -> int:
-        """What the tokenizer fills a row up with."""
-        return int(self.tokenizer([""], context_length=8)[0, -1])
-
-    def _end_id(self) -> int:
-        row = self.tokenizer([""], context_length=8)[0].tolist()
-        return int(next((t for t in reversed(row) if t != row[-1]), row[-1]))
-
-    @property
-    def start_tokens(self) -> list[int]:
-        """What the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for SigLIP."""
-        a, b = self.tokenizer(["a", "b"], context_length=8)[:, 0].tolist()
-        return [a] if a == b else []
-
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """``precision``, or fp16 where bf16 is asked for and a GPU has none (those before Ampere).
-
-    Untested on such a GPU, for want of one.
-    """
+    """``precision``, or fp16 for bf16 on a GPU before Ampere, which has none (untested there)."""
     if precision == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -241,19 +209,16 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``, if it is there.
-
-    Raises:
-        UserError: it is not.
-    """
+    """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``; a `UserError` if not there."""
+    kinds: dict[str, Any] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
     if device == "auto":
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = next((kind for kind, is_there in kinds.items() if is_there()), "cpu")
     try:
         place = torch.device(device)
-        if place.type not in ("cpu", "cuda", "mps"):
+        if place.type not in ("cpu", *kinds):
             raise RuntimeError("nothing is computed there")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
@@ -263,37 +228,34 @@ def choose_device(device: str) -> torch.device:
     return place
 
 
-def _fold_quick_gelu(block: ResidualAttentionBlock) -> None:
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of a state dict, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _fold_quick_gelu(mlp: Any) -> None:
     """Turn ``x * sigmoid(1.702 x)`` into SiLU, one kernel instead of three passes over memory.
 
     ``quick_gelu(x) = silu(1.702 x) / 1.702``, and both factors go into the linear layers around
     it: the same function, up to the rounding of their weights.
     """
-    if not isinstance(block.mlp.gelu, QuickGELU):
-        return
-    with torch.no_grad():
-        block.mlp.c_fc.weight *= 1.702
-        block.mlp.c_fc.bias *= 1.702
-        block.mlp.c_proj.weight /= 1.702
-    block.mlp.gelu = nn.SiLU()
+    if isinstance(mlp.gelu, transformer.QuickGELU):
+        with torch.no_grad():
+            mlp.c_fc.weight *= 1.702
+            mlp.c_fc.bias *= 1.702
+            mlp.c_proj.weight /= 1.702
+        mlp.gelu = nn.SiLU()
 
 
 def _cast(tower: nn.Module, dtype: torch.dtype) -> None:
     """Put a tower's weights at ``dtype``, but open_clip's layer norms: those stay in fp32."""
-    tower.to(dtype)
-    if dtype == torch.float32:
-        return
-    for module in tower.modules():
-        if isinstance(module, LayerNorm):
+    for module in tower.to(dtype).modules():
+        if isinstance(module, transformer.LayerNorm) and dtype != torch.float32:
             module.float()
             # Same module, whose forward casts its input up and back, on every device.
-            module.__class__ = LayerNormFp32
-
-
-def _is_timm_vit(visual: nn.Module) -> bool:
-    trunk = getattr(visual, "trunk", None)
-    if trunk is None:
-        return False
-    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-
-    return isinstance(trunk, TimmVisionTransformer)
+            module.__class__ = transformer.LayerNormFp32

@@ -10,17 +10,16 @@ dimension.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dapt.clip.attention import attend, split_heads
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import NOTHING, Inside
-from dapt.clip.layers import is_plain, norm, through, unrolled
+from dapt.clip.inside import NOTHING, Inside, is_plain, norm, through, unrolled
 
 
 def image_features(
@@ -34,19 +33,11 @@ def image_features(
     return F.normalize(features, dim=-1) if normalized else features
 
 
-def encode_image(visual: nn.Module, images: Tensor, inside: Inside = NOTHING) -> Tensor:
-    """Encode images, with inserted tokens among their patches if there are any.
+def encode_image(visual: Any, images: Tensor, inside: Inside = NOTHING) -> Tensor:
+    """(B, D) features, not normalised, in fp32, of (B, 3, S, S) images from `Backbone.normalize`.
 
-    They enter after class embedding, positional embedding and ``ln_pre``, carry no positional
-    embedding, and are left out of pooling.
-
-    Args:
-        visual: the frozen tower.
-        images: (B, 3, S, S), normalised by `Backbone.normalize`.
-        inside: what is put into it; its tokens are (N, W) for the whole batch, or (B, N, W).
-
-    Returns:
-        (B, D) features, not normalised, in fp32.
+    The tokens ``inside``, (N, W) for the whole batch or (B, N, W), enter after class embedding,
+    positional embedding and ``ln_pre``, have no positional embedding, and are left out of pooling.
     """
     tokens = inside.tokens
     if tokens is not None:
@@ -55,7 +46,7 @@ def encode_image(visual: nn.Module, images: Tensor, inside: Inside = NOTHING) ->
         return _encode_vit(visual, images, tokens, inside).float()
     if tokens is None:
         return visual(images).float()
-    return _encode_timm(cast(Any, visual), images, tokens, inside).float()
+    return _encode_timm(visual, images, tokens, inside).float()
 
 
 def _encode_vit(
@@ -64,10 +55,13 @@ def _encode_vit(
     x = visual._embeds(images)  # (B, T, W): class token, patches
     # Layers do not tell where a token stands: with the inserted ones last, the rest is one frozen
     # piece.
-    start = x.shape[1]
-    parts = [x] if tokens is None else [x, tokens]
-    x = torch.cat(parts, dim=1) if tokens is not None else x
-    if not (is_plain(visual.transformer) and _pools_class_token(visual)):
+    start, parts = x.shape[1], [x]
+    if tokens is not None:
+        parts = [x, tokens]
+        x = torch.cat(parts, dim=1)
+    if not (
+        is_plain(visual.transformer) and visual.attn_pool is None and visual.pool_type == "tok"
+    ):
         x = through(visual.transformer.resblocks, x, inside, start)
         pooled = visual._pool(x[:, :start])[0]
         return pooled if visual.proj is None else pooled @ visual.proj
@@ -84,10 +78,6 @@ def _encode_vit(
     x = last.finish(x[first], mixed)[:, 0]  # (B, W)
     x = norm(visual.ln_post, x)
     return x if visual.proj is None else x @ visual.proj
-
-
-def _pools_class_token(visual: VisionTransformer) -> bool:
-    return visual.attn_pool is None and visual.pool_type == "tok"
 
 
 def _encode_timm(visual: Any, images: Tensor, tokens: Tensor, inside: Inside) -> Tensor:

@@ -11,7 +11,7 @@ import warnings
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import open_clip
 import timm
@@ -22,21 +22,15 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip.backbone import (
-    PRECISIONS,
-    Backbone,
-    Preprocessing,
-    choose_device,
-    usable_precision,
-)
+from dapt.clip import backbone
+from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing
 from dapt.errors import UserError, nearest, reason_of, shown
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
 # OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
-_HEAD_WIDTH = 64
-_WIDEST = 1024
+_HEAD_WIDTH, _WIDEST = 64, 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
 _HANDED_ON = {
     "tokenizer_kwargs": {"clean", "strip_sep_token"},
@@ -46,7 +40,11 @@ _HANDED_ON = {
 # Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
 _LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
 
-Loaded = tuple[nn.Module, Any, "Preprocessing"]
+# What comes of configurations that are none, here and in open_clip.
+_ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+        ValueError)  # fmt: skip
+
+Loaded = tuple[nn.Module, Any, Preprocessing]
 
 
 def load_backbone(
@@ -75,21 +73,16 @@ def load_backbone(
         UserError: unknown name, tag, device or precision; unreadable or unfit weights.
     """
     if precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise UserError(f"unknown precision '{precision}'; use one of {known}")
-    place = choose_device(device)
-    precision = usable_precision(precision, place)
+        raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    place = backbone.choose_device(device)
+    precision = backbone.usable_precision(precision, place)
     model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
 
 
 def load_model(name: str, pretrained: str | None) -> Loaded:
-    """open_clip's own model, tokenizer and preprocessing, from any source of `load_backbone`.
-
-    Raises:
-        UserError: unknown name or tag; unreadable or unfit weights.
-    """
+    """open_clip's own model, tokenizer and preprocessing; sources and errors of `load_backbone`."""
     path = user_path(name)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
         raise UserError(
@@ -97,11 +90,13 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
             "its own weights, so leave it out"
         )
     if name == BUNDLED:
-        return _from_directory(Path(str(files("dapt") / "assets/backbone")))
+        path = Path(str(files("dapt") / "assets/backbone"))
     if path.is_dir():
         return _from_directory(path)
     if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         return _from_file(path)
+    if name.startswith("hf-hub:") or "/" in name:
+        return _from_hub(name.removeprefix("hf-hub:"))
     return _from_open_clip(name, pretrained)
 
 
@@ -123,23 +118,20 @@ def taken_for_granted(name: str) -> str | None:
 def _from_directory(path: Path) -> Loaded:
     config_file = path / "open_clip_config.json"
     if not config_file.is_file():
-        raise UserError(
-            f"{path} has no open_clip_config.json; a backbone directory holds that file and its "
-            "weights"
-        )
+        said = f"{path} has no {config_file.name}"
+        raise UserError(f"{said}; a backbone directory holds that file and its weights")
     try:
         config = parse_json(read_text(config_file))
         model_config = dict(config["model_cfg"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
-    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
-    found = [p for pattern in ("*.safetensors", "*.pt", "*.bin") for p in path.glob(pattern)]
-    weights = sorted(
-        found, key=lambda p: (not p.name.startswith("open_clip"), p.suffix != ".safetensors", p)
-    )
-    if not weights:
+    found = [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
+    if not found:
         raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
-    model = _build(model_config, read_state_dict(weights[0]), weights[0])
+    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
+    ours = [p for p in found if p.name.startswith("open_clip")] or found
+    weights = min(ours, key=lambda p: (p.suffix != ".safetensors", p))
+    model = _build(model_config, read_state_dict(weights), weights)
     # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
     tokenizer = _tokenizer(f"local-dir:{path}", model_config)
     return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
@@ -177,28 +169,25 @@ def _from_file(path: Path) -> Loaded:
 
 
 def config_from_shapes(state: StateDict) -> dict[str, Any]:
-    """Read an open_clip model configuration off the shapes of an OpenAI-key state dict.
+    """An open_clip model configuration, off the shapes of a state dict with OpenAI's keys.
 
     What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
     """
 
-    needed = {"visual.conv1.weight": 4, "visual.positional_embedding": 2,
-              "positional_embedding": 2, "token_embedding.weight": 2, "ln_final.weight": 1,
-              "text_projection": 2}  # fmt: skip
-    if missing := [k for k in needed if k not in state]:
-        raise UserError(f"the weights lack '{missing[0]}'; give the whole state dict of a CLIP")
-    if odd := [k for k, dimensions in needed.items() if state[k].ndim != dimensions]:
-        raise UserError(
-            f"the weights' '{odd[0]}' has shape {tuple(state[odd[0]].shape)}, where a CLIP's has "
-            f"{needed[odd[0]]} dimensions"
-        )
+    def shape(name: str, dimensions: int) -> torch.Size:
+        if name not in state:
+            raise UserError(f"the weights lack '{name}'; give the whole state dict of a CLIP")
+        if len(found := state[name].shape) != dimensions:
+            said = f"the weights' '{name}' has shape {tuple(found)}"
+            raise UserError(f"{said}, where a CLIP's has {dimensions} dimensions")
+        return found
 
     def layers(prefix: str) -> int:
-        return len([k for k in state if k.startswith(prefix) and k.endswith("in_proj_weight")])
+        return sum(k.startswith(prefix) and k.endswith("in_proj_weight") for k in state)
 
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    side = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-    text_width = state["ln_final.weight"].shape[0]
+    width, _, _, patch = shape("visual.conv1.weight", 4)
+    side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
+    text_width = shape("ln_final.weight", 1)[0]
     if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH or width > _WIDEST:
         raise UserError(
             f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH} "
@@ -206,30 +195,21 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
             "number"
         )
     return {
-        "embed_dim": state["text_projection"].shape[1],
+        "embed_dim": shape("text_projection", 2)[1],
         "quick_gelu": True,
-        "vision_cfg": {
-            "layers": layers("visual.transformer.resblocks"),
-            "width": width,
-            "head_width": _HEAD_WIDTH,
-            "patch_size": patch,
-            "image_size": side * patch,
-        },
-        "text_cfg": {
-            "context_length": state["positional_embedding"].shape[0],
-            "vocab_size": state["token_embedding.weight"].shape[0],
-            "width": text_width,
-            "heads": max(1, text_width // _HEAD_WIDTH),
-            "layers": layers("transformer.resblocks"),
-        },
-    }
+        "vision_cfg": {"layers": layers("visual.transformer.resblocks"), "width": width,
+                       "head_width": _HEAD_WIDTH, "patch_size": patch, "image_size": side * patch},
+        "text_cfg": {"context_length": shape("positional_embedding", 2)[0],
+                     "vocab_size": shape("token_embedding.weight", 2)[0],
+                     "width": text_width, "heads": text_width // _HEAD_WIDTH,
+                     "layers": layers("transformer.resblocks")},
+    }  # fmt: skip
 
 
 def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
-    """The model that a configuration describes, with the weights that belong to it.
+    """The model of a configuration and its weights, either of which may be a stranger's.
 
-    Either may be a stranger's: the model is laid out without memory first, and made only if the
-    weights fill it.
+    It is laid out without memory first, and made only if the weights fill it.
     """
     config.pop("custom_text", None)
     try:
@@ -238,16 +218,13 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
             raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
         state = convert_to_custom_text_state_dict(state)
         with torch.device("meta"):
-            CustomTextCLIP(**config).load_state_dict(
-                {k: v.to("meta") for k, v in state.items()}, assign=True
-            )
+            laid_out = {k: v.to("meta") for k, v in state.items()}
+            CustomTextCLIP(**config).load_state_dict(laid_out, assign=True)
         model = CustomTextCLIP(**config)
         model.load_state_dict({k: v.float() for k, v in state.items()})
-    except (RuntimeError, TypeError, AssertionError, ValueError, LookupError, ArithmeticError,
-            AttributeError) as error:  # fmt: skip
-        raise UserError(
-            f"the weights in {source} do not fit their model: {reason_of(error)}"
-        ) from error
+    except _ODD as error:
+        said = f"the weights in {source} do not fit their model: {reason_of(error)}"
+        raise UserError(said) from error
     return model
 
 
@@ -258,7 +235,7 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
     there, and model names to timm and transformers, which fetch those that are not their own.
 
     Raises:
-        UserError: the configuration asks for something else than weights and their tokenizer.
+        UserError: it asks for something else than weights and their tokenizer.
         Exception: it is none, in one of many ways.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -268,7 +245,9 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
         for part in (vision, text)
         for key in (part.get(setting) or {}).keys() - known
     ]
-    if (hf_name := text.get("hf_model_name")) and hf_name not in _hf_models():
+    # Of transformers' text towers, those that open_clip's own configurations name.
+    ours = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
+    if text.get("hf_model_name") not in (None, "", *(c.get("hf_model_name") for c in ours)):
         refused.append("hf_model_name")
     if (timm_name := vision.get("timm_model_name")) and not timm.is_model(timm_name):
         refused.append("timm_model_name")
@@ -290,33 +269,23 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
         raise ValueError("its positions are computed; only learned ones are known here")
 
 
-def _hf_models() -> set[Any]:
-    """Text towers of transformers that open_clip's own configurations name."""
-    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
-    return {config["text_cfg"].get("hf_model_name") for config in configs}
-
-
 def _numbers(value: Any) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
-    if name.startswith("hf-hub:") or "/" in name:
-        return _from_hub(name.removeprefix("hf-hub:"))
-    if open_clip.get_model_config(name) is None:
-        known = open_clip.list_models()
+    config = open_clip.get_model_config(name)
+    if config is None:
         raise UserError(
-            f"unknown backbone '{name}'{nearest(name, known)}; use 'bundled', an open_clip model "
-            "name, a hub id org/repo, or a file of weights"
+            f"unknown backbone '{name}'{nearest(name, open_clip.list_models())}; use 'bundled', an "
+            "open_clip model name, a hub id org/repo, or a file of weights"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        if "openai" not in tags:
-            raise UserError(
-                f"backbone '{name}' needs pretrained weights: one of {', '.join(tags) or 'none'}, "
-                "a weights file, or 'random'"
-            )
-        pretrained = "openai"
+    ways = f"one of {', '.join(tags) or 'none'}, a weights file, or 'random'"
+    if pretrained is None and "openai" not in tags:
+        raise UserError(f"backbone '{name}' needs pretrained weights: {ways}")
+    pretrained = pretrained or "openai"
+    file = Path(pretrained)
     if pretrained == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained, yet the same everywhere
@@ -324,32 +293,24 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     elif pretrained in tags:
         # Which activation the weights were trained with is the tag's to say, not the name's.
         quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+        given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
         try:
-            model = _quietly(
-                open_clip.create_model,
-                name,
-                pretrained=pretrained,
-                force_custom_text=True,
-                quick_gelu=quick,
-            )
+            model = _quietly(open_clip.create_model, name, **given)
         except RuntimeError as error:
             raise UserError(
                 f"weights '{pretrained}' of '{name}' could not be fetched; check the connection, "
                 "or download them and pass the file"
             ) from error
-    elif Path(pretrained).is_file():
-        config = open_clip.get_model_config(name)
-        if is_torchscript(Path(pretrained)):  # OpenAI's own, whatever the name's config says
-            config["quick_gelu"] = True
-        model = _build(config, read_state_dict(Path(pretrained)), Path(pretrained))
+    elif file.is_file():
+        # OpenAI's own have theirs, whatever the name's config says.
+        activation = {"quick_gelu": True} if is_torchscript(file) else {}
+        model = _build(config | activation, read_state_dict(file), file)
     else:
         raise UserError(
-            f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use one of "
-            f"{', '.join(tags)}, a weights file, or 'random'"
+            f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use {ways}"
         )
-    tokenizer = _tokenizer(name, open_clip.get_model_config(name))
     seen = getattr(model.visual, "preprocess_cfg", {})
-    return model, tokenizer, _preprocessing(model, seen, name)
+    return model, _tokenizer(name, config), _preprocessing(model, seen, name)
 
 
 def _tokenizer(source: str, config: dict[str, Any]) -> Any:
@@ -364,28 +325,21 @@ def _tokenizer(source: str, config: dict[str, Any]) -> Any:
         ) from error
 
 
-def _preprocessing(model: nn.Module, config: Any, source: Path | str) -> Preprocessing:
+def _preprocessing(model: Any, config: Any, source: Path | str) -> Preprocessing:
     try:
-        merged = merge_preprocess_dict(PreprocessCfg(), config)
-        visual = cast(nn.Module, model.visual)
-        size = getattr(visual, "image_size", merged["size"])
-        side = int(cast(int, size[0] if isinstance(size, list | tuple) else size))
-        mean, std = (tuple(float(x) for x in merged[k]) for k in ("mean", "std"))
+        seen = merge_preprocess_dict(PreprocessCfg(), config)
+        size = getattr(model.visual, "image_size", seen["size"])
+        side = int(size[0] if isinstance(size, list | tuple) else size)
+        mean, std = (tuple(map(float, seen[k])) for k in ("mean", "std"))
         finite = all(map(isfinite, mean + std)) and min(std) > 0
         if not 0 < side <= _LARGEST_IMAGE or not finite or not len(mean) == len(std) == 3:
             raise ValueError(f"size {side}, mean {mean}, std {std}")
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+    except _ODD as error:
         raise UserError(
             f"{source} says of images what cannot be ({shown(str(error))}); three finite means "
             f"and positive deviations are needed, and a size of at most {_LARGEST_IMAGE}"
         ) from error
-    return Preprocessing(
-        size=side,
-        mean=mean,
-        std=std,
-        interpolation=merged["interpolation"],
-        resize_mode=merged["resize_mode"],
-    )
+    return Preprocessing(side, mean, std, seen["interpolation"], seen["resize_mode"])
 
 
 def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:

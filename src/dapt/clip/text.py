@@ -2,7 +2,7 @@
 
 The last layer is computed for the end tokens alone. All of it is exact. A tower built otherwise (no
 causal mask, other blocks, other pooling), or a context that classes do not share, runs by its own
-modules, and what comes after the end token is dropped wherever nothing sees it.
+modules, without what comes after the end token wherever nothing sees that.
 
 Letters in shape comments: C classes, P shared prefix tokens, S own tokens of a class, N all own
 tokens of all classes, H heads, W width, D embedding dimension.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
 import torch
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -20,38 +22,26 @@ from torch.utils.checkpoint import checkpoint
 
 from dapt.clip.attention import Groups, attend, attend_after_prefix, split_heads
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import NOTHING, Inside
-from dapt.clip.layers import is_plain, norm, through, unrolled
+from dapt.clip.inside import NOTHING, Inside, is_plain, norm, through, unrolled
 from dapt.errors import UserError
 
-# Bytes that text activations may take, unless told otherwise.
-TEXT_MEMORY = 4 * 2**30
-
+TEXT_MEMORY = 4 * 2**30  # bytes that text activations may take, unless told otherwise
 # Widths of activations a token keeps in one layer: two norms' input and output, queries, keys and
 # values, attention with its prefix, and the MLP four wide before and after its activation.
 _KEPT_WIDTHS = 24
-
 # Where classes do not fit the budget in one piece, the pieces that would: small ones leave the
 # allocator fewer holes. At 20,000 classes of ViT-B/16, peak memory falls from 16.9 to 10 GB.
 _CHUNKS_IN_BUDGET = 8
-
-# Classes at a time in a tower of which it is not known what it keeps.
-_CLASSES_OF_OTHERS = 500
+_CLASSES_OF_OTHERS = 500  # at a time, in a tower of which it is not known what it keeps
 
 
 @dataclass(frozen=True)
 class ClassTokens:
-    """Token ids of all classes, split into what they share and what is their own.
+    """Token ids of all classes, split into what they share and what is their own."""
 
-    Attributes:
-        shared: ids every class starts with; a learned context comes right after them.
-        own: for each class its remaining ids, the end token last; never empty.
-        after: ids that every class has between the context and its own.
-    """
-
-    shared: tuple[int, ...]
-    own: tuple[tuple[int, ...], ...]
-    after: tuple[int, ...] = ()
+    shared: tuple[int, ...]  # every class starts with them; a learned context comes right after
+    own: tuple[tuple[int, ...], ...]  # of each class the rest, the end token last; never empty
+    after: tuple[int, ...] = ()  # what every class has between the context and its own
 
     @classmethod
     def for_context(
@@ -92,9 +82,8 @@ class ClassTokens:
         texts = [template.replace("{}", name.replace("_", " ")) for name in class_names]
         rows = backbone.tokenize(texts)
         # What all classes begin with is shared too, short of the last token of the shortest.
-        limit = min(map(len, rows)) - 1
-        same = (len({row[i] for row in rows}) == 1 for i in range(limit))
-        count = next((i for i, equal in enumerate(same) if not equal), limit)
+        places = zip(*(row[:-1] for row in rows), strict=False)
+        count = len(list(takewhile(lambda ids: len(set(ids)) == 1, places)))
         return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
 
 
@@ -111,15 +100,12 @@ class TextEncoder(nn.Module):
     """The frozen text tower laid out for one list of classes.
 
     Classes are sorted by length and their own tokens packed end to end, so that matrix products
-    see no padding at all; attention runs once for each length, over the keys and values of the
-    shared prefix and of the class itself. The prefix (start token, learned context) is run once
-    for all classes, and gradients reach the context through it. Where the activations of all
-    classes exceed a budget, classes are taken in chunks and the backward pass computes each
-    chunk's activations anew.
+    see no padding; attention runs once for each length, over the shared prefix and the class
+    itself. The prefix (start token, learned context) is run once for all classes, and gradients
+    reach the context through it. Where the activations of all classes exceed a budget, classes
+    are taken in chunks, whose activations the backward pass computes anew.
 
     Args:
-        backbone: the frozen model.
-        tokens: of the classes.
         memory_budget: bytes that activations kept for the backward pass may take.
         class_contexts: each class will have a context of its own, so that no prefix is shared.
     """
@@ -162,12 +148,9 @@ class TextEncoder(nn.Module):
             "restore": torch.tensor(self.order).argsort(),
         }.items():
             self.register_buffer(name, values.to(backbone.device), persistent=False)
-        if self.shares_prefix:
-            sizes = lengths
-        elif self.ends_at_end:
-            sizes = [len(tokens.shared) + len(tokens.after) + s for s in lengths]
-        else:
-            sizes = [backbone.context_length] * len(lengths)
+        before = 0 if self.shares_prefix else len(tokens.shared) + len(tokens.after)
+        whole = None if self.ends_at_end else backbone.context_length
+        sizes = [whole or before + length for length in lengths]
         if isinstance(text, TextTransformer):
             budget = max(1, memory_budget // _bytes_per_token(text, backbone.dtype))
         else:
@@ -178,26 +161,17 @@ class TextEncoder(nn.Module):
         self.chunks = _chunks(lengths, sizes, budget)
 
     def forward(self, inside: Inside = NOTHING) -> Tensor:
-        """Encode all classes.
+        """(C, D) features of all classes, not normalised, in fp32.
 
         Args:
             inside: what is put into the tower; its tokens are a context after the shared ids,
                 (M, W), or (C, M, W) where it was said that classes have their own.
-
-        Returns:
-            (C, D) features, not normalised, in fp32.
         """
         encode: Callable[..., Tensor] = self._own if self.shares_prefix else self._whole
         shared = self._prefix(inside) if self.shares_prefix else [inside.tokens]
-        if len(self.chunks) == 1 or not torch.is_grad_enabled():
-            features = [encode(chunk, inside, *shared) for chunk in self.chunks]
-        else:
-            features = [
-                checkpoint(
-                    encode, chunk, inside, *shared, use_reentrant=False, preserve_rng_state=False
-                )
-                for chunk in self.chunks
-            ]
+        if len(self.chunks) > 1 and torch.is_grad_enabled():
+            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+        features = [encode(chunk, inside, *shared) for chunk in self.chunks]
         return torch.cat(features)[self.restore].float()
 
     def _prefix(self, inside: Inside) -> list[Tensor]:
@@ -279,16 +253,14 @@ class TextEncoder(nn.Module):
 
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:
-    """Activations that one own token keeps for the backward pass, measured to be about this."""
-    width = text.width * text.transformer.layers * dtype.itemsize
-    return _KEPT_WIDTHS * width
+    """What one own token keeps for the backward pass, measured to be about this."""
+    return _KEPT_WIDTHS * text.width * text.transformer.layers * dtype.itemsize
 
 
 def _chunks(lengths: list[int], sizes: list[int], budget: int) -> list[Chunk]:
-    """Cut classes of these (sorted) lengths into chunks of about ``budget`` tokens each.
+    """Cut classes of these (sorted) lengths into about equal chunks of at least one.
 
-    A class takes as many of them as its size says. Chunks are about equal; one class is never
-    cut, so a chunk holds at least one.
+    A class takes as many tokens of the ``budget`` as its size says.
     """
     count = -(-sum(sizes) // budget)
     target, chunks, first, start, taken = sum(sizes) / count, list[Chunk](), 0, 0, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapt.errors import UserError, nearest
-from dapt.methods import probe, prompts, published, tip_adapter
+from dapt.methods import ivlp, probe, prompts, tip_adapter
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -50,8 +50,8 @@ METHODS: dict[str, Method] = {
         colour=("#c2410c", "#fb8b4a"), marker="o",
     ),
     "ivlp": Method(
-        "IVLP", (prompts.DeepContext, prompts.DeepVisual),
-        defaults=lambda dataset, shots: published.IVLP,
+        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),
+        defaults=lambda dataset, shots: ivlp.PUBLISHED,
     ),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
 }  # fmt: skip

@@ -1,8 +1,4 @@
-"""Prompts: learned vectors in front of a tower's first layer, or of each of several (deep ones).
-
-Deep prompts are those of IVLP (Khattak et al., 2023) and of deep VPT (Jia et al., 2022): a layer's
-own replaces what the layer before made of the last one; beyond the last prompt tokens flow on.
-"""
+"""Prompts: learned vectors in front of a tower's first layer."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.inside import Pass
-from dapt.clip.layers import norm
 from dapt.errors import UserError
 from dapt.methods.contract import HasSettings, PartSettings, TowerPart
 
@@ -28,24 +23,11 @@ class ContextSettings(PartSettings):
     text_init: str | None = Field(None, description="words the text prompt starts from")
 
 
-class DeepContextSettings(ContextSettings):
-    """Of a deep text prompt."""
-
-    text_depth: int = Field(12, ge=1, le=2**10, description="layers with a text prompt each")
-
-
 class VisualSettings(PartSettings):
     """Of a visual prompt."""
 
     visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
     visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
-
-
-class DeepVisualSettings(PartSettings):
-    """Of a deep visual prompt."""
-
-    visual_vectors: int = VisualSettings.model_fields["visual_vectors"]  # type: ignore[assignment]
-    visual_depth: int = Field(12, ge=1, le=2**10, description="layers with a visual prompt each")
 
 
 class Prompt(TowerPart):
@@ -88,18 +70,6 @@ class Prompt(TowerPart):
         return self.layers[0]
 
 
-class DeepPrompt(Prompt):
-    """A prompt of several layers."""
-
-    def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
-        """The layer's own prompt in place of what the one before made of the last."""
-        layers = self.layers
-        if not 0 < layer < len(layers):
-            return x
-        own = layers[layer].to(x.dtype).expand(*x.shape[:-2], -1, -1)
-        return torch.cat([x[..., : at.start, :], own, x[..., at.stop :, :]], -2)
-
-
 class Context(Prompt):
     """CoOp's context (Zhou et al., 2022), DAPT's too: ``[SOS] u_1 .. u_M <name> . [EOT]``."""
 
@@ -113,7 +83,7 @@ class Context(Prompt):
         That they outnumber the vectors, or the tower takes no context, is a `UserError`.
         """
         own: ContextSettings = settings.of(ContextSettings)
-        [vectors] = _normal(1, own.text_vectors, backbone.text_width, 2 * settings.seed)
+        [vectors] = normal_vectors(1, own.text_vectors, backbone.text_width, 2 * settings.seed)
         if own.text_init:
             words = backbone.embed_words(own.text_init)
             if len(words) > own.text_vectors:
@@ -122,31 +92,6 @@ class Context(Prompt):
                 raise UserError(f"{what} but the text prompt {hint}")
             vectors[own.text_vectors - len(words) :] = words
         return cls(vectors)
-
-
-class DeepContext(DeepPrompt):
-    """``[SOS] u_1 .. u_M [further words] <name> .``: text prompts at any depth.
-
-    Where the initial words are more than the vectors, the further ones stay in the prompt as they
-    are, as in the published code ("[v][v] of a name.").
-    """
-
-    kind, towers = "text", frozenset({"text"})
-    Settings = DeepContextSettings
-
-    @classmethod
-    def create(cls, backbone: Backbone, settings: HasSettings) -> DeepContext:
-        """The first layer's vectors are the words' where there are any, all others N(0, 0.02)."""
-        own: DeepContextSettings = settings.of(DeepContextSettings)
-        depth, count = min(own.text_depth, backbone.text_layers), own.text_vectors
-        vectors, after = _normal(depth, count, backbone.text_width, 2 * settings.seed), ""
-        if own.text_init:
-            words = backbone.embed_words(own.text_init)[:count]
-            vectors[0][count - len(words) :] = words
-            after = " ".join(own.text_init.replace("_", " ").split()[count:])
-        part = cls(vectors)
-        part.after = after
-        return part
 
 
 class VisualPrompt(Prompt):
@@ -183,34 +128,7 @@ class VisualPrompt(Prompt):
         return prompt * (drawn >= self.dropout).to(prompt.device) / (1 - self.dropout)
 
 
-class DeepVisual(DeepPrompt):
-    """``[CLS] patches v_1 .. v_N``: visual prompts at any depth.
-
-    The first enters before ``ln_pre`` (here ``pre``, which stays frozen), as in the published code;
-    it has no position.
-    """
-
-    kind, towers = "visual", frozenset({"image"})
-    Settings = DeepVisualSettings
-
-    def __init__(self, vectors: Sequence[Tensor], pre: nn.Module | None = None) -> None:
-        super().__init__(vectors)
-        self._pre = (pre or nn.Identity(),)  # not a module of this part: nothing in it is learned
-
-    @classmethod
-    def create(cls, backbone: Backbone, settings: HasSettings) -> DeepVisual:
-        """Vectors from N(0, 0.02)."""
-        own: DeepVisualSettings = settings.of(DeepVisualSettings)
-        depth = min(own.visual_depth, backbone.vision_layers)
-        shape = own.visual_vectors, backbone.vision_width
-        return cls(_normal(depth, *shape, 2 * settings.seed + 1), backbone.norm_before_layers)
-
-    def tokens(self, tower: str, now: Pass) -> Tensor:
-        """(N, W) of the first layer, normalised as patches are."""
-        return norm(self._pre[0], self.layers[0])
-
-
-def _normal(layers: int, count: int, width: int, seed: int) -> list[Tensor]:
+def normal_vectors(layers: int, count: int, width: int, seed: int) -> list[Tensor]:
     """(N, W) from N(0, 0.02) for each of some layers."""
     generator = torch.Generator().manual_seed(seed)
     return [0.02 * torch.randn(count, width, generator=generator) for _ in range(layers)]

@@ -9,7 +9,6 @@ from dapt.safe.files import read_yaml
 
 _FILE = read_yaml(Path(__file__).with_suffix(".yaml"), "published settings")
 OWN_DATA: dict[str, Any] = _FILE["own data"]
-IVLP: dict[str, Any] = _FILE["ivlp"]
 # dataset -> learning rate, beta_visual, beta_text of DAPT.
 PUBLISHED = {dataset: tuple(values) for dataset, values in _FILE["dapt"].items()}
 

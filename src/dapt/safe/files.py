@@ -22,14 +22,10 @@ import yaml
 
 from dapt.errors import UserError, reason_of, shown
 
-# Listings, settings, records: none that anybody wrote comes near.
-LARGEST_TEXT = 2**28
-# YAML is written by hand, and read slowly.
-LARGEST_YAML = 2**20
-
-# End of the names of what is not whole yet, and seconds after which nobody is at work on it.
-TEMPORARY = ".dapt-part"
-_ABANDONED = 24 * 3600
+LARGEST_TEXT = 2**28  # listings, settings, records: none that anybody wrote comes near
+LARGEST_YAML = 2**20  # written by hand, and read slowly
+TEMPORARY = ".dapt-part"  # ends the names of what is not whole yet
+_ABANDONED = 24 * 3600  # seconds after which nobody is at work on it
 
 
 def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
@@ -42,8 +38,8 @@ def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file"
-            raise OSError(f"it is {kind}")
+            folder = stat.S_ISDIR(found.st_mode)
+            raise OSError("it is a folder" if folder else "it is no ordinary file")
         if limit is not None and found.st_size > limit:
             raise OSError(f"it has {found.st_size:,} bytes, and {limit:,} are read at most")
         return os.fdopen(handle, "rb")
@@ -53,10 +49,9 @@ def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
 
 
 def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT) -> str:
-    """The text of an ordinary file of at most ``limit`` bytes, with line breaks as they are.
+    """The text of an ordinary file, with line breaks as they are; `OSError` as of `open_regular`.
 
     Raises:
-        OSError: as `open_regular`; nothing of a larger file is read.
         UnicodeDecodeError: it is no text in ``encoding``.
     """
     with open_regular(path, limit) as file:
@@ -86,7 +81,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     A file that is replaced keeps its permissions; what a link leads to gives none. What an earlier
     write of ``path`` left beside it when it was killed is deleted.
     """
-    data = content.encode() if isinstance(content, str) else content
     prefix = f".{path.name}."
     delete_abandoned(path.parent, prefix)
     temporary = path.parent / f"{prefix}{secrets.token_hex(4)}{TEMPORARY}"
@@ -96,7 +90,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
                     temporary.chmod(mode & 0o777)
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -113,24 +107,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def delete_abandoned(folder: Path, prefix: str) -> None:
-    """Delete what killed processes left of writing, by the start of its name.
-
-    Only what is older than any write takes: younger ones may be another process's at work.
-    """
+    """Delete what killed processes left of writing; what is young may be another's at work."""
     # Of a folder that may be written to but not listed, nothing is found.
     for place in folder.glob(f"{glob.escape(prefix)}*{TEMPORARY}"):
         with suppress(OSError):
             if time.time() - place.stat().st_mtime > _ABANDONED:
-                delete = shutil.rmtree if place.is_dir() else os.unlink
-                delete(place)
+                (shutil.rmtree if place.is_dir() else os.unlink)(place)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically.
-
-    Raises:
-        UserError: a number in it is NaN or infinite, which JSON lacks; nothing is written then.
-    """
+    """Write ``value`` as indented JSON, atomically; a number that JSON lacks is a `UserError`."""
     try:
         content = to_json(value, indent=1)
     except ValueError as error:
@@ -139,13 +125,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:
-    """``value`` as JSON in UTF-8.
-
-    File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
-
-    Raises:
-        ValueError: a number in it is NaN or infinite.
-    """
+    """``value`` as JSON in UTF-8; a `ValueError` if a number in it is NaN or infinite."""
+    # File names that are no UTF-8 hold lone surrogates in Python; JSON has an escape for those.
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace")
 
@@ -170,7 +151,7 @@ def _read(path: Path, what: str, form: str, parse: Callable[[str], Any], limit: 
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, in which no object has a key twice and every number is finite.
+    """The value of a JSON text of distinct keys and finite numbers.
 
     Raises:
         ValueError, RecursionError: it is no such text, or nested too deeply.

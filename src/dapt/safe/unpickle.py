@@ -4,9 +4,7 @@ PyTorch's files are pickles that describe tensors, with the tensors' bytes besid
 a zip, or, before PyTorch 1.6, simply what follows in the file. A pickle is a program for a small
 machine, which may name any function and ask for it to be called. This is that machine without
 functions: `pickletools` takes a pickle apart, and of its steps those are carried out that describe
-tensors and plain containers. A name is no more than its text.
-
-Whatever a pickle says, each step takes about the same small time and memory, and there are at most
+tensors and plain containers. Each takes about the same small time and memory, and there are at most
 `_MAX_STEPS`: nothing is copied, compared or hashed but text and small numbers.
 """
 
@@ -25,45 +23,35 @@ from torch import Tensor
 
 # A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
 # 100 KB and 30,000 steps.
-_MAX_HEADER = 2**22
-_MAX_STEPS = 2**19
-_MAX_TENSORS = 2**16
-_MAX_PARTS = 64  # dimensions of a tensor, arguments of a call
-_MAX_NAME = 1000
+_MAX_HEADER, _MAX_STEPS, _MAX_TENSORS = 2**22, 2**19, 2**16
+_MAX_PARTS, _MAX_NAME = 64, 1000  # of a tensor's dimensions or a call's arguments; of characters
 
 
 @dataclass(frozen=True)
-class Storage:
+class _Storage:
     """A tensor's bytes, not read yet: dtype, key of the place they are at, number of elements."""
 
     dtype: torch.dtype
     key: str
     numel: int
-    read: Callable[[Storage], bytes] = field(compare=False, repr=False)
+    read: Callable[[_Storage], bytes] = field(compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes there should be."""
         return self.numel * self.dtype.itemsize
-
-    def load(self) -> Tensor:
-        """All of its elements."""
-        if not self.numel:
-            return torch.empty(0, dtype=self.dtype)
-        return torch.frombuffer(bytearray(self.read(self)), dtype=self.dtype, count=self.numel)
 
 
 @dataclass(frozen=True, eq=False)
 class Described:
     """A tensor as the pickle describes it: a view of a storage, or so it says."""
 
-    storage: Storage
+    storage: _Storage
     offset: Any
     size: Any
     stride: Any
 
     def __post_init__(self) -> None:
-        known = isinstance(self.storage, Storage)
+        known = isinstance(self.storage, _Storage)
         if not known or max(len(self.size), len(self.stride)) > _MAX_PARTS:
             raise UnpicklingError("it describes a tensor that cannot be")
 
@@ -75,11 +63,10 @@ class _Record:
     fields: dict[Any, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Name:
-    """A name in the pickle: module and attribute with a space between."""
+class _Name(str):
+    """A name in the pickle, no more than its text: module and attribute with a space between."""
 
-    text: str
+    __slots__ = ()
 
 
 # Stands in for every other object: takes whatever the pickle gives it and keeps nothing.
@@ -88,6 +75,11 @@ _NOTHING = object()
 
 def _first(value: Any, *_: Any) -> Any:
     return value
+
+
+def _mapping(items: Any = ()) -> Any:
+    """Of pairs, as Python 2 wrote them, or of a dictionary."""
+    return items if isinstance(items, dict) else _update({}, items)
 
 
 _DTYPES = {
@@ -106,6 +98,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils _rebuild_parameter": _first,
     "torch._utils _rebuild_parameter_with_state": _first,
     "collections defaultdict": lambda *_: {},
+    **dict.fromkeys(("collections OrderedDict", "collections Counter"), _mapping),
     **dict.fromkeys(
         ("builtins set", "builtins frozenset", "__builtin__ set", "__builtin__ frozenset",
          "copyreg _reconstructor", "copy_reg _reconstructor", "_codecs encode",
@@ -115,14 +108,13 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         lambda *_: _NOTHING,
     ),
 }  # fmt: skip
-_MAPPINGS = ("collections OrderedDict", "collections Counter")
 
 
 def _new(kind: Any, *_: Any) -> Any:
     """An object of a class, as it is before it gets its attributes."""
     if not isinstance(kind, _Name):
         raise UnpicklingError("it makes an object of what is no class")
-    return _Record() if kind.text.startswith("__torch__") else _NOTHING
+    return _Record() if kind.startswith("__torch__") else _NOTHING
 
 
 def _build(thing: Any, state: Any) -> Any:
@@ -142,9 +134,7 @@ def _extend(container: Any, values: list[Any]) -> Any:
 
 def _update(container: Any, items: Iterable[Any]) -> Any:
     """Put pairs of a key and a value into a dictionary."""
-    if container is _NOTHING:
-        return container
-    for key, value in items:
+    for key, value in items if container is not _NOTHING else ():
         # Of other keys, which no tensor is found by, nothing but that they are there is kept:
         # hashing them may take as long as whoever made them likes.
         plain = type(key) is str or (type(key) is int and abs(key) < 2**64)
@@ -184,9 +174,9 @@ _STEPS: dict[str, Callable[..., Any]] = {
 class _Machine:
     """Carries out the pickles of one file (protocol 2 and later, as PyTorch writes them)."""
 
-    def __init__(self, stream: io.BytesIO, read: Callable[[Storage], bytes]) -> None:
+    def __init__(self, stream: io.BytesIO, read: Callable[[_Storage], bytes]) -> None:
         self.stream, self.read, self.left = stream, read, _MAX_STEPS
-        self.storages: dict[str, Storage] = {}  # that it named, by their keys
+        self.storages: dict[str, _Storage] = {}  # that it named, by their keys
         self.steps = _STEPS | {"REDUCE": self.call, "BINPERSID": self.storage}
 
     def run(self) -> Any:
@@ -209,7 +199,6 @@ class _Machine:
         return value
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Carry out one step."""
         match opcode.name:
             case "MARK":
                 self.below.append(self.stack)
@@ -252,30 +241,29 @@ class _Machine:
         few = type(arguments) is tuple and len(arguments) <= _MAX_PARTS
         if not isinstance(called, _Name) or not few:
             raise UnpicklingError("it calls what is no function")
-        if called.text in _MAPPINGS:  # of pairs, as Python 2 wrote them, or of a dictionary
-            items = arguments[0] if arguments else ()
-            self.spend(len(items))
-            return items if isinstance(items, dict) else _update({}, items)
-        if called.text in _MAKERS:
-            return _MAKERS[called.text](*arguments)
-        if called.text.startswith("torch.jit._pickle "):  # a typed list or tag: its content
-            return _first(*arguments)
-        said = called.text.replace(" ", ".", 1)[:80]
-        raise UnpicklingError(
-            f"it asks for {said} to be run, which no tensors need; nothing in it was executed, as "
-            "it should not be trusted"
-        )
+        make = _MAKERS.get(called)
+        if make is _mapping:
+            self.spend(sum(map(len, arguments)))
+        elif called.startswith("torch.jit._pickle "):  # a typed list or tag: its content
+            make = _first
+        elif not make:
+            said = called.replace(" ", ".", 1)[:80]
+            raise UnpicklingError(
+                f"it asks for {said} to be run, which no tensors need; nothing in it was executed, "
+                "as it should not be trusted"
+            )
+        return make(*arguments)
 
-    def storage(self, pid: Any) -> Storage:
+    def storage(self, pid: Any) -> _Storage:
         kind, named, key, _device, numel, *view = pid[:7]
         if (
             (kind, view) not in (("storage", []), ("storage", [None]))
-            or not (isinstance(named, _Name) and named.text in _DTYPES)
+            or not (isinstance(named, _Name) and named in _DTYPES)
             or not (type(key) is str and len(key) <= _MAX_NAME)
             or not (type(numel) is int and 0 <= numel < 2**63)
         ):
             raise UnpicklingError("it holds an unknown kind of storage")
-        storage = Storage(_DTYPES[named.text], key, numel, self.read)
+        storage = _Storage(_DTYPES[named], key, numel, self.read)
         if self.storages.setdefault(key, storage) != storage:
             raise UnpicklingError(f"its storage {key} has two sizes")
         return storage
@@ -314,7 +302,7 @@ def read_pickled(file: BinaryIO) -> Any:
     found = next((n for n in names if n.endswith("/data.pkl") and n.count("/") == 1), "data.pkl")
     check_header(archive.getinfo(found).file_size)
 
-    def read(storage: Storage) -> bytes:
+    def read(storage: _Storage) -> bytes:
         entry = archive.getinfo(f"{found.removesuffix('.pkl')}/{storage.key}")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UnpicklingError(f"its storage {storage.key} is compressed")
@@ -349,7 +337,7 @@ def _read_legacy(file: BinaryIO) -> Any:
     file.seek(0)
     stream, places = io.BytesIO(file.read(_MAX_HEADER)), dict[str, int]()
 
-    def read(storage: Storage) -> bytes:
+    def read(storage: _Storage) -> bytes:
         file.seek(places[storage.key])
         if int.from_bytes(file.read(8), "little") != storage.numel:
             raise UnpicklingError(f"its storage {storage.key} has another size")
@@ -376,9 +364,7 @@ def _read_legacy(file: BinaryIO) -> Any:
 def build(described: dict[str, Described], size: int) -> dict[str, Tensor]:
     """Give descriptions their bytes; each storage is read once.
 
-    Args:
-        described: what is wanted, by name.
-        size: of the file. Views may overlap: no more than its bytes is built of them.
+    Views may overlap: no more is built of them than the bytes of the file, its ``size``.
 
     Raises:
         Exception: they describe more than it holds, or tensors that cannot be.
@@ -387,7 +373,12 @@ def build(described: dict[str, Described], size: int) -> dict[str, Tensor]:
     too_much = UnpicklingError("it describes more than it holds")
     if len(described) > _MAX_TENSORS or sum(s.nbytes for s in storages.values()) > size:
         raise too_much
-    flat = {key: storage.load() for key, storage in storages.items()}
+    flat = {
+        key: torch.frombuffer(bytearray(s.read(s)), dtype=s.dtype, count=s.numel)
+        if s.numel
+        else torch.empty(0, dtype=s.dtype)
+        for key, s in storages.items()
+    }
     # A view inside of its storage, of sizes that can be: `as_strided` sees to that.
     views = {
         name: flat[d.storage.key].as_strided(d.size, d.stride, d.offset)

@@ -3,19 +3,17 @@
 Four containers hold CLIP weights in the wild: safetensors, PyTorch's zip files, its older files,
 and OpenAI's TorchScript archives, zips whose pickle names classes that only exist inside them.
 Checkpoints of training code are such files too, full of foreign objects. All but safetensors hold
-pickles, which `dapt.safe.unpickle` reads; it knows tensors and plain containers and nothing else.
+pickles, which `dapt.safe.unpickle` reads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,13 +35,10 @@ class Checkpoint(NamedTuple):
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Read the weights in ``path`` as a flat mapping from name to tensor, on the CPU.
+    """The weights in a file, by name, on the CPU; a `UserError` if none, or of `read_checkpoint`.
 
-    Accepts ``.safetensors``, PyTorch's files (``.pt``, ``.pth``, ``.bin``; a nested
-    ``state_dict`` and a ``module.`` prefix are unwrapped) and TorchScript archives.
-
-    Raises:
-        UserError: as of `read_checkpoint`, or it holds no tensor.
+    Files are ``.safetensors``, PyTorch's (``.pt``, ``.pth``, ``.bin``; a nested ``state_dict``
+    and a ``module.`` prefix are unwrapped) or TorchScript archives.
     """
     state = read_checkpoint(path, _DESCRIPTIONS, what="weights").state
     if not state:
@@ -71,18 +66,15 @@ def read_checkpoint(
     try:
         with open_regular(path) as file:
             if file.read(23) == b"version https://git-lfs":
-                raise UserError(
-                    f"{refused}: it is a git-lfs pointer; run 'git lfs pull' to fetch it"
-                )
+                raise UserError(f"{refused}: it is a git-lfs pointer; run 'git lfs pull'")
             if path.suffix == ".safetensors":
                 check_safetensors(path)
                 value = load_file(path)
             else:
                 value = read_pickled(file)
-            state = _state_of(value, path)
             wanted = {
                 name.removeprefix("module."): v
-                for name, v in state.items()
+                for name, v in _state_of(value, path).items()
                 if name.rpartition(".")[2] not in ignore
             }
             described = {name: v for name, v in wanted.items() if isinstance(v, Described)}
@@ -96,8 +88,8 @@ def read_checkpoint(
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path} holds '{name}', which is no tensor; save only tensors there")
         if not tensor.numel():
-            shape = tuple(tensor.shape)
-            raise UserError(f"{path} holds '{name}' of shape {shape}, a tensor without numbers")
+            shaped = f"'{name}' of shape {tuple(tensor.shape)}"
+            raise UserError(f"{path} holds {shaped}, a tensor without numbers")
     epoch = value.get("epoch") if isinstance(value, dict) else None
     return Checkpoint(wanted, epoch if type(epoch) is int and 0 < epoch < 2**31 else None)
 
@@ -110,19 +102,6 @@ def _state_of(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
     return state
-
-
-def digest(state: StateDict) -> str:
-    """SHA-256 over names, shapes and bytes of a state dict, in hexadecimal.
-
-    Lets a run say which weights it was tuned on, wherever they were loaded from.
-    """
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def is_torchscript(path: Path) -> bool:

@@ -1,0 +1,101 @@
+"""Deep prompts in both towers: IVLP (Khattak et al., 2023), and deep VPT (Jia et al., 2022).
+
+A layer's own prompt replaces what the layer before made of the last one; beyond the last prompt
+tokens flow on. Learned with one rate and cross-entropy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dapt.clip.backbone import Backbone
+from dapt.clip.inside import Pass, norm
+from dapt.methods.contract import HasSettings, PartSettings
+from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
+
+# Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
+PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,
+             "batch_size": 4, "epochs": 5}  # fmt: skip
+
+
+class DeepContextSettings(ContextSettings):
+    """Of a deep text prompt."""
+
+    text_depth: int = Field(12, ge=1, le=2**10, description="layers with a text prompt each")
+
+
+class DeepVisualSettings(PartSettings):
+    """Of a deep visual prompt."""
+
+    visual_vectors: int = VisualSettings.model_fields["visual_vectors"]  # type: ignore[assignment]
+    visual_depth: int = Field(12, ge=1, le=2**10, description="layers with a visual prompt each")
+
+
+class DeepPrompt(Prompt):
+    """A prompt of several layers."""
+
+    def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
+        """The layer's own prompt in place of what the one before made of the last."""
+        layers = self.layers
+        if not 0 < layer < len(layers):
+            return x
+        own = layers[layer].to(x.dtype).expand(*x.shape[:-2], -1, -1)
+        return torch.cat([x[..., : at.start, :], own, x[..., at.stop :, :]], -2)
+
+
+class DeepContext(DeepPrompt):
+    """``[SOS] u_1 .. u_M [further words] <name> .``: text prompts at any depth.
+
+    Where the initial words are more than the vectors, the further ones stay in the prompt as they
+    are, as in the published code ("[v][v] of a name.").
+    """
+
+    kind, towers = "text", frozenset({"text"})
+    Settings = DeepContextSettings
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> DeepContext:
+        """The first layer's vectors are the words' where there are any, all others N(0, 0.02)."""
+        own: DeepContextSettings = settings.of(DeepContextSettings)
+        depth, count = min(own.text_depth, backbone.text_layers), own.text_vectors
+        vectors, after = normal_vectors(depth, count, backbone.text_width, 2 * settings.seed), ""
+        if own.text_init:
+            words = backbone.embed_words(own.text_init)[:count]
+            vectors[0][count - len(words) :] = words
+            after = " ".join(own.text_init.replace("_", " ").split()[count:])
+        part = cls(vectors)
+        part.after = after
+        return part
+
+
+class DeepVisual(DeepPrompt):
+    """``[CLS] patches v_1 .. v_N``: visual prompts at any depth.
+
+    The first enters before ``ln_pre`` (here ``pre``, which stays frozen), as in the published code;
+    it has no position.
+    """
+
+    kind, towers = "visual", frozenset({"image"})
+    Settings = DeepVisualSettings
+
+    def __init__(self, vectors: Sequence[Tensor], pre: nn.Module | None = None) -> None:
+        super().__init__(vectors)
+        self._pre = (pre or nn.Identity(),)  # not a module of this part: nothing in it is learned
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> DeepVisual:
+        """Vectors from N(0, 0.02)."""
+        own: DeepVisualSettings = settings.of(DeepVisualSettings)
+        depth = min(own.visual_depth, backbone.vision_layers)
+        shape = own.visual_vectors, backbone.vision_width
+        return cls(
+            normal_vectors(depth, *shape, 2 * settings.seed + 1), backbone.norm_before_layers
+        )
+
+    def tokens(self, tower: str, now: Pass) -> Tensor:
+        """(N, W) of the first layer, normalised as patches are."""
+        return norm(self._pre[0], self.layers[0])
