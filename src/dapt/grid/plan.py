@@ -130,9 +130,7 @@ def suite_file(suite: str) -> Path:
     """The file of a suite that ships with the package, or at a path; a `UserError` without one."""
     path = SUITES.get(suite) or user_path(suite)
     if not path.is_file():
-        said = (
-            f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and the file does not exist"
-        )
+        said = f"unknown suite '{suite}'{nearest(suite, list(SUITES))}, and the file does not exist"
         raise UserError(f"{said}; give a YAML file, or one of {', '.join(SUITES)}")
     return path
 
