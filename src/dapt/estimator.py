@@ -18,8 +18,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt.clip.backbone import Backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
+from dapt.data.images import InputError, as_sequence, labels_of
 from dapt.data.items import check_class_names
-from dapt.data.pictures import InputError, as_sequence, labels_of
 from dapt.data.tasks import DEFAULT_TEMPLATE
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data

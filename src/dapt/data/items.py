@@ -135,7 +135,7 @@ def make_task(
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
-        parts[part].append(Item(path, labels[key], names[key]))
+        parts[part].append(Item(check_path(path, where), labels[key], names[key]))
     tested = _tested(parts[""], *split) if split else set()
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)

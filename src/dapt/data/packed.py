@@ -68,7 +68,7 @@ def read_packed(path: Path, split: items.Split) -> items.Task:
     errors = (AttributeError, LookupError, TypeError, ValueError)
     with refusing(f"{folder} is damaged", _ANEW, *errors):
         names, parts = listing["class_names"], listing["parts"]
-        rows = [(p, check_path(f, str(folder)), str(names[k])) for p in parts for f, k in parts[p]]
+        rows = [(part, file, str(names[k])) for part in parts for file, k in parts[part]]
         name, where = path.resolve().stem, f"dataset {path}"
         return make_task(name, folder, rows, where, split=split, source_sha256=digest)
 

@@ -18,8 +18,8 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
-from dapt.data.images import CROP_MIN, centre_view, check_resizing, open_image, train_view
-from dapt.data.pictures import read_picture
+from dapt.data import images
+from dapt.data.images import CROP_MIN, open_image, read_picture
 from dapt.errors import UserError
 
 _CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
@@ -69,7 +69,7 @@ class ImageStore:
     read: Callable[[Any], Image.Image] = _read  # upright RGB of a source, called in those threads
 
     def __post_init__(self) -> None:
-        check_resizing(self.interpolation, self.resize_mode)
+        images.check_resizing(self.interpolation, self.resize_mode)
         self.threads = self.threads or min(8, cpu_count())
         self._kept: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
@@ -128,13 +128,15 @@ class ImageStore:
             unreadable[index] = str(error)
             return Image.new("RGB", (self.size, self.size))
         how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
-        return centre_view(image, self.size, **how)
+        return images.centre_view(image, self.size, **how)
 
     def _train_view(self, seed: str, index: int) -> Image.Image:
         # A string is hashed by SHA-512: the same in every process, and no pattern between
         # neighbouring numbers.
         generator, how = random.Random(f"{seed}/{index}"), {"interpolation": self.interpolation}
-        return train_view(self.image(index), self.size, generator, crop_min=self.crop_min, **how)
+        return images.train_view(
+            self.image(index), self.size, generator, crop_min=self.crop_min, **how
+        )
 
     def _made_ahead(
         self, wanted: Iterable[tuple[Sequence[int], _View]], prefetch: int

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dapt.data.images import read_picture
 from dapt.data.items import Item, Task, check_path, grouped, refusing, subset_items
-from dapt.data.pictures import read_picture
 from dapt.errors import UserError, nearest
 from dapt.safe.files import file_digest, file_size, read_json, write_json
 

@@ -144,8 +144,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
                 named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
                 what = f"class folder {place / name} holds no images{named}"
                 raise UserError(f"{what}; add some, or take it out")
-            paths = (f"{inside}/{path}" for path in sorted(found))
-            rows += [(part, check_path(path, where), name) for path in paths]
+            rows += [(part, f"{inside}/{path}", name) for path in sorted(found)]
             left += [f"{inside}/{path}" for path in sorted(others)]
     notes = tuple(
         f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
