@@ -1,7 +1,4 @@
-"""Images, of files or as Python programs hold them, as upright RGB, and views that a model sees.
-
-Normalisation by a mean and standard deviation is the backbone's, not done here.
-"""
+"""Images, of files or as Python programs hold them, as upright RGB, and views that a model sees."""
 
 from __future__ import annotations
 
@@ -43,10 +40,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_WAYS = {
-    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
-    "resize mode": ("shortest", "squash"),
-}
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
 _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
@@ -54,8 +48,8 @@ _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
 _MARKER = re.compile(rb"\xff(?:\xd9|[\xc0-\xcf\xda-\xfe](..))", re.DOTALL)
 _MOST_JPEG_BYTES = 2**28
 
-# Longer strips than this are cut to their middle before the short side is resized, or a strip of
-# a few bytes would become gigabytes. What is cut lies far outside the centre crop.
+# Longer strips are cut to their middle before the short side is resized, or one of a few bytes
+# would become gigabytes. What is cut lies far outside the centre crop.
 _MAX_ASPECT = 16
 
 MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
@@ -116,9 +110,9 @@ def decode_image(
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
-    ``formats`` are PIL's names of those to accept; all that are safe, if not given. A TIFF's tile
-    may have no more than ``max_pixels`` either, as far as PIL understands its tags, which is not as
-    far as libtiff does: strangers who may not exceed a limit should send other formats.
+    ``formats`` are PIL's names of those to accept, by default all that are safe. A TIFF's tile may
+    have no more than ``max_pixels`` either, as far as PIL understands its tags, which is not as far
+    as libtiff does: strangers who may not exceed a limit should send other formats.
 
     Raises:
         TooManyPixels: the file's header tells of more than ``max_pixels``.
@@ -202,7 +196,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def check_resizing(interpolation: str, resize_mode: str) -> None:
     """Raise `UserError` where ``interpolation`` or ``resize_mode`` is unknown."""
-    for (what, ways), way in zip(_WAYS.items(), (interpolation, resize_mode), strict=True):
+    modes = ("resize mode", resize_mode, ("shortest", "squash"))
+    for what, way, ways in (("interpolation", interpolation, _INTERPOLATIONS), modes):
         if way not in ways:
             hint = "use a backbone with one of these"
             raise UserError(f"{what} '{way}' is none of {', '.join(ways)}; {hint}")

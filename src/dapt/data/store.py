@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dapt.data import images
-from dapt.data.images import CROP_MIN, open_image, read_picture
+from dapt.data.images import centre_view, check_resizing, open_image, read_picture, train_view
 from dapt.errors import UserError
 
 _CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
@@ -63,13 +63,13 @@ class ImageStore:
     size: int  # side of a view, px
     interpolation: str = "bicubic"  # or another that `check_resizing` knows
     resize_mode: str = "shortest"  # or "squash", of test views; see `centre_view`
-    crop_min: float = CROP_MIN  # least share of an image's area that a train view shows
+    crop_min: float = images.CROP_MIN  # least share of an image's area that a train view shows
     allowance: Allowance = field(default_factory=lambda: Allowance(0))  # first come, first kept
     threads: int = 0  # that decode; by default one a core, at most eight
     read: Callable[[Any], Image.Image] = _read  # upright RGB of a source, called in those threads
 
     def __post_init__(self) -> None:
-        images.check_resizing(self.interpolation, self.resize_mode)
+        check_resizing(self.interpolation, self.resize_mode)
         self.threads = self.threads or min(8, cpu_count())
         self._kept: dict[int, Image.Image] = {}
         self._lock = threading.Lock()
@@ -128,15 +128,12 @@ class ImageStore:
             unreadable[index] = str(error)
             return Image.new("RGB", (self.size, self.size))
         how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
-        return images.centre_view(image, self.size, **how)
+        return centre_view(image, self.size, **how)
 
     def _train_view(self, seed: str, index: int) -> Image.Image:
-        # A string is hashed by SHA-512: the same in every process, and no pattern between
-        # neighbouring numbers.
+        # A string is hashed by SHA-512: the same everywhere, without patterns between neighbours.
         generator, how = random.Random(f"{seed}/{index}"), {"interpolation": self.interpolation}
-        return images.train_view(
-            self.image(index), self.size, generator, crop_min=self.crop_min, **how
-        )
+        return train_view(self.image(index), self.size, generator, crop_min=self.crop_min, **how)
 
     def _made_ahead(
         self, wanted: Iterable[tuple[Sequence[int], _View]], prefetch: int
