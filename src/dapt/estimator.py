@@ -19,8 +19,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
+from dapt.data.images import InputError, as_sequence, labels_of
 from dapt.data.items import check_class_names
-from dapt.data.pictures import InputError, as_sequence, labels_of
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data
 from dapt.engine.evaluate import classify

@@ -28,8 +28,7 @@ from dapt.data import (
 )
 from dapt.data import images as images_module
 from dapt.data import store as store_module
-from dapt.data.images import crop_box, train_view
-from dapt.data.pictures import InputError
+from dapt.data.images import InputError, crop_box, train_view
 from dapt.errors import UserError, printable
 
 

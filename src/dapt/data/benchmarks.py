@@ -101,8 +101,8 @@ def read_class_folders(
             what = f"class folders ({len(empty):,}) in {folder} hold no images"
             raise UserError(f"{what}: {', '.join(empty[:20])}; download what is not there")
         for key in names:
-            paths = (f"{place}/{key}/{image}".removeprefix("./") for image in found[key])
-            rows += [(part, check_path(path, f"folder {images}"), key) for path in paths]
+            inside = f"{place}/{key}".removeprefix("./")
+            rows += [(part, f"{inside}/{image}", key) for image in found[key]]
     where = f"benchmark folder {images}"
     return make_task(images.name, images, rows, where, names=names, tuned=parted)
 

@@ -1,8 +1,4 @@
-"""What a task is made of, and what is checked of every task wherever it was read from.
-
-In all readers, what is wrong with what is read is a `UserError` that names the file, the line or
-entry, and what to do.
-"""
+"""What a task is made of, and what is checked of every task wherever it was read from."""
 
 from __future__ import annotations
 
@@ -88,7 +84,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list
 def subset_classes(task: Task, which: str) -> Task:
     """A task's first half of classes by label (``base``, the larger), the other (``new``), or all.
 
-    Labels are counted anew from 0. There must be two classes.
+    Labels are counted anew from 0; a `UserError` where there is one class.
     """
     if which == "all":
         return task
@@ -135,7 +131,7 @@ def make_task(
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
-        parts[part].append(Item(path, labels[key], names[key]))
+        parts[part].append(Item(check_path(path, where), labels[key], names[key]))
     tested = _tested(parts[""], *split) if split else set()
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)

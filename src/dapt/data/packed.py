@@ -27,21 +27,19 @@ _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAMES_FILE = "classnames.txt"  # beside shards whose .cls are numbers: in label order
 _LISTING = "listing.json"
+_DICTIONARY = "dataset_dict.json"  # of a Hugging Face dataset with parts
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
 _INSTALL = "pip install 'dapt[sources]'"
 _ANEW = "delete it, and it is unpacked anew"
-
-# part (or "" where nothing is split), class name, bytes of an image file
-_Image = tuple[str, str, bytes]
+_Image = tuple[str, str, bytes]  # part ("" where nothing is split), class name, the file's bytes
 
 
 def is_hugging_face(path: Path) -> bool:
     """Whether ``save_to_disk`` of a Hugging Face dataset wrote this folder."""
-    return (path / "dataset_dict.json").is_file() or (
-        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    )
+    there = {n: (path / n).is_file() for n in (_DICTIONARY, "state.json", "dataset_info.json")}
+    return there[_DICTIONARY] or (there["state.json"] and there["dataset_info.json"])
 
 
 def is_webdataset(path: Path) -> bool:
@@ -68,7 +66,7 @@ def read_packed(path: Path, split: items.Split) -> items.Task:
     errors = (AttributeError, LookupError, TypeError, ValueError)
     with refusing(f"{folder} is damaged", _ANEW, *errors):
         names, parts = listing["class_names"], listing["parts"]
-        rows = [(p, check_path(f, str(folder)), str(names[k])) for p in parts for f, k in parts[p]]
+        rows = [(part, file, str(names[k])) for part in parts for file, k in parts[part]]
         name, where = path.resolve().stem, f"dataset {path}"
         return make_task(name, folder, rows, where, split=split, source_sha256=digest)
 
@@ -211,7 +209,7 @@ def _check_names(path: Path) -> None:
 
     The library opens whatever they name, and would wait for a FIFO without end.
     """
-    parts = path / "dataset_dict.json"
+    parts = path / _DICTIONARY
     for place in map(path.joinpath, _names_in(parts, "splits") if parts.is_file() else [""]):
         for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
             what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"

@@ -18,8 +18,8 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
-from dapt.data.images import CROP_MIN, centre_view, check_resizing, open_image, train_view
-from dapt.data.pictures import read_picture
+from dapt.data import images
+from dapt.data.images import centre_view, check_resizing, open_image, read_picture, train_view
 from dapt.errors import UserError
 
 _CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
@@ -63,7 +63,7 @@ class ImageStore:
     size: int  # side of a view, px
     interpolation: str = "bicubic"  # or another that `check_resizing` knows
     resize_mode: str = "shortest"  # or "squash", of test views; see `centre_view`
-    crop_min: float = CROP_MIN  # least share of an image's area that a train view shows
+    crop_min: float = images.CROP_MIN  # least share of an image's area that a train view shows
     allowance: Allowance = field(default_factory=lambda: Allowance(0))  # first come, first kept
     threads: int = 0  # that decode; by default one a core, at most eight
     read: Callable[[Any], Image.Image] = _read  # upright RGB of a source, called in those threads
@@ -131,8 +131,7 @@ class ImageStore:
         return centre_view(image, self.size, **how)
 
     def _train_view(self, seed: str, index: int) -> Image.Image:
-        # A string is hashed by SHA-512: the same in every process, and no pattern between
-        # neighbouring numbers.
+        # A string is hashed by SHA-512: the same everywhere, without patterns between neighbours.
         generator, how = random.Random(f"{seed}/{index}"), {"interpolation": self.interpolation}
         return train_view(self.image(index), self.size, generator, crop_min=self.crop_min, **how)
 

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dapt.data.images import read_picture
 from dapt.data.items import Item, Task, check_path, grouped, refusing, subset_items
-from dapt.data.pictures import read_picture
 from dapt.errors import UserError, nearest
 from dapt.safe.files import file_digest, file_size, read_json, write_json
 
@@ -107,12 +107,11 @@ def _digest(source: Any) -> bytes | None:
 def load_support_set(path: Path, task: Task) -> SupportSet:
     """Read a support set that `SupportSet.save` wrote, or one written by hand in that form.
 
-    Its images need not be in the task's train list, but must not be test images. For a subset of
-    classes it may be one of that subset, or of all classes, of which the subset's images are taken.
+    For a subset of classes it may be one of all classes, of which the subset's images are taken.
 
     Raises:
         UserError: it is none, or an item's class is not the task's, its path leaves the task's
-            folder, or it is listed twice or is a test image.
+            folder, or it is listed twice or is a test image; others need not be the task's.
     """
     data, file = read_json(path, "support set file"), f"support set file {path}"
     if not isinstance(data, dict):
@@ -122,31 +121,30 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
         raise UserError(f"{file} needs '{key}' as {form[key].__name__}; draw it anew")
     if not data["train"]:
         raise UserError(f"{file} names no train images; draw it anew")
-    placed = [
-        (f"{file}, {p} entry {i}", e) for p in ("train", "val") for i, e in enumerate(data[p])
-    ]
-    drawn = [_item(entry, where) for where, entry in placed]
+    drawn = dict[str, Item]()
+    for part in ("train", "val"):
+        for number, entry in enumerate(data[part]):
+            where = f"{file}, {part} entry {number}"
+            drawn[where] = _item(entry, where)
     if task.part_of is not None:
         whole, labels = task.part_of
-        if any(_fits(item, whole) and not _fits(item, task) for item in drawn):
+        if any(_fits(item, whole) and not _fits(item, task) for item in drawn.values()):
             return _subset(load_support_set(path, whole), labels)
-    names, tested = task.class_names, f"a test image of '{task.name}'; take it out"
-    seen = {item.path: tested for item in task.test}
-    for item, (where, _) in zip(drawn, placed, strict=True):
+    seen = {item.path: f"a test image of '{task.name}'; take it out" for item in task.test}
+    for where, item in drawn.items():
         if not _fits(item, task):
-            what = (
-                f"'{task.name}' has no class '{item.class_name}'{nearest(item.class_name, names)}"
-            )
-            if item.class_name in names:
-                label = f"label {names.index(item.class_name)} in '{task.name}'"
-                what = f"class '{item.class_name}' has {label}, not {item.label}"
+            name, names = item.class_name, task.class_names
+            what = f"'{task.name}' has no class '{name}'{nearest(name, names)}"
+            if name in names:
+                label = names.index(name)
+                what = f"class '{name}' has label {label} in '{task.name}', not {item.label}"
             raise UserError(f"{where}: {what}; use the task it was drawn from")
         if item.path in seen:
             raise UserError(f"{where}: {item.path} is {seen[item.path]}")
         seen[item.path] = "listed twice; take one out"
-    count = len(data["train"])
-    train, val = tuple(drawn[:count]), tuple(drawn[count:])
-    return SupportSet(data["dataset"], data["shots"], data["seed"], train, val)
+    images, count = tuple(drawn.values()), len(data["train"])
+    facts = (data["dataset"], data["shots"], data["seed"])
+    return SupportSet(*facts, train=images[:count], val=images[count:])
 
 
 def _item(entry: Any, where: str) -> Item:

@@ -144,8 +144,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
                 named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
                 what = f"class folder {place / name} holds no images{named}"
                 raise UserError(f"{what}; add some, or take it out")
-            paths = (f"{inside}/{path}" for path in sorted(found))
-            rows += [(part, check_path(path, where), name) for path in paths]
+            rows += [(part, f"{inside}/{path}", name) for path in sorted(found)]
             left += [f"{inside}/{path}" for path in sorted(others)]
     notes = tuple(
         f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
@@ -158,8 +157,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
 
-    What has the name and is no image (an empty folder, say) is told when it is read. Files of other
-    names are added to ``others``.
+    So may an empty folder, which is no image when read. Files of other names go to ``others``.
     """
     found = []
     for place, folders, names in os.walk(folder):
@@ -176,11 +174,7 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
 
 
 def read_table(file: Path, split: items.Split) -> items.Task:
-    """Read a table: one image a row, its path relative to the file's folder.
-
-    ``label`` is the class name. Where no row has a ``split`` (train, val or test), classes are
-    split. Other columns are ignored.
-    """
+    """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``."""
     rows, seen = list[items.Row](), dict[str, int]()
     for line, record in _records(file):
         where = f"{file}, line {line}"
