@@ -14,10 +14,11 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
-from dapt.run.train import load_classifier, task_of
+from dapt.run.load import load_classifier
 from dapt.share.export import export
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
