@@ -28,8 +28,8 @@ class SupportSet:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``."""
-        parts = {"train": [*map(asdict, self.train)], "val": [*map(asdict, self.val)]}
-        return {**asdict(self), **parts}
+        values = asdict(self)
+        return {**values, "train": list(values["train"]), "val": list(values["val"])}
 
     def save(self, path: Path) -> None:
         """Write it to a JSON file, all or nothing; a `UserError` if that cannot be."""
