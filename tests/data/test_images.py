@@ -5,6 +5,7 @@ import random
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from dapt.data import (
 )
 from dapt.data import images as images_module
 from dapt.data import store as store_module
-from dapt.data.images import InputError, crop_box, train_view
+from dapt.data.images import InputError, crop_box, read_picture, train_view
 from dapt.errors import UserError, printable
 
 
@@ -448,3 +449,14 @@ def test_unknown_ways_of_resizing_are_refused(photos):
         ImageStore(photos, size=8, interpolation="random")
     with pytest.raises(UserError, match="resize mode 'longest' is none of"):
         ImageStore(photos, size=8, resize_mode="longest")
+
+
+def test_a_picture_that_is_not_decoded_yet_is_read_by_many_threads(tmp_path):
+    """As batches of several epochs, made ahead, read the same one."""
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "a.png")
+    expected = np.asarray(Image.open(tmp_path / "a.png"))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(30):
+            opened = Image.open(tmp_path / "a.png")
+            for found in pool.map(lambda _, one=opened: read_picture(one), range(16)):
+                assert np.array_equal(np.asarray(found), expected)

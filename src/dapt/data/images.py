@@ -56,6 +56,9 @@ MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 
 _LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
 _one_large = threading.Lock()
 
+# A picture that PIL has opened and not yet decoded must not be decoded by two threads at once.
+_one_opened = threading.Lock()
+
 # Faults of the machine, not of an image: another may do no better.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
@@ -282,6 +285,8 @@ def read_picture(value: Any) -> Image.Image:
         raise InputError(str(error)) from error
     if isinstance(value, Image.Image):
         try:
+            with _one_opened:
+                value.load()
             return upright_rgb(value)
         except Exception as error:  # one from a file is decoded only now; see `decode_image`
             raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
