@@ -9,12 +9,14 @@ Letters in shape comments: L tokens of a row, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.transformer import ResidualAttentionBlock
 
 QKV = ("q", "k", "v")
 
@@ -123,6 +125,8 @@ def unrolled(transformer: nn.Module, inside: Inside) -> list[Layer]:
 
 def is_plain(transformer: nn.Module) -> bool:
     """Whether every layer is open_clip's ordinary block, which `Layer` unrolls."""
+    from open_clip.transformer import ResidualAttentionBlock
+
     return all(type(b) is ResidualAttentionBlock for b in cast(Any, transformer).resblocks)
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from dapt.clip.backbone import Backbone
 from dapt.clip.inside import Pass
 from dapt.errors import UserError
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
 
 # Of numbers that tensors are multiplied by: far from any use, and well within fp32.
 LARGEST = 1e30

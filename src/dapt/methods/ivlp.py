@@ -7,15 +7,18 @@ tokens flow on. Learned with one rate and cross-entropy alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapt.clip.backbone import Backbone
 from dapt.clip.inside import Pass, norm
 from dapt.methods.contract import HasSettings, PartSettings
 from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
 
 # Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
 PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from dapt.errors import UserError
@@ -43,6 +41,8 @@ class LinearProbe(Head):
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> None:
         """Fit weight (C, D) and bias (C,); ``settings.seed`` is that of the folds."""
+        from sklearn.model_selection import StratifiedKFold
+
         x, y = evidence.support.features.double().numpy(), evidence.support.labels.numpy()
         self.weight = torch.zeros(evidence.classes, x.shape[1])
         self.bias = torch.full((evidence.classes,), -1e4)
@@ -85,9 +85,11 @@ class LinearProbe(Head):
         self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
 
 
-def _fit(
-    x: np.ndarray, y: np.ndarray, strength: float, tolerance: float = 1e-4
-) -> LogisticRegression:
+def _fit(x: np.ndarray, y: np.ndarray, strength: float, tolerance: float = 1e-4) -> Any:
+    # Imported here: whoever looks at the table of methods should not wait for it.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         # One shot a class is what is meant, not a mistaken regression.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapt.clip.backbone import Backbone
 from dapt.clip.inside import Pass
 from dapt.errors import UserError
 from dapt.methods.contract import HasSettings, PartSettings, TowerPart
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
 
 
 class ContextSettings(PartSettings):
