@@ -1,5 +1,6 @@
 """What the documentation says runs: its blocks of Python, in order, and what they promise."""
 
+import ast
 import re
 
 import pytest
@@ -86,3 +87,25 @@ def test_the_page_names_rooms_that_are_there():
     rooms = set(re.findall(r"`(\w+/)`", PAGE.read_text())) - {"benchmarks/"}
     assert rooms == {f"{p.name}/" for p in (REPOSITORY / "src" / "dapt").iterdir()
                      if (p / "__init__.py").is_file()}  # fmt: skip
+
+
+# The rooms of the page, from the ground up; those of one floor do not know each other.
+FLOORS = [
+    {"errors"}, {"progress"}, {"safe"}, {"data", "clip"}, {"methods"}, {"settings"}, {"engine"},
+    {"run"}, {"predict", "share", "grid", "report", "estimator", "demo"}, {"serve"}, {"cli"},
+]  # fmt: skip
+
+
+def test_imports_go_down():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    source = REPOSITORY / "src" / "dapt"
+    up = []
+    for file in source.rglob("*.py"):
+        own = file.relative_to(source).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            room = module.removeprefix("dapt.").partition(".")[0]
+            ours = module.startswith("dapt.") and own not in ("__init__", room)
+            if ours and floor[room] >= floor[own]:
+                up.append(f"{file.relative_to(source)}: {module}")
+    assert not up

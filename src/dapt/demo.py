@@ -24,7 +24,7 @@ from dapt.run.train import train
 from dapt.safe.files import write_atomic
 from dapt.settings import make_settings
 
-DEMO_METHODS = ("zero-shot", "linear-probe", "coop", "vpt", "vlpt", "dapt")
+DEMO_METHODS = tuple(name for name, row in METHODS.items() if row.shown)
 # A small part of the published schedule: enough to show what tuning does within minutes.
 DEMO_EPOCHS = 30
 

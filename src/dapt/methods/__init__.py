@@ -29,17 +29,26 @@ _VIS = (Published("vis_ctx", "visual_prompt", leading=True),)
 _BOTH = (Published("txt_ctx", "text_prompt"), *_VIS)
 
 METHODS: dict[str, Method] = {
-    ZERO_SHOT: Method("Zero-shot CLIP", colour=("#6b7281", "#9aa3b0"), marker="_"),
+    ZERO_SHOT: Method("Zero-shot CLIP", colour=("#6b7281", "#9aa3b0"), marker="_", shown=True),
     "linear-probe": Method(
-        "Linear probe", head=probe.LinearProbe, colour=("#a16208", "#e3b341"), marker="s"
+        "Linear probe", head=probe.LinearProbe,
+        colour=("#a16208", "#e3b341"), marker="s", shown=True,
     ),
-    "coop": Method("CoOp", (_TEXT,), checkpoint=_CTX, colour=("#2563ec", "#6ea8fe"), marker="^"),
-    "vpt": Method("VPT", (_VISUAL,), checkpoint=_VIS, colour=("#0d9489", "#3cd5c1"), marker="D"),
+    "coop": Method(
+        "CoOp", (_TEXT,), checkpoint=_CTX,
+        colour=("#2563ec", "#6ea8fe"), marker="^", shown=True,
+    ),
+    "vpt": Method(
+        "VPT", (_VISUAL,), checkpoint=_VIS,
+        colour=("#0d9489", "#3cd5c1"), marker="D", shown=True,
+    ),
     "vlpt": Method(
-        "VLPT", (_TEXT, _VISUAL), checkpoint=_BOTH, colour=("#7c3aee", "#b294fb"), marker="v"
+        "VLPT", (_TEXT, _VISUAL), checkpoint=_BOTH,
+        colour=("#7c3aee", "#b294fb"), marker="v", shown=True,
     ),
     "dapt-text": Method(
-        "DAPT-text", (_TEXT,), (INTER,), checkpoint=_CTX, colour=("#db2778", "#f77fb8"), marker="P"
+        "DAPT-text", (_TEXT,), (INTER,), checkpoint=_CTX,
+        colour=("#db2778", "#f77fb8"), marker="P",
     ),
     "dapt-visual": Method(
         "DAPT-visual", (_VISUAL,), (INTRA,), checkpoint=_VIS,
@@ -47,7 +56,7 @@ METHODS: dict[str, Method] = {
     ),
     "dapt": Method(
         "DAPT", (_TEXT, _VISUAL), (INTRA, INTER), checkpoint=_BOTH,
-        colour=("#c2410c", "#fb8b4a"), marker="o",
+        colour=("#c2410c", "#fb8b4a"), marker="o", shown=True,
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),

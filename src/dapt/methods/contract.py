@@ -243,6 +243,7 @@ class Method:
     checkpoint: tuple[Published, ...] = ()  # how published code saves what is learned
     colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few
     marker: str = "o"  # in curves
+    shown: bool = False  # whether the demo compares it
 
     @property
     def learns(self) -> bool:
