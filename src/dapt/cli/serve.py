@@ -53,10 +53,7 @@ def serve(
     from dapt.serve.served import load_served
     from dapt.serve.uploads import Limits
 
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
-        raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
-    if max_images > queue:
-        raise UserError(f"--max-images {max_images} do not fit --queue {queue}; change one of them")
+    _check(token, max_images, queue)
     directory = RunDirectory(run)
     directory.require()
     listening = server.open_socket(host, port)
@@ -79,3 +76,10 @@ def serve(
         ready=lambda: say(f"{served.name}, {classes}, at {where} (Ctrl-C stops)"),
     )
     made.run(sockets=[listening])
+
+
+def _check(token: str | None, images: int, queue: int) -> None:
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+        raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
+    if images > queue:
+        raise UserError(f"--max-images {images} do not fit --queue {queue}; change one of them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
@@ -11,6 +11,10 @@ from dapt.cli import common
 from dapt.cli.common import app, given_settings, readable_errors, show_run
 from dapt.errors import UserError
 from dapt.progress import RichReporter, cell, console, say, table
+
+if TYPE_CHECKING:  # what only some commands need, they import
+    from dapt.run.directory import RunDirectory
+    from dapt.settings import Settings
 
 # Test images up to which a run is compared with zero-shot: beyond, it takes long to do unasked.
 COMPARED_IMAGES = 2000
@@ -65,28 +69,12 @@ def train(
     from dapt.run.directory import RunDirectory
     from dapt.run.train import check_output
     from dapt.run.train import train as run_training
-    from dapt.safe.files import read_json
-    from dapt.settings import absolute_paths, make_settings, read_settings_file
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
         if output is None:
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
-        given = absolute_paths(read_settings_file(config)) if config else {}
-        given |= given_settings(context, assignments=settings)
-        if resume and run.exists:
-            # What is not said again is as it was.
-            given = {**run.read_settings().model_dump(), **given}
-        if "dataset" not in given:
-            missing = f"{output} holds no run to resume, and no" if resume else "no"
-            raise UserError(
-                f"{missing} dataset is given; name one, such as: dapt train bundled -o {output}"
-            )
-        if given.get("support_set"):
-            drawn = read_json(Path(given["support_set"]), "support set file")
-            if isinstance(drawn, dict):  # what else it holds is checked later
-                given.setdefault("shots", drawn.get("shots"))
-        final = make_settings(given)
+        final = _settings(given_settings(context, assignments=settings), config, run, resume)
         processes = join_processes()
         if processes.first:
             check_output(run, final, resume=resume, overwrite=overwrite)
@@ -113,6 +101,28 @@ def train(
         if data and shared and learns and len(data.task.test) <= COMPARED_IMAGES:
             before = evaluate_zero_shot(data.task, final, reporter, shared)["accuracy"]
             _compare(result.test.accuracy, before, final.shots)
+
+
+def _settings(
+    said: dict[str, Any], config: Path | None, run: RunDirectory, resume: bool
+) -> Settings:
+    """Settings of a run: what its options say, else its file, else the run that is resumed."""
+    from dapt.safe.files import read_json
+    from dapt.settings import absolute_paths, make_settings, read_settings_file
+
+    given = (absolute_paths(read_settings_file(config)) if config else {}) | said
+    if resume and run.exists:
+        given = {**run.read_settings().model_dump(), **given}
+    if "dataset" not in given:
+        missing = f"{run.path} holds no run to resume, and no" if resume else "no"
+        raise UserError(
+            f"{missing} dataset is given; name one, such as: dapt train bundled -o {run.path}"
+        )
+    if given.get("support_set"):
+        drawn = read_json(Path(given["support_set"]), "support set file")
+        if isinstance(drawn, dict):  # what else it holds is checked later
+            given.setdefault("shots", drawn.get("shots"))
+    return make_settings(given)
 
 
 def _compare(tuned: float, before: float, shots: int) -> None:

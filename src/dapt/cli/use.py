@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated
 
 from rich.table import Column, Table
@@ -83,20 +84,14 @@ def predict(
     - `dapt predict runs/photos 'new/**/*.jpg' --unknown 0.5 --json`
     - `find new -name '*.jpg' -print0 | dapt predict runs/photos -0`
     """
-    from dapt.predict import Unreadable, find_images, named_in, predict_each
+    from dapt.predict import Unreadable, named_in, predict_each
     from dapt.run.directory import RunDirectory
     from dapt.run.load import load_classifier
 
     form = "json" if as_json else form
     if form not in FORMS:
         raise UserError(f"--format {form}{nearest(form, [*FORMS])}; use one of {', '.join(FORMS)}")
-    given = images or (["-"] if null else [])
-    listed = "-" in given
-    if null and not listed:
-        raise UserError("-0 is about names on standard input; add - to the images")
-    if listed and len(given) > 1:
-        raise UserError("- stands for all images; name no others beside it")
-    known = None if listed else find_images(given)
+    known = _listed(images, null=null)
     paths = named_in(sys.stdin.buffer, b"\0" if null else b"\n") if known is None else known
     classifier = load_classifier(RunDirectory(run), device=device)
     # The progress bar takes sys.stdout over while it shows; on a terminal, the predictions
@@ -127,6 +122,18 @@ def predict(
     if skipped:
         say_error(f"dapt: {skipped:,} of {done:,} images could not be read and were skipped")
         raise Exit(1)
+
+
+def _listed(images: list[str] | None, *, null: bool) -> list[Path] | None:
+    """Images that arguments name; None where standard input does."""
+    from dapt.predict import find_images
+
+    given = images or (["-"] if null else [])
+    if null and "-" not in given:
+        raise UserError("-0 is about names on standard input; add - to the images")
+    if "-" in given and len(given) > 1:
+        raise UserError("- stands for all images; name no others beside it")
+    return None if "-" in given else find_images(given)
 
 
 # Forms of predictions, each a function to lines of: rows (path, classes with their probabilities,

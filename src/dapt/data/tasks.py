@@ -80,7 +80,10 @@ def open_task(
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:
         check_class_names(task.class_names, f"dataset '{dataset}'")
-    # Some benchmarks do have two classes of one name.
+    return _told_of_names_alike(task)  # some benchmarks do have two classes of one name
+
+
+def _told_of_names_alike(task: items.Task) -> items.Task:
     names, alike = task.class_names, items.names_alike(task.class_names)
     for one, other in alike[:1]:
         what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
