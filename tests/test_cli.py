@@ -49,8 +49,9 @@ def fails(sentence, *arguments):
 
 
 def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
-    zero = dapt("train", *options, "--method", "zero-shot", "-o", tmp_path / "zero")
+    zero = dapt("train", *options, "--method", "zero-shot", "-o", tmp_path / "zero", "--lr", "3")
     assert "learns nothing" not in zero.output
+    assert "zero-shot does not use epochs, lr, " in zero.stderr
     value = json.loads((tmp_path / "zero" / "metrics.json").read_text())["test"]["accuracy"]
     tuned = dapt("train", *options, "-o", tmp_path / "tuned")
     assert f"zero-shot, which learns nothing: {100 * value:.1f} % on the same" in tuned.output

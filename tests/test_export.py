@@ -211,7 +211,9 @@ def test_torch_program(run, views, tmp_path):
 def test_coop_round_trip(run, tmp_path):
     file = tmp_path / "prompt_learner" / "model.pth.tar-2"
     if run.read_settings().method == "linear-probe":
-        fails("has no learned prompts", "export", run.path, "-o", file, "--format", "coop")
+        fails(
+            "has no place in a CoOp checkpoint", "export", run.path, "-o", file, "--format", "coop"
+        )
         return
     assert dapt("export", run.path, "-o", file, "--format", "coop").exit_code == 0
     tensors, _ = run.read_tensors(run.prompts_file)

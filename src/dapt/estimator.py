@@ -184,7 +184,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         Metrics that came with the run are dropped: they are those of fewer classes.
 
         Raises:
-            UserError: a name that is there already or is none, or a linear probe, which knows
+            UserError: a name that is there already or is none, or a method whose head knows
                 only the classes it was fitted on.
         """
         check_is_fitted(self, "files_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +28,7 @@ WITHOUT_DATASET = {
 
 # Of the settings below, those that only gradient descent reads.
 TUNING = frozenset({"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min"})
+VIEWS = frozenset({"crop_min"})  # and of those, what some heads read too
 
 Part = TypeVar("Part", bound=PartSettings)
 
@@ -123,7 +125,8 @@ def idle_settings(method: str) -> frozenset[str]:
     if (row := METHODS.get(method)) is None:
         return frozenset()
     parts = frozenset().union(*(other.settings for other in METHODS.values()))
-    return (parts - row.settings) | (frozenset() if row.learns else TUNING)
+    idle = frozenset() if row.learns else TUNING
+    return (parts - row.settings) | (idle - VIEWS if row.head.reads_views else idle)
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
@@ -147,7 +150,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
             f"setting template='{settings.template}' must hold {{}} once, where the class name goes"
         )
     for term in get_method(settings.method).losses:
-        if term.weight not in _weights(settings):
+        if term.weight not in weights_of(settings):
             raise UserError(
                 f"loss term '{term.name}' of method '{settings.method}' needs a weight; set "
                 f"loss_weights: {{{term.weight}: ...}}"
@@ -184,12 +187,20 @@ def backbone_name(settings: Settings) -> str:
 
 def loss_weights(settings: Settings) -> dict[str, float]:
     """Weight of each of the method's loss terms."""
-    losses, known = get_method(settings.method).losses, _weights(settings)
+    losses, known = get_method(settings.method).losses, weights_of(settings)
     return {term.name: float(known[term.weight]) for term in losses}
 
 
-def _weights(settings: Settings) -> dict[str, Any]:
+def weights_of(settings: Settings) -> dict[str, Any]:
+    """What loss terms may name as their weight: the user's loss_weights, and every setting."""
     return {**settings.loss_weights, **dict(settings)}
+
+
+def with_weights(settings: Settings, weights: Mapping[str, float]) -> Settings:
+    """Settings with other `weights_of` some names, each where it was."""
+    own = {name: value for name, value in weights.items() if name in type(settings).model_fields}
+    given = settings.loss_weights | {n: value for n, value in weights.items() if n not in own}
+    return settings.model_copy(update={**own, "loss_weights": given})
 
 
 def text_memory(settings: Settings) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, readable_errors, show_run
+from dapt.cli.common import app, given_settings, readable_errors, say_error, show_run
 from dapt.errors import UserError
 from dapt.progress import RichReporter, cell, console, say, table
 
@@ -97,7 +97,7 @@ def train(
         if not processes.first:
             return
         result = show_run(run)
-        learns = get_method(final.method).learns
+        learns = not get_method(final.method).still
         if data and shared and learns and len(data.task.test) <= COMPARED_IMAGES:
             before = evaluate_zero_shot(data.task, final, reporter, shared)["accuracy"]
             _compare(result.test.accuracy, before, final.shots)
@@ -108,7 +108,7 @@ def _settings(
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.safe.files import read_json
-    from dapt.settings import absolute_paths, make_settings, read_settings_file
+    from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
     if resume and run.exists:
@@ -122,7 +122,13 @@ def _settings(
         drawn = read_json(Path(given["support_set"]), "support set file")
         if isinstance(drawn, dict):  # what else it holds is checked later
             given.setdefault("shots", drawn.get("shots"))
-    return make_settings(given)
+    final = make_settings(given)
+    if idle := ", ".join(sorted(said.keys() & idle_settings(final.method))):
+        say_error(
+            f"dapt: warning: {final.method} does not use {idle}; 'dapt settings --method "
+            f"{final.method}' lists what it uses"
+        )
+    return final
 
 
 def _compare(tuned: float, before: float, shots: int) -> None:

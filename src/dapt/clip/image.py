@@ -67,8 +67,8 @@ def _encode_vit(
         return pooled if visual.proj is None else pooled @ visual.proj
     *layers, last = unrolled(visual.transformer, inside)
     for layer in layers:
-        if layer.index:
-            parts = [x := layer.enter(x, start)]
+        if (entered := layer.enter(x, start)) is not x:
+            parts = [x := entered]
         q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(*parts))
         x = layer.finish(x, attend(q, k, v))
         parts = [x]

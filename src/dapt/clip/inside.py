@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dapt.errors import UserError
+
 if TYPE_CHECKING:
     from open_clip.transformer import ResidualAttentionBlock
 
@@ -132,6 +134,11 @@ def is_plain(transformer: nn.Module) -> bool:
 
 def through(blocks: Any, x: Tensor, inside: Inside, start: int, **options: Any) -> Tensor:
     """Run layers of any kind by their own modules, tokens (B, L, W) first."""
+    if inside.linears:
+        raise UserError(
+            "this method changes the linear maps of ordinary layers, and the backbone has others; "
+            "choose another backbone, or a method of prompts"
+        )
     for i, block in enumerate(blocks):
         if inside.layers:
             x = inside.before_layer(i, x, start)

@@ -14,6 +14,7 @@ from dapt.clip.image import image_features
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
 from dapt.data.items import DEFAULT_TEMPLATE
+from dapt.errors import UserError
 from dapt.methods import Head, Method, TowerPart
 from dapt.settings import Settings, text_memory
 
@@ -48,11 +49,16 @@ class Classifier(nn.Module):
         self.changes_images = bool(parts_of(self.parts, "image"))
         self.text_encoder: TextEncoder | None = None
         if self.head.reads_text:
-            self.text_encoder = TextEncoder(backbone, self._tokens(), text_memory)
+            context = inside_of(self.parts, "text").tokens
+            self.text_encoder = TextEncoder(
+                backbone,
+                self._tokens(context),
+                text_memory,
+                class_contexts=context is not None and context.dim() == 3,
+            )
         self._fixed_text_features: Tensor | None = None
 
-    def _tokens(self) -> ClassTokens:
-        context = inside_of(self.parts, "text").tokens
+    def _tokens(self, context: Tensor | None) -> ClassTokens:
         if context is None:
             return ClassTokens.for_template(self.backbone, self.class_names, self.template)
         after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
@@ -153,10 +159,15 @@ def new_classifier(
     backbone: Backbone, names: Sequence[str], template: str, method: Method, settings: Settings
 ) -> Classifier:
     """A classifier as a method's row says, with initial values drawn by the settings' seed."""
+    parts = [part.create(backbone, settings) for part in method.parts]
+    learned = [name for part in parts for name, _ in part.named_parameters()]
+    for name in learned:
+        if learned.count(name) > 1:
+            raise UserError(f"'{name}' is the name of two tensors of {method.title}; rename one")
     return Classifier(
         backbone,
         names,
-        [part.create(backbone, settings) for part in method.parts],
+        parts,
         method.head(backbone.logit_scale),
         template=settings.template or template,
         text_memory=text_memory(settings),

@@ -158,12 +158,20 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> list[dict[str
             ]
         return torch.cat(found).cpu().clone().unflatten(0, (count, len(store)))
 
-    with torch.inference_mode():
+    with torch.no_grad():  # not in inference mode: a head may need gradients of what it makes of it
         text = classifier.text_features().cpu().clone()
     own = Examples(support.features_of(classifier, settings), support.labels)
     evidence = Evidence(own, val, text, classifier.backbone.logit_scale, train_views)
     classifier.head.fit(evidence, settings)
-    classifier.head.to(shared.backbone.device)
+    head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
+    with torch.inference_mode():
+        logits = classifier.logits(own.features.to(device), text.to(device))
+    if not _finite([logits, *head.state_dict().values()]):
+        names = ", ".join(head.Settings.model_fields) or "backbone"
+        raise Diverged(
+            f"what {get_method(settings.method).title} fits is no longer finite; give other values "
+            f"of {names} ('dapt settings' says what they mean)"
+        )
     return skipped
 
 
@@ -237,14 +245,14 @@ class _Loop:
         if (found := self.tuner.processes.share(self.journal.checkpoint())) is None:
             return
         state, self.done, self.spent = found
-        averages = {n: state.pop(n) for n in list(state) if n.startswith("finish.")}
+        finish = {n: state.pop(_OF_FINISH + n) for n in _names_of_finish(state)}
         if self.done > self.total or not self.tuner.fits(state):
             raise UserError(
                 "the checkpoint of this run does not hold what its method learns; delete it to "
                 "start the run's tuning anew"
             )
         self.tuner.load_state(state)
-        self.finish.load_state(averages)
+        self.finish.load_state(finish)
         self.saved = self.done
 
     def _save(self) -> None:
@@ -258,7 +266,7 @@ class _Loop:
                 features.append(classifier.image_features(self.support.store.test_views([0])))
         if not _finite(features):
             raise self._diverged("features are no longer finite")
-        state |= {f"finish.{name}": tensor for name, tensor in self.finish.state().items()}
+        state |= {_OF_FINISH + name: tensor for name, tensor in self.finish.state().items()}
         self.journal.save(state, self.done, self.spent + time.perf_counter() - self.started)
         self.saved = self.done
 
@@ -276,6 +284,14 @@ class _Loop:
             f"the {what} at step {self.done - 1} of log.csv, with learning rate {self.lr:g}"
             f"{self.journal.after_divergence(self.saved)} {way}"
         )
+
+
+# Before the names of a finish's tensors in a checkpoint, beside the learned ones.
+_OF_FINISH = "finish."
+
+
+def _names_of_finish(state: Iterable[str]) -> list[str]:
+    return [name.removeprefix(_OF_FINISH) for name in state if name.startswith(_OF_FINISH)]
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from dapt.engine.fit import Diverged, fit
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter
-from dapt.settings import Settings
+from dapt.settings import Settings, weights_of, with_weights
 
 # Multiples of the value the search starts from; loss terms have their own.
 LEARNING_RATES = (1.0, 0.1, 10.0)
@@ -60,7 +60,8 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     scored: dict[str, float] = {}
 
     def told(candidate: Settings) -> str:
-        return ", ".join(f"{name} {getattr(candidate, name):g}" for name in ("lr", *weights))
+        known = weights_of(candidate)
+        return ", ".join(f"{name} {known[name]:g}" for name in ("lr", *weights))
 
     def score(candidate: Settings) -> float:
         if (key := told(candidate)) not in scored:
@@ -75,8 +76,8 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
 
     rates = [settings.model_copy(update={"lr": settings.lr * m}) for m in LEARNING_RATES]
     best = max(rates, key=score)
-    grids = [[(name, getattr(best, name) * m) for m in steps] for name, steps in weights.items()]
-    options = [best.model_copy(update=dict(choice)) for choice in product(*grids)]
+    grids = [[(name, weights_of(best)[name] * m) for m in steps] for name, steps in weights.items()]
+    options = [with_weights(best, dict(choice)) for choice in product(*grids)]
     best = max([best, *options], key=score)
     reporter.say(f"chosen: {told(best)}")
     return best

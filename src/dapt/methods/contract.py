@@ -72,7 +72,10 @@ class TowerPart(nn.Module):
         return {}
 
     def tokens(self, tower: str, now: Pass) -> Tensor | None:
-        """(N, W), or (B, N, W) of images: put after the start token, or among the patches."""
+        """(N, W), or one row each of images (B, N, W) or classes (C, N, W).
+
+        They are put after the start token, or among the patches.
+        """
         return None
 
     def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
@@ -170,6 +173,7 @@ class Head(nn.Module):
     Settings: ClassVar[type[PartSettings]] = PartSettings
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it needs class features at all
+    reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:

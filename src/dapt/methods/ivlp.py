@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.clip.inside import Pass, norm
+from dapt.errors import UserError
 from dapt.methods.contract import HasSettings, PartSettings
 from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
 
@@ -67,9 +68,17 @@ class DeepContext(DeepPrompt):
         depth, count = min(own.text_depth, backbone.text_layers), own.text_vectors
         vectors, after = normal_vectors(depth, count, backbone.text_width, 2 * settings.seed), ""
         if own.text_init:
-            words = backbone.embed_words(own.text_init)[:count]
+            said, words = (
+                own.text_init.replace("_", " ").split(),
+                backbone.embed_words(own.text_init),
+            )
+            if len(said) > count and len(words) != len(said):
+                raise UserError(
+                    f"text_init '{own.text_init}' is {len(words)} tokens, and the {count} vectors "
+                    f"would cut a word; give text_init simpler words or text_vectors={len(words)}"
+                )
+            words, after = words[:count], " ".join(said[count:])
             vectors[0][count - len(words) :] = words
-            after = " ".join(own.text_init.replace("_", " ").split()[count:])
         part = cls(vectors)
         part.after = after
         return part

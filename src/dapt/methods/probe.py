@@ -77,7 +77,8 @@ class LinearProbe(Head):
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """A weight (C, D) and a bias (C,)."""
-        shapes = [tuple(tensors[n].shape) if n in tensors else () for n in ("weight", "bias")]
+        own = tensors.keys() == {"weight", "bias"}
+        shapes = [tuple(tensors[n].shape) for n in ("weight", "bias")] if own else [(), ()]
         if len(shapes[0]) != 2 or shapes[0][0] != classes or shapes[1] != (classes,):
             raise UserError(f"{where} is no probe of {classes} classes; train again")
         if shapes[0][1] != dimension:

@@ -36,7 +36,7 @@ class TipAdapterF(contract.Head):
     """
 
     Settings = TipSettings
-    fitted = True
+    fitted = reads_views = True
     closed = "a Tip-Adapter, whose memory is of the classes it was fitted on"
     labels: Tensor
     alpha: Tensor

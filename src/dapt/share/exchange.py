@@ -219,8 +219,8 @@ def published_bytes(run: RunDirectory) -> bytes:
     settings = run.read_settings()
     entries = get_method(settings.method).checkpoint
     if not entries:
-        what = f"the run in {run.path} ({settings.method}) has no learned prompts to write"
-        raise UserError(f"{what} as a checkpoint; use --format onnx or torch")
+        what = f"what {settings.method} learned in {run.path} has no place in a CoOp checkpoint"
+        raise UserError(f"{what}; use --format onnx or torch")
     tensors, _ = run.read_tensors(run.prompts_file)
     state = {e.key: tensors[e.tensor][None] if e.leading else tensors[e.tensor] for e in entries}
     file = io.BytesIO()

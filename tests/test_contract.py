@@ -1,0 +1,209 @@
+"""What the contract promises whoever writes a part, beyond what the table's own rows use."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from test_towers import siglip
+from torch import nn
+
+from dapt.engine.data import open_data
+from dapt.engine.fit import Diverged, Interrupted, Journal, fit
+from dapt.engine.search import search_settings
+from dapt.errors import UserError
+from dapt.methods import METHODS, Finish, Head, LossTerm, Method, TowerPart
+from dapt.methods.prompts import Context
+from dapt.progress import Reporter
+from dapt.settings import idle_settings, make_settings
+
+
+@pytest.fixture
+def given(photo_folder, tiny_weights):
+    before = dict(METHODS)
+    yield {"dataset": str(photo_folder), "backbone": str(tiny_weights), "device": "cpu",
+           "shots": 2, "batch_size": 3, "epochs": 2, "lr": 0.1, "text_vectors": 2}  # fmt: skip
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def tune(given, row, journal=None, **settings):
+    METHODS["mine"] = row
+    settings = make_settings({**given, "method": "mine", **settings})
+    return fit(open_data(settings), settings, journal=journal)
+
+
+class Mean(Finish):
+    """The mean of what was learned after each epoch."""
+
+    def __init__(self, settings, epochs):
+        super().__init__(settings, epochs)
+        self.sums = {}
+
+    def after_epoch(self, epoch, tensors):
+        for name, tensor in tensors.items():
+            self.sums[name] = self.sums.get(name, 0) + tensor.detach() / self.epochs
+
+    def end(self, tensors):
+        return self.sums
+
+    def state(self):
+        return dict(self.sums)
+
+    def load_state(self, state):
+        assert set(state) == {"text_prompt"}
+        self.sums = dict(state)
+
+
+class Stopping(Journal):
+    """Keeps the first checkpoint and stops the process there; the second time, goes on from it."""
+
+    kept = None
+
+    def checkpoint(self):
+        return self.kept and (dict(self.kept[0]), *self.kept[1:])
+
+    def save(self, state, step, seconds):
+        if self.kept is None:
+            self.kept = {name: tensor.clone() for name, tensor in state.items()}, step, seconds
+            raise Interrupted
+
+
+def test_a_finish_goes_on_where_it_was(given):
+    row, journal = Method("Mean", (Context,), finish=Mean), Stopping()
+    whole = tune(given, row, checkpoint_every=1).classifier.tensors()["text_prompt"]
+    with pytest.raises(Interrupted):
+        tune(given, row, journal, checkpoint_every=1)
+    resumed = tune(given, row, journal, checkpoint_every=1).classifier.tensors()["text_prompt"]
+    assert torch.equal(whole, resumed)
+    last = tune(given, Method("Last", (Context,))).classifier.tensors()["text_prompt"]
+    assert not torch.equal(whole, last)
+
+
+class Watching(TowerPart):
+    """Sees every layer, and changes the first."""
+
+    towers = frozenset({"image"})
+    seen: ClassVar = set()
+
+    def __init__(self, width):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    @classmethod
+    def create(cls, backbone, settings):
+        return cls(backbone.vision_width)
+
+    def before_layer(self, tower, layer, x, at):
+        self.seen.add(layer)
+        return x + self.shift.to(x.dtype) if layer == 0 else x
+
+
+def test_a_part_sees_the_first_layer_too(given):
+    found = tune(given, Method("Watching", (Watching,)))
+    assert Watching.seen == {0, 1}
+    assert found.classifier.tensors()["shift"].abs().max() > 0
+
+
+class OwnContext(TowerPart):
+    """A context for each of three classes."""
+
+    towers = frozenset({"text"})
+
+    def __init__(self, width):
+        super().__init__()
+        draw = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(1))
+        self.own = nn.Parameter(0.02 * draw)
+
+    @classmethod
+    def create(cls, backbone, settings):
+        return cls(backbone.text_width)
+
+    def tokens(self, tower, now):
+        return self.own
+
+
+def test_classes_may_have_contexts_of_their_own(given):
+    start = OwnContext(64).own
+    learned = tune(given, Method("Own", (OwnContext,))).classifier.tensors()["own"]
+    assert bool((learned != start).flatten(1).any(1).all())
+
+
+class Twin(Watching):
+    """Learns under a name that another part has."""
+
+
+def test_two_parts_of_one_name_are_told(given):
+    with pytest.raises(UserError, match="'shift' is the name of two tensors"):
+        tune(given, Method("Twins", (Watching, Twin)))
+
+
+class Linear(TowerPart):
+    """Changes linear maps."""
+
+    towers = frozenset({"image", "text"})
+
+    def linear(self, tower, layer, names, x, out):
+        return 2 * out
+
+
+def test_linear_maps_that_cannot_be_changed_are_told():
+    from dapt.engine.classifier import Classifier
+
+    with pytest.raises(UserError, match="the backbone has others; choose another backbone"):
+        Classifier(siglip(), ["cat", "dog"], [Linear()]).text_features()
+
+
+class Scaled(Head):
+    """Learns one factor on class features, by gradient descent."""
+
+    fitted = True
+
+    def __init__(self, scale):
+        super().__init__(scale)
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def fit(self, evidence, settings):
+        loss = (evidence.support.features @ (evidence.text * self.factor).T).mean()
+        loss.backward()
+        self.factor.data -= self.factor.grad
+
+
+class Endless(Scaled):
+    """A fit that went astray."""
+
+    def fit(self, evidence, settings):
+        self.factor.data *= float("inf")
+
+
+def test_a_head_may_use_gradients_and_must_end_in_numbers(given):
+    for parts in ((), (Context,)):
+        found = tune(given, Method("Scaled", parts, head=Scaled))
+        assert found.classifier.tensors()["factor"] != 1
+    with pytest.raises(Diverged, match="what Endless fits is no longer finite"):
+        tune(given, Method("Endless", head=Endless))
+
+
+def test_huge_settings_of_a_memory_are_told(given):
+    settings = make_settings({**given, "method": "tip-adapter-f", "tip_lr": 1e30})
+    with pytest.raises(Diverged, match="give other values of tip_alpha, tip_beta"):
+        fit(open_data(settings), settings)
+
+
+def test_views_count_where_a_head_reads_them():
+    assert "crop_min" in idle_settings("linear-probe")
+    assert "crop_min" not in idle_settings("tip-adapter-f")
+    assert "epochs" in idle_settings("tip-adapter-f")
+
+
+def test_a_search_finds_weights_of_the_user(given):
+    zero = LossTerm("w", "w", lambda step: step.logits.square().mean(), search=(1.0, 0.0))
+    METHODS["mine"] = Method("Weighed", (Context,), (zero,))
+    settings = make_settings({**given, "method": "mine", "loss_weights": {"w": 1e6}})
+    assert search_settings(settings, Reporter()).loss_weights["w"] in (0.0, 1e6)
+
+
+def test_initial_words_are_not_cut_apart(given):
+    words = "xylophonic photo of a"
+    settings = make_settings({**given, "method": "ivlp", "text_init": words})
+    with pytest.raises(UserError, match="would cut a word"):
+        fit(open_data(settings), settings)
