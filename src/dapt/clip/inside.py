@@ -31,7 +31,6 @@ class Pass:
     generator: torch.Generator | None = None
     images: int = 0  # of the batch
     part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
-    image_features: Tensor | None = None  # (B, D) that class features may depend on
 
 
 EVALUATION = Pass()

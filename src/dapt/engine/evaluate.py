@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import f1_score, top_k_accuracy_score
 from torch import Tensor
 
+from dapt.clip.backbone import Backbone
 from dapt.data import ImageStore, Task
 from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.features import Shared, encode_store, require_finite
@@ -140,9 +141,14 @@ def evaluate_zero_shot(
     task: Task, settings: Settings, reporter: Reporter, shared: Shared
 ) -> dict[str, Any]:
     """As `evaluate_task`, of the bare backbone with the template's words."""
-    method = get_method(ZERO_SHOT)
-    classifier = new_classifier(shared.backbone, task.class_names, task.template, method, settings)
+    classifier = _zero_shot(shared.backbone, task.class_names, task.template, settings)
     return evaluate_task(classifier, task, settings, reporter, shared)
+
+
+def _zero_shot(
+    backbone: Backbone, names: Sequence[str], template: str, settings: Settings
+) -> Classifier:
+    return new_classifier(backbone, names, template, get_method(ZERO_SHOT), settings)
 
 
 def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
@@ -156,8 +162,7 @@ def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
         return {}
     plain = own  # where the words are not learned, they are those before
     if method.changes("text"):
-        bare = get_method(ZERO_SHOT)
-        plain = new_classifier(own.backbone, own.class_names, own.template, bare, settings)
+        plain = _zero_shot(own.backbone, own.class_names, own.template, settings)
     with torch.inference_mode():
         text = [mean_text_distance(c.text_features().cpu()) for c in (plain, own)]
     labels, prototypes = support.labels, support.prototypes

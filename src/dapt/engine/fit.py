@@ -165,8 +165,11 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> list[dict[str
     classifier.head.fit(evidence, settings)
     head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
     with torch.inference_mode():
-        logits = classifier.logits(own.features.to(device), text.to(device))
-    if not _finite([logits, *head.state_dict().values()]):
+        text = text.to(device)
+        # Some rows at a time: of many classes, all logits would not fit into memory.
+        logits = (classifier.logits(z.to(device), text) for z in own.features.split(_ROWS))
+        finite = _finite(head.state_dict().values()) and _finite(logits)
+    if not finite:
         names = ", ".join(head.Settings.model_fields) or "backbone"
         raise Diverged(
             f"what {get_method(settings.method).title} fits is no longer finite; give other values "
@@ -285,6 +288,9 @@ class _Loop:
             f"{self.journal.after_divergence(self.saved)} {way}"
         )
 
+
+# Support images whose logits are held at once.
+_ROWS = 1000
 
 # Before the names of a finish's tensors in a checkpoint, beside the learned ones.
 _OF_FINISH = "finish."
