@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapt.clip.attention import attend, attend_after_prefix, merge_heads, split_heads
+from dapt.clip.inside import attend, attend_after_prefix, merge_heads, split_heads
 
 HEADS, WIDTH = 3, 24
 

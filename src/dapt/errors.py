@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 # Nobody reads on; names from files may be of any length.
@@ -53,3 +54,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or ``""``."""
     match = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+@contextmanager
+def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn such errors, or those of reading a file, into the sentence "what (reason); hint"."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, errors or (OSError, ValueError)):
+            raise
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"{what} ({reason}); {hint}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +43,19 @@ def table(*columns: str, figures: Iterable[str] = (), title: str | None = None) 
 
 def nothing(_count: int) -> None:
     """Advance nobody is watching."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without other libraries' log lines and warnings, of which nothing follows for a user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 class Reporter:

@@ -17,7 +17,7 @@ from open_clip import transformer
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from dapt.errors import UserError
+from dapt.errors import UserError, refusing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,37 +99,16 @@ class Backbone(nn.Module):
         """Stay in eval mode: a frozen model has no other."""
         return super().train(False)
 
-    @property
-    def text_width(self) -> int:
-        """Width of a text prompt vector."""
-        self.require_text_prompts()
-        return int(self.text.width)
-
-    @property
-    def vision_width(self) -> int:
-        """Width of a visual prompt vector."""
-        return int(self._vit()[0])
-
-    @property
-    def patch_size(self) -> int:
-        """Side of an image patch in pixels."""
-        return int(self._vit()[1])
-
-    @property
-    def text_layers(self) -> int:
-        """Layers that a text prompt may be put in front of."""
-        self.require_text_prompts()
-        return len(self.text.transformer.resblocks)
-
-    @property
-    def vision_layers(self) -> int:
-        """Layers that a visual prompt may be put in front of."""
-        return len(self._vit()[2])
-
-    @property
-    def norm_before_layers(self) -> nn.Module:
-        """The image tower's layer norm of tokens in front of its first layer."""
-        return self._vit()[3]
+    text_width = property(
+        lambda self: int(self.text_transformer().width), doc="Of a text prompt vector."
+    )
+    text_layers = property(
+        lambda self: len(self.text_transformer().transformer.resblocks), doc="How many."
+    )
+    vision_width = property(lambda self: int(self._vit()[0]), doc="Of a visual prompt vector.")
+    patch_size = property(lambda self: int(self._vit()[1]), doc="Side of a patch in pixels.")
+    vision_layers = property(lambda self: len(self._vit()[2]), doc="How many.")
+    norm_before_layers = property(lambda self: self._vit()[3], doc="The image tower's layer norm.")
 
     @property
     def context_length(self) -> int:
@@ -149,14 +128,15 @@ class Backbone(nn.Module):
             "prompt; use a method without one (coop), or a ViT such as ViT-B-16"
         )
 
-    def require_text_prompts(self) -> None:
-        """Raise `UserError` where no context can be learned in front of the class name."""
+    def text_transformer(self) -> TextTransformer:
+        """The text tower, where a context can be learned in front of the class name."""
         if not isinstance(self.text, TextTransformer):
             raise UserError(
                 f"the text tower of '{self.name}' is a {type(self.text).__name__}, which takes no "
                 "learned context; use a method without one (vpt), or an open_clip model with its "
                 "own text transformer, such as ViT-B-16"
             )
+        return self.text
 
     def normalize(self, views: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""
@@ -193,9 +173,8 @@ class Backbone(nn.Module):
 
     def embed_words(self, words: str) -> Tensor:
         """(M, text width), on the CPU: token embeddings of words without start and end."""
-        self.require_text_prompts()
+        table = self.text_transformer().token_embedding.weight
         inner = self.tokenize([words.replace("_", " ")])[0][len(self.start_tokens) : -1]
-        table = self.text.token_embedding.weight
         return table[torch.tensor(inner, device=table.device)].float().cpu()
 
 
@@ -210,21 +189,15 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 def choose_device(device: str) -> torch.device:
     """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``; a `UserError` if not there."""
-    kinds: dict[str, Any] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-    }
+    kinds: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device == "auto":
         device = next((kind for kind, is_there in kinds.items() if is_there()), "cpu")
-    try:
+    hint = "use 'cpu' or leave it 'auto'"
+    with refusing(f"device '{device}' is not available here", hint, RuntimeError, AssertionError):
         place = torch.device(device)
         if place.type not in ("cpu", *kinds):
             raise RuntimeError("nothing is computed there")
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device '{device}' is not available here; use 'cpu' or leave it 'auto'"
-        ) from error
     return place
 
 

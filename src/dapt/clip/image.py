@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from dapt.clip.attention import attend, split_heads
+from dapt.clip import inside as tower
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import NOTHING, Inside, is_plain, norm, through, unrolled
+from dapt.clip.inside import NOTHING, Inside
 
 
 def image_features(
@@ -60,23 +60,27 @@ def _encode_vit(
         parts = [x, tokens]
         x = torch.cat(parts, dim=1)
     if not (
-        is_plain(visual.transformer) and visual.attn_pool is None and visual.pool_type == "tok"
+        tower.is_plain(visual.transformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
     ):
-        x = through(visual.transformer.resblocks, x, inside, start)
+        x = tower.through(visual.transformer.resblocks, x, inside, start)
         pooled = visual._pool(x[:, :start])[0]
         return pooled if visual.proj is None else pooled @ visual.proj
-    *layers, last = unrolled(visual.transformer, inside)
+    *layers, last = tower.unrolled(visual.transformer, inside)
     for layer in layers:
         if (entered := layer.enter(x, start)) is not x:
             parts = [x := entered]
-        q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(*parts))
-        x = layer.finish(x, attend(q, k, v))
+        q, k, v = (tower.split_heads(t, layer.heads) for t in layer.qkv(*parts))
+        x = layer.finish(x, tower.attend(q, k, v))
         parts = [x]
     x = last.enter(x, start)
     first = (slice(None), slice(0, 1))  # only the class token is read
-    mixed = attend(*(split_heads(t, last.heads) for t in last.asked(x, first)))  # (B, 1, W)
+    mixed = tower.attend(
+        *(tower.split_heads(t, last.heads) for t in last.asked(x, first))
+    )  # (B, 1, W)
     x = last.finish(x[first], mixed)[:, 0]  # (B, W)
-    x = norm(visual.ln_post, x)
+    x = tower.norm(visual.ln_post, x)
     return x if visual.proj is None else x @ visual.proj
 
 
@@ -84,5 +88,7 @@ def _encode_timm(visual: Any, images: Tensor, tokens: Tensor, inside: Inside) ->
     trunk = visual.trunk
     x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
     start = x.shape[1]
-    x = trunk.norm(through(trunk.blocks, torch.cat([x, tokens], 1), inside, start))  # (B, T+N, W)
+    x = trunk.norm(
+        tower.through(trunk.blocks, torch.cat([x, tokens], 1), inside, start)
+    )  # (B, T+N, W)
     return visual.head(trunk.forward_head(x[:, :start]))

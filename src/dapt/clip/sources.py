@@ -6,8 +6,6 @@ weights and vocabulary is refused.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -22,9 +20,9 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import backbone
-from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing
-from dapt.errors import UserError, nearest, reason_of, shown
+from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
+from dapt.errors import UserError, nearest, refusing
+from dapt.progress import quietly
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
@@ -74,8 +72,8 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
-    place = backbone.choose_device(device)
-    precision = backbone.usable_precision(precision, place)
+    place = choose_device(device)
+    precision = usable_precision(precision, place)
     model, tokenizer, preprocess = load_model(name, pretrained)
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
@@ -118,13 +116,11 @@ def taken_for_granted(name: str) -> str | None:
 def _from_directory(path: Path) -> Loaded:
     config_file = path / "open_clip_config.json"
     if not config_file.is_file():
-        said = f"{path} has no {config_file.name}"
-        raise UserError(f"{said}; a backbone directory holds that file and its weights")
-    try:
+        raise UserError(f"{path} has no {config_file.name}, which a folder of a backbone holds")
+    what = f"{config_file} is no open_clip configuration"
+    with refusing(what, "give the one that came with the weights", OSError, *_ODD):
         config = parse_json(read_text(config_file))
         model_config = dict(config["model_cfg"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{config_file} is no open_clip configuration: {error!r}") from error
     found = [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
     if not found:
         raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
@@ -139,15 +135,12 @@ def _from_directory(path: Path) -> Loaded:
 
 def _from_hub(repo: str) -> Loaded:
     """What open_clip put on the hub is, fetched into the hub's cache, such a directory."""
-    try:
+    what = f"'{repo}' is no local file and could not be fetched from the hub"
+    # The hub's client raises a wide family.
+    with refusing(what, "check the name and the connection", Exception), quietly():
         # First what is small: configuration and vocabulary. The weights arrive beside them.
-        folder = _quietly(snapshot_download, repo, allow_patterns=["*.json", "*.txt", "*.model"])
-        _quietly(download_pretrained_from_hf, repo)
-    except Exception as error:  # the hub's client raises a wide family
-        raise UserError(
-            f"'{repo}' is no local file and could not be fetched from the hub "
-            f"({reason_of(error)}); check the name and the connection"
-        ) from error
+        folder = snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"])
+        download_pretrained_from_hf(repo)
     return _from_directory(Path(folder))
 
 
@@ -212,7 +205,7 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
     It is laid out without memory first, and made only if the weights fill it.
     """
     config.pop("custom_text", None)
-    try:
+    with refusing(f"the weights in {source} do not fit their model", "check both", *_ODD):
         _check_config(config, state, source)
         if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
             raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
@@ -222,9 +215,6 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
             CustomTextCLIP(**config).load_state_dict(laid_out, assign=True)
         model = CustomTextCLIP(**config)
         model.load_state_dict({k: v.float() for k, v in state.items()})
-    except _ODD as error:
-        said = f"the weights in {source} do not fit their model: {reason_of(error)}"
-        raise UserError(said) from error
     return model
 
 
@@ -232,11 +222,8 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
     """Refuse an open_clip configuration that would run or fetch something, or be too large.
 
     open_clip hands ``tokenizer_kwargs`` on to transformers, which takes ``trust_remote_code``
-    there, and model names to timm and transformers, which fetch those that are not their own.
-
-    Raises:
-        UserError: it asks for something else than weights and their tokenizer.
-        Exception: it is none, in one of many ways.
+    there, and model names to timm and transformers, which fetch those that are not their own. One
+    that is no configuration at all ends in any of `_ODD`.
     """
     vision, text = config["vision_cfg"], config["text_cfg"]
     refused = [
@@ -273,6 +260,7 @@ def _numbers(value: Any) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+@quietly()  # of activations too it warns, which are settled here
 def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     config = open_clip.get_model_config(name)
     if config is None:
@@ -289,18 +277,16 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     if pretrained == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained, yet the same everywhere
-            model = _quietly(open_clip.create_model, name, force_custom_text=True)
+            model = open_clip.create_model(name, force_custom_text=True)
     elif pretrained in tags:
         # Which activation the weights were trained with is the tag's to say, not the name's.
         quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
-        given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
-        try:
-            model = _quietly(open_clip.create_model, name, **given)
-        except RuntimeError as error:
-            raise UserError(
-                f"weights '{pretrained}' of '{name}' could not be fetched; check the connection, "
-                "or download them and pass the file"
-            ) from error
+        what = f"weights '{pretrained}' of '{name}' could not be fetched"
+        hint = "check the connection, or download them and pass the file"
+        with refusing(what, hint, RuntimeError):
+            model = open_clip.create_model(
+                name, pretrained=pretrained, force_custom_text=True, quick_gelu=quick
+            )
     elif file.is_file():
         # OpenAI's own have theirs, whatever the name's config says.
         activation = {"quick_gelu": True} if is_torchscript(file) else {}
@@ -313,20 +299,19 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     return model, _tokenizer(name, config), _preprocessing(model, seen, name)
 
 
+@quietly()
 def _tokenizer(source: str, config: dict[str, Any]) -> Any:
     # transformers would ask on the terminal whether it may run what lies beside a vocabulary.
     never = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
-    try:
-        return _quietly(open_clip.get_tokenizer, source, **never)
-    except Exception as error:  # transformers missing, or its files out of reach
-        raise UserError(
-            f"the tokenizer of '{source}' could not be loaded ({reason_of(error)}); it needs "
-            "'pip install transformers sentencepiece' and, once, a connection to the model hub"
-        ) from error
+    hint = "it needs 'pip install transformers sentencepiece' and, once, a connection to the hub"
+    with refusing(f"the tokenizer of '{source}' could not be loaded", hint, Exception):
+        return open_clip.get_tokenizer(source, **never)
 
 
 def _preprocessing(model: Any, config: Any, source: Path | str) -> Preprocessing:
-    try:
+    what = f"{source} says of images what cannot be"
+    hint = "three finite means and positive deviations are needed, and a size of at most"
+    with refusing(what, f"{hint} {_LARGEST_IMAGE}", *_ODD):
         seen = merge_preprocess_dict(PreprocessCfg(), config)
         size = getattr(model.visual, "image_size", seen["size"])
         side = int(size[0] if isinstance(size, list | tuple) else size)
@@ -334,21 +319,4 @@ def _preprocessing(model: Any, config: Any, source: Path | str) -> Preprocessing
         finite = all(map(isfinite, mean + std)) and min(std) > 0
         if not 0 < side <= _LARGEST_IMAGE or not finite or not len(mean) == len(std) == 3:
             raise ValueError(f"size {side}, mean {mean}, std {std}")
-    except _ODD as error:
-        raise UserError(
-            f"{source} says of images what cannot be ({shown(str(error))}); three finite means "
-            f"and positive deviations are needed, and a size of at most {_LARGEST_IMAGE}"
-        ) from error
     return Preprocessing(side, mean, std, seen["interpolation"], seen["resize_mode"])
-
-
-def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call open_clip without its log lines and activation warnings, which we settle ourselves."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return function(*args, **kwargs)
-    finally:
-        logging.disable(level)

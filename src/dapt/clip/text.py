@@ -10,19 +10,21 @@ tokens of all classes, H heads, W width, D embedding dimension.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, groupby, takewhile
 
 import torch
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dapt.clip.attention import Groups, attend, attend_after_prefix, split_heads
+from dapt.clip import inside as tower
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import NOTHING, Inside, is_plain, norm, through, unrolled
+from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
 
 TEXT_MEMORY = 4 * 2**30  # bytes that text activations may take, unless told otherwise
@@ -52,7 +54,7 @@ class ClassTokens:
         Raises:
             UserError: a class name leaves no room for the context, or the reverse.
         """
-        backbone.require_text_prompts()
+        backbone.text_transformer()
         names = [name.replace("_", " ") for name in class_names]
         start = tuple(backbone.start_tokens)
         texts = [f"{after} {name}.".strip() if after else f"{name}." for name in names]
@@ -93,7 +95,7 @@ class Chunk:
 
     classes: slice
     tokens: slice  # of their packed own tokens
-    groups: Groups
+    groups: tower.Groups
 
 
 class TextEncoder(nn.Module):
@@ -136,7 +138,9 @@ class TextEncoder(nn.Module):
             and text.cls_emb is None
             and text.pool_type in ("argmax", "eos")
         )
-        self.shares_prefix = self.ends_at_end and is_plain(text.transformer) and not class_contexts
+        self.shares_prefix = (
+            self.ends_at_end and tower.is_plain(text.transformer) and not class_contexts
+        )
         self.order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
         lengths = [len(tokens.own[i]) for i in self.order]
         for name, values in {
@@ -184,15 +188,15 @@ class TextEncoder(nn.Module):
             x = torch.cat([x, text.token_embedding(self.after).to(dtype)])
         x = x + text.positional_embedding[: len(x)].to(dtype)  # (P, W)
         found: list[Tensor] = []
-        *layers, last = unrolled(text.transformer, inside)
+        *layers, last = tower.unrolled(text.transformer, inside)
         for layer in layers:
             x = layer.enter(x, start)
-            q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(x))
+            q, k, v = (tower.split_heads(t, layer.heads) for t in layer.qkv(x))
             found += [k, v]
-            x = layer.finish(x, attend(q, k, v, causal=True))
+            x = layer.finish(x, tower.attend(q, k, v, causal=True))
         # Nothing reads what the last layer would make of the prefix itself.
         x = last.enter(x, start)
-        _, k, v = (split_heads(t, last.heads) for t in last.asked(x, slice(0)))
+        _, k, v = (tower.split_heads(t, last.heads) for t in last.asked(x, slice(0)))
         return [*found, k, v]
 
     def _own(self, chunk: Chunk, inside: Inside, *prefix: Tensor) -> Tensor:
@@ -201,16 +205,18 @@ class TextEncoder(nn.Module):
         length = prefix[0].shape[-2]
         x = text.token_embedding(self.packed[chunk.tokens]).to(dtype)  # (N, W)
         x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
-        *layers, last = unrolled(text.transformer, inside)
+        *layers, last = tower.unrolled(text.transformer, inside)
         for i, layer in enumerate(layers):
             q, k, v = layer.qkv(x)
-            mixed = attend_after_prefix(q, k, v, prefix[2 * i], prefix[2 * i + 1], chunk.groups)
+            mixed = tower.attend_after_prefix(
+                q, k, v, prefix[2 * i], prefix[2 * i + 1], chunk.groups
+            )
             x = layer.finish(x, mixed)
         ends = self.ends[chunk.classes] - chunk.tokens.start
         q, k, v = last.asked(x, ends)
-        mixed = attend_after_prefix(q, k, v, prefix[-2], prefix[-1], chunk.groups)
+        mixed = tower.attend_after_prefix(q, k, v, prefix[-2], prefix[-1], chunk.groups)
         x = last.finish(x[ends], mixed)  # (c, W)
-        return _project(text, norm(text.ln_final, x))
+        return _project(text, tower.norm(text.ln_final, x))
 
     def _whole(self, chunk: Chunk, inside: Inside, context: Tensor | None) -> Tensor:
         """Features (c, D) of a chunk's c classes, each in full, through the tower's own modules."""
@@ -229,7 +235,7 @@ class TextEncoder(nn.Module):
             x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
         if mask is not None:
             mask = mask[..., : x.shape[1], : x.shape[1]].to(x.dtype)
-        x = through(text.transformer.resblocks, x, inside, first, attn_mask=mask)
+        x = tower.through(text.transformer.resblocks, x, inside, first, attn_mask=mask)
         if text.cls_emb is not None:
             return _project(text, text.ln_final(x[:, -1]))
         x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
@@ -263,17 +269,13 @@ def _chunks(lengths: list[int], sizes: list[int], budget: int) -> list[Chunk]:
     A class takes as many tokens of the ``budget`` as its size says.
     """
     count = -(-sum(sizes) // budget)
-    target, chunks, first, start, taken = sum(sizes) / count, list[Chunk](), 0, 0, 0
-    while first < len(lengths):
-        last = first
-        while last < len(lengths) and (
-            last == first or taken + sizes[last] / 2 <= target * (len(chunks) + 1)
-        ):
-            taken += sizes[last]
-            last += 1
-        inside = lengths[first:last]
-        end = start + sum(inside)
-        groups = tuple((inside.count(s), s) for s in sorted(set(inside)))
+    limits = [sum(sizes) / count * (number + 1) for number in range(count)]
+    middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
+    chunks, first, start = list[Chunk](), 0, 0
+    for _, members in groupby(bisect_left(limits, middle) for middle in middles):
+        own = Counter(lengths[first : (last := first + len(list(members)))])
+        end = start + sum(own.elements())
+        groups = tuple((number, length) for length, number in own.items())
         chunks.append(Chunk(slice(first, last), slice(start, end), groups))
         first, start = last, end
     return chunks

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dapt.errors import UserError, reason_of
+from dapt.errors import UserError, refusing
 from dapt.safe.files import file_size
 
 PARTS = ("train", "val", "test")
@@ -214,15 +213,3 @@ def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones left out."""
     with refusing(f"folder {folder} cannot be read", "check the path"), os.scandir(folder) as found:
         return sorted(e.name for e in found if not e.name.startswith(".") and e.is_dir())
-
-
-@contextmanager
-def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn such errors, or those of reading a file, into the sentence "what (reason); hint"."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not isinstance(error, errors or (OSError, ValueError)):
-            raise
-        reason = getattr(error, "strerror", None) or reason_of(error)
-        raise UserError(f"{what} ({reason}); {hint}") from error
