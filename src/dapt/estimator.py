@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from dapt.safe.files import to_json
 from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_settings
 
 
+@dataclass(eq=False, repr=False)
 class PromptClassifier(ClassifierMixin, BaseEstimator):
     """A few labelled images in, a classifier out.
 
@@ -67,44 +68,24 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         files_: the run's files, by name: what `save` writes.
     """
 
-    def __init__(
-        self,
-        backbone: str = "bundled",
-        *,
-        method: str = "dapt",
-        shots: int | None = 16,
-        pretrained: str | None = None,
-        class_names: Mapping[Any, str] | Sequence[str] | None = None,
-        epochs: int | None = None,
-        lr: float | None = None,
-        beta_visual: float | None = None,
-        beta_text: float | None = None,
-        text_vectors: int | None = None,
-        visual_vectors: int | None = None,
-        batch_size: int | None = None,
-        seed: int = 1,
-        precision: str = "fp32",
-        device: str = "auto",
-        settings: Mapping[str, Any] | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.backbone = backbone
-        self.method = method
-        self.shots = shots
-        self.pretrained = pretrained
-        self.class_names = class_names
-        self.epochs = epochs
-        self.lr = lr
-        self.beta_visual = beta_visual
-        self.beta_text = beta_text
-        self.text_vectors = text_vectors
-        self.visual_vectors = visual_vectors
-        self.batch_size = batch_size
-        self.seed = seed
-        self.precision = precision
-        self.device = device
-        self.settings = settings
-        self.verbose = verbose
+    backbone: str = "bundled"
+    _: KW_ONLY
+    method: str = "dapt"
+    shots: int | None = 16
+    pretrained: str | None = None
+    class_names: Mapping[Any, str] | Sequence[str] | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    beta_visual: float | None = None
+    beta_text: float | None = None
+    text_vectors: int | None = None
+    visual_vectors: int | None = None
+    batch_size: int | None = None
+    seed: int = 1
+    precision: str = "fp32"
+    device: str = "auto"
+    settings: Mapping[str, Any] | None = None
+    verbose: bool = False
 
     def __sklearn_tags__(self) -> Any:
         """Images, not rows of features; labels are needed."""
@@ -152,7 +133,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """(n,) labels of n images."""
-        places = self.predict_proba(X).argmax(-1)
+        places = self.predict_proba(X).argmax(-1)  # which also says if nothing was fitted
         return self.classes_[places]
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -163,10 +144,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             sklearn.exceptions.NotFittedError: before `fit` or `load`.
         """
         check_is_fitted(self, "files_")
-        images, classifier = as_sequence(X), self._loaded()
-        store = ImageStore(images, **classifier.backbone.preprocessing.of_views())
+        images = as_sequence(X)
+        if not hasattr(self, "_classifier"):  # it is not pickled
+            self._classifier = self._built(self.files_)
+        store = ImageStore(images, **self._classifier.backbone.preprocessing.of_views())
         try:
-            logits = classify(classifier, store)
+            logits = classify(self._classifier, store)
         except BadImage as error:
             raise InputError(str(error)) from error
         return logits.double().softmax(-1).numpy()[:, self._places]
@@ -190,7 +173,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "files_")
         if isinstance(names, str):
             raise InputError(f"add_classes takes a list of class names; write [{names!r}]")
-        given = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+        given = names if isinstance(names, Mapping) else {name: name for name in names}
         back = np.argsort(self._places)  # to the run's own order, to which they are added
         classes = np.asarray([*self.classes_[back].tolist(), *given])
         text = self.classes_.dtype.kind in "UO"  # whether labels are names
@@ -203,10 +186,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         files = {name: file for name, file in self.files_.items() if name != "metrics.json"}
-        changed: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
-        for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
-            value = {**json.loads(files[name]), entry: changed[entry]}
-            files[name] = to_json(value, indent=1)
+        for name, entry in (
+            ("task.json", {"class_names": everything}),
+            ("environment.json", {"labels": _json(classes)}),
+        ):
+            files[name] = to_json(json.loads(files[name]) | entry, indent=1)
         self._adopt(files, classes, self._built(files, own_names=before))
         return self
 
@@ -217,10 +201,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             UserError: a run is there already and ``overwrite`` is not set, or it is in use.
         """
         check_is_fitted(self, "files_")
-        run, settings = RunDirectory(path), make_settings(json.loads(self.files_["settings.json"]))
-        check_output(run, settings, resume=False, overwrite=overwrite)
+        check_output(run := RunDirectory(path), overwrite=overwrite)
         with run.locked():
-            check_output(run, settings, resume=False, overwrite=overwrite)
+            check_output(run, overwrite=overwrite)
             run.write_files(self.files_)
         return run.path
 
@@ -244,10 +227,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         values = settings.model_dump()
         usual = make_settings({"dataset": FITTED, "shots": settings.shots}).model_dump()
         others = {name: values[name] for name in _free() if values[name] != usual[name]}
-        own = {name: values[name] for name in _OWN}
-        found = cls(**{**own, "device": device, "settings": others or None})
+        own = {name: values[name] for name in _OWN} | {"device": device}
+        found = cls(**own, settings=others or None)
         names = run.read_task().class_names
-        labels = _labels(run, names)
+        if (labels := run.read_environment().labels) is None:
+            labels = names
+        elif len(set(map(repr, labels))) != len(names):
+            raise UserError(
+                f"{run.environment_file} is damaged: its labels are not those of classes"
+            )
         if labels != names:
             found.class_names = dict(zip(labels, names, strict=True))
         classifier = load_classifier(run, backbone=found._backbone(settings))
@@ -258,7 +246,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return found
 
     def _settings(self, shots: int) -> Settings:
-        own, others = {name: getattr(self, name) for name in _OWN}, dict(self.settings or {})
+        own, others = {name: getattr(self, name) for name in _OWN}, self.settings or {}
         if clash := sorted(others.keys() - _free()):
             what = f"setting '{clash[0]}' is no entry of PromptClassifier's settings"
             raise UserError(f"{what}; give it as a parameter, if it is one")
@@ -276,26 +264,19 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         name, tag, precision = settings.backbone, settings.pretrained, settings.precision
         return _load_backbone(name, tag, device=self.device or "auto", precision=precision)
 
-    def _loaded(self) -> Classifier:
-        """The classifier, built anew from the run's files after unpickling."""
-        if getattr(self, "_classifier", None) is None:
-            self._classifier = self._built(self.files_)
-        return self._classifier
-
     def _built(self, files: dict[str, bytes], own_names: Sequence[str] | None = None) -> Classifier:
         """The classifier that a run's files hold; it was tuned on other classes, if given."""
         settings = make_settings(json.loads(files["settings.json"]))
         task = TaskRecord.model_validate_json(files["task.json"])
-        same = self._classifier.backbone if getattr(self, "_classifier", None) else None
-        backbone, told = same or self._backbone(settings), (task.class_names, task.template)
-        tensors, where = load(files["prompts.safetensors"]), "what was fitted"
+        same = hasattr(self, "_classifier")
+        backbone = self._classifier.backbone if same else self._backbone(settings)
+        tensors, told = load(files["prompts.safetensors"]), (task.class_names, task.template)
+        where = "what was fitted"
         return classifier_of(settings, tensors, backbone, *told, where=where, own_names=own_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and the run's files; the backbone is loaded again, not pickled."""
-        state = dict(super().__getstate__())
-        state.pop("_classifier", None)
-        return state
+        return {k: v for k, v in super().__getstate__().items() if k != "_classifier"}
 
 
 # Kept between fits: a grid search loads it once.
@@ -349,17 +330,7 @@ def _located(images: Sequence[Any], item: Item) -> Item:
     return replace(item, path=str(Path(value).absolute())) if is_file else item
 
 
-def _json(classes: Any) -> list[Any] | None:
+def _json(classes: np.ndarray) -> list[Any] | None:
     """Labels for a JSON record, None where it cannot hold them."""
-    labels = list(classes.tolist() if isinstance(classes, np.ndarray) else classes)
+    labels = classes.tolist()
     return labels if all(isinstance(label, str | int | float) for label in labels) else None
-
-
-def _labels(run: RunDirectory, names: list[str]) -> list[Any]:
-    """What `_json` recorded of a run's classes; their names where it recorded nothing."""
-    labels = run.read_environment().labels
-    if labels is None:
-        return names
-    if len(set(map(repr, labels))) != len(names) or _json(labels) is None:
-        raise UserError(f"{run.environment_file} is damaged: its labels are not those of classes")
-    return labels

@@ -38,15 +38,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    dataset: str = Field(
-        description="'bundled', a benchmark, a folder, a .csv/.jsonl file, a packed dataset"
-    )
+    dataset: str = Field(description="'bundled', a benchmark, folder, .csv, .jsonl, packed dataset")
     root: str | None = Field(None, description="folder that holds the benchmarks")
     domain: str | None = Field(None, description="style of the bundled task")
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
-    classes: Literal["all", "base", "new"] = Field(
-        "all", description="base: the first half by label, new: the rest"
-    )
+    classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
@@ -59,13 +55,9 @@ class Settings(BaseModel):
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
     epochs: int = Field(ge=1, description="passes over the support set")
-    crop_min: float = Field(
-        0.08, gt=0, le=1, description="least share of an image that a training view shows"
-    )
+    crop_min: float = Field(0.08, gt=0, le=1, description="least share of an image in a view")
     batch_size: int = Field(32, ge=1, description="images a step")
-    lr: float = Field(
-        gt=0, le=LARGEST, description="SGD learning rate, after the first epoch's 1e-5"
-    )
+    lr: float = Field(gt=0, le=LARGEST, description="SGD learning rate, after epoch 0's 1e-5")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD")
     loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
@@ -73,13 +65,9 @@ class Settings(BaseModel):
     )
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
-    text_memory: float = Field(
-        4.0, gt=0, le=2**20, description="GiB of text activations a step; more classes go in chunks"
-    )
+    text_memory: float = Field(4.0, gt=0, le=2**20, description="GiB of text activations in a step")
     strict: bool = Field(False, description="an unreadable image is an error, not left out")
-    memory_budget: float = Field(
-        2.0, gt=0, le=2**20, description="GiB of decoded images kept in memory"
-    )
+    memory_budget: float = Field(2.0, gt=0, le=2**20, description="GiB of decoded images in memory")
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -135,10 +123,8 @@ def make_settings(given: dict[str, Any]) -> Settings:
     A `UserError` names an unknown setting (with the nearest known one) or an impossible value.
     """
     given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
-    for name in given:
-        if name not in known:
-            near = nearest(name, known)
-            raise UserError(f"unknown setting '{name}'{near}; 'dapt settings' lists all")
+    if odd := next((name for name in given if name not in known), None):
+        raise UserError(f"unknown setting '{odd}'{nearest(odd, known)}; 'dapt settings' lists all")
     try:
         settings = _with_values({**default_settings(given), **given})
     except pydantic.ValidationError as error:
@@ -160,11 +146,10 @@ def make_settings(given: dict[str, Any]) -> Settings:
 
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     """What is published for a dataset and number of shots, by the method if it has its own."""
-    shots = given.get("shots", 16)
-    shots = int(shots) if re.fullmatch(r"[0-9]{1,9}", str(shots)) else 16
-    dataset, method = str(given.get("dataset", "")), given.get("method", "dapt")
-    own = METHODS[method].defaults(dataset, shots) if method in METHODS else {}
-    return {**usual_settings(dataset, shots), **own}
+    shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
+    asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
+    row = METHODS.get(given.get("method", "dapt"))
+    return usual_settings(*asked) | (row.defaults(*asked) if row else {})
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

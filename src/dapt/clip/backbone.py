@@ -189,13 +189,13 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 def choose_device(device: str) -> torch.device:
     """``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``; a `UserError` if not there."""
-    kinds: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        device = next((kind for kind, is_there in kinds.items() if is_there()), "cpu")
+        device = next((kind for kind in there if there[kind]), "cpu")
     hint = "use 'cpu' or leave it 'auto'"
     with refusing(f"device '{device}' is not available here", hint, RuntimeError, AssertionError):
         place = torch.device(device)
-        if place.type not in ("cpu", *kinds):
+        if place.type not in ("cpu", *there):
             raise RuntimeError("nothing is computed there")
         torch.empty(0, device=place)
     return place

@@ -131,7 +131,7 @@ class Environment(Record):
     imported_from: str | None = None
     imported_sha256: str | None = None
     copied_from: str | None = None
-    labels: list[Any] | None = None
+    labels: list[str | int | float | bool] | None = None
 
 
 class SupportImage(Record):

@@ -242,8 +242,17 @@ def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
     return files
 
 
-def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Raise `UserError` of a directory with another run, unless to be resumed or overwritten."""
+def check_output(
+    run: RunDirectory,
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Raise `UserError` of a directory with another run, unless to be resumed or overwritten.
+
+    Without settings, it is not one that could be resumed.
+    """
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite discards it; give one of them")
     if run.path.exists() and not run.path.is_dir():
@@ -254,10 +263,11 @@ def check_output(run: RunDirectory, settings: Settings, *, resume: bool, overwri
         run.require_own()
         return
     if not resume:
-        state, way = ("a finished", "overwrite") if run.finished else ("an unfinished", "resume")
+        way = "overwrite" if run.finished or settings is None else "resume"
+        state = "a finished" if run.finished else "an unfinished"
         raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
     kept = run.read_settings()
-    for name, value in settings.model_dump().items():
+    for name, value in settings.model_dump().items() if settings else ():
         if name not in FREE_ON_RESUME and (old := getattr(kept, name)) != value:
             raise UserError(
                 f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}; "
