@@ -20,8 +20,7 @@ from dapt.cli import app
 from dapt.data import open_image, open_task
 from dapt.errors import UserError, printable
 from dapt.run.directory import RunDirectory
-from dapt.run.train import train
-from dapt.run.transfer import Target, evaluate_run
+from dapt.run.train import Target, evaluate_run, train
 from dapt.settings import make_settings
 
 RED = (200, 60, 60)

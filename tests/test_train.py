@@ -272,13 +272,13 @@ def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
 # Begins a run anew and is gone, with no clean-up, when it comes to write the file named.
 KILLED_AT = """
 import json, os, sys
-from dapt.safe import files
+from dapt.run import directory
 from dapt.settings import make_settings
 from dapt.run.train import train
 
 settings, run, target = sys.argv[1:]
-write = files.write_atomic
-files.write_atomic = lambda path, text: os._exit(9) if str(path) == target else write(path, text)
+write = directory.write_atomic
+directory.write_atomic = lambda p, text: os._exit(9) if str(p) == target else write(p, text)
 train(make_settings(json.loads(settings)), run, overwrite=True)
 """
 

@@ -12,8 +12,7 @@ from dapt.grid.plan import PlannedRun
 from dapt.grid.work import summary
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
-from dapt.run.train import train
-from dapt.run.transfer import Target, evaluate_run
+from dapt.run.train import Target, evaluate_run, train
 from dapt.settings import make_settings
 
 
@@ -103,7 +102,7 @@ def test_nothing_is_written_into_another_run(run, photos, monkeypatch):
 
     with pytest.raises(UserError, match="was replaced meanwhile"):
         evaluate_run(run, target, open_task=replace_run)
-    monkeypatch.setattr("dapt.run.transfer._PATIENCE", 0)
+    monkeypatch.setattr("dapt.run.train._PATIENCE", 0)
     with run.locked(), pytest.raises(InUse):
         evaluate_run(run, target)
     assert evaluations(run) == {}

@@ -62,7 +62,8 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not isinstance(error, errors or (OSError, ValueError)):
+        sought = isinstance(error, errors or (OSError, ValueError))
+        if not sought or isinstance(error, UserError | MemoryError):
             raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({reason}); {hint}") from error

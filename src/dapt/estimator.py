@@ -204,7 +204,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_output(run := RunDirectory(path), overwrite=overwrite)
         with run.locked():
             check_output(run, overwrite=overwrite)
-            run.write_files(self.files_)
+            run.begin(self.files_)
         return run.path
 
     @classmethod
@@ -230,7 +230,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         own = {name: values[name] for name in _OWN} | {"device": device}
         found = cls(**own, settings=others or None)
         names = run.read_task().class_names
-        if (labels := run.read_environment().labels) is None:
+        labels: Any = run.read_environment().labels
+        if labels is None:
             labels = names
         elif len(set(map(repr, labels))) != len(names):
             raise UserError(
@@ -270,9 +271,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         task = TaskRecord.model_validate_json(files["task.json"])
         same = hasattr(self, "_classifier")
         backbone = self._classifier.backbone if same else self._backbone(settings)
-        tensors, told = load(files["prompts.safetensors"]), (task.class_names, task.template)
-        where = "what was fitted"
-        return classifier_of(settings, tensors, backbone, *told, where=where, own_names=own_names)
+        tensors, where = load(files["prompts.safetensors"]), "what was fitted"
+        return classifier_of(settings, tensors, backbone, task, where, own_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and the run's files; the backbone is loaded again, not pickled."""

@@ -44,7 +44,7 @@ def evaluate(
     - `dapt eval runs/caltech --dataset oxford_pets --root /data`
     """
     from dapt.run.directory import RunDirectory
-    from dapt.run.transfer import Target, evaluate_run
+    from dapt.run.train import Target, evaluate_run
 
     target = Target(**given_settings(context, [field.name for field in fields(Target)]))
     name, result = evaluate_run(

@@ -17,8 +17,7 @@ from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
 from dapt.methods import METHODS, get_method
 from dapt.run.directory import RunDirectory
-from dapt.run.train import check_output
-from dapt.run.transfer import Target, recorded
+from dapt.run.train import Target, check_output, recorded
 from dapt.safe.files import read_yaml, user_path
 from dapt.settings import Settings, absolute_paths, make_settings
 

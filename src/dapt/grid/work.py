@@ -29,8 +29,7 @@ from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, backbone_key, task_key
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
 from dapt.run.records import EvaluationRecord, Metrics
-from dapt.run.train import train
-from dapt.run.transfer import evaluate_run, recorded
+from dapt.run.train import evaluate_run, recorded, train
 from dapt.settings import Settings
 
 # What became of a run: `DONE` with its figures, `FAILED` with a sentence, or `BUSY`.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
@@ -22,11 +21,10 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
-from dapt.data.items import refusing
-from dapt.errors import UserError
+from dapt.errors import UserError, refusing
 from dapt.run import records
-from dapt.run.records import read_object, read_record
-from dapt.safe.files import read_json, to_json, user_path, write_atomic, write_json
+from dapt.run.records import as_file, read_object, read_record
+from dapt.safe.files import read_json, user_path, write_atomic, write_json
 from dapt.safe.weights import check_safetensors
 from dapt.settings import Settings, make_settings
 
@@ -34,8 +32,6 @@ from dapt.settings import Settings, make_settings
 EVENTS = "events.out.tfevents"
 # Bytes of any file of a run: a probe of 30,000 classes on the widest towers there are.
 _LARGEST = 2**28
-# Of what is learned, its momentum, and what is fitted.
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # How version 0.1 called what a checkpoint holds, and how it is called now.
 _OLD_NAME = re.compile(r"\A(?:prompt\.|(momentum\.))(text|visual)\Z")
 _NEW_NAME = r"\1\2_prompt"
@@ -88,22 +84,23 @@ class RunDirectory:
         try:
             held = FileLock(self._lock).acquire(timeout=patience)
         except Timeout as error:
-            why = f"{self.path} is in use by another process; wait for it, or use another directory"
-            raise InUse(f"run directory {why}") from error
+            hint = "wait for it, or use another directory"
+            raise InUse(f"{self.path} is in use by another process; {hint}") from error
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EISDIR):
                 raise
             # A link, which is not followed, or a folder.
-            why = f"{self._lock} cannot be locked ({error.strerror}); delete it"
-            raise UserError(why) from error
+            raise UserError(
+                f"{self._lock} cannot be locked ({error.strerror}); delete it"
+            ) from error
         with held:
             yield
 
     def require(self, *, finished: bool = True) -> None:
         """Raise `UserError` unless a (finished) run is here."""
         if not self.exists:
-            why = "no run directory (it has no settings.json); give one that 'dapt train' wrote"
-            raise UserError(f"{self.path} is {why}")
+            hint = "give one that 'dapt train' wrote"
+            raise UserError(f"{self.path} is no run directory (it has no settings.json); {hint}")
         if finished and not self.prompts_file.is_file():
             way = f"'dapt train --output {self.path} --resume' continues it"
             raise UserError(f"the run in {self.path} is not finished; {way}")
@@ -121,38 +118,17 @@ class RunDirectory:
             if file.stat().st_size > _LARGEST:
                 raise UserError(f"{file} has more than {_LARGEST:,} bytes, as no run's file has")
 
-    def write_files(self, files: dict[str, bytes]) -> None:
+    def begin(self, files: Mapping[str, bytes]) -> None:
         """Take the files of a run, by name, in place of what was here.
 
-        What makes it a run comes last, and what makes it a finished one after that.
+        The settings go first and come last: while they are missing, no run is here. What makes it
+        a finished one comes after that.
         """
         self.clear()
         last = [self.settings_file.name, self.metrics_file.name]
-        for name in sorted(files, key=lambda name: last.index(name) if name in last else -1):
-            write_atomic(self.path / name, files[name])
-
-    def begin(
-        self,
-        settings: Settings,
-        task: Task,
-        support: SupportSet,
-        backbone: Backbone,
-        *,
-        known: Callable[[], None] | None = None,
-    ) -> None:
-        """Record what the run is made of, in place of whatever was here.
-
-        The settings go first and come last: while they are missing, no run is here. ``known``
-        writes what is known of a run that is not to be tuned, before that.
-        """
-        self.clear()
         try:
-            write_json(self.task_file, records.task_record(task))
-            write_json(self.support_file, support.to_json())
-            write_json(self.environment_file, records.environment(backbone, settings.seed))
-            if known is not None:
-                known()
-            write_json(self.settings_file, settings.model_dump())
+            for name in sorted(files, key=lambda name: last.index(name) if name in last else -1):
+                write_atomic(self.path / name, files[name])
         except BaseException:
             self.clear()
             raise
@@ -225,9 +201,9 @@ class RunDirectory:
             if self.exists:
                 raise InUse(f"run directory {self.path} was taken by another process meanwhile")
             known = read_object(other.environment_file, "environment of the run")
-            made = to_json({**known, "copied_from": str(other.path)}, indent=1) + b"\n"
+            made = as_file({**known, "copied_from": str(other.path)})
             files = {file.name: file.read_bytes() for file in other.files()}
-            self.write_files({**files, self.environment_file.name: made})
+            self.begin(files | {self.environment_file.name: made})
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Record the metrics, which marks the run finished; everything else is there already."""
@@ -301,7 +277,8 @@ class RunDirectory:
 
     def write_checkpoint(self, state: dict[str, Tensor], step: int, seconds: float) -> None:
         """Record what is learned, and its momentum, after ``step`` steps and ``seconds``."""
-        self.write_tensors(self.checkpoint_file, state, step=str(step), seconds=f"{seconds:.3f}")
+        content = tensors_as_bytes(state, step=str(step), seconds=f"{seconds:.3f}")
+        write_atomic(self.checkpoint_file, content)
 
     def read_checkpoint(self) -> tuple[dict[str, Tensor], int, float] | None:
         """State, steps and seconds so far, or None where there is no checkpoint yet."""
@@ -315,27 +292,20 @@ class RunDirectory:
                 raise ValueError("its numbers are out of range")
         return {_OLD_NAME.sub(_NEW_NAME, name): t for name, t in state.items()}, step, seconds
 
-    def write_tensors(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-        """Write safetensors atomically, on the CPU, with string metadata."""
-        write_atomic(path, tensors_as_bytes(tensors, metadata))
-
     def read_tensors(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors, all of finite numbers, and metadata of a safetensors file of this run."""
-        try:
+        # The library raises errors of its own, and torch those of types that it lacks.
+        with refusing(f"{path} is missing or damaged", "train again", Exception):
             check_safetensors(path, _LARGEST)
             with safe_open(path, "pt") as file:
                 tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
             for name, tensor in tensors.items():
-                if tensor.dtype not in _DTYPES or not tensor.isfinite().all():
+                if not (tensor.is_floating_point() and tensor.isfinite().all()):
                     raise ValueError(f"'{name}' is no tensor of finite numbers")
-        except MemoryError:
-            raise
-        except Exception as error:  # the library's own, and those of types that torch lacks
-            raise UserError(f"{path} is missing or damaged ({error}); train again") from error
         return tensors, metadata or {}
 
 
-def tensors_as_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def tensors_as_bytes(tensors: dict[str, Tensor], **metadata: str) -> bytes:
     """A safetensors file, with string metadata."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     # No tensors and an empty mapping together make a header that cannot be read back.

@@ -16,13 +16,13 @@ from dapt.engine.processes import keep_freed_memory
 from dapt.errors import UserError
 from dapt.methods import TowerPart, get_method
 from dapt.run.directory import RunDirectory
+from dapt.run.records import TaskRecord
 from dapt.settings import Settings
 
 
 def load_classifier(
     run: RunDirectory,
-    class_names: Sequence[str] | None = None,
-    template: str | None = None,
+    task: Task | None = None,
     *,
     backbone: Backbone | None = None,
     device: str | None = None,
@@ -30,29 +30,25 @@ def load_classifier(
     """The tuned classifier of a finished run.
 
     Args:
-        class_names: other classes than it was tuned on, for what carries over.
-        template: goes with them, where the text prompt is not learned.
+        task: other classes than it was tuned on, for what carries over.
         backbone: already loaded, to share it.
         device: to run on, if not the one it was tuned on.
     """
     run.require()
     keep_freed_memory()
-    settings, task = run.read_settings(), run.read_task()
+    settings, own = run.read_settings(), run.read_task()
     backbone = backbone or backbone_of(settings, device=device)
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
-    names, template = class_names or task.class_names, template or task.template
-    where, own = str(run.prompts_file), task.class_names
-    return classifier_of(settings, tensors, backbone, names, template, where=where, own_names=own)
+    where = str(run.prompts_file)
+    return classifier_of(settings, tensors, backbone, task or own, where, own.class_names)
 
 
 def classifier_of(
     settings: Settings,
     tensors: dict[str, torch.Tensor],
     backbone: Backbone,
-    class_names: Sequence[str],
-    template: str,
-    *,
+    task: Task | TaskRecord,
     where: str,
     own_names: Sequence[str] | None = None,
 ) -> Classifier:
@@ -60,17 +56,17 @@ def classifier_of(
 
     Args:
         tensors: as `Classifier.tensors` gave them, from the file ``where``.
-        template: for names, where the text prompt is not learned.
+        task: classes, and a template for them where the text prompt is not learned.
         own_names: of the classes it was tuned on, if these are others.
 
     A `UserError` says that tensors are not what the method learns, or do not fit the backbone, or
     that its head knows no other classes.
     """
-    method = get_method(settings.method)
-    if method.head.closed and own_names is not None and list(class_names) != list(own_names):
+    method, names = get_method(settings.method), task.class_names
+    if method.head.closed and own_names is not None and list(names) != list(own_names):
         way = "use a prompt method for other classes"
         raise UserError(f"{where} is of {method.head.closed}; {way}")
-    classifier = new_classifier(backbone, class_names, template, method, settings)
+    classifier = new_classifier(backbone, names, task.template, method, settings)
     learned, head = classifier.learned(), classifier.head
     fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
     if not learned.keys() <= tensors.keys() or (fitted and not head.fitted):
@@ -82,7 +78,7 @@ def classifier_of(
         size = backbone.preprocessing.size
         with torch.inference_mode():
             seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        head.load(fitted, len(class_names), seen.shape[1], where)
+        head.load(fitted, len(names), seen.shape[1], where)
         head.to(backbone.device)
     return classifier.requires_grad_(False)
 

@@ -14,10 +14,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from dapt.clip.backbone import Backbone
-from dapt.data import Task
+from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
-from dapt.safe.files import read_json
+from dapt.safe.files import read_json, to_json
+from dapt.settings import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -179,6 +180,24 @@ def read_object(file: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what} {file} must hold a JSON object; it is damaged")
     return value
+
+
+def as_file(value: Any) -> bytes:
+    """The content of a run's JSON file."""
+    return to_json(value, indent=1) + b"\n"
+
+
+def made_of(
+    settings: Settings, task: Task, support: SupportSet, backbone: Backbone, **known: Any
+) -> dict[str, bytes]:
+    """Files, by name, that say what a run is made of; ``known`` is added to environment.json."""
+    made = environment(backbone, settings.seed) | known
+    return {
+        "settings.json": as_file(settings.model_dump()),
+        "task.json": as_file(task_record(task)),
+        "support_set.json": as_file(support.to_json()),
+        "environment.json": as_file(made),
+    }
 
 
 def task_record(task: Task) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""From settings to a finished run directory: `fit`, kept on disk, and resumed from there."""
+"""From settings to a finished run directory: `fit`, kept on disk, and resumed from there.
+
+And on from it: its prompts on another dataset, domain, or set of classes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -17,23 +20,25 @@ from typing import IO, Any
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
-from dapt.data import support_digest
-from dapt.data.items import refusing
-from dapt.engine.data import Data, open_data, tell_of_overlap
+from dapt.data import Task, load_support_set, support_digest
+from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overlap
 from dapt.engine.evaluate import dispersion, evaluate_task
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Journal, Tuned, fit
 from dapt.engine.processes import join_processes
 from dapt.engine.step import StepResult
-from dapt.errors import UserError
+from dapt.errors import UserError, refusing
 from dapt.progress import Reporter
 from dapt.run.directory import EVENTS, RunDirectory, tensors_as_bytes
-from dapt.run.records import environment, task_record
-from dapt.safe.files import read_text, to_json, write_atomic
+from dapt.run.load import load_classifier
+from dapt.run.records import EvaluationRecord, made_of
+from dapt.safe.files import file_digest, read_text, write_atomic, write_json
 from dapt.settings import Settings
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
 FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})
+# Seconds to wait for who else writes an evaluation into the run.
+_PATIENCE = 10
 
 
 def train(
@@ -112,7 +117,7 @@ class RunJournal(Journal):
         if self.run.finished and self.resume and join_processes().alone:
             raise _Finished
         if not (self.run.exists and self.resume):
-            self.run.begin(self.settings, data.task, data.support, backbone)
+            self.run.begin(made_of(self.settings, data.task, data.support, backbone))
         elif (changed := self.run.resume(data.task, data.support, backbone)) is not None:
             self.reporter.warn(f"{changed}: the last bits of the result may be others for it")
 
@@ -197,7 +202,7 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     """Write the result, evaluate it, and write the metrics."""
     run, settings = journal.run, tuned.settings
     task, classifier = tuned.data.task, tuned.classifier
-    run.write_tensors(run.prompts_file, classifier.tensors())
+    write_atomic(run.prompts_file, tensors_as_bytes(classifier.tensors()))
     started = time.perf_counter()
     try:
         test = evaluate_task(classifier, task, settings, journal.reporter, shared)
@@ -228,14 +233,9 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
 
 def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
     """Files, by name, of a run tuned in memory; ``more`` are entries of environment.json."""
-    made = environment(tuned.classifier.backbone, tuned.settings.seed)
-    found = {
-        "settings.json": tuned.settings.model_dump(),
-        "task.json": task_record(tuned.data.task),
-        "support_set.json": tuned.data.support.to_json(),
-        "environment.json": {**made, "tuning_seconds": round(tuned.seconds, 2), **more},
-    }
-    files = {name: to_json(value, indent=1) + b"\n" for name, value in found.items()}
+    data, more = tuned.data, {"tuning_seconds": round(tuned.seconds, 2), **more}
+    backbone = tuned.classifier.backbone
+    files = made_of(tuned.settings, data.task, data.support, backbone, **more)
     if journal.rows:
         files["log.csv"] = as_csv([journal.header, *journal.rows]).encode()
     files["prompts.safetensors"] = tensors_as_bytes(tuned.classifier.tensors())
@@ -263,8 +263,9 @@ def check_output(
         run.require_own()
         return
     if not resume:
-        way = "overwrite" if run.finished or settings is None else "resume"
-        state = "a finished" if run.finished else "an unfinished"
+        state, way = ("a finished", "overwrite") if run.finished else ("an unfinished", "resume")
+        if settings is None:
+            state, way = "a", "overwrite"
         raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
     kept = run.read_settings()
     for name, value in settings.model_dump().items() if settings else ():
@@ -273,3 +274,115 @@ def check_output(
                 f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}; "
                 "leave the setting out, or choose another --output"
             )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where else to evaluate; what is None is as in the run.
+
+    Another dataset's root is the run's; its domain and class names are its own, its classes all.
+    """
+
+    dataset: str | None = None
+    root: str | None = None
+    domain: str | None = None
+    class_names: str | None = None
+    classes: str | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether anything but the run's own test images is meant."""
+        return (self.dataset, self.domain, self.classes) != (None, None, None)
+
+    def settings(self, settings: Settings) -> Settings:
+        """The run's settings, changed to open the target's task."""
+        own = {"domain": None, "class_names": None, "classes": "all"}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return settings.model_copy(update={**(own if "dataset" in given else {}), **given})
+
+    def place(self, settings: Settings) -> dict[str, Any]:
+        """What says which images and classes are meant, for a run with these settings."""
+        return {name: getattr(self.settings(settings), name) for name in asdict(self)}
+
+
+def recorded(run: RunDirectory, target: Target) -> tuple[Path, EvaluationRecord] | None:
+    """The run's evaluation on ``target`` and its file, if there is one that counts."""
+    place = target.place(run.read_settings())
+    for file, found in run.evaluations():
+        if isinstance(found, EvaluationRecord) and found.settings == place:
+            return file, found
+    return None
+
+
+def evaluate_run(
+    run: RunDirectory,
+    target: Target,
+    *,
+    device: str | None = None,
+    strict: bool = False,
+    shared: Shared | None = None,
+    open_task: Callable[..., Task] = task_of,
+    held: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Evaluate a finished run's prompts on a target, and leave ``eval-<name>.json`` in the run.
+
+    On the run's own test images nothing is written. Several processes may evaluate a run at once.
+
+    Args:
+        device: to run on, if not the one it was tuned on.
+        strict: an unreadable image is an error, whatever the run's settings say.
+        shared: the run's backbone, already loaded, and what was read with it.
+        open_task: as `task_of`; one that remembers shares tasks.
+        held: whether the caller holds the run's lock; it is taken to write, if not.
+
+    Returns the target task's name and `metrics`. A `UserError` says that there is no finished run,
+    the target cannot be read, or another run has taken this one's place meanwhile.
+    """
+    reporter = reporter or Reporter()
+    run.require()
+    identity, own = _identity(run), run.read_settings()
+    settings = target.settings(own)
+    task = open_task(settings, evaluate=target.dataset is not None)
+    backbone = shared.backbone if shared else None
+    classifier = load_classifier(run, task, backbone=backbone, device=device)
+    tell_notes(task, reporter)
+    settings = settings.model_copy(update={"strict": strict or settings.strict})
+    result = evaluate_task(classifier, task, settings, reporter, shared)
+    if not target.elsewhere:
+        return task.name, result
+    twice = None  # where the images it was tuned on are not at hand
+    with suppress(UserError):
+        tuned_on = open_task(own, evaluate=False)
+        data = Data(tuned_on, load_support_set(run.support_file, tuned_on))
+        twice = tell_of_overlap(data, task, reporter)
+    record = {
+        "dataset": task.name,
+        "domain": settings.domain,
+        "classes": settings.classes,
+        "settings": target.place(own),
+        "also_tested": twice,
+        "test": result,
+    }
+    with nullcontext() if held else run.locked(patience=_PATIENCE):
+        if _identity(run) != identity:
+            raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
+        write_json(_file_for(run, target, own), record)
+    return task.name, result
+
+
+def _identity(run: RunDirectory) -> tuple[bytes, bytes]:
+    """What tells a run from another that takes its place."""
+    return run.settings_file.read_bytes(), file_digest(run.prompts_file)
+
+
+def _file_for(run: RunDirectory, target: Target, own: Settings) -> Path:
+    """Its earlier record, or ``eval-<dataset>[-<domain>][-<classes>].json``, numbered if taken."""
+    if before := recorded(run, target):
+        return before[0]
+    dataset = Path(target.dataset or own.dataset).stem
+    name = "-".join(filter(None, ("eval", dataset, target.domain, target.classes)))
+    file, number = run.path / f"{name}.json", 2
+    while file.exists():
+        file, number = run.path / f"{name}-{number}.json", number + 1
+    return file

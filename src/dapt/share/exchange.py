@@ -8,7 +8,6 @@ or ``txt_ctx`` beside a visual prompt ``vis_ctx``. Embeddings of the class names
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import time
@@ -30,9 +29,11 @@ from dapt.errors import UserError
 from dapt.methods import METHODS, get_method
 from dapt.methods.contract import Published
 from dapt.progress import Reporter
-from dapt.run.directory import RunDirectory
+from dapt.run.directory import RunDirectory, tensors_as_bytes
 from dapt.run.load import classifier_of
+from dapt.run.records import made_of
 from dapt.run.train import check_output
+from dapt.safe.files import file_digest
 from dapt.safe.weights import read_checkpoint
 from dapt.settings import IMPORTED, Settings, make_settings
 
@@ -138,34 +139,29 @@ def import_checkpoint(
     """
     run, published = RunDirectory(output), read_published(checkpoint)
     settings = _settings_of(published, checkpoint, given)
-    _check_free(run, settings, overwrite)
+    check_output(run, overwrite=overwrite)
     named = settings.dataset == IMPORTED
     task = _named_task(Path(str(settings.class_names))) if named else task_of(settings)
     backbone, where = backbone or backbone_of(settings), str(published.file)
-    classifier = classifier_of(
-        settings, published.tensors, backbone, task.class_names, task.template, where=where
-    )
+    classifier = classifier_of(settings, published.tensors, backbone, task, where)
     started, test = time.perf_counter(), None
     if not named:
         test = evaluate_task(classifier, task, settings, reporter or Reporter())
-    spent = round(time.perf_counter() - started, 2)
-
-    def known() -> None:
-        source = {"imported_from": published.file.name}
-        source["imported_sha256"] = hashlib.sha256(published.file.read_bytes()).hexdigest()
-        run.add_to_environment(**source, tuning_seconds=0.0, evaluation_seconds=spent)
-        run.write_tensors(run.prompts_file, classifier.tensors())
+    support = SupportSet(task.name, settings.shots, settings.seed, (), ())
+    files = made_of(
+        settings, task, support, backbone, imported_from=published.file.name,
+        imported_sha256=file_digest(published.file).hex(), tuning_seconds=0.0,
+        evaluation_seconds=round(time.perf_counter() - started, 2),
+    )  # fmt: skip
+    with run.locked():
+        check_output(run, overwrite=overwrite)
+        run.begin(files | {run.prompts_file.name: tensors_as_bytes(classifier.tensors())})
         if test is not None:
             run.finish({
                 "method": settings.method, "dataset": task.name, "shots": settings.shots,
                 "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
                 "support_images": 0, "dispersion": {}, "imported": True, "test": test,
             })  # fmt: skip
-
-    with run.locked():
-        _check_free(run, settings, overwrite)
-        support = SupportSet(task.name, settings.shots, settings.seed, (), ())
-        run.begin(settings, task, support, backbone, known=known)
     return run
 
 
@@ -201,12 +197,6 @@ def _named_task(file: Path) -> Task:
     # Published label lists do have two classes of one name.
     check_class_names(names, f"class name file {file}", distinct=False)
     return Task(IMPORTED, Path(), names, (), (), ())
-
-
-def _check_free(run: RunDirectory, settings: Settings, overwrite: bool) -> None:
-    if run.exists and not overwrite:
-        raise UserError(f"{run.path} holds a run; add --overwrite, or choose another --output")
-    check_output(run, settings, resume=False, overwrite=overwrite)
 
 
 def published_bytes(run: RunDirectory) -> bytes:
