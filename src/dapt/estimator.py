@@ -201,9 +201,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             UserError: a run is there already and ``overwrite`` is not set, or it is in use.
         """
         check_is_fitted(self, "files_")
-        check_output(run := RunDirectory(path), overwrite=overwrite)
+        run, settings = RunDirectory(path), make_settings(json.loads(self.files_["settings.json"]))
+        check_output(run, settings, overwrite=overwrite)
         with run.locked():
-            check_output(run, overwrite=overwrite)
+            check_output(run, settings, overwrite=overwrite)
             run.begin(self.files_)
         return run.path
 
