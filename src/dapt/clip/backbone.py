@@ -1,8 +1,4 @@
-"""A frozen CLIP-like model, and what of it prompts need.
-
-Whatever the source (`dapt.clip.sources`), a `Backbone` is in eval mode, without gradients, on one
-device at one precision. Models and tokenizers are open_clip's.
-"""
+"""A frozen CLIP-like model of open_clip's, and what of it prompts need."""
 
 from __future__ import annotations
 
@@ -38,7 +34,7 @@ class Preprocessing:
 
 
 class Backbone(nn.Module):
-    """A frozen vision-language model.
+    """A frozen vision-language model, in eval mode, which is the only one it has.
 
     Attributes:
         visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D).
@@ -96,7 +92,7 @@ class Backbone(nn.Module):
         return self.mean.device
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in eval mode: a frozen model has no other."""
+        """Stay in eval mode."""
         return super().train(False)
 
     text_width = property(
@@ -123,19 +119,16 @@ class Backbone(nn.Module):
         trunk = getattr(visual, "trunk", None)
         if isinstance(trunk, timm.models.VisionTransformer):
             return trunk.embed_dim, trunk.patch_embed.patch_size[0], trunk.blocks, trunk.norm_pre
-        raise UserError(
-            f"the image tower of '{self.name}' is a {type(visual).__name__}, which takes no visual "
-            "prompt; use a method without one (coop), or a ViT such as ViT-B-16"
-        )
+        what = f"the image tower of '{self.name}' is a {type(visual).__name__}"
+        hint = "use a method without one (coop), or a ViT such as ViT-B-16"
+        raise UserError(f"{what}, which takes no visual prompt; {hint}")
 
     def text_transformer(self) -> TextTransformer:
         """The text tower, where a context can be learned in front of the class name."""
         if not isinstance(self.text, TextTransformer):
-            raise UserError(
-                f"the text tower of '{self.name}' is a {type(self.text).__name__}, which takes no "
-                "learned context; use a method without one (vpt), or an open_clip model with its "
-                "own text transformer, such as ViT-B-16"
-            )
+            what = f"the text tower of '{self.name}' is a {type(self.text).__name__}"
+            hint = "use a method without one (vpt), or a model such as ViT-B-16"
+            raise UserError(f"{what}, which takes no learned context; {hint}")
         return self.text
 
     def normalize(self, views: Tensor) -> Tensor:
@@ -146,8 +139,7 @@ class Backbone(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, from its start to its end token, without padding.
 
-        Raises:
-            UserError: a text does not fit; it is named, and nothing is silently cut.
+        A text that does not fit is a `UserError`, and nothing is silently cut.
         """
         # One more place than the tower has shows which texts the tokenizer would cut.
         ids = self.tokenizer(list(texts), context_length=self.context_length + 1)
@@ -159,15 +151,12 @@ class Backbone(nn.Module):
             if row[-1] == pad and pad != self.end_token:
                 row.pop()
             if len(row) > self.context_length:
-                raise UserError(
-                    f"text '{text}' is longer than the {self.context_length} tokens of the "
-                    f"text tower of '{self.name}'; shorten the class name"
-                )
+                what = f"text '{text}' is longer than the {self.context_length} tokens of the text"
+                raise UserError(f"{what} tower of '{self.name}'; shorten the class name")
             if 0 < self.text.vocab_size <= max(row):
-                raise UserError(
-                    f"the text tower of '{self.name}' knows {self.text.vocab_size:,} tokens, and "
-                    "its tokenizer more; its weights are not those of a CLIP with this vocabulary"
-                )
+                what = f"the text tower of '{self.name}' knows {self.text.vocab_size:,} tokens"
+                hint = "its weights are not those of a CLIP with this vocabulary"
+                raise UserError(f"{what}, and its tokenizer more; {hint}")
             rows.append(row)
         return rows
 

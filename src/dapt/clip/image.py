@@ -53,8 +53,7 @@ def _encode_vit(
     visual: VisionTransformer, images: Tensor, tokens: Tensor | None, inside: Inside
 ) -> Tensor:
     x = visual._embeds(images)  # (B, T, W): class token, patches
-    # Layers do not tell where a token stands: with the inserted ones last, the rest is one frozen
-    # piece.
+    # Layers do not tell where a token stands: with the inserted last, the rest is one frozen piece.
     start, parts = x.shape[1], [x]
     if tokens is not None:
         parts = [x, tokens]

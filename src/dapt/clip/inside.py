@@ -42,9 +42,8 @@ EVALUATION = Pass()
 class Inside:
     """What is put into one tower in one pass; by itself, nothing.
 
-    Attributes:
-        tokens: (N, W), or (B, N, W): after the start token, or among the patches.
-        layers: whether `before_layer` does anything; ``linears``: whether `linear` does.
+    ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``
+    and ``linears`` say whether `before_layer` and `linear` do anything.
     """
 
     layers = linears = False
@@ -95,11 +94,9 @@ class Layer:
         What is frozen is given apart from what is learned, so that the backward pass computes
         nothing for it.
         """
-        attn, ln = self.block.attn, self.block.ln_1
-        packed = [
-            self._linear(("q", "k", "v"), norm(ln, x), attn.in_proj_weight, attn.in_proj_bias)
-            for x in parts
-        ]
+        attn, ln, names = self.block.attn, self.block.ln_1, ("q", "k", "v")
+        own = attn.in_proj_weight, attn.in_proj_bias
+        packed = [self._linear(names, norm(ln, x), *own) for x in parts]
         q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
         return q, k, v
 
@@ -138,10 +135,8 @@ def is_plain(transformer: nn.Module) -> bool:
 def through(blocks: Any, x: Tensor, inside: Inside, start: int, **options: Any) -> Tensor:
     """Run layers of any kind by their own modules, tokens (B, L, W) first."""
     if inside.linears:
-        raise UserError(
-            "this method changes the linear maps of ordinary layers, and the backbone has others; "
-            "choose another backbone, or a method of prompts"
-        )
+        what = "this method changes the linear maps of ordinary layers, and the backbone has others"
+        raise UserError(f"{what}; choose another backbone, or a method of prompts")
     for i, block in enumerate(blocks):
         if inside.layers:
             x = inside.before_layer(i, x, start)

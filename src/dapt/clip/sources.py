@@ -30,11 +30,8 @@ BUNDLED = "bundled"
 # OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
 _HEAD_WIDTH, _WIDEST = 64, 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
-_HANDED_ON = {
-    "tokenizer_kwargs": {"clean", "strip_sep_token"},
-    "norm_kwargs": {"eps"},
-    "act_kwargs": {"approximate"},
-}
+_HANDED_ON = {"tokenizer_kwargs": {"clean", "strip_sep_token"}, "norm_kwargs": {"eps"},
+              "act_kwargs": {"approximate"}}  # fmt: skip
 # Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
 _LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
 
@@ -83,10 +80,8 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     """open_clip's own model, tokenizer and preprocessing; sources and errors of `load_backbone`."""
     path = user_path(name)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
-        raise UserError(
-            f"--pretrained {pretrained} goes with open_clip model names; backbone '{name}' brings "
-            "its own weights, so leave it out"
-        )
+        what = f"--pretrained {pretrained} goes with open_clip model names"
+        raise UserError(f"{what}; backbone '{name}' brings its own weights, so leave it out")
     if name == BUNDLED:
         path = Path(str(files("dapt") / "assets/backbone"))
     if path.is_dir():
@@ -103,8 +98,7 @@ def taken_for_granted(name: str) -> str | None:
 
     Such a file may be another's CLIP with OpenAI's key names, which would do worse in silence.
     """
-    path = user_path(name)
-    if name == BUNDLED or not path.is_file() or is_torchscript(path):
+    if name == BUNDLED or not user_path(name).is_file() or is_torchscript(user_path(name)):
         return None
     return (
         f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
@@ -147,25 +141,18 @@ def _from_hub(repo: str) -> Loaded:
 def _from_file(path: Path) -> Loaded:
     state = read_state_dict(path)
     if "visual.conv1.weight" not in state or "text_projection" not in state:
-        raise UserError(
-            f"{path} has no weights named as OpenAI's CLIP names them; convert it, or give a "
-            "directory with open_clip_config.json"
-        )
+        what = f"{path} has no weights named as OpenAI's CLIP names them"
+        raise UserError(f"{what}; convert it, or give a directory with open_clip_config.json")
     if "visual.proj" not in state:
-        raise UserError(
-            f"{path} holds a ResNet image tower, which cannot be read from its shapes here; load "
-            "it by its open_clip name, such as RN50 with pretrained openai"
-        )
+        hint = "load it by its open_clip name, such as RN50 with pretrained openai"
+        raise UserError(f"{path} holds a ResNet image tower, which shapes do not tell; {hint}")
     model = _build(config_from_shapes(state), state, path)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     return model, tokenizer, _preprocessing(model, {}, path)
 
 
 def config_from_shapes(state: StateDict) -> dict[str, Any]:
-    """An open_clip model configuration, off the shapes of a state dict with OpenAI's keys.
-
-    What shapes cannot tell follows OpenAI's own models: heads 64 wide and QuickGELU.
-    """
+    """An open_clip model configuration, off the shapes of a state dict of OpenAI's."""
 
     def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state:
@@ -182,11 +169,9 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
     side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
     text_width = shape("ln_final.weight", 1)[0]
     if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH or width > _WIDEST:
-        raise UserError(
-            f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH} "
-            "wide, as OpenAI's do; give a directory with open_clip_config.json, which says their "
-            "number"
-        )
+        what = f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH}"
+        hint = "give a directory with open_clip_config.json, which says their number"
+        raise UserError(f"{what} wide, as OpenAI's do; {hint}")
     return {
         "embed_dim": shape("text_projection", 2)[1],
         "quick_gelu": True,
@@ -239,10 +224,9 @@ def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> Non
     if (timm_name := vision.get("timm_model_name")) and not timm.is_model(timm_name):
         refused.append("timm_model_name")
     if refused:
-        raise UserError(
-            f"the configuration that came with {source} asks for '{refused[0]}', by which others' "
-            "code or files may be fetched or run; take it out if the model does without"
-        )
+        what = f"the configuration that came with {source} asks for '{refused[0]}'"
+        why = "by which others' code or files may be fetched or run"
+        raise UserError(f"{what}, {why}; take it out if the model does without")
     vision["timm_model_pretrained"] = text["hf_model_pretrained"] = False  # weights are here
     # What takes time or memory even where a model is laid out without memory.
     deep = [n for part in (vision, text) for n in _numbers(part.get("layers", 0))]
@@ -264,10 +248,9 @@ def _numbers(value: Any) -> list[int]:
 def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(
-            f"unknown backbone '{name}'{nearest(name, open_clip.list_models())}; use 'bundled', an "
-            "open_clip model name, a hub id org/repo, or a file of weights"
-        )
+        what = f"unknown backbone '{name}'{nearest(name, open_clip.list_models())}"
+        ways = "'bundled', an open_clip model name, a hub id org/repo, or a file of weights"
+        raise UserError(f"{what}; use {ways}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     ways = f"one of {', '.join(tags) or 'none'}, a weights file, or 'random'"
     if pretrained is None and "openai" not in tags:
@@ -284,17 +267,15 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         what = f"weights '{pretrained}' of '{name}' could not be fetched"
         hint = "check the connection, or download them and pass the file"
         with refusing(what, hint, RuntimeError):
-            model = open_clip.create_model(
-                name, pretrained=pretrained, force_custom_text=True, quick_gelu=quick
-            )
+            given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
+            model = open_clip.create_model(name, **given)
     elif file.is_file():
         # OpenAI's own have theirs, whatever the name's config says.
         activation = {"quick_gelu": True} if is_torchscript(file) else {}
         model = _build(config | activation, read_state_dict(file), file)
     else:
-        raise UserError(
-            f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}; use {ways}"
-        )
+        what = f"unknown weights '{pretrained}' for '{name}'{nearest(pretrained, tags)}"
+        raise UserError(f"{what}; use {ways}")
     seen = getattr(model.visual, "preprocess_cfg", {})
     return model, _tokenizer(name, config), _preprocessing(model, seen, name)
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, takewhile
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -51,8 +53,7 @@ class ClassTokens:
     ) -> ClassTokens:
         """Tokens of ``[SOS] <context> <after> <class name> . [EOT]``, the context of some length.
 
-        Raises:
-            UserError: a class name leaves no room for the context, or the reverse.
+        A `UserError` if a class name leaves no room for the context, or the reverse.
         """
         backbone.text_transformer()
         names = [name.replace("_", " ") for name in class_names]
@@ -60,17 +61,14 @@ class ClassTokens:
         texts = [f"{after} {name}.".strip() if after else f"{name}." for name in names]
         rows = [tuple(ids[len(start) :]) for ids in backbone.tokenize(texts)]
         room = backbone.context_length - len(start) - length
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
         if room < 2:
-            raise UserError(
-                f"a text prompt of {length} vectors does not fit the {backbone.context_length} "
-                f"tokens of the text tower of '{backbone.name}'; use fewer vectors"
-            )
-        if len(rows[longest]) > room:
-            raise UserError(
-                f"class name '{names[longest]}' takes {len(rows[longest])} tokens but {length} "
-                f"text prompt vectors leave room for {room}; shorten it or use fewer vectors"
-            )
+            what = f"a text prompt of {length} vectors does not fit the {backbone.context_length}"
+            where = f"tokens of the text tower of '{backbone.name}'"
+            raise UserError(f"{what} {where}; use fewer vectors")
+        longest, name = max(zip(map(len, rows), names, strict=True), key=itemgetter(0))
+        if longest > room:
+            what = f"class name '{name}' takes {longest} tokens but {length} text prompt vectors"
+            raise UserError(f"{what} leave room for {room}; shorten it or use fewer vectors")
         words = tuple(backbone.tokenize([after])[0][len(start) : -1]) if after else ()
         if not all(row[: len(words)] == words for row in rows):
             words = ()  # a tokenizer that joins words: what they share stays each class's own
@@ -89,8 +87,7 @@ class ClassTokens:
         return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Classes encoded together: those at ``classes`` in the order of their length."""
 
     classes: slice
@@ -167,9 +164,8 @@ class TextEncoder(nn.Module):
     def forward(self, inside: Inside = NOTHING) -> Tensor:
         """(C, D) features of all classes, not normalised, in fp32.
 
-        Args:
-            inside: what is put into the tower; its tokens are a context after the shared ids,
-                (M, W), or (C, M, W) where it was said that classes have their own.
+        The tokens ``inside`` are a context after the shared ids, (M, W), or (C, M, W) where it was
+        said that classes have their own.
         """
         encode: Callable[..., Tensor] = self._own if self.shares_prefix else self._whole
         shared = self._prefix(inside) if self.shares_prefix else [inside.tokens]
@@ -186,8 +182,7 @@ class TextEncoder(nn.Module):
             x = torch.cat([x, inside.tokens.to(dtype)])
         if len(self.after):
             x = torch.cat([x, text.token_embedding(self.after).to(dtype)])
-        x = x + text.positional_embedding[: len(x)].to(dtype)  # (P, W)
-        found: list[Tensor] = []
+        x, found = x + text.positional_embedding[: len(x)].to(dtype), list[Tensor]()  # (P, W)
         *layers, last = tower.unrolled(text.transformer, inside)
         for layer in layers:
             x = layer.enter(x, start)
@@ -238,8 +233,7 @@ class TextEncoder(nn.Module):
         x = tower.through(text.transformer.resblocks, x, inside, first, attn_mask=mask)
         if text.cls_emb is not None:
             return _project(text, text.ln_final(x[:, -1]))
-        x = text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id)
-        return _project(text, x)
+        return _project(text, text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id))
 
     def _ids(self, chunk: Chunk, length: int) -> Tensor:
         """Token ids (c, L), with a context of ``length`` stood in for.
@@ -250,11 +244,10 @@ class TextEncoder(nn.Module):
         """
         backbone, owns = self.backbone, [self.tokens.own[i] for i in self.order[chunk.classes]]
         pad, after = backbone.pad_token, self.tokens.after
-        end = len(self.tokens.shared) + length + len(after) + len(owns[-1])
         # The context's places hold a token that is neither padding nor the end.
         stand_in = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
         rows = [[*self.tokens.shared, *[stand_in] * length, *after, *own] for own in owns]
-        end = end if self.ends_at_end else backbone.context_length
+        end = len(rows[-1]) if self.ends_at_end else backbone.context_length
         return torch.tensor([row + [pad] * (end - len(row)) for row in rows]).to(backbone.device)
 
 
@@ -283,7 +276,6 @@ def _chunks(lengths: list[int], sizes: list[int], budget: int) -> list[Chunk]:
 
 def _project(text: TextTransformer, x: Tensor) -> Tensor:
     """Text projection (C, W) -> (C, D), whichever of open_clip's kinds it is."""
-    projection = text.text_projection
-    if projection is None:
+    if (projection := text.text_projection) is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection

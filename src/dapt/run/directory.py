@@ -108,9 +108,9 @@ class RunDirectory:
     def check_links(self, files: Iterable[Path]) -> None:
         """Refuse links, and files larger than a run's are, before they are copied or sent.
 
-        In a stranger's run a link may show what is nobody's business. Those of a snapshot in the
-        hub's cache lead to its blobs.
+        In a stranger's run a link may show what is nobody's business.
         """
+        # Those of a snapshot in the hub's cache lead to its blobs.
         cached = [p.parent / "blobs" for p in self.path.resolve().parents if p.name == "snapshots"]
         for file in files:
             if file.is_symlink() and not any(file.resolve().is_relative_to(p) for p in cached):
@@ -134,11 +134,9 @@ class RunDirectory:
             raise
 
     def clear(self) -> None:
-        """Delete the run that is here, if there is one: its settings, which make it one, first.
-
-        Where a folder is in a file's place, or the reverse, nothing is deleted.
-        """
-        files = [self.settings_file, *self.results(), *self._records()]
+        """Delete the run that is here, if there is one: its settings, which make it one, first."""
+        files = [self.settings_file, *self._results(), *self._records()]
+        # Where a folder is in a file's place, or the reverse, nothing is deleted.
         for file in files:
             if file.is_dir() and not file.is_symlink():
                 raise UserError(f"{file} is a folder, where a run has a file; move it elsewhere")
@@ -154,12 +152,10 @@ class RunDirectory:
         """
         if self.exists or self._lock.exists():
             return
-        for file in (*self.results(), *self._records()):
+        for file in (*self._results(), *self._records()):
             if file.exists() or file.is_symlink():
-                raise UserError(
-                    f"{file} is there, and {self.path} holds no run that it could be of; choose "
-                    "another --output, or add --overwrite to replace it"
-                )
+                what = f"{file} is there, and {self.path} holds no run that it could be of"
+                raise UserError(f"{what}; choose another --output, or --overwrite to replace it")
 
     def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> str | None:
         """Check that what was found again is what the run was begun with, and record this session.
@@ -173,9 +169,8 @@ class RunDirectory:
         ):
             if read_json(file, what) != now:
                 raise UserError(
-                    f"cannot resume {self.path}: the {what} of '{task.name}' differ from those in "
-                    f"{file.name}, which it was started with; restore the data, or start anew "
-                    "with --overwrite"
+                    f"cannot resume {self.path}: the {what} of '{task.name}' differ from its "
+                    f"{file.name}; restore the data, or start anew with --overwrite"
                 )
         before, now = self.read_environment(), records.environment(backbone)
         self.add_to_environment(resumed=[*before.resumed, now])
@@ -186,10 +181,8 @@ class RunDirectory:
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
         if self.read_environment().backbone_sha256 != backbone.fingerprint:
-            raise UserError(
-                f"the weights of backbone '{backbone.name}' are not those that {self.path} was "
-                "tuned on; its prompts only fit the original ones"
-            )
+            what = f"the weights of backbone '{backbone.name}' are not those that {self.path} was"
+            raise UserError(f"{what} tuned on; its prompts only fit the original ones")
 
     def copy_from(self, other: RunDirectory) -> None:
         """Take over a finished run of the same settings, without its evaluations elsewhere.
@@ -221,23 +214,19 @@ class RunDirectory:
         files = [*self._records(), self.log_file, self.prompts_file, self.metrics_file]
         return [file for file in files if file.is_file()]
 
-    def results(self) -> list[Path]:
+    def _results(self) -> list[Path]:
         """Files of what came of the run, there or not; another run replaces them all."""
-        files = [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file,
-                 self.failure_file]  # fmt: skip
         # Of a link, which may lead anywhere, the link itself; no file there is ours to delete.
         linked = self.tensorboard.is_symlink()
-        events = [self.tensorboard] if linked else sorted(self.tensorboard.glob(f"{EVENTS}.*"))
-        return [*files, *sorted(self.path.glob("eval-*.json")), *events]
+        events = [self.tensorboard] if linked else self.tensorboard.glob(f"{EVENTS}.*")
+        return [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file,
+                self.failure_file, *self.path.glob("eval-*.json"), *events]  # fmt: skip
 
     def _records(self) -> list[Path]:
         return [self.settings_file, self.task_file, self.support_file, self.environment_file]
 
     def read_settings(self) -> Settings:
-        """Settings the run was started with, validated again.
-
-        As for all records, a `UserError` says that they are missing, damaged, or cannot be.
-        """
+        """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
         return make_settings(read_object(self.settings_file, "settings of the run"))
 
     def read_task(self) -> records.TaskRecord:
@@ -258,9 +247,8 @@ class RunDirectory:
 
     def read_failure(self) -> str | None:
         """Why the run was given up, or None where it was not."""
-        if not self.failure_file.is_file():
-            return None
-        return read_record(self.failure_file, records.FailureRecord, "failure record").error
+        given_up, kind = self.failure_file.is_file(), records.FailureRecord
+        return read_record(self.failure_file, kind, "failure record").error if given_up else None
 
     def evaluations(self) -> Iterator[tuple[Path, records.EvaluationRecord | UserError]]:
         """Evaluations elsewhere, by their files' names; an error in a damaged one's place."""

@@ -213,41 +213,27 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     spread, seconds = dispersion(tuned), time.perf_counter() - started
     spent = {"tuning_seconds": round(tuned.seconds, 2), "evaluation_seconds": round(seconds, 2)}
     run.add_to_environment(**spent)
-    run.finish(
-        {
-            "method": settings.method,
-            "dataset": task.name,
-            "shots": settings.shots,
-            "seed": settings.seed,
-            "learned_parameters": classifier.learned_parameters,
-            "support_images": len(tuned.support.store),
-            "support_sha256": support_digest(task, tuned.data.support),
-            "skipped": tuned.skipped,
-            "also_tested": journal.twice,
-            "rose": tuned.rose,
-            "dispersion": spread,
-            "test": test,
-        }
-    )
+    run.finish({
+        "method": settings.method, "dataset": task.name, "shots": settings.shots,
+        "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
+        "support_images": len(tuned.support.store),
+        "support_sha256": support_digest(task, tuned.data.support), "skipped": tuned.skipped,
+        "also_tested": journal.twice, "rose": tuned.rose, "dispersion": spread, "test": test,
+    })  # fmt: skip
 
 
 def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
     """Files, by name, of a run tuned in memory; ``more`` are entries of environment.json."""
-    data, more = tuned.data, {"tuning_seconds": round(tuned.seconds, 2), **more}
-    backbone = tuned.classifier.backbone
-    files = made_of(tuned.settings, data.task, data.support, backbone, **more)
+    made, data, seconds = tuned.classifier, tuned.data, round(tuned.seconds, 2)
+    parts = (tuned.settings, data.task, data.support, made.backbone)
+    files = made_of(*parts, tuning_seconds=seconds, **more)
     if journal.rows:
         files["log.csv"] = as_csv([journal.header, *journal.rows]).encode()
-    files["prompts.safetensors"] = tensors_as_bytes(tuned.classifier.tensors())
-    return files
+    return files | {"prompts.safetensors": tensors_as_bytes(made.tensors())}
 
 
 def check_output(
-    run: RunDirectory,
-    settings: Settings | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
+    run: RunDirectory, settings: Settings | None, *, resume: bool = False, overwrite: bool = False
 ) -> None:
     """Raise `UserError` of a directory with another run, unless to be resumed or overwritten.
 
@@ -357,13 +343,9 @@ def evaluate_run(
         data = Data(tuned_on, load_support_set(run.support_file, tuned_on))
         twice = tell_of_overlap(data, task, reporter)
     record = {
-        "dataset": task.name,
-        "domain": settings.domain,
-        "classes": settings.classes,
-        "settings": target.place(own),
-        "also_tested": twice,
-        "test": result,
-    }
+        "dataset": task.name, "domain": settings.domain, "classes": settings.classes,
+        "settings": target.place(own), "also_tested": twice, "test": result,
+    }  # fmt: skip
     with nullcontext() if held else run.locked(patience=_PATIENCE):
         if _identity(run) != identity:
             raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")

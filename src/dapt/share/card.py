@@ -1,7 +1,4 @@
-"""The model card of a run, and both of them on the Hugging Face hub.
-
-A card says what the run is, what it was made from, how well it does, and what it is for.
-"""
+"""The model card of a run, and both of them on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from markupsafe import Markup
 
 from dapt import __version__
 from dapt.clip.sources import BUNDLED
-from dapt.errors import UserError, printable, reason_of
+from dapt.errors import printable, refusing
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
@@ -87,8 +84,7 @@ def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
 
     The checkpoint, which only resuming reads, and TensorBoard's files stay here.
 
-    Raises:
-        UserError: no finished run is here, or a file of it is a link.
+    A `UserError` if no finished run is here, or a file of it is a link.
     """
     run.require()
     kept = sorted({*run.files(), *run.path.glob("eval-*.json")})
@@ -103,23 +99,20 @@ def push(
 
     A repository that is made now is ``private`` or not. Returns the commit's address.
 
-    Raises:
-        UserError: no finished run is here, or the hub refuses or cannot be reached.
+    A `UserError` if no finished run is here, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = files_to_push(run)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     api = HfApi(library_name="dapt")
-    try:
-        with (reporter or Reporter()).stage(f"pushing to {repo_id}", 2) as advance:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            advance(1)
-            said = "Run directory of dapt and its model card"
-            commit = api.create_commit(repo_id, operations, commit_message=said)
-            advance(1)
-    except Exception as error:  # the hub's client raises a wide family
-        what = f"{run.path} could not be pushed to '{repo_id}' ({reason_of(error)})"
-        hint = "check the name and the connection, and log in with 'hf auth login'"
-        raise UserError(f"{what}; {hint}") from error
+    stage = (reporter or Reporter()).stage(f"pushing to {repo_id}", 2)
+    what = f"{run.path} could not be pushed to '{repo_id}'"
+    hint = "check the name and the connection, and log in with 'hf auth login'"
+    with refusing(what, hint, Exception), stage as advance:  # its client raises a wide family
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        advance(1)
+        said = "Run directory of dapt and its model card"
+        commit = api.create_commit(repo_id, operations, commit_message=said)
+        advance(1)
     return str(commit.commit_url)

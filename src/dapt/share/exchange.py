@@ -2,8 +2,7 @@
 
 That code (CoOp's and what grew from it) saves a prompt learner as a pickle of
 ``{"state_dict", "epoch", "optimizer", "scheduler"}``, in which the text prompt is called ``ctx``,
-or ``txt_ctx`` beside a visual prompt ``vis_ctx``. Embeddings of the class names lie there too
-(``token_prefix``, ``token_suffix``); they follow from the names and are not read.
+or ``txt_ctx`` beside a visual prompt ``vis_ctx``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from dapt.safe.files import file_digest
 from dapt.safe.weights import read_checkpoint
 from dapt.settings import IMPORTED, Settings, make_settings
 
-# What lies beside what is learned and follows from the class names.
+# Embeddings of the class names, which lie there too and follow from the names.
 _IGNORED = frozenset({"token_prefix", "token_suffix"})
 _NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 
@@ -59,7 +58,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    folder = path / "prompt_learner" if (path / "prompt_learner").is_dir() else path
+    folder = inner if (inner := path / "prompt_learner").is_dir() else path
     if (best := folder / "model-best.pth.tar").is_file():
         return best
     numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NUMBERED.fullmatch(p.name))]
@@ -72,20 +71,18 @@ def find_checkpoint(path: Path) -> Path:
 def read_published(path: Path) -> PublishedPrompts:
     """Read the prompts of a checkpoint (see `find_checkpoint`), running nothing that is inside it.
 
-    Raises:
-        UserError: it cannot be read, asks for something to be run, or holds other prompts.
+    A `UserError` if it cannot be read, asks for something to be run, or holds other prompts.
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file, _IGNORED)
     state = {name.removeprefix("prompt_learner."): t for name, t in checkpoint.state.items()}
     found = {name: t for name, t in state.items() if name not in _IGNORED}
     if any(name.startswith("meta_net.") for name in found):
-        what = f"{file} holds CoCoOp's meta-network, whose context changes with the image"
-        raise UserError(f"{what}; only a context that all images share can be imported")
+        hint = "only a context that all images share can be imported"
+        raise UserError(f"{file} holds CoCoOp's meta-network; {hint}")
     known = {entry.key: entry for row in METHODS.values() for entry in row.checkpoint}
     if odd := sorted(found.keys() - known):
-        what = f"{file} holds '{odd[0]}', which is none of {', '.join(known)}"
-        raise UserError(f"{what}; prompts of other kinds cannot be imported")
+        raise UserError(f"{file} holds '{odd[0]}', which is none of {', '.join(known)}")
     if not found:
         raise UserError(f"{file} holds no prompts ({', '.join(known)})")
     keys: dict[str, str] = {}
@@ -99,13 +96,12 @@ def read_published(path: Path) -> PublishedPrompts:
 def _prompt(tensor: Tensor, entry: Published, file: Path) -> Tensor:
     """(N, W), as runs have it."""
     what, shape = f"the {entry.tensor.replace('_', ' ')} in {file}", tuple(tensor.shape)
+    needed = "(vectors, width) of numbers is needed"
     if tensor.ndim == 3 and not entry.leading:
-        hint = "only one that all classes share, (vectors, width), can be imported"
-        raise UserError(f"{what} is class-specific, {shape}; {hint}")
+        raise UserError(f"{what} is class-specific, {shape}; {needed}")
     if tensor.ndim == 3 and len(tensor) == 1:
         tensor = tensor[0]
     if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
-        needed = "(vectors, width) of numbers is needed"
         raise UserError(f"{what} has shape {shape} of {tensor.dtype}; {needed}")
     if not bool(tensor.isfinite().all()):
         raise UserError(f"{what} holds numbers that are not finite")
@@ -123,27 +119,26 @@ def import_checkpoint(
 ) -> RunDirectory:
     """Make a run directory of a published checkpoint.
 
-    With a dataset the prompts are evaluated and the run is finished. Without one there is nothing
-    to write metrics from, so it has no metrics.json; it predicts, exports, and is evaluated with
-    another dataset. The images it was tuned on are not known: its support set is empty.
+    With a dataset the prompts are evaluated and the run is finished. Without one it has no metrics;
+    it predicts, exports, and is evaluated with another dataset. The images it was tuned on are not
+    known: its support set is empty.
 
     Args:
-        checkpoint, output: as `read_published` takes it, and the run directory.
+        checkpoint: as `read_published` takes it.
         given: settings as for `make_settings`; ``class_names`` or ``dataset`` must be among them.
             The method follows from which prompts there are, the epochs from the file.
         overwrite: discard the run that is there.
         backbone: already loaded as the settings say, to share it.
 
-    Raises:
-        UserError: bad input, or prompts that do not fit the backbone.
+    A `UserError` says that input is bad, or the prompts do not fit the backbone.
     """
     run, published = RunDirectory(output), read_published(checkpoint)
     settings = _settings_of(published, checkpoint, given)
-    check_output(run, overwrite=overwrite)
+    check_output(run, None, overwrite=overwrite)
     named = settings.dataset == IMPORTED
     task = _named_task(Path(str(settings.class_names))) if named else task_of(settings)
-    backbone, where = backbone or backbone_of(settings), str(published.file)
-    classifier = classifier_of(settings, published.tensors, backbone, task, where)
+    backbone = backbone or backbone_of(settings)
+    classifier = classifier_of(settings, published.tensors, backbone, task, str(published.file))
     started, test = time.perf_counter(), None
     if not named:
         test = evaluate_task(classifier, task, settings, reporter or Reporter())
@@ -154,7 +149,7 @@ def import_checkpoint(
         evaluation_seconds=round(time.perf_counter() - started, 2),
     )  # fmt: skip
     with run.locked():
-        check_output(run, overwrite=overwrite)
+        check_output(run, None, overwrite=overwrite)
         run.begin(files | {run.prompts_file.name: tensors_as_bytes(classifier.tensors())})
         if test is not None:
             run.finish({
@@ -202,8 +197,7 @@ def _named_task(file: Path) -> Task:
 def published_bytes(run: RunDirectory) -> bytes:
     """A run's prompts as the published code saves them: ``{"state_dict": ..., "epoch": N}``.
 
-    Raises:
-        UserError: no finished run is here, or it learned no prompts.
+    A `UserError` if no finished run is here, or it learned no prompts.
     """
     run.require()
     settings = run.read_settings()

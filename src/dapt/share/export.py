@@ -11,11 +11,8 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -24,14 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from dapt import __version__
 from dapt.clip.image import encode_image
 from dapt.engine.classifier import Classifier, inside_of
 from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
-from dapt.errors import UserError
-from dapt.progress import Reporter
+from dapt.errors import UserError, refusing
+from dapt.progress import Reporter, quietly
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
 from dapt.safe.files import write_atomic
@@ -117,8 +115,7 @@ def export(
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
     if file.suffix.lower() in _OF_RUNS:
-        hint = "give one such as classifier.onnx"
-        raise UserError(f"--output {file} has the name of a run's own files; {hint}")
+        raise UserError(f"--output {file} has the name of a run's own files; give classifier.onnx")
     if card.exists() and not is_card(card):
         hint = "choose another --output"
         raise UserError(f"{card}, where the model card goes, is something else; {hint}")
@@ -127,8 +124,9 @@ def export(
     if form == "coop":
         content = published_bytes(run)
     else:
-        if form == "onnx":
-            _require_onnx()
+        for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
+            with refusing(f"ONNX needs {name}", "pip install 'dapt[onnx]'", ImportError):
+                importlib.import_module(name)
         with (reporter or Reporter()).stage(f"exporting {file.name}", 3) as advance:
             content, exported = _export_graph(run, exported, form, int8, advance)
     said = model_card(run, f"`{file.name}`, {FORMATS[form]}{_INT8 if int8 else ''}")
@@ -152,7 +150,7 @@ def _export_graph(
         expected = classifier(views).softmax(-1)
     advance(1)
     facts, batch = _facts(run, classifier, int8), {"images": {0: torch.export.Dim("batch")}}
-    with _quietly():
+    with quietly():
         model = ImageClassifier(classifier)
         program = torch.export.export(model, (views[:2],), dynamic_shapes=batch)
     if form == "torch":
@@ -219,35 +217,23 @@ def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, s
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 
-def _torch_file(
-    program: torch.export.ExportedProgram, facts: dict[str, str]
-) -> tuple[bytes, Compute]:
-    file = io.BytesIO()
+@quietly()
+def _torch_file(program: ExportedProgram, facts: dict[str, str]) -> tuple[bytes, Compute]:
     # The trace's example images are somebody's; the file keeps none.
-    program.example_inputs = None
-    with _quietly():
-        torch.export.save(program, file, extra_files={f"{k}.json": v for k, v in facts.items()})
-        return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
+    file, program.example_inputs = io.BytesIO(), None
+    torch.export.save(program, file, extra_files={f"{k}.json": v for k, v in facts.items()})
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
-def _require_onnx() -> None:
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install 'dapt[onnx]'") from error
-
-
-def _graph(program: torch.export.ExportedProgram, views: Tensor) -> Any:
+@quietly()
+def _graph(program: ExportedProgram, views: Tensor) -> Any:
     """An ONNX model, without what tells of the exporting machine and no computation needs."""
     size = sum(t.nbytes for t in program.state_dict.values())
     if size >= _MAX_ONNX:
         what = f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file"
         raise UserError(f"{what}; use --format torch")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
-    with _quietly():
-        made = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
-    assert made is not None
+    made: Any = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
     graph = made.model_proto  # made anew each time it is asked for
     body = graph.graph
     for part in (graph, body, *body.node, *body.input, *body.output, *body.initializer):
@@ -258,13 +244,14 @@ def _graph(program: torch.export.ExportedProgram, views: Tensor) -> Any:
     return graph
 
 
+@quietly()
 def _quantised(graph: Any) -> Any:
     """The graph with the constant matrices of its products at 8 bits (dynamic quantisation)."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     how = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
-    with tempfile.TemporaryDirectory() as folder, _quietly():
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "int8.onnx"
         quantize_dynamic(graph, file, per_channel=True, **how)
         return onnx.load(file)
@@ -281,16 +268,3 @@ def _onnx_file(graph: Any, facts: dict[str, str]) -> tuple[bytes, Compute]:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporters' log lines and warnings, of which nothing follows for a user."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
