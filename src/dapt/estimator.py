@@ -98,10 +98,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """Tune prompts on n images and labels; without labels, on those of the dataset ``X``.
 
         Warns where labels are numbers and nothing says what they mean, unless no prompt reads it.
-
-        Raises:
-            UserError: an image, label or parameter that cannot be used (a ValueError too, where
-                ``X`` or ``y`` is to blame).
+        What cannot be used is a `UserError`, a ValueError too where ``X`` or ``y`` is to blame.
         """
         images = as_sequence(X)
         classes, codes = _classes(labels_of(images) if y is None else y, len(images))
@@ -139,9 +136,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """(n, C) probabilities of n images, columns in the order of ``classes_``.
 
-        Raises:
-            InputError: an image cannot be read.
-            sklearn.exceptions.NotFittedError: before `fit` or `load`.
+        An image that cannot be read is an `InputError`; before `fit` or `load`, NotFittedError.
         """
         check_is_fitted(self, "files_")
         images = as_sequence(X)
@@ -164,11 +159,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """Tell apart further classes by the tuned context, without tuning again.
 
         ``names`` are class names, or a mapping from labels to them where labels are no names.
-        Metrics that came with the run are dropped: they are those of fewer classes.
-
-        Raises:
-            UserError: a name that is there already or is none, or a method whose head knows
-                only the classes it was fitted on.
+        Metrics that came with the run are dropped: they are those of fewer classes. A `UserError`
+        if a name is there already or is none, or the head knows only classes it was fitted on.
         """
         check_is_fitted(self, "files_")
         if isinstance(names, str):
@@ -197,8 +189,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write a run directory, which ``dapt predict`` and the other commands read.
 
-        Raises:
-            UserError: a run is there already and ``overwrite`` is not set, or it is in use.
+        A `UserError` if a run is there already, unless to ``overwrite``, or it is in use.
         """
         check_is_fitted(self, "files_")
         run, settings = RunDirectory(path), make_settings(json.loads(self.files_["settings.json"]))
@@ -214,10 +205,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
-        ``backbone`` says where the weights it was tuned on are now, if they have moved.
-
-        Raises:
-            UserError: there is no finished run, or its backbone is not what it was tuned on.
+        ``backbone`` says where the weights it was tuned on are now, if they have moved. A
+        `UserError` if there is no finished run, or its backbone is not what it was tuned on.
         """
         run = RunDirectory(path)
         run.require()
@@ -312,11 +301,9 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
         if missing := [label for label in labels if label not in given]:
             raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
         names = [given[label] for label in labels]
-    elif given is not None:
-        if len(given) != len(labels):
-            what = f"class_names lists {len(given)} names, but y has {len(labels)} classes"
-            raise InputError(f"{what}; list one for each, in sorted order of labels")
-        names = list(given)
+    elif given is not None and len(names := given) != len(labels):
+        what = f"class_names lists {len(given)} names, but y has {len(labels)} classes"
+        raise InputError(f"{what}; list one for each, in sorted order of labels")
     called = tuple(map(str, names))
     check_class_names(called, "labels" if given is None else "class_names")
     return called
@@ -325,8 +312,7 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
 def _located(images: Sequence[Any], item: Item) -> Item:
     """The item with the absolute path of its image, where it is a file."""
     value = images[int(item.path)]
-    if isinstance(value, tuple) and len(value) == 2:
-        value = value[0]
+    value = value[0] if isinstance(value, tuple) and len(value) == 2 else value
     is_file = isinstance(value, str | Path)
     return replace(item, path=str(Path(value).absolute())) if is_file else item
 

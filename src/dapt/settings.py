@@ -21,10 +21,8 @@ from dapt.safe.files import parse_yaml, read_yaml, user_path
 
 # Datasets of runs that have none to be opened again, and where their prompts come from.
 IMPORTED, FITTED = "imported", "fitted"
-WITHOUT_DATASET = {
-    IMPORTED: "imported without a dataset",
-    FITTED: "tuned on images given in Python",
-}
+_PYTHON = "tuned on images given in Python"
+WITHOUT_DATASET = {IMPORTED: "imported without a dataset", FITTED: _PYTHON}
 
 # Of the settings below, those that only gradient descent reads.
 TUNING = frozenset({"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min"})
@@ -132,15 +130,12 @@ def make_settings(given: dict[str, Any]) -> Settings:
         name, value = ".".join(map(str, first["loc"])), shown(first["input"])
         raise UserError(f"setting {name}={value}: {first['msg'].lower()}") from error
     if settings.template is not None and settings.template.count("{}") != 1:
-        raise UserError(
-            f"setting template='{settings.template}' must hold {{}} once, where the class name goes"
-        )
+        what = f"setting template='{settings.template}' must hold {{}} once"
+        raise UserError(f"{what}, where the class name goes")
     for term in get_method(settings.method).losses:
         if term.weight not in weights_of(settings):
-            raise UserError(
-                f"loss term '{term.name}' of method '{settings.method}' needs a weight; set "
-                f"loss_weights: {{{term.weight}: ...}}"
-            )
+            what = f"loss term '{term.name}' of method '{settings.method}' needs a weight"
+            raise UserError(f"{what}; set loss_weights: {{{term.weight}: ...}}")
     return settings
 
 

@@ -64,8 +64,7 @@ def classifier_of(
     """
     method, names = get_method(settings.method), task.class_names
     if method.head.closed and own_names is not None and list(names) != list(own_names):
-        way = "use a prompt method for other classes"
-        raise UserError(f"{where} is of {method.head.closed}; {way}")
+        raise UserError(f"{where} is of {method.head.closed}; use a prompt method for others")
     classifier = new_classifier(backbone, names, task.template, method, settings)
     learned, head = classifier.learned(), classifier.head
     fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
@@ -92,8 +91,6 @@ def known_support(run: RunDirectory, task: Task) -> SupportSet:
     support = load_support_set(run.support_file, task)
     recorded, found = run.read_metrics().support_sha256, support_digest(task, support)
     if list(task.class_names) != run.read_task().class_names or found is None or recorded != found:
-        raise UserError(
-            f"the images in {task.root} are not known to be those that {run.path} was tuned on, "
-            "so none of them is shown"
-        )
+        what = f"the images in {task.root} are not known to be those that {run.path} was tuned on"
+        raise UserError(f"{what}, so none of them is shown")
     return support

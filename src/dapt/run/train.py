@@ -54,7 +54,6 @@ def train(
     """Tune a classifier on a support set, evaluate it, and leave a run directory.
 
     Args:
-        settings: from `make_settings`.
         resume: continue a run that was stopped; a finished one is left as it is.
         overwrite: discard the run that is there.
         shared: a loaded backbone, as the settings say, and what earlier runs read with it.
@@ -77,10 +76,8 @@ def train(
     data = data or open_data(settings)
     shared = shared or Shared(backbone_of(settings, device=processes.device(settings.device)))
     with ExitStack() as stack:
-        journal = RunJournal(
-            run=run, settings=settings, reporter=reporter, stack=stack, resume=resume,
-            overwrite=overwrite,
-        )  # fmt: skip
+        may = {"resume": resume, "overwrite": overwrite}
+        journal = RunJournal(run=run, settings=settings, reporter=reporter, stack=stack, may=may)
         try:
             tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
         except _Finished:
@@ -105,18 +102,17 @@ class RunJournal(Journal):
     settings: Settings
     reporter: Reporter
     stack: ExitStack
-    resume: bool
-    overwrite: bool
+    may: dict[str, bool]  # options of `check_output`
     twice: list[dict[str, str]] = field(init=False)  # support images that are tested on too
 
     def begin(self, data: Data, backbone: Backbone) -> None:
         """Take the directory, and begin the run there or find what it was begun with."""
         self.twice = tell_of_overlap(data, data.task, self.reporter)
         self.stack.enter_context(self.run.locked())
-        check_output(self.run, self.settings, resume=self.resume, overwrite=self.overwrite)
-        if self.run.finished and self.resume and join_processes().alone:
+        check_output(self.run, self.settings, **self.may)
+        if self.run.finished and self.may["resume"] and join_processes().alone:
             raise _Finished
-        if not (self.run.exists and self.resume):
+        if not (self.run.exists and self.may["resume"]):
             self.run.begin(made_of(self.settings, data.task, data.support, backbone))
         elif (changed := self.run.resume(data.task, data.support, backbone)) is not None:
             self.reporter.warn(f"{changed}: the last bits of the result may be others for it")
@@ -207,9 +203,8 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     try:
         test = evaluate_task(classifier, task, settings, journal.reporter, shared)
     except UserError as error:
-        raise UserError(
-            f"{error} (the tuned prompts are kept: dapt train --output {run.path} --resume)"
-        ) from error
+        way = f"dapt train --output {run.path} --resume"
+        raise UserError(f"{error} (the tuned prompts are kept: {way})") from error
     spread, seconds = dispersion(tuned), time.perf_counter() - started
     spent = {"tuning_seconds": round(tuned.seconds, 2), "evaluation_seconds": round(seconds, 2)}
     run.add_to_environment(**spent)
@@ -256,10 +251,8 @@ def check_output(
     kept = run.read_settings()
     for name, value in settings.model_dump().items() if settings else ():
         if name not in FREE_ON_RESUME and (old := getattr(kept, name)) != value:
-            raise UserError(
-                f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}; "
-                "leave the setting out, or choose another --output"
-            )
+            what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
+            raise UserError(f"{what}; leave the setting out, or choose another --output")
 
 
 @dataclass(frozen=True)
@@ -325,8 +318,8 @@ def evaluate_run(
     Returns the target task's name and `metrics`. A `UserError` says that there is no finished run,
     the target cannot be read, or another run has taken this one's place meanwhile.
     """
-    reporter = reporter or Reporter()
     run.require()
+    reporter = reporter or Reporter()
     identity, own = _identity(run), run.read_settings()
     settings = target.settings(own)
     task = open_task(settings, evaluate=target.dataset is not None)

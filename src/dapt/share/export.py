@@ -1,9 +1,8 @@
 """A tuned classifier as one file that needs no dapt: ONNX, or a PyTorch program.
 
-Images in, probabilities out. Visual prompt and class features are constants of the graph, so the
-text tower stays behind. Every file is compared with the classifier it was made from before it is
-put in place. No file but those just written is ever opened here: to read a stranger's ONNX or
-PyTorch program is not among the things that dapt does.
+Images in, probabilities out; the text tower stays behind. Every file is compared with the
+classifier it was made from before it is put in place. No other file is ever opened here: to read a
+stranger's program is not among the things that dapt does.
 """
 
 from __future__ import annotations
@@ -103,9 +102,8 @@ def export(
             as the published code saves them.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
 
-    Raises:
-        UserError: bad input, a missing extra, or a file whose probabilities differ by more than
-            `TOLERANCE` from the classifier's (with ``int8``: before rounding); none is left then.
+    A `UserError` says that input is bad, an extra is missing, or probabilities of the file differ
+    by more than `TOLERANCE` from the classifier's (with ``int8``: before rounding); none is left.
     """
     card = file.with_suffix(".md")
     if form not in FORMATS:
@@ -201,19 +199,13 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
 def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:
     """What the file says of itself, each a JSON text; no date, so the same run gives its bytes."""
     settings, task, backbone = run.read_settings(), run.read_task(), classifier.backbone
-    values = {
-        "labels": task.class_names,
-        "preprocessing": asdict(backbone.preprocessing),
-        "provenance": {
-            "dapt": __version__,
-            "run": run.path.resolve().name,
-            "method": settings.method,
-            "dataset": task.dataset,
-            "backbone": backbone_name(settings),
-            "backbone_sha256": backbone.fingerprint,
-            "int8": int8,
-        },
-    }
+    made = {
+        "dapt": __version__, "run": run.path.resolve().name, "method": settings.method,
+        "dataset": task.dataset, "backbone": backbone_name(settings),
+        "backbone_sha256": backbone.fingerprint, "int8": int8,
+    }  # fmt: skip
+    seen = asdict(backbone.preprocessing)
+    values = {"labels": task.class_names, "preprocessing": seen, "provenance": made}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 
