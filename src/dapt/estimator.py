@@ -178,11 +178,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         files = {name: file for name, file in self.files_.items() if name != "metrics.json"}
-        for name, entry in (
-            ("task.json", {"class_names": everything}),
-            ("environment.json", {"labels": _json(classes)}),
-        ):
-            files[name] = to_json(json.loads(files[name]) | entry, indent=1)
+        added: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
+        for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
+            files[name] = to_json({**json.loads(files[name]), entry: added[entry]}, indent=1)
         self._adopt(files, classes, self._built(files, own_names=before))
         return self
 

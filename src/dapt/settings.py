@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from dapt.errors import UserError, nearest, shown
+from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import METHODS, PartSettings, get_method
 from dapt.methods.contract import LARGEST
 from dapt.methods.published import usual_settings
@@ -21,8 +21,8 @@ from dapt.safe.files import parse_yaml, read_yaml, user_path
 
 # Datasets of runs that have none to be opened again, and where their prompts come from.
 IMPORTED, FITTED = "imported", "fitted"
-_PYTHON = "tuned on images given in Python"
-WITHOUT_DATASET = {IMPORTED: "imported without a dataset", FITTED: _PYTHON}
+WITHOUT_DATASET = {IMPORTED: "imported without a dataset",
+                   FITTED: "tuned on images given in Python"}  # fmt: skip
 
 # Of the settings below, those that only gradient descent reads.
 TUNING = frozenset({"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min"})
@@ -205,7 +205,5 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     field = all_fields().get(key := key.strip().replace("-", "_"))
     if field is not None and field.annotation in (str, str | None):
         return key, value  # text as it stands: "{} texture." is no YAML
-    try:
+    with refusing(f"--set {text}: the value cannot be read", "write it as YAML", ValueError):
         return key, parse_yaml(value)
-    except ValueError as error:
-        raise UserError(f"--set {text}: the value cannot be read") from error

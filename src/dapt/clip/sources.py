@@ -1,7 +1,6 @@
 """Where a frozen model comes from: this package, open_clip, the hub, a folder, a file.
 
-Nothing that comes with it is executed, and a configuration that would fetch or run more than
-weights and vocabulary is refused.
+Nothing that comes with it is executed.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def load_backbone(
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         precision: ``"fp32"``, ``"bf16"`` (fp16 on a GPU without it) or ``"fp16"``.
 
-    Raises:
-        UserError: unknown name, tag, device or precision; unreadable or unfit weights.
+    What of these is unknown, and weights that are unreadable or do not fit, are a `UserError`.
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")

@@ -74,10 +74,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, patience: float = 0) -> Iterator[None]:
-        """Hold the directory for this process; the lock dies with the process.
-
-        `InUse` if another process holds it, and did not let go within ``patience`` seconds.
-        """
+        """Hold the directory for this process; `InUse` if another does for ``patience`` seconds."""
         what, hint = f"run directory {self.path} cannot be made", "choose another with --output"
         with refusing(what, hint, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -119,11 +116,9 @@ class RunDirectory:
                 raise UserError(f"{file} has more than {_LARGEST:,} bytes, as no run's file has")
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Take the files of a run, by name, in place of what was here.
-
-        The settings go first and come last: while they are missing, no run is here. What makes it
-        a finished one comes after that.
-        """
+        """Take the files of a run, by name, in place of what was here."""
+        # The settings go first and come last: while they are missing, no run is here. What makes
+        # it a finished one comes after that.
         self.clear()
         last = [self.settings_file.name, self.metrics_file.name]
         try:
@@ -146,10 +141,8 @@ class RunDirectory:
             file.unlink(missing_ok=True)
 
     def require_own(self) -> None:
-        """Raise `UserError` if files with a run's names are here, but no run was ever begun.
-
-        A run that was killed at any moment has left its lock, which comes first.
-        """
+        """Raise `UserError` if files with a run's names are here, but no run was ever begun."""
+        # A run that was killed at any moment has left its lock, which comes first.
         if self.exists or self._lock.exists():
             return
         for file in (*self._results(), *self._records()):
@@ -185,10 +178,7 @@ class RunDirectory:
             raise UserError(f"{what} tuned on; its prompts only fit the original ones")
 
     def copy_from(self, other: RunDirectory) -> None:
-        """Take over a finished run of the same settings, without its evaluations elsewhere.
-
-        `InUse` if another process holds this directory, or has begun a run in it.
-        """
+        """Take over a finished run of the same settings, without its evaluations elsewhere."""
         other.check_links(other.files())
         with self.locked():
             if self.exists:
@@ -215,7 +205,7 @@ class RunDirectory:
         return [file for file in files if file.is_file()]
 
     def _results(self) -> list[Path]:
-        """Files of what came of the run, there or not; another run replaces them all."""
+        """What came of the run, there or not; another run replaces them all."""
         # Of a link, which may lead anywhere, the link itself; no file there is ours to delete.
         linked = self.tensorboard.is_symlink()
         events = [self.tensorboard] if linked else self.tensorboard.glob(f"{EVENTS}.*")

@@ -82,8 +82,6 @@ def _plain(value: Any) -> str:
 def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
     """What of a run goes to the hub, by its name there: its records and results, and its card.
 
-    The checkpoint, which only resuming reads, and TensorBoard's files stay here.
-
     A `UserError` if no finished run is here, or a file of it is a link.
     """
     run.require()
@@ -95,9 +93,7 @@ def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
 def push(
     run: RunDirectory, repo_id: str, *, private: bool = False, reporter: Reporter | None = None
 ) -> str:
-    """Upload a run to the model repository ``repo_id``, made if need be, in one commit.
-
-    A repository that is made now is ``private`` or not. Returns the commit's address.
+    """Upload a run to the repository ``repo_id``, made if need be; returns the commit's address.
 
     A `UserError` if no finished run is here, or the hub refuses or cannot be reached.
     """

@@ -170,8 +170,7 @@ def _compare(
     what: str, compute: Compute, views: Tensor, expected: Tensor, limit: float = TOLERANCE
 ) -> tuple[float, float]:
     """Largest difference of a probability, and how often the most probable class is the same."""
-    with torch.inference_mode():
-        # Batches of one and of many: the batch dimension must not have become a constant.
+    with torch.inference_mode():  # batches of one and of many: their size is to be no constant
         found = torch.cat([compute(views[:1]), compute(views[1:])])
     difference = float((found - expected).abs().max())
     if not isfinite(difference) or difference > limit:
