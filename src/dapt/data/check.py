@@ -6,16 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dapt.data.benchmarks import BENCHMARKS, LAYOUT
 from dapt.data.images import open_image
 from dapt.data.items import PARTS, Item, Task, grouped
-from dapt.data.tasks import open_task
+from dapt.data.tasks import BENCHMARKS, LAYOUT, open_task
 from dapt.errors import UserError
 from dapt.progress import Advance, Reporter
 from dapt.safe.files import open_regular
@@ -76,14 +75,13 @@ def check_dataset(
         return check
     items = [*task.train, *task.val, *task.test]
     folders = grouped(items, lambda item: os.path.dirname(item.path)).values()
-    with reporter.stage(f"{dataset}: look for the files", len(items)) as advance:
-        bad = _examine(folders, partial(_missing, task.root), advance)
+    stage = reporter.stage(f"{dataset}: look for the files", len(items))
+    bad = _examine(folders, partial(_missing, task.root), stage)
     if level != "listed":
         items = [item for item in items if item.path not in bad]
         lots = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
-        look = partial(_unreadable, task.root, level == "decoded")
-        with reporter.stage(f"{dataset}: look into them", len(items)) as advance:
-            bad |= _examine(lots, look, advance)
+        stage = reporter.stage(f"{dataset}: look into them", len(items))
+        bad |= _examine(lots, partial(_unreadable, task.root, level == "decoded"), stage)
     for problem, count in Counter(bad.values()).items():
         more = f", and {count:,} images should be in it" if problem.kind == "folder" else ""
         check.problems.append(replace(problem, text=f"{problem.text}{more}"))
@@ -92,11 +90,13 @@ def check_dataset(
 
 
 def _examine(
-    lots: Collection[list[Item]], look: Callable[[list[Item]], dict[str, Problem]], advance: Advance
+    lots: Collection[list[Item]],
+    look: Callable[[list[Item]], dict[str, Problem]],
+    stage: AbstractContextManager[Advance],
 ) -> dict[str, Problem]:
     bad: dict[str, Problem] = {}
     # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with stage as advance, ThreadPoolExecutor(_THREADS) as pool:
         for lot, found in zip(lots, pool.map(look, lots), strict=True):
             bad |= found
             advance(len(lot))
@@ -107,8 +107,7 @@ def _missing(root: Path, items: list[Item]) -> dict[str, Problem]:
     """Which files of one folder are not there; of missing folders, the topmost is the problem."""
     folder, bad = os.path.dirname(items[0].path), dict[str, Problem]()
     try:
-        with os.scandir(root / folder) as entries:
-            there = {entry.name for entry in entries if entry.is_file()}
+        there = {entry.name for entry in os.scandir(root / folder) if entry.is_file()}
     except OSError as error:
         why = f"cannot be read ({error.strerror})"
         if isinstance(error, FileNotFoundError):

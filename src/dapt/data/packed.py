@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from dapt.data import items
-from dapt.data.items import check_path, first_of, label_order, make_task, refusing
+from dapt.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
+from dapt.data.items import check_path, make_task, refusing
 from dapt.errors import UserError
 from dapt.safe import files
 
@@ -27,7 +28,7 @@ _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAMES_FILE = "classnames.txt"  # beside shards whose .cls are numbers: in label order
 _LISTING = "listing.json"
-_DICTIONARY = "dataset_dict.json"  # of a Hugging Face dataset with parts
+_DICTIONARY, _INFO = "dataset_dict.json", "dataset_info.json"  # of a Hugging Face dataset
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
@@ -38,8 +39,8 @@ _Image = tuple[str, str, bytes]  # part ("" where nothing is split), class name,
 
 def is_hugging_face(path: Path) -> bool:
     """Whether ``save_to_disk`` of a Hugging Face dataset wrote this folder."""
-    there = {n: (path / n).is_file() for n in (_DICTIONARY, "state.json", "dataset_info.json")}
-    return there[_DICTIONARY] or (there["state.json"] and there["dataset_info.json"])
+    whole = all((path / name).is_file() for name in ("state.json", _INFO))
+    return whole or (path / _DICTIONARY).is_file()  # with parts
 
 
 def is_webdataset(path: Path) -> bool:
@@ -126,7 +127,7 @@ def _unpack(path: Path, folder: Path) -> None:
         if "" in found and len(found) > 1:
             what = "either every shard's name starts with train, val or test, or none"
             raise UserError(f"dataset {path}: {what}")
-        classes = label_order({name for pairs in found.values() for _, name in pairs})
+        classes = items.label_order({name for pairs in found.values() for _, name in pairs})
         labels = {name: label for label, name in enumerate(classes)}
         parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *items.PARTS) if p in found}
         files.write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
@@ -154,37 +155,53 @@ def _named(label: Any, names: list[str] | None, where: str) -> str:
 def _hugging_face(path: Path) -> Iterator[_Image]:
     with refusing(f"{path} is a Hugging Face dataset", _INSTALL, ImportError):
         import datasets
-    _check_names(path)
+    # The library opens whatever the records name, and would wait for a FIFO without end.
+    for place in (
+        _listed(path / _DICTIONARY, "splits") if (path / _DICTIONARY).is_file() else [path]
+    ):
+        for file in (place / _INFO, *_listed(place / "state.json", "_data_files")):
+            with refusing(
+                f"dataset {path} cannot be loaded: {file} cannot be opened", "save it anew"
+            ):
+                files.open_regular(file).close()
     # Arrow's errors are a wide family.
     with refusing(f"dataset {path} cannot be loaded", "save it anew", Exception):
         loaded = datasets.load_from_disk(str(path))
         split = isinstance(loaded, datasets.DatasetDict)
         for part, rows in loaded.items() if split else [("", loaded)]:
-            where = f"dataset {path}{f', {part}' if part else ''}"
+            where, columns = f"dataset {path}{f', {part}' if part else ''}", list[str]()
             if split and part not in _PARTS:
-                what = f"split '{part}' is none of train, validation, test"
-                raise UserError(f"dataset {path}: {what}; rename it, or take it out")
-            image = _column(rows, "images", items.IMAGE_COLUMNS, where)
-            label = _column(rows, "labels", items.LABEL_COLUMNS, where)
+                raise UserError(
+                    f"{where}: split '{part}' is none of {', '.join(_PARTS)}; rename it"
+                )
+            for what, known in (("images", IMAGE_COLUMNS), ("labels", LABEL_COLUMNS)):
+                if (column := first_of(known, rows.column_names)) is None:
+                    there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
+                    raise UserError(f"{where} has no column of {what} {there}; rename one")
+                columns.append(column)
+            image, label = columns
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.
             if names is None and not _PLAIN.fullmatch(str(getattr(kind, "dtype", None))):
                 what = f"column '{label}' is of type {type(kind).__name__}"
                 raise UserError(f"{where}: {what}; make it a ClassLabel, whole numbers or text")
-            rows = rows.select_columns([image, label])
-            rows = rows.cast_column(image, datasets.Image(decode=False))
+            rows = rows.select_columns(columns).cast_column(image, datasets.Image(decode=False))
             for number, row in enumerate(rows):
                 line = f"{where}, row {number}"
                 name = _named(row[label], names, line)
                 yield _PARTS.get(part, ""), name, _content(row[image], line, path)
 
 
-def _column(rows: Any, what: str, known: tuple[str, ...], where: str) -> str:
-    if (name := first_of(known, rows.column_names)) is None:
-        there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
-        raise UserError(f"{where} has no column of {what} {there}; rename one")
-    return name
+def _listed(file: Path, key: str) -> list[Path]:
+    """What a dataset's record lists under a key; a `UserError` if it is not in its own folder."""
+    record = files.read_json(file, "record of the dataset")
+    entries = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    where = f"dataset {file.parent}"
+    return [file.parent / check_path(n if isinstance(n, str) else "", where) for n in names]
 
 
 def _content(value: Any, where: str, root: Path) -> bytes:
@@ -202,29 +219,6 @@ def _content(value: Any, where: str, root: Path) -> bytes:
             if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
                 raise OSError("it is too large")
             return opened.read()
-
-
-def _check_names(path: Path) -> None:
-    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
-
-    The library opens whatever they name, and would wait for a FIFO without end.
-    """
-    parts = path / _DICTIONARY
-    for place in map(path.joinpath, _names_in(parts, "splits") if parts.is_file() else [""]):
-        for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
-            what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"
-            with refusing(what, "save it anew"):
-                files.open_regular(place / name).close()
-
-
-def _names_in(file: Path, key: str) -> list[str]:
-    """What a dataset's record lists under a key, if all of it lies in the record's folder."""
-    record = files.read_json(file, "record of the dataset")
-    entries = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
-    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-    return [check_path(n if isinstance(n, str) else "", f"dataset {file.parent}") for n in names]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -277,4 +271,4 @@ def _label(sample: dict[str, Any], where: str) -> Any:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
         value = files.parse_json(sample["json"].decode())
-        return value[first_of(items.LABEL_COLUMNS, value) or "label"]
+        return value[first_of(LABEL_COLUMNS, value) or "label"]

@@ -1,4 +1,8 @@
-"""One door to every task: the bundled one, a benchmark, or images in whatever form they come."""
+"""One door to every task: the bundled one, a benchmark, or images in whatever form they come.
+
+The published benchmarks lie as the layout of the CoOp code base (`LAYOUT`) has them below one root.
+Every reader finds the same order on every file system.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,22 @@ import csv
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dapt.data import items
-from dapt.data.benchmarks import BENCHMARKS
 from dapt.data.images import has_image_name
-from dapt.data.items import check_class_names, check_path, make_task, refusing, subfolders
+from dapt.data.items import PARTS, check_class_names, check_path, make_task, refusing, subfolders
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
-DEFAULT_TEMPLATE = items.DEFAULT_TEMPLATE
+LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
 TABLES = (".csv", ".jsonl")
+_CLASS_NAMES = "classnames.txt"
 # Names of parts that others give, in lower case.
 _PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -80,12 +84,8 @@ def open_task(
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:
         check_class_names(task.class_names, f"dataset '{dataset}'")
-    return _told_of_names_alike(task)  # some benchmarks do have two classes of one name
-
-
-def _told_of_names_alike(task: items.Task) -> items.Task:
     names, alike = task.class_names, items.names_alike(task.class_names)
-    for one, other in alike[:1]:
+    for one, other in alike[:1]:  # some benchmarks do have two classes of one name
         what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
         such = f"(such as '{names[other]}', label {other}, that of label {one})"
         hint = "text prompts cannot tell apart; better names can be given with --class-names"
@@ -99,14 +99,13 @@ def bundled_domains() -> tuple[str, ...]:
 
 
 def _read_bundled(domain: str | None) -> items.Task:
-    data = files.read_json(BUNDLED_ROOT / "task.json", "bundled task")
-    domains, names = list(data["domains"]), tuple(data["class_names"])
-    chosen = domains[0] if domain is None else domain
+    data, domains = files.read_json(BUNDLED_ROOT / "task.json", "bundled task"), bundled_domains()
+    names, chosen = tuple(data["class_names"]), domains[0] if domain is None else domain
     if chosen not in domains:
         what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"
         raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
-    listed = (data["domains"][chosen].get(part, ()) for part in items.PARTS)
+    listed = (data["domains"][chosen].get(part, ()) for part in PARTS)
     train, val, test = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
     return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
@@ -120,7 +119,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
     if "train" in classes and (tuned := subfolders(folder / "train")):
-        places = {part: folder / part for part in items.PARTS if part in classes}
+        places = {part: folder / part for part in PARTS if part in classes}
         if "test" not in places:
             hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
             raise UserError(f"folder {folder} has train/ but no test/; {hint}")
@@ -133,8 +132,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
         listed = ", ".join(f"{name}/" for name in classes)
         hint = "rename them train/ and test/ (and val/)"
         raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
-    order, where = items.label_order(set(classes)), f"folder {folder}"
-    rows, left = list[items.Row](), list[str]()
+    order, rows, left = items.label_order(set(classes)), list[items.Row](), list[str]()
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
@@ -154,7 +152,8 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
         f"out (such as {such}); convert them, or give them the extension that they should have"
         for such in left[:1]
     )
-    return make_task(folder.resolve().name, folder, rows, where, split=split, notes=notes)
+    name = folder.resolve().name
+    return make_task(name, folder, rows, f"folder {folder}", split=split, notes=notes)
 
 
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
@@ -178,9 +177,8 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
 
 def read_table(file: Path, split: items.Split) -> items.Task:
     """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``."""
-    rows, seen = list[items.Row](), dict[str, int]()
-    for line, record in _records(file):
-        where = f"{file}, line {line}"
+    rows, seen = list[items.Row](), dict[str, str]()
+    for where, record in _records(file):
         path, label, part = (record.get(key) for key in ("path", "label", "split"))
         if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
             label = str(label)
@@ -189,10 +187,11 @@ def read_table(file: Path, split: items.Split) -> items.Task:
         if not isinstance(part, str | None):
             raise UserError(f"{where}: split must be train, val or test")
         path, part = check_path(path.strip(), where), (part or "").strip()
-        if seen.setdefault(path, line) != line:
-            raise UserError(f"{where}: {path} is on line {seen[path]} already; take one out")
-        if part and part not in items.PARTS:
+        if part not in (*PARTS, ""):
             raise UserError(f"{where}: split '{part}' is none of train, val, test")
+        if (first := seen.setdefault(path, where)) != where:
+            line = first.rpartition(", ")[2]
+            raise UserError(f"{where}: {path} is on {line} already; take one out")
         rows.append((part, path, label.strip()))
         if bool(part) != bool(rows[0][0]):
             raise UserError(f"{where}: either every line has a split, or none")
@@ -201,28 +200,40 @@ def read_table(file: Path, split: items.Split) -> items.Task:
     return make_task(file.stem, file.parent, rows, str(file), split=split)
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    """The rows of a table, each after the number of its line."""
+def _text(file: Path) -> str:
     with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-        text = files.read_text(file, encoding="utf-8-sig")
+        return files.read_text(file, encoding="utf-8-sig")
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """A text file's lines that are not blank, each after where it is."""
+    if not file.exists():
+        raise UserError(f"index file {file} does not exist; put the published one there")
+    if not (text := _text(file)).strip():
+        raise UserError(f"{file} is empty and names no images; put the whole one there")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{file}, line {number}", line.strip()
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The rows of a table, each after where it is."""
     if file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
-            if line.strip():
-                errors = (ValueError, RecursionError)
-                with refusing(f"{where}: malformed JSON", "mend it", *errors):
-                    record = files.parse_json(line)
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: must be an object such as {form}")
-                yield number, record
+        for where, line in _lines(file):
+            with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
+                record = files.parse_json(line)
+            if not isinstance(record, dict):
+                form = '{"path": "a.jpg", "label": "cat"}'
+                raise UserError(f"{where}: must be an object such as {form}")
+            yield where, record
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
         if not {"path", "label"} <= set(columns):
             form = "must name the columns path and label (and may name split)"
             raise UserError(f"{file}, line 1: the header {form}, not '{','.join(columns)[:80]}'")
-        yield from ((reader.line_num, record) for record in reader)
+        yield from ((f"{file}, line {reader.line_num}", record) for record in reader)
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
 
@@ -253,3 +264,130 @@ def _renamed(task: items.Task, file: Path) -> items.Task:
     listed = (task.train, task.val, task.test)
     train, val, test = (tuple(replace(i, class_name=given[i.label]) for i in p) for p in listed)
     return replace(task, class_names=tuple(given), train=train, val=val, test=test)
+
+
+def read_split(file: Path, images: Path | None = None) -> items.Task:
+    """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``."""
+    whole, data = f"split file {file}", files.read_json(file, "split file")
+    if not isinstance(data, dict) or not all(isinstance(data.get(p), list) for p in PARTS):
+        form = "a JSON object with the lists train, val and test"
+        raise UserError(f"{whole} must be {form}; download it anew")
+    names, rows = dict[int, str](), list[items.Row]()
+    for part, number, entry in ((p, *e) for p in PARTS for e in enumerate(data[p])):
+        where = f"{whole}, {part} entry {number}"
+        if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
+            form = "[relative path, label, class name]"
+            raise UserError(f"{where} must be {form}; download the file anew")
+        path, label, name = entry
+        if (known := names.setdefault(label, name)) != name:
+            what = f"label {label} is '{name}' here and '{known}' before"
+            raise UserError(f"{where}: {what}; a label has one class name")
+        rows.append((part, check_path(path, where), label))
+    if missing := sorted(set(range(len(names))) - set(names)):
+        what = f"labels must be 0 .. {len(names) - 1} for its {len(names)} classes"
+        raise UserError(f"{whole}: {what}, but {missing[0]} is missing; number them anew")
+    names = dict(sorted(names.items()))
+    check_class_names(list(names.values()), whole)
+    return make_task(file.stem, images or file.parent, rows, whole, names=names)
+
+
+def read_variants(file: Path, images: Path) -> items.Task:
+    """Read FGVC-Aircraft's own lists: variants.txt and images_variant_{train,val,test}.txt.
+
+    A line of the first is a class, in label order; of the others, "id name of the variant".
+    """
+    names, rows = {line: line for _, line in _lines(file)}, list[items.Row]()
+    check_class_names(list(names), f"index file {file}")
+    for part in PARTS:
+        for where, line in _lines(file.parent / f"images_variant_{part}.txt"):
+            image, _, name = line.partition(" ")
+            if name not in names:
+                what = f"'{name}' is no variant that {file.name} lists"
+                raise UserError(f"{where}: {what}; download both anew")
+            rows.append((part, check_path(f"{image}.jpg", where), name))
+    return make_task(file.stem, images, rows, f"index file {file}", names=names)
+
+
+def read_class_folders(file: Path, images: Path, form: str) -> items.Task:
+    """Read folders of images called by WordNet id, with classnames.txt of "wnid name" lines.
+
+    Labels are in the order of that file. All are test images, unless the ``form`` is "parted":
+    class folders are below train/ and val/, of which the latter is to test on. "numbered" ones are
+    called by line number, from 0, in place of the id. Of "some", the classes are those that have a
+    folder, in place of all that the file lists.
+    """
+    names, rows, parted = dict[str, str](), list[items.Row](), form == "parted"
+    for where, line in _lines(file):
+        key, _, name = line.partition(" ")
+        if not name.strip():
+            raise UserError(f"{where}: '{line}' must be 'wnid class name'; mend it")
+        key = str(len(names)) if form == "numbered" else key
+        if key in names:
+            raise UserError(f"{where}: {key} is listed twice; take one out")
+        names[key] = name.strip()
+    for part, place in (("train", "train/"), ("test", "val/")) if parted else (("test", ""),):
+        folder = images / place
+        there = set(subfolders(folder))
+        if unknown := sorted(there.difference(names)):
+            what = f"folder {folder / unknown[0]} is no class that {file} lists"
+            raise UserError(f"{what}; take it out, or mend the file")
+        if form == "some":
+            names = {key: name for key, name in names.items() if key in there}
+        missing = [key for key in names if key not in there]
+        found = {key: sorted(filter(has_image_name, os.listdir(folder / key))) for key in there}
+        for what, keys in (
+            (f"that {file} lists are missing from {folder}", missing),
+            (f"in {folder} hold no images", [key for key in names if not found.get(key)]),
+        ):
+            if keys:
+                listed = f"{', '.join(keys[:20])}; download what is not there"
+                raise UserError(f"class folders ({len(keys):,}) {what}: {listed}")
+        rows += [(part, f"{place}{key}/{image}", key) for key in names for image in found[key]]
+    where = f"benchmark folder {images}"
+    return make_task(images.name, images, rows, where, names=names, tuned=parted)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark lies below the root, how it is read, and what is known of it."""
+
+    name: str  # what the user calls it
+    folder: str  # below the root
+    images: str  # the images' folder in that one; paths are relative to it
+    index: str  # the file in ``folder`` that lists its images or classes
+    classes: int
+    counts: dict[str, int]  # images of the published split, by the parts that it has
+    gigabytes: float  # of its download, about
+    licence: str  # as its authors state it
+    url: str  # where they give it
+    template: str = items.DEFAULT_TEMPLATE  # the field's hand-written prompt for it
+    read: str = "split"  # the index: a "split" file, "variants", or a form of class folders
+    # images that every class has at least, of the parts where this is known
+    least: dict[str, int] = field(default_factory=dict)
+
+    def image_root(self, root: Path) -> Path:
+        """The images' folder, which item paths are relative to."""
+        return root / self.folder / self.images
+
+    def open(self, root: Path | None) -> items.Task:
+        """Read the listing below ``root``."""
+        wanted = f"the folder that holds {self.folder}/"
+        if root is None:
+            raise UserError(f"benchmark '{self.name}' needs --root, {wanted}")
+        root = files.user_path(root)
+        if not root.is_dir():
+            raise UserError(f"--root {root} does not exist; give {wanted}")
+        if not (home := root / self.folder).is_dir():
+            raise UserError(f"benchmark '{self.name}': {home} does not exist; check --root")
+        index, images = home / self.index, self.image_root(root)
+        if self.index == _CLASS_NAMES and not index.exists():
+            index = root / "imagenet" / _CLASS_NAMES  # the same for ImageNet and its four shifts
+        if self.read in (readers := {"split": read_split, "variants": read_variants}):
+            task = readers[self.read](index, images)
+        else:
+            task = read_class_folders(index, images, self.read)
+        return replace(task, name=self.name, template=self.template)
+
+
+_TABLE = files.read_yaml(Path(__file__).with_name("benchmarks.yaml"), "table of benchmarks")
+BENCHMARKS = {name: Benchmark(name, **row) for name, row in _TABLE.items()}
