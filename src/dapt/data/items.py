@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from dapt.data.images import read_picture
 from dapt.errors import UserError, nearest, reason_of
-from dapt.safe.files import file_digest, file_size, read_json, write_json
+from dapt.safe.files import file_digest, file_size, read_json, read_text, write_json
 
 PARTS = ("train", "val", "test")
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -146,7 +146,7 @@ def make_task(
 ) -> Task:
     """The task that a reader's rows make, once checked; ``where`` is what they were read from.
 
-    ``names`` are the class names in label order, by what rows call the classes; if not given, rows
+    ``names`` are the class names in label order, by what rows call the classes; by default, rows
     have the names. ``split`` is of rows without a part. Unless it tests on everything, or the task
     is not ``tuned``, every class needs images to tune on. ``facts`` are other fields of the task.
     """
@@ -164,8 +164,9 @@ def make_task(
     if tuned and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
-        hint = "every task needs some (classes of one image have none to spare)"
-        raise UserError(f"{where} names no test images; {hint}")
+        raise UserError(
+            f"{where} names no test images; add some (a class of one has none to spare)"
+        )
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
         if odd := next((item for item in parts[part] if item.label not in taught), None):
@@ -194,12 +195,12 @@ def label_order(names: set[str]) -> list[str]:
 def check_path(text: str, where: str) -> str:
     """Return ``text`` if it is a relative path that stays below its root, without a '..' step.
 
-    Links on disk are followed, as datasets are laid out with them: what is at their end is read as
-    an image, or named in a warning, and goes nowhere else.
+    Links on disk are followed, as datasets have them: what is at their end is read as an image.
     """
     if not text.strip() or _UNSAFE_PATH.search(text):
-        hint = "give one relative to the dataset's folder, without '..'"
-        raise UserError(f"{where}: {text!r} is no safe image path; {hint}")
+        raise UserError(
+            f"{where}: {text!r} is no safe image path; give a relative one without '..'"
+        )
     return text
 
 
@@ -237,6 +238,12 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{what} ({reason}); {hint}") from error
 
 
+def text_of(file: Path) -> str:
+    """The text of a file that people write, without a byte order mark."""
+    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
+        return read_text(file, encoding="utf-8-sig")
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones left out."""
     with refusing(f"folder {folder} cannot be read", "check the path"), os.scandir(folder) as found:
@@ -250,10 +257,8 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
     ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
     gives all it has, without a draw. A subset of classes has its images of the draw from all.
     """
-    if shots < 1:
-        raise UserError(f"shots {shots} must be 1 or more")
-    if seed < 0:  # random.Random would take it for its absolute value
-        raise UserError(f"seed {seed} must be 0 or more")
+    if shots < 1 or seed < 0:  # random.Random would take the absolute value
+        raise UserError(f"shots {shots} must be 1 or more, and seed {seed} 0 or more")
     if task.part_of is not None:
         whole, labels = task.part_of
         return _subset(draw_support_set(whole, shots, seed), labels)
@@ -309,10 +314,8 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
     """Read a support set that `SupportSet.save` wrote, or one written by hand in that form.
 
     For a subset of classes it may be one of all classes, of which the subset's images are taken.
-
-    Raises:
-        UserError: it is none, or an item's class is not the task's, its path leaves the task's
-            folder, or it is listed twice or is a test image; others need not be the task's.
+    A `UserError` if it is none, or an item's class is not the task's, its path leaves the task's
+    folder, or it is listed twice or is a test image; else items need not be the task's.
     """
     data, file = read_json(path, "support set file"), f"support set file {path}"
     if not isinstance(data, dict):
@@ -351,4 +354,4 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
         seen[item.path] = "listed twice; take one out"
     images, count = tuple(drawn.values()), len(data["train"])
     facts = (data["dataset"], data["shots"], data["seed"])
-    return SupportSet(*facts, train=images[:count], val=images[count:])
+    return SupportSet(*facts, images[:count], images[count:])

@@ -64,12 +64,11 @@ def read_packed(path: Path, split: items.Split) -> items.Task:
     if not (folder / _LISTING).is_file():
         _unpack(path, folder)
     listing = files.read_json(folder / _LISTING, "listing of unpacked images")
-    errors = (AttributeError, LookupError, TypeError, ValueError)
-    with refusing(f"{folder} is damaged", _ANEW, *errors):
+    with refusing(f"{folder} is damaged", _ANEW, Exception):
         names, parts = listing["class_names"], listing["parts"]
         rows = [(part, file, str(names[k])) for part in parts for file, k in parts[part]]
-        name, where = path.resolve().stem, f"dataset {path}"
-        return make_task(name, folder, rows, where, split=split, source_sha256=digest)
+        name, facts = path.resolve().stem, {"split": split, "source_sha256": digest}
+        return make_task(name, folder, rows, f"dataset {path}", **facts)
 
 
 def cache_folder() -> Path:
@@ -78,8 +77,9 @@ def cache_folder() -> Path:
     try:
         return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
-        what = f"there is no folder for unpacked images ({error})"
-        raise UserError(f"{what}; name one in DAPT_CACHE") from error
+        raise UserError(
+            f"no folder for unpacked images ({error}); name one in DAPT_CACHE"
+        ) from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -125,8 +125,7 @@ def _unpack(path: Path, folder: Path) -> None:
         if not found:
             raise UserError(f"dataset {path} holds no images; check that it is complete")
         if "" in found and len(found) > 1:
-            what = "either every shard's name starts with train, val or test, or none"
-            raise UserError(f"dataset {path}: {what}")
+            raise UserError(f"dataset {path}: either every shard is named for its part, or none")
         classes = items.label_order({name for pairs in found.values() for _, name in pairs})
         labels = {name: label for label, name in enumerate(classes)}
         parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *items.PARTS) if p in found}
@@ -143,13 +142,13 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _named(label: Any, names: list[str] | None, where: str) -> str:
     """The class name of a label; a number without names is its own."""
-    if type(label) is int and names is not None:
-        if not 0 <= label < len(names):
-            raise UserError(f"{where}: label {label} is none of 0 .. {len(names) - 1}; mend it")
-        return names[label]
-    if type(label) is int or (isinstance(label, str) and label.strip()):
+    if not (type(label) is int or (isinstance(label, str) and label.strip())):
+        raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
+    if type(label) is not int or names is None:
         return str(label).strip()
-    raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
+    if not 0 <= label < len(names):
+        raise UserError(f"{where}: label {label} is none of 0 .. {len(names) - 1}; mend it")
+    return names[label]
 
 
 def _hugging_face(path: Path) -> Iterator[_Image]:
@@ -210,8 +209,8 @@ def _content(value: Any, where: str, root: Path) -> bytes:
         return bytes(content)
     if not (value or {}).get("path"):
         raise UserError(f"{where} has no image; take the row out")
-    file, hint = Path(value["path"]), "save the dataset with its images"
-    with refusing(f"{where}: its image {file} cannot be read", hint):
+    file = Path(value["path"])
+    with refusing(f"{where}: its image {file} cannot be read", "save the dataset with its images"):
         # Whoever wrote the dataset must not choose which of this machine's files are read.
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("it is not in the dataset's folder")
@@ -232,8 +231,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
     folder, shards = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
     names = None
     if (file := folder / _NAMES_FILE).is_file():
-        with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-            names = [line.strip() for line in files.read_text(file).splitlines()]
+        names = [line.strip() for line in items.text_of(file).splitlines()]
     for shard in shards:
         # Of a single shard, the name says nothing.
         part = _PARTS.get(re.split("[^a-z]", shard.relative_to(path).as_posix())[0], "")
@@ -243,8 +241,8 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             for sample in group_by_keys(_members(stream)):
                 where = f"shard {shard}, sample {sample['__key__']}"
                 if (suffix := first_of(_IMAGE_SUFFIXES, sample)) is None:
-                    what = f"no image (.{', .'.join(_IMAGE_SUFFIXES)})"
-                    raise UserError(f"{where} has {what}; take it out")
+                    known = ", .".join(_IMAGE_SUFFIXES)
+                    raise UserError(f"{where} has no image (.{known}); take it out")
                 yield part, _named(_label(sample, where), names, where), sample[suffix]
 
 

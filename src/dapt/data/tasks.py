@@ -11,12 +11,21 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dapt.data import items
 from dapt.data.images import has_image_name
-from dapt.data.items import PARTS, check_class_names, check_path, make_task, refusing, subfolders
+from dapt.data.items import (
+    PARTS,
+    check_class_names,
+    check_path,
+    make_task,
+    refusing,
+    subfolders,
+    text_of,
+)
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.errors import UserError, nearest
 from dapt.safe import files
@@ -43,18 +52,14 @@ def open_task(
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
     Args:
-        dataset: ``bundled``; a benchmark's name; a folder with ``train/<class>/`` and
-            ``test/<class>/`` or with ``<class>/`` alone; a ``.csv`` or ``.jsonl`` file with
-            ``path`` and ``label`` (and ``split``); or what `read_packed` takes.
+        dataset: ``bundled``; a benchmark's name; or what `read_folder`, `read_table` or
+            `read_packed` takes. A `UserError` if it is none, or anything in it is wrong.
         root: folder that holds the benchmarks; not read for anything else.
         domain: style of the bundled task; the source domain if not given.
         class_names: JSON file with other names for the classes, as `read_class_names` takes it.
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
             that split, where nothing is split yet.
         evaluate: the task is only evaluated on: an unsplit source is all test images.
-
-    Raises:
-        UserError: unknown dataset or domain, or anything wrong with what is read.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
@@ -106,8 +111,8 @@ def _read_bundled(domain: str | None) -> items.Task:
         raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
     listed = (data["domains"][chosen].get(part, ()) for part in PARTS)
-    train, val, test = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
-    return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
+    parts = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
+    return items.Task(name, BUNDLED_ROOT, names, *parts, data["template"])
 
 
 def read_folder(folder: Path, split: items.Split) -> items.Task:
@@ -125,35 +130,32 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
             raise UserError(f"folder {folder} has train/ but no test/; {hint}")
         classes = tuned
     elif not classes:
-        hint = "put each class's images in one of its own, or train/ and test/ with such folders"
-        raise UserError(f"folder {folder} holds no class folders; {hint}")
+        raise UserError(f"folder {folder} holds no class folders; give each class one of its own")
     # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
     elif all(c.casefold() in _PART_NAMES and subfolders(folder / c) for c in classes):
-        listed = ", ".join(f"{name}/" for name in classes)
-        hint = "rename them train/ and test/ (and val/)"
-        raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
+        what = f"folder {folder} holds {'/, '.join(classes)}/, which are parts, not classes"
+        raise UserError(f"{what}; rename them train/ and test/ (and val/)")
     order, rows, left = items.label_order(set(classes)), list[items.Row](), list[str]()
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
-            what = f"class folder {place / unknown[0]} has no counterpart in {folder / 'train'}"
-            raise UserError(f"{what}; add one, or take it out")
+            raise UserError(
+                f"class folder {place / unknown[0]} has none of its name in train/; add one"
+            )
         for name in [name for name in order if name in there]:
             inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
             found = images_below(place / name, others)
             if not found:
                 named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
-                what = f"class folder {place / name} holds no images{named}"
-                raise UserError(f"{what}; add some, or take it out")
+                raise UserError(f"class folder {place / name} holds no images{named}; add some")
             rows += [(part, f"{inside}/{path}", name) for path in sorted(found)]
             left += [f"{inside}/{path}" for path in sorted(others)]
-    notes = tuple(
-        f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
-        f"out (such as {such}); convert them, or give them the extension that they should have"
-        for such in left[:1]
-    )
-    name = folder.resolve().name
-    return make_task(name, folder, rows, f"folder {folder}", split=split, notes=notes)
+    facts: dict[str, Any] = {"split": split}
+    if left:
+        what = f"{len(left):,} files in the class folders of {folder} have no image's name"
+        hint = "convert them, or give them the extension that they should have"
+        facts["notes"] = (f"{what} and are left out (such as {left[0]}); {hint}",)
+    return make_task(folder.resolve().name, folder, rows, f"folder {folder}", **facts)
 
 
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
@@ -200,16 +202,11 @@ def read_table(file: Path, split: items.Split) -> items.Task:
     return make_task(file.stem, file.parent, rows, str(file), split=split)
 
 
-def _text(file: Path) -> str:
-    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-        return files.read_text(file, encoding="utf-8-sig")
-
-
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """A text file's lines that are not blank, each after where it is."""
     if not file.exists():
         raise UserError(f"index file {file} does not exist; put the published one there")
-    if not (text := _text(file)).strip():
+    if not (text := text_of(file)).strip():
         raise UserError(f"{file} is empty and names no images; put the whole one there")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -223,16 +220,17 @@ def _records(file: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
             with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
                 record = files.parse_json(line)
             if not isinstance(record, dict):
-                form = '{"path": "a.jpg", "label": "cat"}'
-                raise UserError(f"{where}: must be an object such as {form}")
+                raise UserError(f"{where}: must be an object with path and label")
             yield where, record
         return
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
         if not {"path", "label"} <= set(columns):
-            form = "must name the columns path and label (and may name split)"
-            raise UserError(f"{file}, line 1: the header {form}, not '{','.join(columns)[:80]}'")
+            what = (
+                f"the header must name the columns path and label, not {','.join(columns)[:80]!r}"
+            )
+            raise UserError(f"{file}, line 1: {what}")
         yield from ((f"{file}, line {reader.line_num}", record) for record in reader)
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
@@ -252,36 +250,33 @@ def _renamed(task: items.Task, file: Path) -> items.Task:
     """A task with its classes called as the user's mapping or list says."""
     given, names, where = read_class_names(file), task.class_names, f"class name file {file}"
     if isinstance(given, dict):
-        for name in given:
-            if name not in names:
-                close = nearest(name, names)
-                raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
+        for name in [name for name in given if name not in names]:
+            close = nearest(name, names)
+            raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
         given = [given.get(name, name) for name in names]
     if len(given) != len(names):
-        what = f"lists {len(given)} names, but the dataset has {len(names)} classes"
-        raise UserError(f"{where} {what}; list one for each, in label order")
+        raise UserError(f"{where} lists {len(given)} names, but {len(names)} classes need one each")
     check_class_names(given, where)
-    listed = (task.train, task.val, task.test)
-    train, val, test = (tuple(replace(i, class_name=given[i.label]) for i in p) for p in listed)
-    return replace(task, class_names=tuple(given), train=train, val=val, test=test)
+    listed = {part: getattr(task, part) for part in PARTS}
+    parts = {p: tuple(replace(i, class_name=given[i.label]) for i in listed[p]) for p in PARTS}
+    return replace(task, class_names=tuple(given), **parts)
 
 
 def read_split(file: Path, images: Path | None = None) -> items.Task:
     """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``."""
     whole, data = f"split file {file}", files.read_json(file, "split file")
     if not isinstance(data, dict) or not all(isinstance(data.get(p), list) for p in PARTS):
-        form = "a JSON object with the lists train, val and test"
-        raise UserError(f"{whole} must be {form}; download it anew")
+        raise UserError(f"{whole} must be a JSON object with the lists train, val and test")
     names, rows = dict[int, str](), list[items.Row]()
     for part, number, entry in ((p, *e) for p in PARTS for e in enumerate(data[p])):
         where = f"{whole}, {part} entry {number}"
         if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
-            form = "[relative path, label, class name]"
-            raise UserError(f"{where} must be {form}; download the file anew")
+            raise UserError(f"{where} must be [relative path, label, class name]; download it anew")
         path, label, name = entry
         if (known := names.setdefault(label, name)) != name:
-            what = f"label {label} is '{name}' here and '{known}' before"
-            raise UserError(f"{where}: {what}; a label has one class name")
+            raise UserError(
+                f"{where}: label {label} is '{name}' here and '{known}' before; mend it"
+            )
         rows.append((part, check_path(path, where), label))
     if missing := sorted(set(range(len(names))) - set(names)):
         what = f"labels must be 0 .. {len(names) - 1} for its {len(names)} classes"
@@ -302,8 +297,7 @@ def read_variants(file: Path, images: Path) -> items.Task:
         for where, line in _lines(file.parent / f"images_variant_{part}.txt"):
             image, _, name = line.partition(" ")
             if name not in names:
-                what = f"'{name}' is no variant that {file.name} lists"
-                raise UserError(f"{where}: {what}; download both anew")
+                raise UserError(f"{where}: '{name}' is no variant that {file.name} lists; mend it")
             rows.append((part, check_path(f"{image}.jpg", where), name))
     return make_task(file.stem, images, rows, f"index file {file}", names=names)
 
@@ -329,8 +323,7 @@ def read_class_folders(file: Path, images: Path, form: str) -> items.Task:
         folder = images / place
         there = set(subfolders(folder))
         if unknown := sorted(there.difference(names)):
-            what = f"folder {folder / unknown[0]} is no class that {file} lists"
-            raise UserError(f"{what}; take it out, or mend the file")
+            raise UserError(f"folder {folder / unknown[0]} is no class that {file} lists; mend it")
         if form == "some":
             names = {key: name for key, name in names.items() if key in there}
         missing = [key for key in names if key not in there]
@@ -382,11 +375,9 @@ class Benchmark:
         index, images = home / self.index, self.image_root(root)
         if self.index == _CLASS_NAMES and not index.exists():
             index = root / "imagenet" / _CLASS_NAMES  # the same for ImageNet and its four shifts
-        if self.read in (readers := {"split": read_split, "variants": read_variants}):
-            task = readers[self.read](index, images)
-        else:
-            task = read_class_folders(index, images, self.read)
-        return replace(task, name=self.name, template=self.template)
+        readers = {"split": read_split, "variants": read_variants}
+        read = readers.get(self.read) or partial(read_class_folders, form=self.read)
+        return replace(read(index, images), name=self.name, template=self.template)
 
 
 _TABLE = files.read_yaml(Path(__file__).with_name("benchmarks.yaml"), "table of benchmarks")

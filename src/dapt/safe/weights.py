@@ -1,15 +1,13 @@
 """State dicts from files, with nothing that is inside them run, imported or given behaviour.
 
-Four containers hold CLIP weights in the wild: safetensors, PyTorch's zip files, its older files,
-and OpenAI's TorchScript archives, zips whose pickle names classes that only exist inside them.
-Checkpoints of training code are such files too, full of foreign objects.
-
-All but safetensors are pickles that describe tensors, with the tensors' bytes beside them: entries
-of a zip, or, before PyTorch 1.6, simply what follows in the file. A pickle is a program for a small
-machine, which may name any function and ask for it to be called. This is that machine without
-functions: `pickletools` takes a pickle apart, and of its steps those are carried out that describe
-tensors and plain containers. Each takes about the same small time and memory, and there are at most
-`_MAX_STEPS`: nothing is copied, compared or hashed but text and small numbers.
+They are safetensors, PyTorch's zip files, its older files, and OpenAI's TorchScript archives, zips
+whose pickle names classes that only exist inside them. All but the first are pickles that describe
+tensors, among any foreign objects, with the tensors' bytes beside them: entries of a zip, or, before
+PyTorch 1.6, simply what follows in the file. A pickle is a program for a small machine, which may
+name any function and ask for it to be called. This is that machine without functions: `pickletools`
+takes a pickle apart, and of its steps those are carried out that describe tensors and plain
+containers. Each takes about the same small time and memory, and there are at most `_MAX_STEPS`:
+nothing is copied, compared or hashed but text and small numbers.
 """
 
 from __future__ import annotations
@@ -66,11 +64,9 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read the state dict, alone or as ``{"state_dict": ..., "epoch": ...}``, of training code.
 
-    Tensors whose names end in a part to ``ignore`` are not read; ``what`` is for messages.
-
-    Raises:
-        UserError: the file is missing or damaged, holds no state dict, something else than tensors
-            in it, or an empty one, or asks for something to be run.
+    Tensors whose names end in a part to ``ignore`` are not read; ``what`` is for messages. It is a
+    `UserError` if the file is missing or damaged, holds no state dict, anything but tensors in it,
+    or an empty one, or asks for something to be run.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the path of a file that holds {what}")
@@ -120,10 +116,8 @@ def is_torchscript(path: Path) -> bool:
 def check_safetensors(path: Path, largest: int | None = None) -> None:
     """See that a safetensors file is an ordinary one and lists no more tensors than a model has.
 
-    The library would make an object of each, a hundred megabytes of names if need be.
-
-    Raises:
-        OSError, ValueError: it is not, or has more than ``largest`` bytes.
+    The library would make an object of each, a hundred megabytes of names if need be. An `OSError`
+    or a `ValueError` if it is not, or has more than ``largest`` bytes.
     """
     with open_regular(path, largest) as file:
         _check_header(int.from_bytes(file.read(8), "little"))
@@ -141,11 +135,8 @@ class _Storage:
     dtype: torch.dtype
     key: str
     numel: int
+    nbytes: int
     read: Callable[[_Storage], bytes] = field(compare=False)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,22 +345,18 @@ class _Machine:
         elif called.startswith("torch.jit._pickle."):  # a typed list or tag: its content
             make = _first
         elif not make:
-            raise UnpicklingError(
-                f"it asks for {called[:80]} to be run, which no tensors need; nothing in it was "
-                "executed, as it should not be trusted"
-            )
+            what = f"it asks for {called[:80]} to be run, which no tensors need"
+            raise UnpicklingError(f"{what}; nothing in it was run, as it should not be trusted")
         return make(*arguments)
 
     def storage(self, pid: Any) -> _Storage:
         kind, named, key, _device, numel, *view = pid[:7]
-        if (
-            (kind, view) not in (("storage", []), ("storage", [None]))
-            or not (isinstance(named, _Name) and named in _DTYPES)
-            or not (type(key) is str and len(key) <= _MAX_NAME)
-            or not (type(numel) is int and 0 <= numel < 2**63)
-        ):
+        whole = (kind, view) in (("storage", []), ("storage", [None]))
+        dtype = _DTYPES.get(named) if whole and isinstance(named, _Name) else None
+        keyed = type(key) is str and len(key) <= _MAX_NAME
+        if dtype is None or not keyed or type(numel) is not int or not 0 <= numel < 2**63:
             raise UnpicklingError("it holds an unknown kind of storage")
-        storage = _Storage(_DTYPES[named], key, numel, self.read)
+        storage = _Storage(dtype, key, numel, numel * dtype.itemsize, self.read)
         if self.storages.setdefault(key, storage) != storage:
             raise UnpicklingError(f"its storage {key} has two sizes")
         return storage
@@ -386,8 +373,8 @@ def _open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
 def _read_pickled(file: BinaryIO) -> Any:
     """The value in a PyTorch file, with `_Described` in place of tensors.
 
-    Of a TorchScript archive it is the tensors of all its modules, by their dotted names. No entry
-    of a zip is ever extracted; storages are read from ``file``, while it is open.
+    Of a TorchScript archive, the tensors of all its modules by their dotted names. No entry of a
+    zip is ever extracted; storages are read from ``file``, while it is open.
     """
     if (archive := _open_zip(file)) is None:
         return _read_legacy(file)
@@ -423,10 +410,10 @@ def _flat(module: _Record, place: str, state: dict[str, Any], seen: set[int]) ->
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-    """The value in a file of PyTorch before 1.6.
+    """The value in a file of PyTorch before 1.6, the fourth of its five pickles.
 
-    Such a file is five pickles (a magic number, a version, facts of the machine, the value, the
-    storages' keys in order), then for each key the number of elements and the bytes.
+    The others are a magic number, a version, facts of the machine, and the storages' keys; for each
+    of these, in order, the number of elements and the bytes follow.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
