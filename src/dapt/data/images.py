@@ -30,17 +30,10 @@ from dapt.safe.files import open_regular
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-# What undoes each EXIF orientation. (PIL's `exif_transpose` also writes the block anew, and fails
-# where it is damaged.)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What undoes each EXIF orientation, from 2 on. (PIL's `exif_transpose` also writes the block anew,
+# and fails where it is damaged.)
+_WAYS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {number: Image.Transpose[way] for number, way in enumerate(_WAYS.split(), 2)}
 
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
 _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
@@ -50,10 +43,8 @@ _MOST_JPEG_BYTES = 2**28
 
 MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
 _LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
-_one_large = threading.Lock()
-
-# A picture that PIL has opened and not yet decoded must not be decoded by two threads at once.
-_one_opened = threading.Lock()
+# Of a picture that PIL has opened and not yet decoded, one thread at a time may decode any.
+_one_large, _one_opened = threading.Lock(), threading.Lock()
 
 # Faults of the machine, not of an image: another may do no better.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -102,11 +93,9 @@ def has_image_name(name: str) -> bool:
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as upright 8-bit RGB; of an animation, the first frame.
 
-    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits.
-
-    Raises:
-        BadImage: the file is missing, no ordinary file, no image, damaged, or of too many pixels.
-        OSError, MemoryError: the machine is at fault, not the image.
+    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits. It is a `BadImage` if the
+    file is missing, no ordinary file, no image, damaged, or of too many pixels, and an `OSError` or
+    a `MemoryError` if the machine is at fault, not the image.
     """
     try:
         with open_regular(path) as file:
@@ -125,13 +114,10 @@ def decode_image(
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
-    ``formats`` are PIL's names of those to accept, by default all that are safe. A TIFF's tile may
-    have no more than ``max_pixels`` either, as far as PIL understands its tags, which is not as far
-    as libtiff does: strangers who may not exceed a limit should send other formats.
-
-    Raises:
-        TooManyPixels: the file's header tells of more than ``max_pixels``.
-        BadImage, OSError, MemoryError: as `open_image`.
+    ``formats`` are PIL's names of those to accept, by default all that are safe. It is a
+    `TooManyPixels` if the header tells of more than ``max_pixels``. A TIFF's tile may have no more
+    either, as far as PIL understands its tags, which is not as far as libtiff does: strangers who
+    may not exceed a limit should send other formats.
     """
     # Of those asked for, this PIL may lack some.
     known = [f for f in _formats() if formats is None or f in formats]
@@ -202,8 +188,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _check_resizing(*ways: str) -> None:
     for way, (what, known) in zip(ways, _RESIZING.items(), strict=True):
         if way not in known:
-            hint = "use a backbone with one of these"
-            raise UserError(f"{what} '{way}' is none of {', '.join(known)}; {hint}")
+            raise UserError(f"{what} '{way}' is none of {', '.join(known)}; use another backbone")
 
 
 def centre_view(
@@ -298,8 +283,7 @@ def read_picture(value: Any) -> Image.Image:
         for name in (*IMAGE_COLUMNS, "bytes", "path"):
             if value.get(name) is not None:
                 return read_picture(value[name])
-        there = ", ".join(map(str, value))
-        raise InputError(f"a row with the columns {there} has no image; name the column 'image'")
+        raise InputError(f"a row with the columns {[*value]} has no image; name one 'image'")
     if isinstance(value, tuple) and len(value) == 2:
         return read_picture(value[0])
     if isinstance(value, torch.Tensor):

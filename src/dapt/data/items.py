@@ -117,16 +117,15 @@ def subset_classes(task: Task, which: str) -> Task:
     half = (count + 1) // 2
     labels = range(half) if which == "base" else range(half, count)
     names = task.class_names[labels.start : labels.stop]
-    return replace(_subset(task, labels), class_names=names, part_of=(task, labels))
+    return _subset(task, labels, class_names=names, part_of=(task, labels))
 
 
-def _subset(whole: _Listed, labels: range) -> _Listed:
+def _subset(listed: _Listed, labels: range, **facts: Any) -> _Listed:
     """With the items of these labels alone, which are counted anew from 0."""
-    parts = {part: getattr(whole, part) for part in PARTS if hasattr(whole, part)}
-    for part, items in parts.items():
-        kept = (item for item in items if item.label in labels)
-        parts[part] = tuple(replace(item, label=item.label - labels.start) for item in kept)
-    return replace(whole, **parts)
+    for part in (part for part in PARTS if hasattr(listed, part)):
+        kept = (item for item in getattr(listed, part) if item.label in labels)
+        facts[part] = tuple(replace(item, label=item.label - labels.start) for item in kept)
+    return replace(listed, **facts)
 
 
 Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class

@@ -67,8 +67,8 @@ def read_packed(path: Path, split: items.Split) -> items.Task:
     with refusing(f"{folder} is damaged", _ANEW, Exception):
         names, parts = listing["class_names"], listing["parts"]
         rows = [(part, file, str(names[k])) for part in parts for file, k in parts[part]]
-        name, facts = path.resolve().stem, {"split": split, "source_sha256": digest}
-        return make_task(name, folder, rows, f"dataset {path}", **facts)
+        name, where = path.resolve().stem, f"dataset {path}"
+        return make_task(name, folder, rows, where, split=split, source_sha256=digest)
 
 
 def cache_folder() -> Path:

@@ -111,8 +111,8 @@ def _read_bundled(domain: str | None) -> items.Task:
         raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
     listed = (data["domains"][chosen].get(part, ()) for part in PARTS)
-    parts = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
-    return items.Task(name, BUNDLED_ROOT, names, *parts, data["template"])
+    train, val, test = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
+    return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
 def read_folder(folder: Path, split: items.Split) -> items.Task:
@@ -257,9 +257,9 @@ def _renamed(task: items.Task, file: Path) -> items.Task:
     if len(given) != len(names):
         raise UserError(f"{where} lists {len(given)} names, but {len(names)} classes need one each")
     check_class_names(given, where)
-    listed = {part: getattr(task, part) for part in PARTS}
-    parts = {p: tuple(replace(i, class_name=given[i.label]) for i in listed[p]) for p in PARTS}
-    return replace(task, class_names=tuple(given), **parts)
+    listed = (task.train, task.val, task.test)
+    train, val, test = (tuple(replace(i, class_name=given[i.label]) for i in p) for p in listed)
+    return replace(task, class_names=tuple(given), train=train, val=val, test=test)
 
 
 def read_split(file: Path, images: Path | None = None) -> items.Task:
@@ -358,10 +358,6 @@ class Benchmark:
     # images that every class has at least, of the parts where this is known
     least: dict[str, int] = field(default_factory=dict)
 
-    def image_root(self, root: Path) -> Path:
-        """The images' folder, which item paths are relative to."""
-        return root / self.folder / self.images
-
     def open(self, root: Path | None) -> items.Task:
         """Read the listing below ``root``."""
         wanted = f"the folder that holds {self.folder}/"
@@ -372,7 +368,7 @@ class Benchmark:
             raise UserError(f"--root {root} does not exist; give {wanted}")
         if not (home := root / self.folder).is_dir():
             raise UserError(f"benchmark '{self.name}': {home} does not exist; check --root")
-        index, images = home / self.index, self.image_root(root)
+        index, images = home / self.index, home / self.images
         if self.index == _CLASS_NAMES and not index.exists():
             index = root / "imagenet" / _CLASS_NAMES  # the same for ImageNet and its four shifts
         readers = {"split": read_split, "variants": read_variants}

@@ -2,12 +2,12 @@
 
 They are safetensors, PyTorch's zip files, its older files, and OpenAI's TorchScript archives, zips
 whose pickle names classes that only exist inside them. All but the first are pickles that describe
-tensors, among any foreign objects, with the tensors' bytes beside them: entries of a zip, or, before
-PyTorch 1.6, simply what follows in the file. A pickle is a program for a small machine, which may
+tensors, among any foreign objects, with the tensors' bytes beside them: entries of a zip, or (until
+PyTorch 1.6) simply what follows in the file. A pickle is a program for a small machine, which may
 name any function and ask for it to be called. This is that machine without functions: `pickletools`
 takes a pickle apart, and of its steps those are carried out that describe tensors and plain
-containers. Each takes about the same small time and memory, and there are at most `_MAX_STEPS`:
-nothing is copied, compared or hashed but text and small numbers.
+containers (`pickles.yaml`). Each takes about the same small time and memory, and there are at most
+`_MAX_STEPS`: nothing is copied, compared or hashed but text and small numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError, reason_of
-from dapt.safe.files import open_regular
+from dapt.safe.files import open_regular, read_yaml
 
 StateDict = dict[str, Tensor]
 
@@ -171,10 +171,6 @@ class _Name(str):
 _NOTHING = object()
 
 
-def _each(names: str, make: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return dict.fromkeys(names.split(), make)
-
-
 def _first(value: Any, *_: Any) -> Any:
     return value
 
@@ -182,32 +178,6 @@ def _first(value: Any, *_: Any) -> Any:
 def _mapping(items: Any = ()) -> Any:
     """Of pairs, as Python 2 wrote them, or of a dictionary."""
     return items if isinstance(items, dict) else _update({}, items)
-
-
-_DTYPES = {
-    f"torch.{kind}Storage": dtype
-    for kind, dtype in {
-        "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-        "Double": torch.float64, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
-        "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
-    }.items()
-}  # fmt: skip
-
-# What the pickles of state dicts and of ordinary objects (optimisers, schedulers, numbers) call
-# to make them. Only what may lead to a tensor is made.
-_MAKERS = {
-    "torch._utils._rebuild_tensor_v2": lambda *parts: _Described(*parts[:4]),
-    "collections.defaultdict": lambda *_: {},
-    **_each("torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state", _first),
-    **_each("collections.OrderedDict collections.Counter", _mapping),
-    **_each(
-        "builtins.set builtins.frozenset __builtin__.set __builtin__.frozenset _codecs.encode "
-        "copyreg._reconstructor copy_reg._reconstructor numpy.dtype torch.Size torch.device "
-        "numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct "
-        "numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct",
-        lambda *_: _NOTHING,
-    ),
-}
 
 
 def _new(kind: Any, *_: Any) -> Any:
@@ -244,30 +214,33 @@ def _update(container: Any, items: Iterable[Any]) -> Any:
     return container
 
 
-# What each step makes of what it takes from the stack, or of its argument.
-_STEPS: dict[str, Callable[..., Any]] = {
-    **_each(
-        "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE "
-        "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8",
-        _first,
-    ),
-    **_each("NONE POP POP_MARK PROTO FRAME", lambda *_: None),
-    **_each("EMPTY_SET ADDITEMS FROZENSET", lambda *_: _NOTHING),
-    **_each("TUPLE1 TUPLE2 TUPLE3", lambda *parts: parts),
-    **_each("EMPTY_TUPLE TUPLE", tuple),
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "APPEND": lambda container, value: _extend(container, [value]),
-    "APPENDS": _extend,
-    "SETITEM": lambda container, *item: _update(container, [item]),
-    "SETITEMS": lambda old, new: _update(old, zip(new[::2], new[1::2], strict=True)),
-    "GLOBAL": lambda name: _Name(name.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda *parts: _Name(".".join(part[:_MAX_NAME] for part in parts)),
-    **_each("NEWOBJ NEWOBJ_EX", _new),
-    "BUILD": _build,
+# What is made of what a step takes from the stack, or of its argument, or of a call's arguments.
+_MAKE: dict[str, Callable[..., Any]] = {
+    "first": _first,
+    "none": lambda *_: None,
+    "nothing": lambda *_: _NOTHING,
+    "true": lambda: True,
+    "false": lambda: False,
+    "parts": lambda *parts: parts,
+    "tuple": tuple,
+    "list": list,
+    "dict": lambda *_: {},
+    "append": lambda container, value: _extend(container, [value]),
+    "extend": _extend,
+    "set one": lambda container, *item: _update(container, [item]),
+    "set many": lambda old, new: _update(old, zip(new[::2], new[1::2], strict=True)),
+    "name": lambda *p: _Name(".".join(part[:_MAX_NAME] for part in p).replace(" ", ".", 1)),
+    "new": _new,
+    "build": _build,
+    "mapping": _mapping,
+    "tensor": lambda *parts: _Described(*parts[:4]),
 }
+_TABLE = read_yaml(Path(__file__).with_name("pickles.yaml"), "table of pickles")
+_STEPS, _CALLS = (
+    {name: _MAKE[how] for how, names in _TABLE[kind].items() for name in names}
+    for kind in ("steps", "calls")
+)
+_DTYPES = {name: getattr(torch, dtype) for name, dtype in _TABLE["dtypes"].items()}
 
 
 class _Machine:
@@ -339,7 +312,7 @@ class _Machine:
         few = type(arguments) is tuple and len(arguments) <= _MAX_PARTS
         if not isinstance(called, _Name) or not few:
             raise UnpicklingError("it calls what is no function")
-        make = _MAKERS.get(called)
+        make = _CALLS.get(called)
         if make is _mapping:
             self.spend(sum(map(len, arguments)))
         elif called.startswith("torch.jit._pickle."):  # a typed list or tag: its content
