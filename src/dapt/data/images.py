@@ -152,9 +152,8 @@ def decode_image(
 
 
 def _check_scans(file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    data = file.read(min(size, _MOST_JPEG_BYTES))
+    data = file.read(_MOST_JPEG_BYTES)
     scans = at = 0
     while (found := _MARKER.search(data, at)) and found[1] is not None:
         scans += data[found.start() + 1] == 0xDA
@@ -283,7 +282,7 @@ def read_picture(value: Any) -> Image.Image:
         for name in (*IMAGE_COLUMNS, "bytes", "path"):
             if value.get(name) is not None:
                 return read_picture(value[name])
-        raise InputError(f"a row with the columns {[*value]} has no image; name one 'image'")
+        raise InputError(f"a row of columns {[*value]} has no image; name the column 'image'")
     if isinstance(value, tuple) and len(value) == 2:
         return read_picture(value[0])
     if isinstance(value, torch.Tensor):
@@ -298,12 +297,11 @@ def _of_array(array: np.ndarray) -> Image.Image:
     where = f"an array of shape {array.shape} and type {array.dtype}"
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    if array.ndim == 2:
-        array = array[:, :, None]
+    array = array[:, :, None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
         raise InputError(f"{where} is no image; give (H, W), (H, W, 3) or (3, H, W)")
     if array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
             raise InputError(f"{where} must be within 0 .. 1 (or uint8)")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
@@ -429,12 +427,12 @@ class ImageStore:
         self, batches: Iterable[tuple[int, Sequence[int]]], *, seed: int, prefetch: int = 2
     ) -> Iterator[Tensor]:
         """As `batches`, of `train_view`s, which are functions of seed, epoch and index alone."""
+        how: dict[str, Any] = {"interpolation": self.interpolation, "crop_min": self.crop_min}
 
         def view(epoch: int, index: int) -> Image.Image:
             # A string is hashed by SHA-512: the same everywhere, no patterns between neighbours.
-            generator, image = random.Random(f"{seed}/{epoch}/{index}"), self.image(index)
-            how = {"interpolation": self.interpolation}
-            return train_view(image, self.size, generator, crop_min=self.crop_min, **how)
+            generator = random.Random(f"{seed}/{epoch}/{index}")
+            return train_view(self.image(index), self.size, generator, **how)
 
         return self._made_ahead(((ids, partial(view, epoch)) for epoch, ids in batches), prefetch)
 

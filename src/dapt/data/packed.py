@@ -1,7 +1,7 @@
 """A task from packed images: a Hugging Face dataset on disk, or WebDataset shards.
 
-Images are unpacked once into a cache that is named by the hash of what they were unpacked from, and
-are ordinary files from there on. Both are read by their own libraries, as bytes: nothing in them is
+Images are unpacked once, into a cache named by the hash of what they were unpacked from, and are
+ordinary files from there on. Both are read by their own libraries, as bytes: nothing in them is
 decoded to objects, and no name in them becomes a path.
 """
 
@@ -155,38 +155,34 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
     with refusing(f"{path} is a Hugging Face dataset", _INSTALL, ImportError):
         import datasets
     # The library opens whatever the records name, and would wait for a FIFO without end.
-    for place in (
-        _listed(path / _DICTIONARY, "splits") if (path / _DICTIONARY).is_file() else [path]
-    ):
+    parted = (path / _DICTIONARY).is_file()
+    for place in _listed(path / _DICTIONARY, "splits") if parted else [path]:
         for file in (place / _INFO, *_listed(place / "state.json", "_data_files")):
-            with refusing(
-                f"dataset {path} cannot be loaded: {file} cannot be opened", "save it anew"
-            ):
+            what = f"dataset {path} cannot be loaded: {file} cannot be opened"
+            with refusing(what, "save it anew"):
                 files.open_regular(file).close()
     # Arrow's errors are a wide family.
     with refusing(f"dataset {path} cannot be loaded", "save it anew", Exception):
         loaded = datasets.load_from_disk(str(path))
-        split = isinstance(loaded, datasets.DatasetDict)
-        for part, rows in loaded.items() if split else [("", loaded)]:
-            where, columns = f"dataset {path}{f', {part}' if part else ''}", list[str]()
-            if split and part not in _PARTS:
-                raise UserError(
-                    f"{where}: split '{part}' is none of {', '.join(_PARTS)}; rename it"
-                )
-            for what, known in (("images", IMAGE_COLUMNS), ("labels", LABEL_COLUMNS)):
-                if (column := first_of(known, rows.column_names)) is None:
-                    there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
-                    raise UserError(f"{where} has no column of {what} {there}; rename one")
-                columns.append(column)
-            image, label = columns
+        parted = isinstance(loaded, datasets.DatasetDict)
+        for part, rows in loaded.items() if parted else [("", loaded)]:
+            where, there = f"dataset {path}{f', {part}' if part else ''}", rows.column_names
+            if parted and part not in _PARTS:
+                raise UserError(f"{where}: split '{part}' is none of {', '.join(_PARTS)}; rename")
+            image, label = (first_of(known, there) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            for what, column in (("images", image), ("labels", label)):
+                if column is None:
+                    raise UserError(
+                        f"{where} has no column of {what}; rename one of {', '.join(there)}"
+                    )
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.
             if names is None and not _PLAIN.fullmatch(str(getattr(kind, "dtype", None))):
                 what = f"column '{label}' is of type {type(kind).__name__}"
                 raise UserError(f"{where}: {what}; make it a ClassLabel, whole numbers or text")
-            rows = rows.select_columns(columns).cast_column(image, datasets.Image(decode=False))
-            for number, row in enumerate(rows):
+            rows = rows.select_columns([image, label])
+            for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
                 line = f"{where}, row {number}"
                 name = _named(row[label], names, line)
                 yield _PARTS.get(part, ""), name, _content(row[image], line, path)
@@ -194,12 +190,9 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
 
 def _listed(file: Path, key: str) -> list[Path]:
     """What a dataset's record lists under a key; a `UserError` if it is not in its own folder."""
-    record = files.read_json(file, "record of the dataset")
-    entries = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
-    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-    where = f"dataset {file.parent}"
+    record, where = files.read_json(file, "record of the dataset"), f"dataset {file.parent}"
+    with refusing(f"{file} has no list of '{key}'", "save it anew", LookupError, TypeError):
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in record[key]]
     return [file.parent / check_path(n if isinstance(n, str) else "", where) for n in names]
 
 
@@ -260,11 +253,10 @@ def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def _label(sample: dict[str, Any], where: str) -> Any:
     """A sample's label: what its .cls says, or the entry of its .json."""
+    hint = "it is a .cls of text, or a .json with 'label'"
     if "cls" not in sample and "json" not in sample:
-        raise UserError(f"{where} has no label; add a .cls, or a .json with 'label'")
-    hint = ".cls must be text, .json an object with 'label'"
-    errors = (LookupError, RecursionError, TypeError, ValueError)
-    with refusing(f"{where}: its label cannot be read", hint, *errors):
+        raise UserError(f"{where} has no label; {hint}")
+    with refusing(f"{where}: its label cannot be read", hint, Exception):
         if "cls" in sample:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
