@@ -43,16 +43,13 @@ _MOST_JPEG_BYTES = 2**28
 
 MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
 _LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
-# Of a picture that PIL has opened and not yet decoded, one thread at a time may decode any.
+# Nor must two threads decode one picture that PIL has opened and not yet decoded.
 _one_large, _one_opened = threading.Lock(), threading.Lock()
 
 # Faults of the machine, not of an image: another may do no better.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 CROP_MIN = 0.08  # least share of an image's area in a training crop (Szegedy et al., 2015)
-# Longer strips are cut to their middle before the short side is resized, or one of a few bytes
-# would become gigabytes. What is cut lies far outside the centre crop.
-_MAX_ASPECT = 16
 _RESIZING = {
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
     "resize mode": ("shortest", "squash"),
@@ -93,9 +90,8 @@ def has_image_name(name: str) -> bool:
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as upright 8-bit RGB; of an animation, the first frame.
 
-    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits. It is a `BadImage` if the
-    file is missing, no ordinary file, no image, damaged, or of too many pixels, and an `OSError` or
-    a `MemoryError` if the machine is at fault, not the image.
+    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits. Else it is a `BadImage`,
+    or an `OSError` or a `MemoryError` if the machine is at fault, not the image.
     """
     try:
         with open_regular(path) as file:
@@ -203,7 +199,9 @@ def centre_view(
     if resize_mode == "squash":
         return image.resize((size, size), resample)
     short = min(image.size)
-    if max(image.size) > (keep := _MAX_ASPECT * short):
+    # Longer strips are cut to their middle before the short side is resized, or one of a few bytes
+    # would become gigabytes. What is cut lies far outside the centre crop.
+    if max(image.size) > (keep := 16 * short):
         width, height = (min(side, keep) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -263,8 +261,7 @@ def read_picture(value: Any) -> Image.Image:
 
     That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
     (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
-    dataset; or a pair of any of these and a label. Errors are those of `open_image`, and an
-    `InputError` for what is none.
+    dataset; or a pair of any of these and a label. Errors are `open_image`'s, or an `InputError`.
     """
     if isinstance(value, (str, os.PathLike)):
         return open_image(os.fspath(value))

@@ -22,9 +22,7 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 # Rooted or drive-lettered, a '..' step, or a character no file system takes. Of the surrogates,
 # those that stand for a file name's bytes that are no UTF-8 are left (PEP 383).
-_UNSAFE_PATH = re.compile(
-    r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udc7f\udd00-\udfff]"
-)
+_UNSAFE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udc7f\udd00-\udfff]")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -149,7 +147,7 @@ def make_task(
     have the names. ``split`` is of rows without a part. Unless it tests on everything, or the task
     is not ``tuned``, every class needs images to tune on. ``facts`` are other fields of the task.
     """
-    names = names or {key: key for key in label_order({key for _, _, key in rows})}
+    names = names or {key: key for key in label_order({key for *_, key in rows})}
     check_class_names(list(names.values()), where, distinct=False)
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
@@ -163,9 +161,7 @@ def make_task(
     if tuned and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
-        raise UserError(
-            f"{where} names no test images; add some (a class of one has none to spare)"
-        )
+        raise UserError(f"{where} names no test images; add some (one a class is not enough)")
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
         if odd := next((item for item in parts[part] if item.label not in taught), None):
@@ -196,18 +192,13 @@ def check_path(text: str, where: str) -> str:
 
     Links on disk are followed, as datasets have them: what is at their end is read as an image.
     """
-    if not text.strip() or _UNSAFE_PATH.search(text):
-        raise UserError(
-            f"{where}: {text!r} is no safe image path; give a relative one without '..'"
-        )
+    if not text.strip() or _UNSAFE.search(text):
+        raise UserError(f"{where}: {text!r} is no safe image path; give a relative one, no '..'")
     return text
 
 
 def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Labels of classes whose names no prompt can tell apart, each after the first of its name.
-
-    They differ by case, spaces or underscores alone.
-    """
+    """Pairs of labels whose names differ by case, spaces or underscores alone, the first first."""
     first: dict[str, int] = {}
     read = (" ".join(name.replace("_", " ").split()).casefold() for name in names)
     pairs = [(first.setdefault(name, label), label) for label, name in enumerate(read)]
@@ -273,10 +264,7 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
 def images_in_both(
     task: Task, support: SupportSet, tested: Task | None = None
 ) -> list[tuple[Item, Item]]:
-    """Support images whose very file is a test image too, under whatever name: (support, test).
-
-    What cannot be read is in neither. ``tested`` has the test images, if it is another task.
-    """
+    """Support images whose very file is a test image too (of ``tested``): (support, test)."""
     tested, digest, found = tested or task, cache(_digest), []
     for item in (*support.train, *support.val):
         path = task.image_path(item)
@@ -287,10 +275,9 @@ def images_in_both(
 
 
 def support_digest(task: Task, support: SupportSet) -> str | None:
-    """SHA-256 over the contents of a support set's train images, in their order.
+    """SHA-256 over the contents of train images, in order; of pictures in memory, the RGB pixels.
 
-    Of a picture in memory, its RGB pixels count. None where an image cannot be read: of what is
-    not there, anybody knows the content.
+    None where an image cannot be read: of what is not there, anybody knows the content.
     """
     whole = hashlib.sha256()
     for item in support.train:
@@ -329,10 +316,8 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
     for part, number, entry in ((p, *e) for p in ("train", "val") for e in enumerate(data[p])):
         where = f"{file}, {part} entry {number}"
         match entry:
-            case {"path": str(image), "label": int(label), "class_name": str(name)} if (
-                type(label) is int
-            ):
-                drawn[where] = Item(check_path(image, where), label, name)
+            case {"path": str(p), "label": int(k), "class_name": str(c)} if type(k) is int:
+                drawn[where] = Item(check_path(p, where), k, c)
             case _:
                 raise UserError(f"{where} must be an object of path, label (a number), class_name")
     if task.part_of is not None:

@@ -118,8 +118,7 @@ def _read_bundled(domain: str | None) -> items.Task:
 def read_folder(folder: Path, split: items.Split) -> items.Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
-    Where there is no train/, test/ (and val/) above the class folders, classes are split. Images
-    may lie deeper in a class's folder.
+    Class folders lie in train/, test/ (and val/), or else are split. Images may lie deeper in them.
     """
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
@@ -159,15 +158,12 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
 
 
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
-    """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
-
-    So may an empty folder, which is no image when read. Files of other names go to ``others``.
-    """
+    """What has an image's name below ``folder``, hidden ones left out; others go to ``others``."""
     found = []
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
         if not folders and not names and has_image_name(inside.name):
-            found.append(inside.as_posix())
+            found.append(inside.as_posix())  # an empty folder, which is no image when read
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if has_image_name(name):
@@ -287,10 +283,7 @@ def read_split(file: Path, images: Path | None = None) -> items.Task:
 
 
 def read_variants(file: Path, images: Path) -> items.Task:
-    """Read FGVC-Aircraft's own lists: variants.txt and images_variant_{train,val,test}.txt.
-
-    A line of the first is a class, in label order; of the others, "id name of the variant".
-    """
+    """Read FGVC-Aircraft's lists: variants.txt, and "id variant" in images_variant_{part}.txt."""
     names, rows = {line: line for _, line in _lines(file)}, list[items.Row]()
     check_class_names(list(names), f"index file {file}")
     for part in PARTS:
@@ -320,8 +313,7 @@ def read_class_folders(file: Path, images: Path, form: str) -> items.Task:
             raise UserError(f"{where}: {key} is listed twice; take one out")
         names[key] = name.strip()
     for part, place in (("train", "train/"), ("test", "val/")) if parted else (("test", ""),):
-        folder = images / place
-        there = set(subfolders(folder))
+        there = set(subfolders(folder := images / place))
         if unknown := sorted(there.difference(names)):
             raise UserError(f"folder {folder / unknown[0]} is no class that {file} lists; mend it")
         if form == "some":

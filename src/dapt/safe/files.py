@@ -27,10 +27,7 @@ _ABANDONED = 24 * 3600  # seconds after which nobody is at work on it
 
 
 def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
-    """Open an ordinary file of at most ``limit`` bytes; never waits, as opening a FIFO would.
-
-    An `OSError` if it cannot be opened, is a folder, FIFO, socket or device, or is larger.
-    """
+    """Open an ordinary file of at most ``limit`` bytes; else an `OSError`, without any waiting."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         found = os.fstat(handle)
@@ -46,10 +43,7 @@ def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
 
 
 def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT) -> str:
-    """The text of an ordinary file, with line breaks as they are; `OSError` as of `open_regular`.
-
-    A `UnicodeDecodeError` if it is no text in ``encoding``.
-    """
+    """An ordinary file's text, line breaks as they are; else `OSError` or `UnicodeDecodeError`."""
     with open_regular(path, limit) as file:
         return file.read(limit + 1).decode(encoding)
 
@@ -143,10 +137,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text of distinct keys and finite numbers.
-
-    A `ValueError` or `RecursionError` if it is no such text, or nested too deeply.
-    """
+    """The value of JSON of distinct keys, finite numbers; else `ValueError` or `RecursionError`."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 
@@ -194,10 +185,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: mappings of distinct keys, lists, text, numbers, dates.
-
-    A `ValueError` with a short message if it is no such text, nested too deeply, or has aliases.
-    """
+    """The value of YAML of distinct keys, without aliases; else a `ValueError` of few words."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # constructors of PyYAML fail in many ways
@@ -205,10 +193,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, ``~`` being their home; it need not exist.
-
-    A `UserError` if no file can have this path, or there is no such home.
-    """
+    """A user's path, which need not exist, ``~`` being their home; a `UserError` if it cannot."""
     try:
         path = Path(text).expanduser()
         os.stat(path)

@@ -344,11 +344,7 @@ def _open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
 
 
 def _read_pickled(file: BinaryIO) -> Any:
-    """The value in a PyTorch file, with `_Described` in place of tensors.
-
-    Of a TorchScript archive, the tensors of all its modules by their dotted names. No entry of a
-    zip is ever extracted; storages are read from ``file``, while it is open.
-    """
+    """The value in a PyTorch file, or a TorchScript archive's tensors by name, all `_Described`."""
     if (archive := _open_zip(file)) is None:
         return _read_legacy(file)
     names = archive.namelist()
@@ -357,7 +353,7 @@ def _read_pickled(file: BinaryIO) -> Any:
     found = next((n for n in names if n.endswith("/data.pkl") and n.count("/") == 1), "data.pkl")
     _check_header(archive.getinfo(found).file_size)
 
-    def read(storage: _Storage) -> bytes:
+    def read(storage: _Storage) -> bytes:  # nothing is ever extracted
         entry = archive.getinfo(f"{found.removesuffix('.pkl')}/{storage.key}")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UnpicklingError(f"its storage {storage.key} is compressed")
@@ -383,11 +379,9 @@ def _flat(module: _Record, place: str, state: dict[str, Any], seen: set[int]) ->
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-    """The value in a file of PyTorch before 1.6, the fourth of its five pickles.
-
-    The others are a magic number, a version, facts of the machine, and the storages' keys; for each
-    of these, in order, the number of elements and the bytes follow.
-    """
+    """The value in a file of PyTorch before 1.6, the fourth of its five pickles."""
+    # The others are a magic number, a version, facts of the machine, and the storages' keys; for
+    # each of these, in order, the number of elements and the bytes follow.
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     stream, places = io.BytesIO(file.read(_MAX_HEADER)), dict[str, int]()
@@ -417,10 +411,7 @@ def _read_legacy(file: BinaryIO) -> Any:
 
 
 def _build_tensors(described: dict[str, _Described], size: int) -> StateDict:
-    """Give descriptions their bytes; each storage is read once.
-
-    Views may overlap: no more is built of them than the bytes of the file, its ``size``.
-    """
+    """Give descriptions their bytes; of views, which may overlap, no more than the file's size."""
     storages = {d.storage.key: d.storage for d in described.values()}
     too_much = UnpicklingError("it describes more than it holds")
     if len(described) > _MAX_TENSORS or sum(s.nbytes for s in storages.values()) > size:
