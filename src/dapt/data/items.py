@@ -153,12 +153,18 @@ def make_task(
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
         parts[part].append(Item(check_path(path, where), labels[key], names[key]))
-    tested = _tested(parts[""], *split) if split else set()
+    fraction, seed = split or (0, 0)
+    # What to test on: all, or some of each class by itself, at random but always the same.
+    tested = set(parts[""] if fraction == 1 else ())
+    by_class = grouped(sorted(parts[""], key=lambda i: i.path), lambda i: i.class_name)
+    for called, members in by_class.items() if split else ():
+        random.Random(f"{seed}/{called}").shuffle(members)
+        # Of two or more images, either part has some; a single one is to tune on.
+        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
-    tuned = tuned and not (split and split[0] == 1)
-    if tuned and not train:
+    if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
         raise UserError(f"{where} names no test images; add some (one a class is not enough)")
@@ -168,17 +174,6 @@ def make_task(
             what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
             raise UserError(f"{where}: {what}; add some, or take the class out")
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
-
-
-def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
-    """The test images among all, of each class by itself, at random but always the same."""
-    tested = set(items if fraction == 1 else ())
-    by_class = grouped(sorted(items, key=lambda i: i.path), lambda i: i.class_name)
-    for name, members in by_class.items():
-        random.Random(f"{seed}/{name}").shuffle(members)
-        # Of two or more images, either part has some; a single one is to tune on.
-        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
-    return tested
 
 
 def label_order(names: set[str]) -> list[str]:

@@ -172,9 +172,7 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             image, label = (first_of(known, there) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             for what, column in (("images", image), ("labels", label)):
                 if column is None:
-                    raise UserError(
-                        f"{where} has no column of {what}; rename one of {', '.join(there)}"
-                    )
+                    raise UserError(f"{where} has no column of {what}; rename one of {there}")
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.

@@ -138,9 +138,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
-            raise UserError(
-                f"class folder {place / unknown[0]} has none of its name in train/; add one"
-            )
+            raise UserError(f"class folder {place / unknown[0]} has none in train/ like it; add it")
         for name in [name for name in order if name in there]:
             inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
             found = images_below(place / name, others)

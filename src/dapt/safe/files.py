@@ -51,8 +51,8 @@ def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT)
 def file_size(path: Path | str) -> int | None:
     """Bytes of an ordinary file, None where there is none that can be seen."""
     with suppress(OSError, ValueError):
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        if stat.S_ISREG((found := os.stat(path)).st_mode):
+            return found.st_size
     return None
 
 

@@ -92,8 +92,7 @@ def read_checkpoint(
     except (UserError, MemoryError, PermissionError):
         raise
     except Exception as error:  # damaged files fail in whatever way
-        way_out = "save it as safetensors or as a plain state dict"
-        raise UserError(f"{refused}: {reason_of(error)}; {way_out}") from error
+        raise UserError(f"{refused}: {reason_of(error)}; save it as safetensors") from error
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path} holds '{name}', which is no tensor; save only tensors there")
@@ -171,15 +170,6 @@ class _Name(str):
 _NOTHING = object()
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _mapping(items: Any = ()) -> Any:
-    """Of pairs, as Python 2 wrote them, or of a dictionary."""
-    return items if isinstance(items, dict) else _update({}, items)
-
-
 def _new(kind: Any, *_: Any) -> Any:
     """An object of a class, as it is before it gets its attributes."""
     if not isinstance(kind, _Name):
@@ -216,7 +206,7 @@ def _update(container: Any, items: Iterable[Any]) -> Any:
 
 # What is made of what a step takes from the stack, or of its argument, or of a call's arguments.
 _MAKE: dict[str, Callable[..., Any]] = {
-    "first": _first,
+    "first": lambda value, *_: value,
     "none": lambda *_: None,
     "nothing": lambda *_: _NOTHING,
     "true": lambda: True,
@@ -232,7 +222,8 @@ _MAKE: dict[str, Callable[..., Any]] = {
     "name": lambda *p: _Name(".".join(part[:_MAX_NAME] for part in p).replace(" ", ".", 1)),
     "new": _new,
     "build": _build,
-    "mapping": _mapping,
+    # Of pairs, as Python 2 wrote them, or of a dictionary.
+    "mapping": lambda items=(): items if isinstance(items, dict) else _update({}, items),
     "tensor": lambda *parts: _Described(*parts[:4]),
 }
 _TABLE = read_yaml(Path(__file__).with_name("pickles.yaml"), "table of pickles")
@@ -257,38 +248,38 @@ class _Machine:
     def run(self) -> Any:
         """The value of the pickle where the stream is; the stream is left behind it."""
         self.memo: dict[int, Any] = {}
+        argument: Any
         try:
             for opcode, argument, _ in pickletools.genops(self.stream):
                 self.spend(1)
-                if opcode.name == "STOP":
-                    break
-                self.step(opcode, argument)
+                match opcode.name:
+                    case "STOP":
+                        break
+                    case "MARK":
+                        self.below.append(self.stack)
+                        self.stack = []
+                    case "POP" if not self.stack:
+                        self.stack = self.below.pop()
+                    case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                        place = len(self.memo) if argument is None else argument
+                        self.memo[place] = self.stack[-1]
+                    case "BINGET" | "LONG_BINGET":
+                        self.stack.append(self.memo[argument])
+                    case "FRAME" if argument > len(self.stream.getbuffer()) - self.stream.tell():
+                        raise UnpicklingError("it ends before it should")
+                    case name if name in self.steps:
+                        taken = self.take(opcode) if argument is None else [argument]
+                        made = self.steps[name](*taken)
+                        if opcode.stack_after:
+                            self.stack.append(made)
+                    case name:
+                        raise UnpicklingError(f"it has a step, {name}, that no tensor needs")
             (value,) = self.take(opcode)
         except LookupError as error:
             raise UnpicklingError("it takes what is not there") from error
         if self.stack or self.below:
             raise UnpicklingError("it leaves something over")
         return value
-
-    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        match opcode.name:
-            case "MARK":
-                self.below.append(self.stack)
-                self.stack = []
-            case "POP" if not self.stack:
-                self.stack = self.below.pop()
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                self.stack.append(self.memo[argument])
-            case "FRAME" if argument > len(self.stream.getbuffer()) - self.stream.tell():
-                raise UnpicklingError("it ends before it should")
-            case name if name in self.steps:
-                made = self.steps[name](*(self.take(opcode) if argument is None else [argument]))
-                if opcode.stack_after:
-                    self.stack.append(made)
-            case name:
-                raise UnpicklingError(f"it has a step, {name}, that no tensor needs")
 
     def take(self, opcode: pickletools.OpcodeInfo) -> list[Any]:
         """Take from the stack what a step needs, of the types that it needs."""
@@ -313,10 +304,10 @@ class _Machine:
         if not isinstance(called, _Name) or not few:
             raise UnpicklingError("it calls what is no function")
         make = _CALLS.get(called)
-        if make is _mapping:
+        if make is _MAKE["mapping"]:
             self.spend(sum(map(len, arguments)))
         elif called.startswith("torch.jit._pickle."):  # a typed list or tag: its content
-            make = _first
+            make = _MAKE["first"]
         elif not make:
             what = f"it asks for {called[:80]} to be run, which no tensors need"
             raise UnpicklingError(f"{what}; nothing in it was run, as it should not be trusted")
