@@ -77,7 +77,7 @@ def put(path, text):
 def make_benchmark(root, name):
     """A benchmark of a few images at its place below ``root``, listed as the real one is."""
     row = BENCHMARKS[name]
-    home, images = root / row.folder, row.image_root(root)
+    home, images = root / row.folder, root / row.folder / row.images
     if name in SPLIT_ROWS:
         # Folders of SUN397 and UCF101 lie deeper and hold spaces, hyphens and underscores.
         classes = [("a/art_gallery/indoor", "art gallery indoor"), ("v_T-Rex (2)", "t-rex")]

@@ -316,7 +316,7 @@ def test_what_is_skipped_does_not_depend_on_threads(given, tmp_path, monkeypatch
         put(photos / "test" / "blue", name)
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr("dapt.data.store.cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr("dapt.data.images.cpu_count", lambda threads=threads: threads)
         run = train(make_settings(settings), tmp_path / str(threads))
         found.append(
             [f.read_bytes() for f in (run.prompts_file, run.metrics_file, run.support_file)]

@@ -196,7 +196,7 @@ def test_what_a_check_finds(photo_folder, tmp_path):
 def test_a_missing_folder_is_one_problem(tmp_path):
     """The topmost one that is not there, however many images should lie in it."""
     row = make_benchmark(tmp_path, "sun397")
-    images = row.image_root(tmp_path)
+    images = tmp_path / row.folder / row.images
 
     def problems():
         found = check_dataset("sun397", root=tmp_path, level="listed")
@@ -299,7 +299,7 @@ def test_real_splits(shared, name, tmp_path):
     source = shared / "benchmarks" / "splits" / row.index
     if not source.is_file():
         pytest.skip(f"{row.index} is not here")
-    images, made = row.image_root(tmp_path), set()
+    images, made = tmp_path / row.folder / row.images, set()
     for entries in json.loads(source.read_text()).values():
         for path, _, _ in entries:
             place = images / path

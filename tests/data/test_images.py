@@ -28,7 +28,6 @@ from dapt.data import (
     open_image,
 )
 from dapt.data import images as images_module
-from dapt.data import store as store_module
 from dapt.data.images import InputError, crop_box, read_picture, train_view
 from dapt.errors import UserError, printable
 
@@ -336,8 +335,8 @@ def test_global_generators_are_left_alone(photos):
 
 def test_memory_budget(photos, monkeypatch):
     opened = []
-    reader = store_module.open_image
-    monkeypatch.setattr(store_module, "open_image", lambda p: opened.append(p) or reader(p))
+    reader = images_module.open_image
+    monkeypatch.setattr(images_module, "open_image", lambda p: opened.append(p) or reader(p))
     sizes = [4 * np.prod(Image.open(p).size) for p in photos]
     allowance = Allowance(int(sum(sizes[:4])))
     store = ImageStore(photos, size=8, allowance=allowance, threads=1)

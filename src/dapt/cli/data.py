@@ -58,8 +58,8 @@ def support_set(
 def list_datasets(as_json: _JsonOption = False) -> None:
     """List the datasets that are known by name: sizes, licences, and where to get them."""
     from dapt.data import BENCHMARKS
-    from dapt.data.benchmarks import LAYOUT
     from dapt.data.items import PARTS
+    from dapt.data.tasks import LAYOUT
 
     rows = BENCHMARKS.values()
     if as_json:

@@ -1,22 +1,24 @@
 """Tasks (bundled, benchmarks, folders, tables, packed), support sets, and images."""
 # ruff: noqa: F401
 
-from dapt.data.benchmarks import BENCHMARKS, read_split
 from dapt.data.images import (
+    Allowance,
     BadImage,
+    ImageStore,
     TooManyPixels,
     centre_view,
     decode_image,
     has_image_name,
     open_image,
 )
-from dapt.data.items import Item, Task, subset_classes
-from dapt.data.store import Allowance, ImageStore
-from dapt.data.support import (
+from dapt.data.items import (
+    Item,
     SupportSet,
+    Task,
     draw_support_set,
     images_in_both,
     load_support_set,
+    subset_classes,
     support_digest,
 )
-from dapt.data.tasks import bundled_domains, images_below, open_task
+from dapt.data.tasks import BENCHMARKS, bundled_domains, images_below, open_task, read_split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dapt.data.benchmarks import BENCHMARKS, LAYOUT
 from dapt.data.images import open_image
 from dapt.data.items import PARTS, Item, Task, grouped
-from dapt.data.tasks import open_task
+from dapt.data.tasks import BENCHMARKS, LAYOUT, open_task
 from dapt.errors import UserError
-from dapt.progress import Advance, Reporter
+from dapt.progress import Reporter
 from dapt.safe.files import open_regular
 
 LEVELS = ("listed", "whole", "decoded")
@@ -50,6 +49,9 @@ class Check:
     to_json = asdict
 
 
+_Look = Callable[[Path, list[Item]], dict[str, Problem]]
+
+
 def check_dataset(
     dataset: str, *, level: str = "whole", reporter: Reporter | None = None, **options: Any
 ) -> Check:
@@ -74,16 +76,23 @@ def check_dataset(
         hint = f"; the layout is described at {LAYOUT}" if dataset in BENCHMARKS else ""
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
         return check
+    bad: dict[str, Problem] = {}
+
+    def examine(title: str, lots: list[list[Item]], look: _Look) -> None:
+        # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
+        stage = reporter.stage(f"{dataset}: {title}", sum(map(len, lots)))
+        with stage as advance, ThreadPoolExecutor(_THREADS) as pool:
+            for lot, found in zip(lots, pool.map(partial(look, task.root), lots), strict=True):
+                bad.update(found)
+                advance(len(lot))
+
     items = [*task.train, *task.val, *task.test]
-    folders = grouped(items, lambda item: os.path.dirname(item.path)).values()
-    with reporter.stage(f"{dataset}: look for the files", len(items)) as advance:
-        bad = _examine(folders, partial(_missing, task.root), advance)
+    folders = grouped(items, lambda item: os.path.dirname(item.path))
+    examine("look for the files", [*folders.values()], _missing)
     if level != "listed":
         items = [item for item in items if item.path not in bad]
         lots = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
-        look = partial(_unreadable, task.root, level == "decoded")
-        with reporter.stage(f"{dataset}: look into them", len(items)) as advance:
-            bad |= _examine(lots, look, advance)
+        examine("look into them", lots, partial(_unreadable, level == "decoded"))
     for problem, count in Counter(bad.values()).items():
         more = f", and {count:,} images should be in it" if problem.kind == "folder" else ""
         check.problems.append(replace(problem, text=f"{problem.text}{more}"))
@@ -91,24 +100,11 @@ def check_dataset(
     return check
 
 
-def _examine(
-    lots: Collection[list[Item]], look: Callable[[list[Item]], dict[str, Problem]], advance: Advance
-) -> dict[str, Problem]:
-    bad: dict[str, Problem] = {}
-    # Threads: waiting for the disk is most of the work, and decoders let go of the lock.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for lot, found in zip(lots, pool.map(look, lots), strict=True):
-            bad |= found
-            advance(len(lot))
-    return bad
-
-
 def _missing(root: Path, items: list[Item]) -> dict[str, Problem]:
     """Which files of one folder are not there; of missing folders, the topmost is the problem."""
     folder, bad = os.path.dirname(items[0].path), dict[str, Problem]()
     try:
-        with os.scandir(root / folder) as entries:
-            there = {entry.name for entry in entries if entry.is_file()}
+        there = {entry.name for entry in os.scandir(root / folder) if entry.is_file()}
     except OSError as error:
         why = f"cannot be read ({error.strerror})"
         if isinstance(error, FileNotFoundError):
@@ -123,7 +119,7 @@ def _missing(root: Path, items: list[Item]) -> dict[str, Problem]:
     return bad
 
 
-def _unreadable(root: Path, decode: bool, items: list[Item]) -> dict[str, Problem]:
+def _unreadable(decode: bool, root: Path, items: list[Item]) -> dict[str, Problem]:
     """Which files do not open, those that look whole only where all are to be decoded."""
     bad: dict[str, Problem] = {}
     for path in (item.path for item in items):

@@ -1,4 +1,4 @@
-"""Images, of files or as Python programs hold them, as upright RGB, and views that a model sees."""
+"""Images, of files or as Python holds them, as upright RGB; views of them; and views in batches."""
 
 from __future__ import annotations
 
@@ -9,38 +9,31 @@ import os
 import random
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
-from dapt.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
 from dapt.errors import UserError, reason_of
 from dapt.safe.files import open_regular
 
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-CROP_MIN = 0.08  # least share of an image's area in a training crop (Szegedy et al., 2015)
-
-# What undoes each EXIF orientation. (PIL's `exif_transpose` also writes the block anew, and fails
-# where it is damaged.)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+# What undoes each EXIF orientation, from 2 on. (PIL's `exif_transpose` also writes the block anew,
+# and fails where it is damaged.)
+_WAYS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {number: Image.Transpose[way] for number, way in enumerate(_WAYS.split(), 2)}
 
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
 _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
@@ -48,19 +41,26 @@ _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
 _MARKER = re.compile(rb"\xff(?:\xd9|[\xc0-\xcf\xda-\xfe](..))", re.DOTALL)
 _MOST_JPEG_BYTES = 2**28
 
-# Longer strips are cut to their middle before the short side is resized, or one of a few bytes
-# would become gigabytes. What is cut lies far outside the centre crop.
-_MAX_ASPECT = 16
-
 MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
 _LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
-_one_large = threading.Lock()
-
-# A picture that PIL has opened and not yet decoded must not be decoded by two threads at once.
-_one_opened = threading.Lock()
+# Nor must two threads decode one picture that PIL has opened and not yet decoded.
+_one_large, _one_opened = threading.Lock(), threading.Lock()
 
 # Faults of the machine, not of an image: another may do no better.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+
+CROP_MIN = 0.08  # least share of an image's area in a training crop (Szegedy et al., 2015)
+_RESIZING = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "resize mode": ("shortest", "squash"),
+}
+
+# Names that columns of images and labels have, the usual ones first.
+IMAGE_COLUMNS = ("image", "img", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+
+_View = Callable[[int], Image.Image]
+_CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
 
 
 class BadImage(UserError):
@@ -90,11 +90,8 @@ def has_image_name(name: str) -> bool:
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as upright 8-bit RGB; of an animation, the first frame.
 
-    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits.
-
-    Raises:
-        BadImage: the file is missing, no ordinary file, no image, damaged, or of too many pixels.
-        OSError, MemoryError: the machine is at fault, not the image.
+    Transparency is laid on white, and 16-bit greyscale scaled to 8 bits. Else it is a `BadImage`,
+    or an `OSError` or a `MemoryError` if the machine is at fault, not the image.
     """
     try:
         with open_regular(path) as file:
@@ -113,19 +110,22 @@ def decode_image(
 ) -> Image.Image:
     """Read an image as `open_image` does, from an open file that errors call ``name``.
 
-    ``formats`` are PIL's names of those to accept, by default all that are safe. A TIFF's tile may
-    have no more than ``max_pixels`` either, as far as PIL understands its tags, which is not as far
-    as libtiff does: strangers who may not exceed a limit should send other formats.
-
-    Raises:
-        TooManyPixels: the file's header tells of more than ``max_pixels``.
-        BadImage, OSError, MemoryError: as `open_image`.
+    ``formats`` are PIL's names of those to accept, by default all that are safe. It is a
+    `TooManyPixels` if the header tells of more than ``max_pixels``. A TIFF's tile may have no more
+    either, as far as PIL understands its tags, which is not as far as libtiff does: strangers who
+    may not exceed a limit should send other formats.
     """
     # Of those asked for, this PIL may lack some.
     known = [f for f in _formats() if formats is None or f in formats]
     try:
         with Image.open(file, formats=known) as image:
-            _check_pixels(image, name, max_pixels)
+            # A TIFF's tile is decoded whole, however little of it lies within the image.
+            tags = getattr(image, "tag_v2", {})
+            tile = tags.get(322, 0), tags.get(323, 0)
+            for what, (width, height) in (("", image.size), ("a tile of ", tile)):
+                if width * height > max_pixels:
+                    has = f"image {name} has {what}{width:,} x {height:,} pixels, more than"
+                    raise TooManyPixels(f"{has} the {max_pixels:,} allowed; make it smaller")
             if image.format in ("JPEG", "MPO"):
                 _check_scans(file)
             with _one_large if image.width * image.height > _LARGE else nullcontext():
@@ -147,20 +147,9 @@ def decode_image(
         raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
 
 
-def _check_pixels(image: Image.Image, name: str, limit: int) -> None:
-    # A TIFF's tile is decoded whole, however little of it lies within the image.
-    tags = getattr(image, "tag_v2", {})
-    tile = tags.get(322, 0), tags.get(323, 0)
-    for what, (width, height) in (("", image.size), ("a tile of ", tile)):
-        if width * height > limit:
-            has = f"image {name} has {what}{width:,} x {height:,} pixels"
-            raise TooManyPixels(f"{has}, more than the {limit:,} allowed; make it smaller")
-
-
 def _check_scans(file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    data = file.read(min(size, _MOST_JPEG_BYTES))
+    data = file.read(_MOST_JPEG_BYTES)
     scans = at = 0
     while (found := _MARKER.search(data, at)) and found[1] is not None:
         scans += data[found.start() + 1] == 0xDA
@@ -171,7 +160,19 @@ def _check_scans(file: BinaryIO) -> None:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A copy of an opened image as upright 8-bit RGB, as `open_image` says."""
-    picture = _as_rgb(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Of 16 bits, which PIL's own conversion would clip.
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values have no known scale (save it with 8 or 16 bits)")
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        picture = Image.fromarray(grey).convert("RGB")
+    elif image.has_transparency_data:
+        seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        picture = Image.alpha_composite(white, seen).convert("RGB")
+    else:  # a copy, not the file's own object, which closes with the file
+        picture = image.copy() if image.mode == "RGB" else image.convert("RGB")
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged tag must not cost the picture
@@ -179,31 +180,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Of 16 bits, which PIL's own conversion would clip.
-        values = np.asarray(image)
-        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values have no known scale (save it with 8 or 16 bits)")
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    # A copy, not the file's own object, which closes with the file.
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
-
-
-def check_resizing(interpolation: str, resize_mode: str) -> None:
-    """Raise `UserError` where ``interpolation`` or ``resize_mode`` is unknown."""
-    modes = ("resize mode", resize_mode, ("shortest", "squash"))
-    for what, way, ways in (("interpolation", interpolation, _INTERPOLATIONS), modes):
-        if way not in ways:
-            hint = "use a backbone with one of these"
-            raise UserError(f"{what} '{way}' is none of {', '.join(ways)}; {hint}")
+def _check_resizing(*ways: str) -> None:
+    for way, (what, known) in zip(ways, _RESIZING.items(), strict=True):
+        if way not in known:
+            raise UserError(f"{what} '{way}' is none of {', '.join(known)}; use another backbone")
 
 
 def centre_view(
@@ -212,14 +192,16 @@ def centre_view(
     """The square of ``size`` px that is looked at in evaluation.
 
     ``shortest`` is torchvision's ``Resize`` and ``CenterCrop`` of a PIL image, to the bit;
-    ``squash`` resizes both sides.
+    ``squash`` resizes both sides. Other ways are a `UserError`.
     """
-    check_resizing(interpolation, resize_mode)
+    _check_resizing(interpolation, resize_mode)
     resample = Image.Resampling[interpolation.upper()]
     if resize_mode == "squash":
         return image.resize((size, size), resample)
     short = min(image.size)
-    if max(image.size) > (keep := _MAX_ASPECT * short):
+    # Longer strips are cut to their middle before the short side is resized, or one of a few bytes
+    # would become gigabytes. What is cut lies far outside the centre crop.
+    if max(image.size) > (keep := 16 * short):
         width, height = (min(side, keep) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -269,20 +251,22 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+def first_of(names: Iterable[str], there: Any) -> str | None:
+    """The first of the names that is in a table's columns, a row, or whatever holds names."""
+    return next((name for name in names if name in there), None)
+
+
 def read_picture(value: Any) -> Image.Image:
     """Any of what stands for an image, as upright 8-bit RGB.
 
     That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
     (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
-    dataset; or a pair of any of these and a label. What is none, or broken, is an `InputError`.
+    dataset; or a pair of any of these and a label. Errors are `open_image`'s, or an `InputError`.
     """
-    try:
-        if isinstance(value, (str, os.PathLike)):
-            return open_image(os.fspath(value))
-        if isinstance(value, bytes):
-            return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
-    except BadImage as error:
-        raise InputError(str(error)) from error
+    if isinstance(value, (str, os.PathLike)):
+        return open_image(os.fspath(value))
+    if isinstance(value, bytes):
+        return decode_image(io.BytesIO(value), f"of {len(value):,} bytes")
     if isinstance(value, Image.Image):
         try:
             with _one_opened:
@@ -295,8 +279,7 @@ def read_picture(value: Any) -> Image.Image:
         for name in (*IMAGE_COLUMNS, "bytes", "path"):
             if value.get(name) is not None:
                 return read_picture(value[name])
-        there = ", ".join(map(str, value))
-        raise InputError(f"a row with the columns {there} has no image; name the column 'image'")
+        raise InputError(f"a row of columns {[*value]} has no image; name the column 'image'")
     if isinstance(value, tuple) and len(value) == 2:
         return read_picture(value[0])
     if isinstance(value, torch.Tensor):
@@ -311,12 +294,11 @@ def _of_array(array: np.ndarray) -> Image.Image:
     where = f"an array of shape {array.shape} and type {array.dtype}"
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    if array.ndim == 2:
-        array = array[:, :, None]
+    array = array[:, :, None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
         raise InputError(f"{where} is no image; give (H, W), (H, W, 3) or (3, H, W)")
     if array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
             raise InputError(f"{where} must be within 0 .. 1 (or uint8)")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
@@ -380,3 +362,139 @@ def _label_of(row: Any) -> Any:
         return row[column]
     hint = f"give labels, or a dataset with a column {', '.join(LABEL_COLUMNS)}, or of pairs"
     raise InputError(f"requires y to be passed, but the target y is None: {hint}")
+
+
+@dataclass
+class Allowance:
+    """Bytes that decoded images kept in memory may take, of all stores that share it."""
+
+    limit: int
+    used: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+
+@dataclass(eq=False)
+class ImageStore:
+    """Views of many images, of which as many as fit a budget stay decoded in memory.
+
+    What is kept changes no view. Sources are taken only when they are read: there may be more than
+    memory holds. Unknown ways of resizing are a `UserError`.
+    """
+
+    sources: Sequence[Any]  # image files, or whatever else `read_picture` takes
+    _: KW_ONLY
+    size: int  # side of a view, px
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"  # of test views; see `centre_view`
+    crop_min: float = CROP_MIN  # least share of an image's area that a train view shows
+    allowance: Allowance = field(default_factory=lambda: Allowance(0))  # first come, first kept
+    threads: int = 0  # that decode; by default one a core, at most eight
+    read: Callable[[Any], Image.Image] = read_picture  # upright RGB of a source, in those threads
+
+    def __post_init__(self) -> None:
+        _check_resizing(self.interpolation, self.resize_mode)
+        self.threads = self.threads or min(8, cpu_count())
+        self._kept: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def image(self, index: int) -> Image.Image:
+        """The whole image, upright RGB, not to be changed; a `UserError` if it cannot be read."""
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        image = self.read(self.sources[index])
+        with self.allowance.lock:
+            used = self.allowance.used + _bytes(image)
+            if index not in self._kept and used <= self.allowance.limit:
+                self._kept[index], self.allowance.used = image, used
+        return image
+
+    def forget(self) -> None:
+        """Let go of the images that are kept; they are decoded again when asked for."""
+        with self.allowance.lock:
+            self.allowance.used -= sum(map(_bytes, self._kept.values()))
+            self._kept = {}
+
+    def test_views(self, indices: Sequence[int]) -> Tensor:
+        """(B, 3, size, size) uint8, as `centre_view` makes them; errors are those of `batches`."""
+        return next(self.batches([indices]))
+
+    def train_batches(
+        self, batches: Iterable[tuple[int, Sequence[int]]], *, seed: int, prefetch: int = 2
+    ) -> Iterator[Tensor]:
+        """As `batches`, of `train_view`s, which are functions of seed, epoch and index alone."""
+        how: dict[str, Any] = {"interpolation": self.interpolation, "crop_min": self.crop_min}
+
+        def view(epoch: int, index: int) -> Image.Image:
+            # A string is hashed by SHA-512: the same everywhere, no patterns between neighbours.
+            generator = random.Random(f"{seed}/{epoch}/{index}")
+            return train_view(self.image(index), self.size, generator, **how)
+
+        return self._made_ahead(((ids, partial(view, epoch)) for epoch, ids in batches), prefetch)
+
+    def batches(
+        self,
+        lists: Iterable[Sequence[int]],
+        *,
+        prefetch: int = 2,
+        unreadable: dict[int, str] | None = None,
+    ) -> Iterator[Tensor]:
+        """`test_views` of each of these lists, ``prefetch`` made ahead of the one in use.
+
+        An image that cannot be read raises a `UserError` in its batch's place; where ``unreadable``
+        is given, it is black in its batch, and the reason is there by then, under its index.
+        """
+        how = {"interpolation": self.interpolation, "resize_mode": self.resize_mode}
+
+        def view(index: int) -> Image.Image:
+            try:
+                return centre_view(self.image(index), self.size, **how)
+            except UserError as error:
+                if unreadable is None:
+                    raise
+                unreadable[index] = str(error)
+                return Image.new("RGB", (self.size, self.size))
+
+        return self._made_ahead(((indices, view) for indices in lists), prefetch)
+
+    def _made_ahead(
+        self, wanted: Iterable[tuple[Sequence[int], _View]], prefetch: int
+    ) -> Iterator[Tensor]:
+        """A batch of views of each of these indices, by the function beside them."""
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dapt-images")
+        started = deque[tuple[Tensor, Iterator[None]]]()
+
+        def finished() -> Tensor:
+            views, work = started.popleft()
+            list(work)  # waits, and raises what was raised
+            return views
+
+        try:
+            for indices, view in wanted:
+                # Page-locked, to go to a GPU while it is at work: untested, for want of one. Crops
+                # stay on the CPU: the protocol's bicubic resizing is PIL's.
+                shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
+                views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                lots = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
+                pixels, places = (
+                    [views[lot].numpy() for lot in lots],
+                    [indices[lot] for lot in lots],
+                )
+                started.append((views, pool.map(partial(_fill, view), pixels, places)))
+                if len(started) > prefetch:
+                    yield finished()
+            while started:
+                yield finished()
+        finally:
+            # Also where the consumer has had enough, or an image could not be read.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fill(view: _View, pixels: np.ndarray, indices: Sequence[int]) -> None:
+    for row, index in zip(pixels, indices, strict=True):
+        row[:] = np.asarray(view(int(index))).transpose(2, 0, 1)
+
+
+def _bytes(image: Image.Image) -> int:
+    return 4 * image.width * image.height  # PIL pads RGB pixels to four bytes

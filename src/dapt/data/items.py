@@ -1,31 +1,28 @@
-"""What a task is made of, and what is checked of every task wherever it was read from."""
+"""What tasks and support sets are made of, and what is checked of them wherever they are from."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dapt.errors import UserError, refusing
-from dapt.safe.files import file_size
+from dapt.data.images import read_picture
+from dapt.errors import UserError, nearest, refusing
+from dapt.safe.files import file_digest, file_size, read_json, read_text, write_json
 
 PARTS = ("train", "val", "test")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
-# Names that columns of images and labels have, the usual ones first.
-IMAGE_COLUMNS = ("image", "img", "picture")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
-
 # Rooted or drive-lettered, a '..' step, or a character no file system takes. Of the surrogates,
 # those that stand for a file name's bytes that are no UTF-8 are left (PEP 383).
-_UNSAFE_PATH = re.compile(
-    r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udc7f\udd00-\udfff]"
-)
+_UNSAFE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\0\ud800-\udc7f\udd00-\udfff]")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -72,6 +69,30 @@ class Task:
         return grouped(self.test, lambda item: file_size(self.image_path(item)))
 
 
+@dataclass(frozen=True)
+class SupportSet:
+    """Images drawn from a task: ``train`` to tune on, ``val`` to choose settings by."""
+
+    dataset: str
+    shots: int
+    seed: int
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``."""
+        values = asdict(self)
+        return {**values, "train": list(values["train"]), "val": list(values["val"])}
+
+    def save(self, path: Path) -> None:
+        """Write it to a JSON file, all or nothing; a `UserError` if that cannot be."""
+        with refusing(f"support set file {path} cannot be written", "choose another", OSError):
+            write_json(path, self.to_json())
+
+
+_Listed = TypeVar("_Listed", Task, SupportSet)
+
+
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
     """The items by a key, keys in order of first appearance."""
     found: dict[Any, list[Item]] = {}
@@ -89,19 +110,20 @@ def subset_classes(task: Task, which: str) -> Task:
         return task
     if which not in ("base", "new"):
         raise UserError(f"classes '{which}' must be all, base or new")
-    names = task.class_names
-    if len(names) < 2:
+    if (count := len(task.class_names)) < 2:
         raise UserError(f"dataset '{task.name}' has one class; base and new classes need two")
-    half = (len(names) + 1) // 2
-    labels = range(half) if which == "base" else range(half, len(names))
-    names, part_of = names[labels.start : labels.stop], (task, labels)
-    train, val, test = (subset_items(part, labels) for part in (task.train, task.val, task.test))
-    return replace(task, class_names=names, train=train, val=val, test=test, part_of=part_of)
+    half = (count + 1) // 2
+    labels = range(half) if which == "base" else range(half, count)
+    names = task.class_names[labels.start : labels.stop]
+    return _subset(task, labels, class_names=names, part_of=(task, labels))
 
 
-def subset_items(items: Sequence[Item], labels: range) -> tuple[Item, ...]:
-    """The items of these labels, which are counted anew from 0."""
-    return tuple(replace(i, label=i.label - labels.start) for i in items if i.label in labels)
+def _subset(listed: _Listed, labels: range, **facts: Any) -> _Listed:
+    """With the items of these labels alone, which are counted anew from 0."""
+    for part in (part for part in PARTS if hasattr(listed, part)):
+        kept = (item for item in getattr(listed, part) if item.label in labels)
+        facts[part] = tuple(replace(item, label=item.label - labels.start) for item in kept)
+    return replace(listed, **facts)
 
 
 Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class
@@ -121,45 +143,37 @@ def make_task(
 ) -> Task:
     """The task that a reader's rows make, once checked; ``where`` is what they were read from.
 
-    ``names`` are the class names in label order, by what rows call the classes; if not given, rows
+    ``names`` are the class names in label order, by what rows call the classes; by default, rows
     have the names. ``split`` is of rows without a part. Unless it tests on everything, or the task
     is not ``tuned``, every class needs images to tune on. ``facts`` are other fields of the task.
     """
-    names = names or {key: key for key in label_order({key for _, _, key in rows})}
+    names = names or {key: key for key in label_order({key for *_, key in rows})}
     check_class_names(list(names.values()), where, distinct=False)
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
         parts[part].append(Item(check_path(path, where), labels[key], names[key]))
-    tested = _tested(parts[""], *split) if split else set()
+    fraction, seed = split or (0, 0)
+    # What to test on: all, or some of each class by itself, at random but always the same.
+    tested = set(parts[""] if fraction == 1 else ())
+    by_class = grouped(sorted(parts[""], key=lambda i: i.path), lambda i: i.class_name)
+    for called, members in by_class.items() if split else ():
+        random.Random(f"{seed}/{called}").shuffle(members)
+        # Of two or more images, either part has some; a single one is to tune on.
+        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
-    tuned = tuned and not (split and split[0] == 1)
-    if tuned and not train:
+    if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
-        hint = "every task needs some (classes of one image have none to spare)"
-        raise UserError(f"{where} names no test images; {hint}")
+        raise UserError(f"{where} names no test images; add some (one a class is not enough)")
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
         if odd := next((item for item in parts[part] if item.label not in taught), None):
             what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
             raise UserError(f"{where}: {what}; add some, or take the class out")
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
-
-
-def _tested(items: list[Item], fraction: float, seed: int) -> set[Item]:
-    """The test images among all, of each class by itself, at random but always the same."""
-    if fraction == 1:
-        return set(items)
-    tested: set[Item] = set()
-    by_class = grouped(sorted(items, key=lambda i: i.path), lambda i: i.class_name)
-    for name, members in by_class.items():
-        random.Random(f"{seed}/{name}").shuffle(members)
-        # Of two or more images, either part has some; a single one is to tune on.
-        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
-    return tested
 
 
 def label_order(names: set[str]) -> list[str]:
@@ -171,20 +185,15 @@ def label_order(names: set[str]) -> list[str]:
 def check_path(text: str, where: str) -> str:
     """Return ``text`` if it is a relative path that stays below its root, without a '..' step.
 
-    Links on disk are followed, as datasets are laid out with them: what is at their end is read as
-    an image, or named in a warning, and goes nowhere else.
+    Links on disk are followed, as datasets have them: what is at their end is read as an image.
     """
-    if not text.strip() or _UNSAFE_PATH.search(text):
-        hint = "give one relative to the dataset's folder, without '..'"
-        raise UserError(f"{where}: {text!r} is no safe image path; {hint}")
+    if not text.strip() or _UNSAFE.search(text):
+        raise UserError(f"{where}: {text!r} is no safe image path; give a relative one, no '..'")
     return text
 
 
 def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Labels of classes whose names no prompt can tell apart, each after the first of its name.
-
-    They differ by case, spaces or underscores alone.
-    """
+    """Pairs of labels whose names differ by case, spaces or underscores alone, the first first."""
     first: dict[str, int] = {}
     read = (" ".join(name.replace("_", " ").split()).casefold() for name in names)
     pairs = [(first.setdefault(name, label), label) for label, name in enumerate(read)]
@@ -192,10 +201,7 @@ def names_alike(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True) -> None:
-    """Refuse blank names, control characters and names that are `names_alike`, if ``distinct``.
-
-    ``where`` is the file or folder that they come from.
-    """
+    """Refuse blank names, control characters and names that are `names_alike`, if ``distinct``."""
     for name in names:
         if not name.replace("_", " ").strip() or _UNSAFE_NAME.search(name):
             raise UserError(f"{where}: {name!r} is no class name; give a printable one")
@@ -204,12 +210,114 @@ def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True
         raise UserError(f"{where}: {what}; rename one, or give --class-names")
 
 
-def first_of(names: Iterable[str], there: Any) -> str | None:
-    """The first of the names that is in a table's columns, a row, or whatever holds names."""
-    return next((name for name in names if name in there), None)
+def text_of(file: Path) -> str:
+    """The text of a file that people write, without a byte order mark."""
+    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
+        return read_text(file, encoding="utf-8-sig")
 
 
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones left out."""
     with refusing(f"folder {folder} cannot be read", "check the path"), os.scandir(folder) as found:
         return sorted(e.name for e in found if not e.name.startswith(".") and e.is_dir())
+
+
+def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
+    """Draw a support set as the published protocol does, to the very image (Zhou et al., 2022).
+
+    One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
+    ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
+    gives all it has, without a draw. A subset of classes has its images of the draw from all.
+    """
+    if shots < 1 or seed < 0:  # random.Random would take the absolute value
+        raise UserError(f"shots {shots} must be 1 or more, and seed {seed} 0 or more")
+    if task.part_of is not None:
+        whole, labels = task.part_of
+        return _subset(draw_support_set(whole, shots, seed), labels)
+    generator, parts = random.Random(seed), list[tuple[Item, ...]]()
+    for listed, count in ((task.train, shots), (task.val, min(shots, 4))):
+        drawn: list[Item] = []
+        for members in grouped(listed, lambda item: item.label).values():
+            drawn += generator.sample(members, count) if len(members) >= count else members
+        parts.append(tuple(drawn))
+    return SupportSet(task.name, shots, seed, *parts)
+
+
+def images_in_both(
+    task: Task, support: SupportSet, tested: Task | None = None
+) -> list[tuple[Item, Item]]:
+    """Support images whose very file is a test image too (of ``tested``): (support, test)."""
+    tested, digest, found = tested or task, cache(_digest), []
+    for item in (*support.train, *support.val):
+        path = task.image_path(item)
+        for other in tested.test_by_size.get(file_size(path), ()):
+            if digest(path) is not None and digest(path) == digest(tested.image_path(other)):
+                found.append((item, other))
+    return found
+
+
+def support_digest(task: Task, support: SupportSet) -> str | None:
+    """SHA-256 over the contents of train images, in order; of pictures in memory, the RGB pixels.
+
+    None where an image cannot be read: of what is not there, anybody knows the content.
+    """
+    whole = hashlib.sha256()
+    for item in support.train:
+        if (digest := _digest(task.source(item))) is None:
+            return None
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def _digest(source: Any) -> bytes | None:
+    """SHA-256 of a file's content or a picture's pixels; None where it cannot be read."""
+    with suppress(OSError, UserError):
+        if isinstance(source, str | Path):
+            return file_digest(source)
+        return hashlib.sha256(read_picture(source).tobytes()).digest()
+    return None
+
+
+def load_support_set(path: Path, task: Task) -> SupportSet:
+    """Read a support set that `SupportSet.save` wrote, or one written by hand in that form.
+
+    For a subset of classes it may be one of all classes, of which the subset's images are taken.
+    A `UserError` if it is none, or an item's class is not the task's, its path leaves the task's
+    folder, or it is listed twice or is a test image; else items need not be the task's.
+    """
+    data, file = read_json(path, "support set file"), f"support set file {path}"
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a JSON object; draw it anew")
+    form = {"dataset": str, "shots": int, "seed": int, "train": list, "val": list}
+    for key, kind in form.items():
+        if type(data.get(key)) is not kind:  # True is an int to isinstance, but no label
+            raise UserError(f"{file} needs '{key}' as {kind.__name__}; draw it anew")
+    if not data["train"]:
+        raise UserError(f"{file} names no train images; draw it anew")
+    drawn, classes = dict[str, Item](), set(enumerate(task.class_names))
+    for part, number, entry in ((p, *e) for p in ("train", "val") for e in enumerate(data[p])):
+        where = f"{file}, {part} entry {number}"
+        match entry:
+            case {"path": str(p), "label": int(k), "class_name": str(c)} if type(k) is int:
+                drawn[where] = Item(check_path(p, where), k, c)
+            case _:
+                raise UserError(f"{where} must be an object of path, label (a number), class_name")
+    if task.part_of is not None:
+        whole, labels = task.part_of
+        others = {(item.label, item.class_name) for item in drawn.values()} - classes
+        if others.intersection(enumerate(whole.class_names)):
+            return _subset(load_support_set(path, whole), labels)
+    seen = {item.path: f"a test image of '{task.name}'; take it out" for item in task.test}
+    for where, item in drawn.items():
+        if (item.label, name := item.class_name) not in classes:
+            what = f"'{task.name}' has no class '{name}'{nearest(name, task.class_names)}"
+            if name in task.class_names:
+                label = task.class_names.index(name)
+                what = f"class '{name}' has label {label} in '{task.name}', not {item.label}"
+            raise UserError(f"{where}: {what}; use the task it was drawn from")
+        if item.path in seen:
+            raise UserError(f"{where}: {item.path} is {seen[item.path]}")
+        seen[item.path] = "listed twice; take one out"
+    images, count = tuple(drawn.values()), len(data["train"])
+    facts = (data["dataset"], data["shots"], data["seed"])
+    return SupportSet(*facts, images[:count], images[count:])

@@ -1,7 +1,7 @@
 """A task from packed images: a Hugging Face dataset on disk, or WebDataset shards.
 
-Images are unpacked once into a cache that is named by the hash of what they were unpacked from, and
-are ordinary files from there on. Both are read by their own libraries, as bytes: nothing in them is
+Images are unpacked once, into a cache named by the hash of what they were unpacked from, and are
+ordinary files from there on. Both are read by their own libraries, as bytes: nothing in them is
 decoded to objects, and no name in them becomes a path.
 """
 
@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from dapt.data import items
-from dapt.data.items import check_path, first_of, label_order, make_task, refusing
-from dapt.errors import UserError
+from dapt.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
+from dapt.data.items import check_path, make_task
+from dapt.errors import UserError, refusing
 from dapt.safe import files
 
 # What both formats call parts, and what we call them.
@@ -27,7 +28,7 @@ _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAMES_FILE = "classnames.txt"  # beside shards whose .cls are numbers: in label order
 _LISTING = "listing.json"
-_DICTIONARY = "dataset_dict.json"  # of a Hugging Face dataset with parts
+_DICTIONARY, _INFO = "dataset_dict.json", "dataset_info.json"  # of a Hugging Face dataset
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
@@ -38,8 +39,8 @@ _Image = tuple[str, str, bytes]  # part ("" where nothing is split), class name,
 
 def is_hugging_face(path: Path) -> bool:
     """Whether ``save_to_disk`` of a Hugging Face dataset wrote this folder."""
-    there = {n: (path / n).is_file() for n in (_DICTIONARY, "state.json", "dataset_info.json")}
-    return there[_DICTIONARY] or (there["state.json"] and there["dataset_info.json"])
+    whole = all((path / name).is_file() for name in ("state.json", _INFO))
+    return whole or (path / _DICTIONARY).is_file()  # with parts
 
 
 def is_webdataset(path: Path) -> bool:
@@ -63,8 +64,7 @@ def read_packed(path: Path, split: items.Split) -> items.Task:
     if not (folder / _LISTING).is_file():
         _unpack(path, folder)
     listing = files.read_json(folder / _LISTING, "listing of unpacked images")
-    errors = (AttributeError, LookupError, TypeError, ValueError)
-    with refusing(f"{folder} is damaged", _ANEW, *errors):
+    with refusing(f"{folder} is damaged", _ANEW, Exception):
         names, parts = listing["class_names"], listing["parts"]
         rows = [(part, file, str(names[k])) for part in parts for file, k in parts[part]]
         name, where = path.resolve().stem, f"dataset {path}"
@@ -77,8 +77,9 @@ def cache_folder() -> Path:
     try:
         return files.user_path(os.environ.get("DAPT_CACHE") or usual)
     except UserError as error:
-        what = f"there is no folder for unpacked images ({error})"
-        raise UserError(f"{what}; name one in DAPT_CACHE") from error
+        raise UserError(
+            f"no folder for unpacked images ({error}); name one in DAPT_CACHE"
+        ) from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -124,9 +125,8 @@ def _unpack(path: Path, folder: Path) -> None:
         if not found:
             raise UserError(f"dataset {path} holds no images; check that it is complete")
         if "" in found and len(found) > 1:
-            what = "either every shard's name starts with train, val or test, or none"
-            raise UserError(f"dataset {path}: {what}")
-        classes = label_order({name for pairs in found.values() for _, name in pairs})
+            raise UserError(f"dataset {path}: either every shard is named for its part, or none")
+        classes = items.label_order({name for pairs in found.values() for _, name in pairs})
         labels = {name: label for label, name in enumerate(classes)}
         parts = {p: [[f, labels[n]] for f, n in found[p]] for p in ("", *items.PARTS) if p in found}
         files.write_json(Path(place, _LISTING), {"class_names": classes, "parts": parts})
@@ -142,30 +142,37 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _named(label: Any, names: list[str] | None, where: str) -> str:
     """The class name of a label; a number without names is its own."""
-    if type(label) is int and names is not None:
-        if not 0 <= label < len(names):
-            raise UserError(f"{where}: label {label} is none of 0 .. {len(names) - 1}; mend it")
-        return names[label]
-    if type(label) is int or (isinstance(label, str) and label.strip()):
+    if not (type(label) is int or (isinstance(label, str) and label.strip())):
+        raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
+    if type(label) is not int or names is None:
         return str(label).strip()
-    raise UserError(f"{where}: label {label!r} is neither a number nor a class name; mend it")
+    if not 0 <= label < len(names):
+        raise UserError(f"{where}: label {label} is none of 0 .. {len(names) - 1}; mend it")
+    return names[label]
 
 
 def _hugging_face(path: Path) -> Iterator[_Image]:
     with refusing(f"{path} is a Hugging Face dataset", _INSTALL, ImportError):
         import datasets
-    _check_names(path)
+    # The library opens whatever the records name, and would wait for a FIFO without end.
+    parted = (path / _DICTIONARY).is_file()
+    for place in _listed(path / _DICTIONARY, "splits") if parted else [path]:
+        for file in (place / _INFO, *_listed(place / "state.json", "_data_files")):
+            what = f"dataset {path} cannot be loaded: {file} cannot be opened"
+            with refusing(what, "save it anew"):
+                files.open_regular(file).close()
     # Arrow's errors are a wide family.
     with refusing(f"dataset {path} cannot be loaded", "save it anew", Exception):
         loaded = datasets.load_from_disk(str(path))
-        split = isinstance(loaded, datasets.DatasetDict)
-        for part, rows in loaded.items() if split else [("", loaded)]:
-            where = f"dataset {path}{f', {part}' if part else ''}"
-            if split and part not in _PARTS:
-                what = f"split '{part}' is none of train, validation, test"
-                raise UserError(f"dataset {path}: {what}; rename it, or take it out")
-            image = _column(rows, "images", items.IMAGE_COLUMNS, where)
-            label = _column(rows, "labels", items.LABEL_COLUMNS, where)
+        parted = isinstance(loaded, datasets.DatasetDict)
+        for part, rows in loaded.items() if parted else [("", loaded)]:
+            where, there = f"dataset {path}{f', {part}' if part else ''}", rows.column_names
+            if parted and part not in _PARTS:
+                raise UserError(f"{where}: split '{part}' is none of {', '.join(_PARTS)}; rename")
+            image, label = (first_of(known, there) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            for what, column in (("images", image), ("labels", label)):
+                if column is None:
+                    raise UserError(f"{where} has no column of {what}; rename one of {there}")
             kind = rows.features[label]
             names = getattr(kind, "names", None)
             # Others would be decoded, with whatever program or address an image there asks for.
@@ -173,18 +180,18 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
                 what = f"column '{label}' is of type {type(kind).__name__}"
                 raise UserError(f"{where}: {what}; make it a ClassLabel, whole numbers or text")
             rows = rows.select_columns([image, label])
-            rows = rows.cast_column(image, datasets.Image(decode=False))
-            for number, row in enumerate(rows):
+            for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
                 line = f"{where}, row {number}"
                 name = _named(row[label], names, line)
                 yield _PARTS.get(part, ""), name, _content(row[image], line, path)
 
 
-def _column(rows: Any, what: str, known: tuple[str, ...], where: str) -> str:
-    if (name := first_of(known, rows.column_names)) is None:
-        there = f"({', '.join(known)}), but {', '.join(rows.column_names)}"
-        raise UserError(f"{where} has no column of {what} {there}; rename one")
-    return name
+def _listed(file: Path, key: str) -> list[Path]:
+    """What a dataset's record lists under a key; a `UserError` if it is not in its own folder."""
+    record, where = files.read_json(file, "record of the dataset"), f"dataset {file.parent}"
+    with refusing(f"{file} has no list of '{key}'", "save it anew", LookupError, TypeError):
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in record[key]]
+    return [file.parent / check_path(n if isinstance(n, str) else "", where) for n in names]
 
 
 def _content(value: Any, where: str, root: Path) -> bytes:
@@ -193,8 +200,8 @@ def _content(value: Any, where: str, root: Path) -> bytes:
         return bytes(content)
     if not (value or {}).get("path"):
         raise UserError(f"{where} has no image; take the row out")
-    file, hint = Path(value["path"]), "save the dataset with its images"
-    with refusing(f"{where}: its image {file} cannot be read", hint):
+    file = Path(value["path"])
+    with refusing(f"{where}: its image {file} cannot be read", "save the dataset with its images"):
         # Whoever wrote the dataset must not choose which of this machine's files are read.
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("it is not in the dataset's folder")
@@ -202,29 +209,6 @@ def _content(value: Any, where: str, root: Path) -> bytes:
             if os.fstat(opened.fileno()).st_size > _LARGEST_IMAGE:
                 raise OSError("it is too large")
             return opened.read()
-
-
-def _check_names(path: Path) -> None:
-    """Raise `UserError` where a dataset's records name files outside its folder, or no files.
-
-    The library opens whatever they name, and would wait for a FIFO without end.
-    """
-    parts = path / _DICTIONARY
-    for place in map(path.joinpath, _names_in(parts, "splits") if parts.is_file() else [""]):
-        for name in ("dataset_info.json", *_names_in(place / "state.json", "_data_files")):
-            what = f"dataset {path} cannot be loaded: {place / name} cannot be opened"
-            with refusing(what, "save it anew"):
-                files.open_regular(place / name).close()
-
-
-def _names_in(file: Path, key: str) -> list[str]:
-    """What a dataset's record lists under a key, if all of it lies in the record's folder."""
-    record = files.read_json(file, "record of the dataset")
-    entries = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{file} has no list of '{key}'; save the dataset anew")
-    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-    return [check_path(n if isinstance(n, str) else "", f"dataset {file.parent}") for n in names]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -238,8 +222,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
     folder, shards = (path, _shards(path)) if path.is_dir() else (path.parent, [path])
     names = None
     if (file := folder / _NAMES_FILE).is_file():
-        with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-            names = [line.strip() for line in files.read_text(file).splitlines()]
+        names = [line.strip() for line in items.text_of(file).splitlines()]
     for shard in shards:
         # Of a single shard, the name says nothing.
         part = _PARTS.get(re.split("[^a-z]", shard.relative_to(path).as_posix())[0], "")
@@ -249,8 +232,8 @@ def _webdataset(path: Path) -> Iterator[_Image]:
             for sample in group_by_keys(_members(stream)):
                 where = f"shard {shard}, sample {sample['__key__']}"
                 if (suffix := first_of(_IMAGE_SUFFIXES, sample)) is None:
-                    what = f"no image (.{', .'.join(_IMAGE_SUFFIXES)})"
-                    raise UserError(f"{where} has {what}; take it out")
+                    known = ", .".join(_IMAGE_SUFFIXES)
+                    raise UserError(f"{where} has no image (.{known}); take it out")
                 yield part, _named(_label(sample, where), names, where), sample[suffix]
 
 
@@ -268,13 +251,12 @@ def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def _label(sample: dict[str, Any], where: str) -> Any:
     """A sample's label: what its .cls says, or the entry of its .json."""
+    hint = "it is a .cls of text, or a .json with 'label'"
     if "cls" not in sample and "json" not in sample:
-        raise UserError(f"{where} has no label; add a .cls, or a .json with 'label'")
-    hint = ".cls must be text, .json an object with 'label'"
-    errors = (LookupError, RecursionError, TypeError, ValueError)
-    with refusing(f"{where}: its label cannot be read", hint, *errors):
+        raise UserError(f"{where} has no label; {hint}")
+    with refusing(f"{where}: its label cannot be read", hint, Exception):
         if "cls" in sample:
             text = sample["cls"].decode().strip()
             return int(text) if text.isascii() and text.isdigit() else text
         value = files.parse_json(sample["json"].decode())
-        return value[first_of(items.LABEL_COLUMNS, value) or "label"]
+        return value[first_of(LABEL_COLUMNS, value) or "label"]

@@ -1,4 +1,8 @@
-"""One door to every task: the bundled one, a benchmark, or images in whatever form they come."""
+"""One door to every task: the bundled one, a benchmark, or images in whatever form they come.
+
+The published benchmarks lie as the layout of the CoOp code base (`LAYOUT`) has them below one root.
+Every reader finds the same order on every file system.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,31 @@ import csv
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dapt.data import items
-from dapt.data.benchmarks import BENCHMARKS
 from dapt.data.images import has_image_name
-from dapt.data.items import check_class_names, check_path, make_task, refusing, subfolders
+from dapt.data.items import (
+    PARTS,
+    check_class_names,
+    check_path,
+    make_task,
+    refusing,
+    subfolders,
+    text_of,
+)
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
-DEFAULT_TEMPLATE = items.DEFAULT_TEMPLATE
+LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
 TABLES = (".csv", ".jsonl")
+_CLASS_NAMES = "classnames.txt"
 # Names of parts that others give, in lower case.
 _PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
@@ -39,18 +52,14 @@ def open_task(
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
     Args:
-        dataset: ``bundled``; a benchmark's name; a folder with ``train/<class>/`` and
-            ``test/<class>/`` or with ``<class>/`` alone; a ``.csv`` or ``.jsonl`` file with
-            ``path`` and ``label`` (and ``split``); or what `read_packed` takes.
+        dataset: ``bundled``; a benchmark's name; or what `read_folder`, `read_table` or
+            `read_packed` takes. A `UserError` if it is none, or anything in it is wrong.
         root: folder that holds the benchmarks; not read for anything else.
         domain: style of the bundled task; the source domain if not given.
         class_names: JSON file with other names for the classes, as `read_class_names` takes it.
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
             that split, where nothing is split yet.
         evaluate: the task is only evaluated on: an unsplit source is all test images.
-
-    Raises:
-        UserError: unknown dataset or domain, or anything wrong with what is read.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
@@ -80,12 +89,8 @@ def open_task(
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:
         check_class_names(task.class_names, f"dataset '{dataset}'")
-    return _told_of_names_alike(task)  # some benchmarks do have two classes of one name
-
-
-def _told_of_names_alike(task: items.Task) -> items.Task:
     names, alike = task.class_names, items.names_alike(task.class_names)
-    for one, other in alike[:1]:
+    for one, other in alike[:1]:  # some benchmarks do have two classes of one name
         what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
         such = f"(such as '{names[other]}', label {other}, that of label {one})"
         hint = "text prompts cannot tell apart; better names can be given with --class-names"
@@ -99,14 +104,13 @@ def bundled_domains() -> tuple[str, ...]:
 
 
 def _read_bundled(domain: str | None) -> items.Task:
-    data = files.read_json(BUNDLED_ROOT / "task.json", "bundled task")
-    domains, names = list(data["domains"]), tuple(data["class_names"])
-    chosen = domains[0] if domain is None else domain
+    data, domains = files.read_json(BUNDLED_ROOT / "task.json", "bundled task"), bundled_domains()
+    names, chosen = tuple(data["class_names"]), domains[0] if domain is None else domain
     if chosen not in domains:
         what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"
         raise UserError(f"{what}; use one of {', '.join(domains)}")
     name = BUNDLED if chosen == domains[0] else f"{BUNDLED}:{chosen}"
-    listed = (data["domains"][chosen].get(part, ()) for part in items.PARTS)
+    listed = (data["domains"][chosen].get(part, ()) for part in PARTS)
     train, val, test = (tuple(items.Item(p, k, names[k]) for p, k in pairs) for pairs in listed)
     return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
@@ -114,59 +118,50 @@ def _read_bundled(domain: str | None) -> items.Task:
 def read_folder(folder: Path, split: items.Split) -> items.Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
-    Where there is no train/, test/ (and val/) above the class folders, classes are split. Images
-    may lie deeper in a class's folder.
+    Class folders lie in train/, test/ (and val/), or else are split. Images may lie deeper in them.
     """
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
     if "train" in classes and (tuned := subfolders(folder / "train")):
-        places = {part: folder / part for part in items.PARTS if part in classes}
+        places = {part: folder / part for part in PARTS if part in classes}
         if "test" not in places:
             hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
             raise UserError(f"folder {folder} has train/ but no test/; {hint}")
         classes = tuned
     elif not classes:
-        hint = "put each class's images in one of its own, or train/ and test/ with such folders"
-        raise UserError(f"folder {folder} holds no class folders; {hint}")
+        raise UserError(f"folder {folder} holds no class folders; give each class one of its own")
     # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
     elif all(c.casefold() in _PART_NAMES and subfolders(folder / c) for c in classes):
-        listed = ", ".join(f"{name}/" for name in classes)
-        hint = "rename them train/ and test/ (and val/)"
-        raise UserError(f"folder {folder} holds {listed}, which are parts, not classes; {hint}")
-    order, where = items.label_order(set(classes)), f"folder {folder}"
-    rows, left = list[items.Row](), list[str]()
+        what = f"folder {folder} holds {'/, '.join(classes)}/, which are parts, not classes"
+        raise UserError(f"{what}; rename them train/ and test/ (and val/)")
+    order, rows, left = items.label_order(set(classes)), list[items.Row](), list[str]()
     for part, place in places.items():
         there = set(subfolders(place))
         if unknown := sorted(there.difference(classes)):
-            what = f"class folder {place / unknown[0]} has no counterpart in {folder / 'train'}"
-            raise UserError(f"{what}; add one, or take it out")
+            raise UserError(f"class folder {place / unknown[0]} has none in train/ like it; add it")
         for name in [name for name in order if name in there]:
             inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
             found = images_below(place / name, others)
             if not found:
                 named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
-                what = f"class folder {place / name} holds no images{named}"
-                raise UserError(f"{what}; add some, or take it out")
+                raise UserError(f"class folder {place / name} holds no images{named}; add some")
             rows += [(part, f"{inside}/{path}", name) for path in sorted(found)]
             left += [f"{inside}/{path}" for path in sorted(others)]
-    notes = tuple(
-        f"{len(left):,} files in the class folders of {folder} have no image's name and are left "
-        f"out (such as {such}); convert them, or give them the extension that they should have"
-        for such in left[:1]
-    )
-    return make_task(folder.resolve().name, folder, rows, where, split=split, notes=notes)
+    facts: dict[str, Any] = {"split": split}
+    if left:
+        what = f"{len(left):,} files in the class folders of {folder} have no image's name"
+        hint = "convert them, or give them the extension that they should have"
+        facts["notes"] = (f"{what} and are left out (such as {left[0]}); {hint}",)
+    return make_task(folder.resolve().name, folder, rows, f"folder {folder}", **facts)
 
 
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
-    """What has an image's name in and below ``folder``, relative to it; hidden ones left out.
-
-    So may an empty folder, which is no image when read. Files of other names go to ``others``.
-    """
+    """What has an image's name below ``folder``, hidden ones left out; others go to ``others``."""
     found = []
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
         if not folders and not names and has_image_name(inside.name):
-            found.append(inside.as_posix())
+            found.append(inside.as_posix())  # an empty folder, which is no image when read
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if has_image_name(name):
@@ -178,9 +173,8 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
 
 def read_table(file: Path, split: items.Split) -> items.Task:
     """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``."""
-    rows, seen = list[items.Row](), dict[str, int]()
-    for line, record in _records(file):
-        where = f"{file}, line {line}"
+    rows, seen = list[items.Row](), dict[str, str]()
+    for where, record in _records(file):
         path, label, part = (record.get(key) for key in ("path", "label", "split"))
         if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
             label = str(label)
@@ -189,10 +183,11 @@ def read_table(file: Path, split: items.Split) -> items.Task:
         if not isinstance(part, str | None):
             raise UserError(f"{where}: split must be train, val or test")
         path, part = check_path(path.strip(), where), (part or "").strip()
-        if seen.setdefault(path, line) != line:
-            raise UserError(f"{where}: {path} is on line {seen[path]} already; take one out")
-        if part and part not in items.PARTS:
+        if part not in (*PARTS, ""):
             raise UserError(f"{where}: split '{part}' is none of train, val, test")
+        if (first := seen.setdefault(path, where)) != where:
+            line = first.rpartition(", ")[2]
+            raise UserError(f"{where}: {path} is on {line} already; take one out")
         rows.append((part, path, label.strip()))
         if bool(part) != bool(rows[0][0]):
             raise UserError(f"{where}: either every line has a split, or none")
@@ -201,28 +196,36 @@ def read_table(file: Path, split: items.Split) -> items.Task:
     return make_task(file.stem, file.parent, rows, str(file), split=split)
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    """The rows of a table, each after the number of its line."""
-    with refusing(f"{file} cannot be read", "save it as UTF-8 text"):
-        text = files.read_text(file, encoding="utf-8-sig")
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """A text file's lines that are not blank, each after where it is."""
+    if not file.exists():
+        raise UserError(f"index file {file} does not exist; put the published one there")
+    if not (text := text_of(file)).strip():
+        raise UserError(f"{file} is empty and names no images; put the whole one there")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{file}, line {number}", line.strip()
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The rows of a table, each after where it is."""
     if file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            where, form = f"{file}, line {number}", '{"path": "a.jpg", "label": "cat"}'
-            if line.strip():
-                errors = (ValueError, RecursionError)
-                with refusing(f"{where}: malformed JSON", "mend it", *errors):
-                    record = files.parse_json(line)
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: must be an object such as {form}")
-                yield number, record
+        for where, line in _lines(file):
+            with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
+                record = files.parse_json(line)
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: must be an object with path and label")
+            yield where, record
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
         if not {"path", "label"} <= set(columns):
-            form = "must name the columns path and label (and may name split)"
-            raise UserError(f"{file}, line 1: the header {form}, not '{','.join(columns)[:80]}'")
-        yield from ((reader.line_num, record) for record in reader)
+            what = (
+                f"the header must name the columns path and label, not {','.join(columns)[:80]!r}"
+            )
+            raise UserError(f"{file}, line 1: {what}")
+        yield from ((f"{file}, line {reader.line_num}", record) for record in reader)
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
 
@@ -241,15 +244,127 @@ def _renamed(task: items.Task, file: Path) -> items.Task:
     """A task with its classes called as the user's mapping or list says."""
     given, names, where = read_class_names(file), task.class_names, f"class name file {file}"
     if isinstance(given, dict):
-        for name in given:
-            if name not in names:
-                close = nearest(name, names)
-                raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
+        for name in [name for name in given if name not in names]:
+            close = nearest(name, names)
+            raise UserError(f"{where}: the dataset has no class '{name}'{close}; take it out")
         given = [given.get(name, name) for name in names]
     if len(given) != len(names):
-        what = f"lists {len(given)} names, but the dataset has {len(names)} classes"
-        raise UserError(f"{where} {what}; list one for each, in label order")
+        raise UserError(f"{where} lists {len(given)} names, but {len(names)} classes need one each")
     check_class_names(given, where)
     listed = (task.train, task.val, task.test)
     train, val, test = (tuple(replace(i, class_name=given[i.label]) for i in p) for p in listed)
     return replace(task, class_names=tuple(given), train=train, val=val, test=test)
+
+
+def read_split(file: Path, images: Path | None = None) -> items.Task:
+    """Read a split file: ``{"train"|"val"|"test": [[relative path, label, class name], ...]}``."""
+    whole, data = f"split file {file}", files.read_json(file, "split file")
+    if not isinstance(data, dict) or not all(isinstance(data.get(p), list) for p in PARTS):
+        raise UserError(f"{whole} must be a JSON object with the lists train, val and test")
+    names, rows = dict[int, str](), list[items.Row]()
+    for part, number, entry in ((p, *e) for p in PARTS for e in enumerate(data[p])):
+        where = f"{whole}, {part} entry {number}"
+        if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
+            raise UserError(f"{where} must be [relative path, label, class name]; download it anew")
+        path, label, name = entry
+        if (known := names.setdefault(label, name)) != name:
+            raise UserError(
+                f"{where}: label {label} is '{name}' here and '{known}' before; mend it"
+            )
+        rows.append((part, check_path(path, where), label))
+    if missing := sorted(set(range(len(names))) - set(names)):
+        what = f"labels must be 0 .. {len(names) - 1} for its {len(names)} classes"
+        raise UserError(f"{whole}: {what}, but {missing[0]} is missing; number them anew")
+    names = dict(sorted(names.items()))
+    check_class_names(list(names.values()), whole)
+    return make_task(file.stem, images or file.parent, rows, whole, names=names)
+
+
+def read_variants(file: Path, images: Path) -> items.Task:
+    """Read FGVC-Aircraft's lists: variants.txt, and "id variant" in images_variant_{part}.txt."""
+    names, rows = {line: line for _, line in _lines(file)}, list[items.Row]()
+    check_class_names(list(names), f"index file {file}")
+    for part in PARTS:
+        for where, line in _lines(file.parent / f"images_variant_{part}.txt"):
+            image, _, name = line.partition(" ")
+            if name not in names:
+                raise UserError(f"{where}: '{name}' is no variant that {file.name} lists; mend it")
+            rows.append((part, check_path(f"{image}.jpg", where), name))
+    return make_task(file.stem, images, rows, f"index file {file}", names=names)
+
+
+def read_class_folders(file: Path, images: Path, form: str) -> items.Task:
+    """Read folders of images called by WordNet id, with classnames.txt of "wnid name" lines.
+
+    Labels are in the order of that file. All are test images, unless the ``form`` is "parted":
+    class folders are below train/ and val/, of which the latter is to test on. "numbered" ones are
+    called by line number, from 0, in place of the id. Of "some", the classes are those that have a
+    folder, in place of all that the file lists.
+    """
+    names, rows, parted = dict[str, str](), list[items.Row](), form == "parted"
+    for where, line in _lines(file):
+        key, _, name = line.partition(" ")
+        if not name.strip():
+            raise UserError(f"{where}: '{line}' must be 'wnid class name'; mend it")
+        key = str(len(names)) if form == "numbered" else key
+        if key in names:
+            raise UserError(f"{where}: {key} is listed twice; take one out")
+        names[key] = name.strip()
+    for part, place in (("train", "train/"), ("test", "val/")) if parted else (("test", ""),):
+        there = set(subfolders(folder := images / place))
+        if unknown := sorted(there.difference(names)):
+            raise UserError(f"folder {folder / unknown[0]} is no class that {file} lists; mend it")
+        if form == "some":
+            names = {key: name for key, name in names.items() if key in there}
+        missing = [key for key in names if key not in there]
+        found = {key: sorted(filter(has_image_name, os.listdir(folder / key))) for key in there}
+        for what, keys in (
+            (f"that {file} lists are missing from {folder}", missing),
+            (f"in {folder} hold no images", [key for key in names if not found.get(key)]),
+        ):
+            if keys:
+                listed = f"{', '.join(keys[:20])}; download what is not there"
+                raise UserError(f"class folders ({len(keys):,}) {what}: {listed}")
+        rows += [(part, f"{place}{key}/{image}", key) for key in names for image in found[key]]
+    where = f"benchmark folder {images}"
+    return make_task(images.name, images, rows, where, names=names, tuned=parted)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark lies below the root, how it is read, and what is known of it."""
+
+    name: str  # what the user calls it
+    folder: str  # below the root
+    images: str  # the images' folder in that one; paths are relative to it
+    index: str  # the file in ``folder`` that lists its images or classes
+    classes: int
+    counts: dict[str, int]  # images of the published split, by the parts that it has
+    gigabytes: float  # of its download, about
+    licence: str  # as its authors state it
+    url: str  # where they give it
+    template: str = items.DEFAULT_TEMPLATE  # the field's hand-written prompt for it
+    read: str = "split"  # the index: a "split" file, "variants", or a form of class folders
+    # images that every class has at least, of the parts where this is known
+    least: dict[str, int] = field(default_factory=dict)
+
+    def open(self, root: Path | None) -> items.Task:
+        """Read the listing below ``root``."""
+        wanted = f"the folder that holds {self.folder}/"
+        if root is None:
+            raise UserError(f"benchmark '{self.name}' needs --root, {wanted}")
+        root = files.user_path(root)
+        if not root.is_dir():
+            raise UserError(f"--root {root} does not exist; give {wanted}")
+        if not (home := root / self.folder).is_dir():
+            raise UserError(f"benchmark '{self.name}': {home} does not exist; check --root")
+        index, images = home / self.index, home / self.images
+        if self.index == _CLASS_NAMES and not index.exists():
+            index = root / "imagenet" / _CLASS_NAMES  # the same for ImageNet and its four shifts
+        readers = {"split": read_split, "variants": read_variants}
+        read = readers.get(self.read) or partial(read_class_folders, form=self.read)
+        return replace(read(index, images), name=self.name, template=self.template)
+
+
+_TABLE = files.read_yaml(Path(__file__).with_name("benchmarks.yaml"), "table of benchmarks")
+BENCHMARKS = {name: Benchmark(name, **row) for name, row in _TABLE.items()}

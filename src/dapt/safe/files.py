@@ -11,8 +11,6 @@ import secrets
 import shutil
 import stat
 import time
-from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -29,11 +27,7 @@ _ABANDONED = 24 * 3600  # seconds after which nobody is at work on it
 
 
 def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
-    """Open an ordinary file of at most ``limit`` bytes; never waits, as opening a FIFO would.
-
-    Raises:
-        OSError: it cannot be opened, is a folder, FIFO, socket or device, or is larger.
-    """
+    """Open an ordinary file of at most ``limit`` bytes; else an `OSError`, without any waiting."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         found = os.fstat(handle)
@@ -49,11 +43,7 @@ def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
 
 
 def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT) -> str:
-    """The text of an ordinary file, with line breaks as they are; `OSError` as of `open_regular`.
-
-    Raises:
-        UnicodeDecodeError: it is no text in ``encoding``.
-    """
+    """An ordinary file's text, line breaks as they are; else `OSError` or `UnicodeDecodeError`."""
     with open_regular(path, limit) as file:
         return file.read(limit + 1).decode(encoding)
 
@@ -61,8 +51,8 @@ def read_text(path: Path, *, encoding: str = "utf-8", limit: int = LARGEST_TEXT)
 def file_size(path: Path | str) -> int | None:
     """Bytes of an ordinary file, None where there is none that can be seen."""
     with suppress(OSError, ValueError):
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        if stat.S_ISREG((found := os.stat(path)).st_mode):
+            return found.st_size
     return None
 
 
@@ -87,8 +77,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     try:
         with temporary.open("xb") as file:
             with suppress(FileNotFoundError):
-                mode = path.lstat().st_mode
-                if stat.S_ISREG(mode):
+                if stat.S_ISREG(mode := path.lstat().st_mode):
                     temporary.chmod(mode & 0o777)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -131,17 +120,9 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, form: str = "JSON") -> Any:
     """The value of a JSON file, as `parse_json`; a `UserError` says ``what`` it is for."""
-    return _read(path, what, "JSON", parse_json, LARGEST_TEXT)
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """The value of a YAML file, as `parse_yaml`; a `UserError` says ``what`` it is for."""
-    return _read(path, what, "YAML", parse_yaml, LARGEST_YAML)
-
-
-def _read(path: Path, what: str, form: str, parse: Callable[[str], Any], limit: int) -> Any:
+    parse, limit = (parse_json, LARGEST_TEXT) if form == "JSON" else (parse_yaml, LARGEST_YAML)
     try:
         return parse(read_text(path, limit=limit))
     except FileNotFoundError as error:
@@ -150,20 +131,22 @@ def _read(path: Path, what: str, form: str, parse: Callable[[str], Any], limit: 
         raise UserError(f"{what} {path} is not readable {form} ({error})") from error
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text of distinct keys and finite numbers.
+def read_yaml(path: Path, what: str) -> Any:
+    """The value of a YAML file, as `parse_yaml`; a `UserError` says ``what`` it is for."""
+    return read_json(path, what, "YAML")
 
-    Raises:
-        ValueError, RecursionError: it is no such text, or nested too deeply.
-    """
+
+def parse_json(text: str) -> Any:
+    """The value of JSON of distinct keys, finite numbers; else `ValueError` or `RecursionError`."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is there twice")
+        found[key] = value
     return found
 
 
@@ -202,11 +185,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: mappings of distinct keys, lists, text, numbers, dates.
-
-    Raises:
-        ValueError: it is no such text, nested too deeply, or has aliases; the message is short.
-    """
+    """The value of YAML of distinct keys, without aliases; else a `ValueError` of few words."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # constructors of PyYAML fail in many ways
@@ -214,11 +193,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, ``~`` being their home; it need not exist.
-
-    Raises:
-        UserError: no file can have this path, or there is no such home.
-    """
+    """A user's path, which need not exist, ``~`` being their home; a `UserError` if it cannot."""
     try:
         path = Path(text).expanduser()
         os.stat(path)
