@@ -30,8 +30,8 @@ from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
 from dapt.run.train import train
 from dapt.serve import server
+from dapt.serve.app import Limits
 from dapt.serve.served import Served, load_served
-from dapt.serve.uploads import Limits
 from dapt.settings import make_settings
 
 runner = CliRunner()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 # Importing a module adds its commands, in the order of 'dapt --help'.
-from dapt.cli import train, use, serve, experiment, exchange, data  # noqa: F401
+from dapt.cli import train, use, experiment, data  # noqa: F401
 from dapt.cli.common import app
 
 __all__ = ["app", "main"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from rich.table import Table
 from typer import Argument, Context, Exit, Option, Typer, echo
@@ -129,6 +130,23 @@ app = Typer(
     rich_markup_mode="markdown",
     help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
 )
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_, *_PARTS = re.split(
+    "^# (.+)$", Path(__file__).with_name("help.md").read_text("utf-8"), flags=re.M
+)
+_HELP = dict(zip(_PARTS[::2], _PARTS[1::2], strict=True))
+
+
+def command(name: str, group: Typer = app, **how: Any) -> Callable[[_Function], _Function]:
+    """Make a function a command, whose docstring says what it does and ``help.md`` the rest."""
+
+    def add(function: _Function) -> _Function:
+        more = _HELP.get(name, "")
+        return group.command(name, help=f"{function.__doc__}\n{more}", **how)(function)
+
+    return add
 
 
 def say_error(line: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
 from dapt.cli import common
-from dapt.cli.common import say_json
+from dapt.cli.common import command, say_json
 from dapt.errors import UserError, printable
 from dapt.progress import RichReporter, cell, console, say, table
 
@@ -24,7 +24,7 @@ common.app.add_typer(data, name="data")
 _JsonOption = Annotated[bool, Option("--json", help="Print all of it, as JSON.")]
 
 
-@data.command(name="support-set")
+@command("support-set", data)
 def support_set(
     dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
@@ -35,10 +35,7 @@ def support_set(
     save: Annotated[Path | None, Option(help="Write it to a file for 'dapt train'.")] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Draw a support set exactly as the published protocol does, and print it.
-
-    **Example:** `dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json`
-    """
+    """Draw a support set exactly as the published protocol does, and print it."""
     from dapt.data import draw_support_set, open_task
 
     task = open_task(dataset, root=root, domain=domain, class_names=class_names)
@@ -54,7 +51,7 @@ def support_set(
             echo(f"{part}\t{item.label}\t{name}\t{path}")
 
 
-@data.command(name="list")
+@command("list", data)
 def list_datasets(as_json: _JsonOption = False) -> None:
     """List the datasets that are known by name: sizes, licences, and where to get them."""
     from dapt.data import BENCHMARKS
@@ -79,7 +76,7 @@ def list_datasets(as_json: _JsonOption = False) -> None:
     say("without a download: bundled, or any folder of images")
 
 
-@data.command()
+@command("check", data)
 def check(
     dataset: Annotated[str | None, Argument(help="If none, all benchmarks below --root.")] = None,
     root: common.RootOption = None,
@@ -89,13 +86,7 @@ def check(
     decode: Annotated[bool, Option("--decode", help="Decode images, not just their ends.")] = False,
     as_json: _JsonOption = False,
 ) -> None:
-    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong.
-
-    **Examples**
-
-    - `dapt data check --root /data --quick`
-    - `dapt data check my_photos --decode`
-    """
+    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong."""
     from dapt.data import BENCHMARKS
     from dapt.data.check import check_dataset
     from dapt.safe.files import user_path
@@ -113,9 +104,12 @@ def check(
     chosen = [dataset] if dataset else below
     if not chosen:
         raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
-    level = "listed" if quick else "decoded" if decode else "whole"
-    place, told = {"root": root, "domain": domain, "class_names": class_names}, RichReporter()
-    checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
+    how: dict[str, Any] = {
+        "level": "listed" if quick else "decoded" if decode else "whole",
+        "root": root,
+    }
+    how |= {"domain": domain, "class_names": class_names, "reporter": RichReporter()}
+    checks = [check_dataset(name, **how) for name in chosen]
     if as_json:
         say_json([c.to_json() for c in checks])
     else:
@@ -140,7 +134,7 @@ def _show_checks(checks: list[Check]) -> None:
     console.print(made)
     for found in checks:
         for kind in dict.fromkeys(problem.kind for problem in found.problems):
-            alike = [p for p in found.problems if p.kind == kind]
+            alike = [problem for problem in found.problems if problem.kind == kind]
             for problem in alike[:_SHOWN]:
                 say(f"{found.dataset}: {problem.text}")
             if len(alike) > _SHOWN:

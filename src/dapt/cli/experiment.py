@@ -11,19 +11,15 @@ from typer import Argument, Context, Exit, Option, echo
 
 import dapt
 from dapt.cli import common
-from dapt.cli.common import app, say_error
+from dapt.cli.common import command, say_error
 from dapt.errors import UserError
 from dapt.progress import Reporter, RichReporter, cell, console, errors, say, table
 
 if TYPE_CHECKING:
     from dapt.grid import Grid, PlannedRun, Suite
 
-# Options that give settings of all runs, and those that take the place of the suite's lists.
-_SETTINGS = ("root", "backbone", "pretrained", "precision", "device")
-_LISTS: dict[str, type[Any]] = {"datasets": str, "methods": str, "shots": int, "seeds": int}
 
-
-@app.command()
+@command("experiment")
 def experiment(
     context: Context,
     suite: Annotated[str, Argument(help="A suite that ships with dapt, or a YAML file.")],
@@ -46,17 +42,7 @@ def experiment(
     threads: Annotated[int | None, Option(min=1, help="Of a run; else cores / workers.")] = None,
     ray: Annotated[str | None, Option(help="Address of a Ray cluster, or 'local'.")] = None,
 ) -> None:
-    """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere.
-
-    Suites that ship: few-shot, domain-generalization, base-to-new, cross-dataset and ablation; on
-    the bundled task without --root. The same command continues a grid; several may share a folder.
-
-    **Examples**
-
-    - `dapt experiment few-shot --root /data --datasets dtd,eurosat --dry-run`
-    - `dapt experiment base-to-new --quick --workers 4`
-    - `dapt experiment ablation --yaml > mine.yaml; dapt experiment mine.yaml`
-    """
+    """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere."""
     from dapt.engine.fit import Interrupted
     from dapt.grid import Grid, make_plan, read_suite, suite_file
     from dapt.grid.plan import DONE
@@ -67,12 +53,12 @@ def experiment(
     if yaml:
         echo(file.read_text(encoding="utf-8"), nl=False)
         return
-    lists = {n: _list(n, context.params[n]) for n in _LISTS if context.params[n] is not None}
-    changes = common.given_settings(context, _SETTINGS, settings)
-    plan = make_plan(_chosen(read_suite(file), changes, lists, quick), output)
-    bars = told if errors.is_terminal else Reporter()
+    own = ("root", "backbone", "pretrained", "precision", "device")
+    changes: dict[str, Any] = {"settings": common.given_settings(context, own, settings)}
+    changes |= {name: _list(context, name) for name in ("datasets", "methods", "shots", "seeds")}
+    plan = make_plan(_changed(read_suite(file), changes, quick), output)
     how: dict[str, Any] = {"workers": workers, "threads": threads, "ray": ray, "retry": retry}
-    grid = Grid(plan, **how, reporter=told, progress=bars)
+    grid = Grid(plan, **how, reporter=told, progress=told if errors.is_terminal else Reporter())
     try:
         _show_plan(grid, grid.prepare())
         if not dry_run:
@@ -83,28 +69,30 @@ def experiment(
         raise Exit(130) from None
 
 
-def _list(name: str, text: str) -> list[Any]:
-    """What stands between commas; a suite refuses a list that is empty."""
+def _list(context: Context, name: str) -> list[Any] | None:
+    """What stands between an option's commas; a suite refuses a list that is empty."""
+    if (text := context.params[name]) is None:
+        return None
+    kind = int if name in ("shots", "seeds") else str
     try:
-        return [_LISTS[name](value.strip()) for value in text.split(",") if value.strip()]
+        return [kind(value.strip()) for value in text.split(",") if value.strip()]
     except ValueError as error:
         raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
 
 
-def _chosen(suite: Suite, changes: dict[str, Any], lists: dict[str, Any], quick: bool) -> Suite:
+def _changed(suite: Suite, changes: dict[str, Any], quick: bool) -> Suite:
     """The suite as the command line changes it: its settings, and its lists."""
-    columns, datasets = lists.pop("methods", None), lists.get("datasets")
-    if "backbone" in changes:  # its weights are not those of the suite's
-        changes = {"pretrained": None, **changes}
-    part = {**lists, "settings": changes}
+    columns, datasets = changes.pop("methods"), changes["datasets"]
+    if "backbone" in changes["settings"]:  # its weights are not those of the suite's
+        changes["settings"].setdefault("pretrained", None)
+    part = {name: value for name, value in changes.items() if value is not None}
     asked = suite.changed(part, "command line")
     if asked.bundled and (asked.needs_root() if datasets is None else datasets == ["bundled"]):
         if datasets is None:
             say("no --root: on the bundled task in place of the benchmarks")
         suite = suite.changed(suite.bundled, "bundled")
-    if quick:
+    if quick:  # in a folder of its own, as its runs are others
         suite = suite.changed(suite.quick, "quick")
-        # In a folder of its own, as its runs are others.
         suite = suite.model_copy(update={"name": f"{suite.name}-quick"})
     suite = suite.changed(part, "command line")
     return suite if columns is None else suite.select(columns, "--methods")
@@ -152,7 +140,7 @@ def _show_result(grid: Grid) -> None:
     raise Exit(1)
 
 
-@app.command()
+@command("report")
 def report(
     runs: Annotated[list[Path], Argument(help="Run directories, or folders that hold some.")],
     out: Annotated[Path, Option("--out", "-o", help="HTML page.")] = Path("report.html"),
@@ -163,17 +151,7 @@ def report(
         bool, Option("--features", help="Feature maps, reliability, misnamed images, too.")
     ] = False,
 ) -> None:
-    """Tables and figures of any set of runs, on one HTML page that needs nothing else.
-
-    Beside the page, a folder has every table as Markdown, CSV and LaTeX and every figure as SVG
-    and PNG. Only runs' files are read, so a hundred runs take seconds; with --features their
-    backbones are loaded and test images looked at again.
-
-    **Examples**
-
-    - `dapt report runs/grid runs/more --baseline coop`
-    - `dapt report runs/photos --features`
-    """
+    """Tables and figures of any set of runs, on one HTML page that needs nothing else."""
     from dapt.report import write_report
 
     told = RichReporter()
@@ -190,7 +168,7 @@ def report(
 _UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command(context_settings=_UNREAD)
+@command("bench", context_settings=_UNREAD)
 def bench(context: Context) -> None:
     """Time a training step and an evaluation, the plain way and ours, in one run."""
     sources = Path(dapt.__file__).resolve().parents[1]

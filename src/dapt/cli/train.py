@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, readable_errors, say_error, show_run
+from dapt.cli.common import command, given_settings, readable_errors, say_error, show_run
 from dapt.errors import UserError
 from dapt.progress import RichReporter, cell, console, say, table
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what only some commands need, they import
 COMPARED_IMAGES = 2000
 
 
-@app.command()
+@command("train")
 def train(
     context: Context,
     dataset: Annotated[
@@ -49,58 +49,43 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Tune prompts on a few labelled images, and evaluate them.
-
-    **Examples**
-
-    - `dapt train bundled -o runs/first`
-    - `dapt train photos/ -o runs/photos --shots 8 --tune-settings`
-    - `dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai`
-    - `dapt train -o runs/photos --resume`
-    - `torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos`
-    """
-    from dapt.engine.data import open_data
-    from dapt.engine.evaluate import evaluate_zero_shot
-    from dapt.engine.features import Shared, backbone_of
+    """Tune prompts on a few labelled images, and evaluate them."""
+    from dapt.engine import data, evaluate, features, processes, search
     from dapt.engine.fit import Interrupted
-    from dapt.engine.processes import join_processes
-    from dapt.engine.search import search_settings
     from dapt.methods import get_method
+    from dapt.run import train as training
     from dapt.run.directory import RunDirectory
-    from dapt.run.train import check_output
-    from dapt.run.train import train as run_training
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
         if output is None:
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         final = _settings(given_settings(context, assignments=settings), config, run, resume)
-        processes = join_processes()
-        if processes.first:
-            check_output(run, final, resume=resume, overwrite=overwrite)
-        if tune_settings and not processes.alone:
+        group = processes.join_processes()
+        if group.first:
+            training.check_output(run, final, **how)
+        if tune_settings and not group.alone:
             raise UserError("--tune-settings is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
-            final = search_settings(final, reporter)
-        data = shared = None
-        if processes.alone and not (resume and run.finished):
-            data, shared = open_data(final), Shared(backbone_of(final))
-        run_training(
-            final,
-            output,
-            resume=resume,
-            overwrite=overwrite,
-            reporter=reporter,
-            shared=shared,
-            data=data,
-        )
-        if not processes.first:
+            final = search.search_settings(final, reporter)
+        images = shared = None
+        if group.alone and not (resume and run.finished):
+            images, shared = data.open_data(final), features.Shared(features.backbone_of(final))
+        training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
+        if not group.first:
             return
-        result = show_run(run)
+        tuned = show_run(run).test.accuracy
         learns = not get_method(final.method).still
-        if data and shared and learns and len(data.task.test) <= COMPARED_IMAGES:
-            before = evaluate_zero_shot(data.task, final, reporter, shared)["accuracy"]
-            _compare(result.test.accuracy, before, final.shots)
+        if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
+            zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
+            say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
+            if tuned < zero:
+                search_too = "--tune-settings or " if final.shots > 1 else ""  # it holds images out
+                say(
+                    f"tuning made it worse; give more images a class (it had {final.shots}), try "
+                    f"{search_too}--method linear-probe, or stay with --method zero-shot"
+                )
 
 
 def _settings(
@@ -131,18 +116,7 @@ def _settings(
     return final
 
 
-def _compare(tuned: float, before: float, shots: int) -> None:
-    """Say whether tuning was worth it: with few images it may not be."""
-    say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
-    if tuned < before:
-        search = "--tune-settings or " if shots > 1 else ""  # a search holds images out
-        say(
-            f"tuning made it worse; give more images a class (it had {shots}), try "
-            f"{search}--method linear-probe, or stay with --method zero-shot"
-        )
-
-
-@app.command()
+@command("methods")
 def methods() -> None:
     """List the methods: what each learns, and by which loss terms."""
     from dapt.methods import METHODS
@@ -156,7 +130,7 @@ def methods() -> None:
     console.print(made)
 
 
-@app.command(name="settings")
+@command("settings")
 def list_settings(
     dataset: Annotated[str, Argument(help="Show the settings published for it.")] = "bundled",
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
@@ -181,7 +155,7 @@ def list_settings(
     console.print(made)
 
 
-@app.command()
+@command("demo")
 def demo(
     output: Annotated[Path, Option("--output", "-o", help="Where all of it goes.")] = Path("demo"),
     epochs: Annotated[int | None, Option(min=1, help="Passes over the support set.")] = None,

@@ -1,32 +1,160 @@
-"""The routes: predictions, classes, support images, health, metrics, and the pages."""
+"""What a request may send, how its images wait for the model, and the routes that answer it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, exposition
 from pydantic import BaseModel, Field
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from dapt import __version__
 from dapt.data import TooManyPixels
-from dapt.errors import UserError
+from dapt.errors import UserError, printable
 from dapt.predict import best
-from dapt.serve.batching import Batcher
-from dapt.serve.served import Served
-from dapt.serve.uploads import AGAIN, MULTIPART, Limits, uploaded
+from dapt.serve.served import Answer, Served
 
 _STATIC = Path(__file__).with_name("static")
+_FIELD, _MULTIPART = "images", "multipart/form-data"
+_AGAIN = {"Retry-After": "1"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server."""
+
+    upload: int = 20 * 2**20  # bytes of a request
+    pixels: int = 50_000_000  # width x height of an image
+    images: int = 32  # of a request
+    queue: int = 128  # images of all requests that wait for an answer
+    batch: int = 32  # images that the model takes at a time
+    timeout: float = 30.0  # seconds that a request may take in all
+    connections: int = 128  # clients at a time
+
+
+@asynccontextmanager
+async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[UploadFile]]:
+    """The image files of a multipart request, in order; parts over 1 MB wait on disk.
+
+    Bytes are counted as they arrive. An `HTTPException` (400, 408, 413, 415) has a sentence.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _MULTIPART:
+        raise HTTPException(415, f"send images as {_MULTIPART}, in fields named '{_FIELD}'")
+    too_large = HTTPException(
+        413, f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
+    )
+    length, seen = request.headers.get("content-length", ""), 0
+    if length.isdecimal() and int(length) > limits.upload:
+        raise too_large
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > limits.upload:
+            raise too_large
+        return message
+
+    # Other fields are not kept, so a few are no harm; what they hold is bounded too.
+    most = {"max_files": limits.images, "max_fields": 16, "max_part_size": 2**16}
+    try:
+        with anyio.fail_after(limits.timeout):
+            form = await Request(request.scope, receive).form(**most)
+    except TimeoutError:
+        said = f"the request did not arrive within {limits.timeout:g} s; send less at a time"
+        raise HTTPException(408, said) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the request ended early") from None
+    except (HTTPException, FormParserError) as error:  # not every starlette makes them the first
+        if error is too_large:
+            raise
+        said = error.detail if isinstance(error, HTTPException) else str(error)
+        if said.startswith("Too many files"):
+            said = f"a request may hold {limits.images} images; send the others in another"
+            raise HTTPException(413, said) from error
+        raise HTTPException(400, f"the form cannot be read: {printable(said)}") from error
+    try:
+        files = []
+        for name, value in form.multi_items():
+            if name != _FIELD or not isinstance(value, UploadFile):
+                said = f"field '{printable(name[:40])}' is no image"
+                raise HTTPException(400, f"{said}; send files in fields named '{_FIELD}'")
+            files.append(value)
+        if not files:
+            raise HTTPException(400, f"no images given; send files in fields named '{_FIELD}'")
+        yield files
+    finally:
+        await form.close()
+
+
+class Batcher:
+    """Does what requests ask in one thread that owns the model, and bounds how much that may be.
+
+    A batch is whatever is waiting once the model is free: alone, an image waits for nobody but
+    some milliseconds; under load batches fill up by themselves.
+    """
+
+    def __init__(self, served: Served, limits: Limits, registry: CollectorRegistry) -> None:
+        self._served, self._limits, self._admitted = served, limits, 0
+        # Views, each with what says which batch it is in, at which place, once that has begun.
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
+        about = "Images admitted that wait for an answer."
+        gauge = Gauge("dapt_queue_images", about, registry=registry)
+        gauge.set_function(lambda: self._admitted)
+        about, sizes = "Images the model took at a time.", [2**i for i in range(8)]
+        self._sizes = Histogram("dapt_batch_images", about, buckets=sizes, registry=registry)
+
+    @contextmanager
+    def admission(self, count: int) -> Iterator[None]:
+        """Room for ``count`` images until the block is left; an `HTTPException` without."""
+        if self._admitted + count > self._limits.queue:
+            raise HTTPException(429, "too many images are waiting; try again", _AGAIN)
+        self._admitted += count
+        try:
+            yield
+        finally:
+            self._admitted -= count
+
+    async def answer(self, view: np.ndarray) -> Answer:
+        """What the model makes of a view; to cancel this spares the work if that has not begun."""
+        begun = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((view, begun))
+        batch, place = await begun
+        return (await asyncio.shield(batch))[place]
+
+    async def run(self) -> None:
+        """Do the work, until this is cancelled. A batch that fails, fails those who wait for it."""
+        loop, size = asyncio.get_running_loop(), self._limits.batch
+        with ThreadPoolExecutor(1, "dapt-model") as model:
+            while True:
+                found = [await self._waiting.get()]
+                if self._waiting.qsize() < size - 1:
+                    await asyncio.sleep(0.003)  # for others
+                while len(found) < size and not self._waiting.empty():
+                    found.append(self._waiting.get_nowait())
+                if wanted := [one for one in found if not one[1].cancelled()]:
+                    self._sizes.observe(len(wanted))
+                    views = [view for view, _ in wanted]
+                    batch = loop.run_in_executor(model, self._served.answers, views)
+                    for place, (_, begun) in enumerate(wanted):
+                        begun.set_result((batch, place))
+                    await asyncio.wait([batch])
 
 
 class Photos(BaseModel):
@@ -96,23 +224,26 @@ class Health(BaseModel):
     status: str
 
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The only image, or the form, cannot be read."},
-    401: {"model": Problem, "description": "The token is missing or wrong."},
-    408: {"model": Problem, "description": "The request arrived too slowly."},
-    413: {"model": Problem, "description": "Too many bytes, images or pixels."},
-    415: {"model": Problem, "description": "The body is no form."},
-    422: {"description": "A parameter is wrong."},
-    429: {"model": Problem, "description": "Too much is waiting; see Retry-After."},
-    503: {"model": Problem, "description": "It took too long; see Retry-After."},
+_Responses = dict[int | str, dict[str, Any]]
+_PROBLEMS: _Responses = {
+    status: {"description": why} | ({} if status == 422 else {"model": Problem})
+    for status, why in {
+        400: "The only image, or the form, cannot be read.",
+        401: "The token is missing or wrong.",
+        408: "The request arrived too slowly.",
+        413: "Too many bytes, images or pixels.",
+        415: "The body is no form.",
+        422: "A parameter is wrong.",
+        429: "Too much is waiting; see Retry-After.",
+        503: "It took too long; see Retry-After.",
+    }.items()
 }
-_CONTENT = {MULTIPART: {"schema": Photos.model_json_schema()}}
-_BODY = {"requestBody": {"required": True, "content": _CONTENT}}
-_PICTURE: dict[int | str, dict[str, Any]] = {
+_CLOSED: _Responses = {401: _PROBLEMS[401]}
+_PICTURE: _Responses = {
     200: {"content": {"image/jpeg": {}}},
-    401: _PROBLEMS[401],
     404: {"model": Problem, "description": "There is no such support image."},
 }
+_BODY = {"required": True, "content": {_MULTIPART: {"schema": Photos.model_json_schema()}}}
 
 
 def create_app(
@@ -138,11 +269,11 @@ def create_app(
         decoders.shutdown(wait=True, cancel_futures=True)
         model.cancel()
 
+    about = f"Classifies images into the {len(served.class_names):,} classes of the run"
     app = FastAPI(
         title="dapt",
         version=__version__,
-        description=f"Classifies images into the {len(served.class_names):,} classes of the run "
-        f"'{served.name}'.",
+        description=f"{about} '{served.name}'.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
@@ -169,7 +300,10 @@ def create_app(
         return Prediction(file=name, classes=ranked, nearest=nearest)
 
     @app.post(
-        "/predict", responses=_PROBLEMS, openapi_extra=_BODY, response_model_exclude_defaults=True
+        "/predict",
+        responses=_PROBLEMS,
+        openapi_extra={"requestBody": _BODY},
+        response_model_exclude_defaults=True,
     )
     async def predict(
         request: Request,
@@ -192,9 +326,9 @@ def create_app(
                     return Predictions(predictions=await asyncio.gather(*work))
         except TimeoutError:
             said = f"no answer within {limits.timeout:g} s; try again"
-            raise HTTPException(503, said, AGAIN) from None
+            raise HTTPException(503, said, _AGAIN) from None
 
-    @app.get("/classes", responses={401: _PROBLEMS[401]})
+    @app.get("/classes", responses=_CLOSED)
     async def classes() -> Classes:
         """Class names in label order, and what a request may hold."""
         return Classes(
@@ -206,7 +340,7 @@ def create_app(
             limits=Bounds(upload_bytes=limits.upload, images=limits.images, pixels=limits.pixels),
         )
 
-    @app.get("/support/{number}", response_class=Response, responses=_PICTURE)
+    @app.get("/support/{number}", response_class=Response, responses=_CLOSED | _PICTURE)
     async def picture(number: int) -> Response:
         """A support image, small, as the model sees it."""
         if not 0 <= number < len(pictures):
@@ -218,10 +352,11 @@ def create_app(
         """Whether the server answers; for load balancers."""
         return Health(status="ok")
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_CLOSED)
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        latest = exposition.generate_latest(registry)
+        return Response(latest, media_type=exposition.CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
