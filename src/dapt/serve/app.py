@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import anyio
 import numpy as np
+import yaml
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, exposition
-from pydantic import BaseModel, Field
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -30,9 +30,11 @@ from dapt.errors import UserError, printable
 from dapt.predict import best
 from dapt.serve.served import Answer, Served
 
-_STATIC = Path(__file__).with_name("static")
+_HERE = Path(__file__).parent
+_STATIC = _HERE / "static"
 _FIELD, _MULTIPART = "images", "multipart/form-data"
 _AGAIN = {"Retry-After": "1"}
+_Json = dict[str, Any]  # of the shape that api.yaml tells
 
 
 @dataclass(frozen=True)
@@ -157,99 +159,10 @@ class Batcher:
                     await asyncio.wait([batch])
 
 
-class Photos(BaseModel):
-    """What is sent."""
-
-    images: list[bytes] = Field(description="JPEG, PNG, WebP, GIF, BMP or AVIF files.")
-
-
-class RankedClass(BaseModel):
-    """A class and how probable it is."""
-
-    name: str = Field(serialization_alias="class")
-    probability: float
-
-
-class Neighbour(BaseModel):
-    """A support image and the cosine of its features with the photo's."""
-
-    image: str = Field(description="Where the picture is.")
-    name: str = Field(serialization_alias="class")
-    cosine: float
-
-
-class Prediction(BaseModel):
-    """What came of one image: classes, best first, or an error."""
-
-    file: str
-    classes: list[RankedClass] = []
-    nearest: list[Neighbour] = []
-    error: str | None = Field(default=None, description="Why the image could not be classified.")
-
-
-class Predictions(BaseModel):
-    """One entry an image, in the order they were sent."""
-
-    predictions: list[Prediction]
-
-
-class Problem(BaseModel):
-    """Why a request was refused, in a sentence."""
-
-    detail: str
-
-
-class Bounds(BaseModel):
-    """What a request may hold."""
-
-    upload_bytes: int
-    images: int
-    pixels: int
-
-
-class Classes(BaseModel):
-    """What is served."""
-
-    run: str
-    method: str
-    backbone: str
-    classes: list[str]
-    support_images: int
-    limits: Bounds
-
-
-class Health(BaseModel):
-    """Whether predictions are made."""
-
-    status: str
-
-
-_Responses = dict[int | str, dict[str, Any]]
-_PROBLEMS: _Responses = {
-    status: {"description": why} | ({} if status == 422 else {"model": Problem})
-    for status, why in {
-        400: "The only image, or the form, cannot be read.",
-        401: "The token is missing or wrong.",
-        408: "The request arrived too slowly.",
-        413: "Too many bytes, images or pixels.",
-        415: "The body is no form.",
-        422: "A parameter is wrong.",
-        429: "Too much is waiting; see Retry-After.",
-        503: "It took too long; see Retry-After.",
-    }.items()
-}
-_CLOSED: _Responses = {401: _PROBLEMS[401]}
-_PICTURE: _Responses = {
-    200: {"content": {"image/jpeg": {}}},
-    404: {"model": Problem, "description": "There is no such support image."},
-}
-_BODY = {"required": True, "content": {_MULTIPART: {"schema": Photos.model_json_schema()}}}
-
-
 def create_app(
     served: Served, limits: Limits, registry: CollectorRegistry, ready: Callable[[], None]
 ) -> FastAPI:
-    """The application; its lifespan starts and ends the threads that do the work.
+    """The application, as ``api.yaml`` describes it; its lifespan is that of its threads.
 
     Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Long,
     because the routes share what is made here.
@@ -270,17 +183,13 @@ def create_app(
         model.cancel()
 
     about = f"Classifies images into the {len(served.class_names):,} classes of the run"
-    app = FastAPI(
-        title="dapt",
-        version=__version__,
-        description=f"{about} '{served.name}'.",
-        docs_url=None,
-        redoc_url=None,
-        lifespan=lifespan,
-    )
+    info = {"title": "dapt", "version": __version__, "description": f"{about} '{served.name}'."}
+    described = {"info": info, **yaml.safe_load(_HERE.joinpath("api.yaml").read_text("utf-8"))}
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.openapi = lambda: described  # type: ignore[method-assign]
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> Prediction:
+    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> _Json:
         name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
@@ -291,30 +200,20 @@ def create_app(
             if alone:
                 status = 413 if isinstance(error, TooManyPixels) else 400
                 raise HTTPException(status, str(error)) from error
-            return Prediction(file=name, error=str(error))
+            return {"file": name, "error": str(error)}
         counted.labels("ok").inc()
         (classes,) = best(probabilities[None], served.class_names, top)
         (places,) = best(cosines[None], range(len(cosines)), near)
-        ranked = [RankedClass(name=name, probability=p) for name, p in classes]
-        nearest = [Neighbour(image=f"/support/{i}", name=names[i], cosine=c) for i, c in places]
-        return Prediction(file=name, classes=ranked, nearest=nearest)
+        ranked = [{"class": name, "probability": p} for name, p in classes]
+        nearest = [{"image": f"/support/{i}", "class": names[i], "cosine": c} for i, c in places]
+        return {"file": name, "classes": ranked} | ({"nearest": nearest} if nearest else {})
 
-    @app.post(
-        "/predict",
-        responses=_PROBLEMS,
-        openapi_extra={"requestBody": _BODY},
-        response_model_exclude_defaults=True,
-    )
+    @app.post("/predict")
     async def predict(
         request: Request,
-        top: Annotated[int, Query(ge=1, description="Classes to name for each image.")] = 5,
-        nearest: Annotated[int, Query(ge=0, le=50, description="Support images to name.")] = 0,
-    ) -> Predictions:
-        """Classify images.
-
-        An image that cannot be read has an error in its entry; if it is the only one, the request
-        is refused with 400, or with 413 if it has too many pixels.
-        """
+        top: Annotated[int, Query(ge=1)] = 5,
+        nearest: Annotated[int, Query(ge=0, le=50)] = 0,
+    ) -> _Json:
         until = anyio.current_time() + limits.timeout
         with batcher.admission(1):  # a full server says so before it reads an upload
             pass
@@ -323,38 +222,30 @@ def create_app(
                 with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
                     alone = len(files) == 1
                     work = (entry(f, i, top, nearest, alone) for i, f in enumerate(files, 1))
-                    return Predictions(predictions=await asyncio.gather(*work))
+                    return {"predictions": await asyncio.gather(*work)}
         except TimeoutError:
             said = f"no answer within {limits.timeout:g} s; try again"
             raise HTTPException(503, said, _AGAIN) from None
 
-    @app.get("/classes", responses=_CLOSED)
-    async def classes() -> Classes:
-        """Class names in label order, and what a request may hold."""
-        return Classes(
-            run=served.name,
-            method=served.method,
-            backbone=served.backbone,
-            classes=list(served.class_names),
-            support_images=len(pictures),
-            limits=Bounds(upload_bytes=limits.upload, images=limits.images, pixels=limits.pixels),
-        )
+    @app.get("/classes")
+    async def classes() -> _Json:
+        bounds = {"upload_bytes": limits.upload, "images": limits.images, "pixels": limits.pixels}
+        about = {"run": served.name, "method": served.method, "backbone": served.backbone}
+        found = {"classes": served.class_names, "support_images": len(pictures)}
+        return {**about, **found, "limits": bounds}
 
-    @app.get("/support/{number}", response_class=Response, responses=_CLOSED | _PICTURE)
+    @app.get("/support/{number}")
     async def picture(number: int) -> Response:
-        """A support image, small, as the model sees it."""
         if not 0 <= number < len(pictures):
             raise HTTPException(404, f"there is no support image {number}")
         return Response(pictures[number], media_type="image/jpeg")
 
     @app.get("/healthz")
-    async def healthz() -> Health:
-        """Whether the server answers; for load balancers."""
-        return Health(status="ok")
+    async def healthz() -> _Json:
+        return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_CLOSED)
-    async def prometheus() -> Response:
-        """Metrics for Prometheus."""
+    @app.get("/metrics")
+    async def metrics() -> Response:
         latest = exposition.generate_latest(registry)
         return Response(latest, media_type=exposition.CONTENT_TYPE_LATEST)
 
