@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Exit, Option, Typer, echo
 
 from dapt.cli import common
-from dapt.cli.common import command, say_json
+from dapt.cli.common import command
 from dapt.errors import UserError, printable
 from dapt.progress import RichReporter, cell, console, say, table
+from dapt.safe.files import to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
 
-# Problems of a kind that are told one by one.
-_SHOWN = 10
+_SHOWN = 10  # problems of a kind that are told one by one
 
 data = Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
 common.app.add_typer(data, name="data")
@@ -43,10 +43,10 @@ def support_set(
     if save:
         drawn.save(save)
     if as_json:
-        say_json(drawn.to_json())
+        echo(to_json(drawn.to_json()))
         return
-    for part in ("train", "val"):
-        for item in getattr(drawn, part):
+    for part, items in (("train", drawn.train), ("val", drawn.val)):
+        for item in items:
             name, path = printable(item.class_name), printable(item.path)
             echo(f"{part}\t{item.label}\t{name}\t{path}")
 
@@ -54,14 +54,13 @@ def support_set(
 @command("list", data)
 def list_datasets(as_json: _JsonOption = False) -> None:
     """List the datasets that are known by name: sizes, licences, and where to get them."""
-    from dapt.data import BENCHMARKS
-    from dapt.data.benchmarks import LAYOUT
+    from dapt.data.benchmarks import BENCHMARKS, LAYOUT
     from dapt.data.items import PARTS
 
     rows = BENCHMARKS.values()
     if as_json:
         inner = ("read", "least")
-        say_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows])
+        echo(to_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows]))
         return
     made = table("dataset", figures=("classes", *PARTS, "GB"))
     for row in rows:
@@ -89,7 +88,6 @@ def check(
     """Check a dataset's layout, counts and images; exit code 1 if anything is wrong."""
     from dapt.data import BENCHMARKS
     from dapt.data.check import check_dataset
-    from dapt.safe.files import user_path
 
     if quick and decode:
         raise UserError("--quick and --decode exclude each other; give one")
@@ -104,14 +102,11 @@ def check(
     chosen = [dataset] if dataset else below
     if not chosen:
         raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
-    how: dict[str, Any] = {
-        "level": "listed" if quick else "decoded" if decode else "whole",
-        "root": root,
-    }
-    how |= {"domain": domain, "class_names": class_names, "reporter": RichReporter()}
-    checks = [check_dataset(name, **how) for name in chosen]
+    level, told = "listed" if quick else "decoded" if decode else "whole", RichReporter()
+    place: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
+    checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
     if as_json:
-        say_json([c.to_json() for c in checks])
+        echo(to_json([found.to_json() for found in checks]))
     else:
         _show_checks(checks)
         absent = ", ".join(n for n in BENCHMARKS if n not in chosen)

@@ -15,12 +15,13 @@ from typing import Annotated, Any
 
 from rich.filesize import decimal
 from rich.table import Column, Table
-from typer import Argument, Context, Exit, Option
+from typer import Argument, Context, Exit, Option, echo
 
 from dapt.cli import common
-from dapt.cli.common import command, given_settings, say_error, say_json
+from dapt.cli.common import command, given_settings, say_error
 from dapt.errors import UserError, nearest, printable
 from dapt.progress import Reporter, RichReporter, cell, console, say
+from dapt.safe.files import to_json
 
 
 @command("eval")
@@ -45,7 +46,7 @@ def evaluate(
         RunDirectory(run), target, device=device, strict=strict, reporter=RichReporter()
     )
     if as_json:
-        say_json(result)
+        echo(to_json(result))
     else:
         console.print(common.metrics_table(f"{name}, prompts of {run}", result))
 
@@ -178,7 +179,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     token: Annotated[
-        str | None, Option(envvar="DAPT_TOKEN", help="That clients must send as a Bearer token.")
+        str | None, Option(envvar="DAPT_TOKEN", help="That clients must send.")
     ] = None,
     nearest: Annotated[bool, Option(help="Show nearest support images, if they are here.")] = True,
     max_upload: Annotated[float, Option(min=0.01, help="MB of a request.")] = 20,
@@ -187,9 +188,7 @@ def serve(
     queue: Annotated[int, Option(min=1, help="Images that may wait, in all.")] = 128,
     batch_size: Annotated[int, Option(min=1, help="Images the model takes at a time.")] = 32,
     timeout: Annotated[float, Option(min=0.1, help="Seconds a request may take.")] = 30,
-    allow_host: Annotated[
-        list[str] | None, Option(help="Another name of this server, such as a proxy's before it.")
-    ] = None,
+    allow_host: Annotated[list[str] | None, Option(help="Another name of this server.")] = None,
     device: common.DeviceOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""

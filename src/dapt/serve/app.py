@@ -30,8 +30,7 @@ from dapt.errors import UserError, printable
 from dapt.predict import best
 from dapt.serve.served import Answer, Served
 
-_HERE = Path(__file__).parent
-_STATIC = _HERE / "static"
+_STATIC = Path(__file__).with_name("static")
 _FIELD, _MULTIPART = "images", "multipart/form-data"
 _AGAIN = {"Retry-After": "1"}
 _Json = dict[str, Any]  # of the shape that api.yaml tells
@@ -58,9 +57,8 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _MULTIPART:
         raise HTTPException(415, f"send images as {_MULTIPART}, in fields named '{_FIELD}'")
-    too_large = HTTPException(
-        413, f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
-    )
+    said = f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
+    too_large = HTTPException(413, said)
     length, seen = request.headers.get("content-length", ""), 0
     if length.isdecimal() and int(length) > limits.upload:
         raise too_large
@@ -184,7 +182,7 @@ def create_app(
 
     about = f"Classifies images into the {len(served.class_names):,} classes of the run"
     info = {"title": "dapt", "version": __version__, "description": f"{about} '{served.name}'."}
-    described = {"info": info, **yaml.safe_load(_HERE.joinpath("api.yaml").read_text("utf-8"))}
+    described = {"info": info, **yaml.safe_load(_STATIC.with_name("api.yaml").read_text("utf-8"))}
     app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
     app.openapi = lambda: described  # type: ignore[method-assign]
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")

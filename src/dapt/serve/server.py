@@ -9,7 +9,7 @@ import re
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
@@ -75,7 +75,7 @@ def make_server(
     GCCollector(registry=registry)
     app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
     config = uvicorn.Config(
-        Gate(app, registry, address, token, names),
+        Gate(app, registry, address, token, *names),
         loop="asyncio",
         http=_Protocol,
         ws="none",
@@ -159,7 +159,7 @@ class Gate:
         registry: CollectorRegistry,
         address: str,
         token: str | None,
-        names: Iterable[str],
+        *names: str,
     ) -> None:
         self.app, self.token = app, token
         self.anywhere = not is_loopback(address)
