@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 
 import pytest
 from browser import until
+from fastapi.openapi.utils import get_openapi
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
@@ -30,8 +32,8 @@ from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
 from dapt.run.train import train
 from dapt.serve import server
+from dapt.serve.app import Limits, create_app
 from dapt.serve.served import Served, load_served
-from dapt.serve.uploads import Limits
 from dapt.settings import make_settings
 
 runner = CliRunner()
@@ -508,6 +510,37 @@ def test_classes_health_and_metrics(client, served, pictures):
     assert 'dapt_request_seconds_bucket{le="0.1",path="/predict"}' in text
     client.get("/some/random/path")
     assert "random" not in client.get("/metrics").body.decode(), "no label without end"
+
+
+def test_the_api_is_as_described(client, served, pictures):
+    """Paths, parameters and their bounds, and the names in every answer."""
+    described = client.get("/openapi.json").json
+    app = create_app(served, Limits(), CollectorRegistry(), lambda: None)
+    routes = get_openapi(title="", version="", routes=app.routes)["paths"]
+    assert list(routes) == list(described["paths"])
+    for path, methods in routes.items():
+        assert list(methods) == list(described["paths"][path])
+        for method, made in methods.items():
+            told = described["paths"][path][method].get("parameters", [])
+            bounds = [{k: v for k, v in one.items() if k != "description"} for one in told]
+            assert made.get("parameters", []) == bounds
+    schemas = described["components"]["schemas"]
+
+    def check(value, schema):
+        schema = schemas[schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
+        kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": float}
+        assert isinstance(value, kinds[schema["type"]])
+        if schema["type"] == "object":
+            assert set(schema["required"]) <= set(value) <= set(schema["properties"])
+            for name, inner in value.items():
+                check(inner, schema["properties"][name])
+        for inner in value if schema["type"] == "array" else ():
+            check(inner, schema["items"])
+
+    check(client.predict(pictures[0], b"", query="?nearest=2").json, schemas["Predictions"])
+    check(client.get("/classes").json, schemas["Classes"])
+    check(client.get("/healthz").json, schemas["Health"])
+    check(client.get("/nowhere").json, schemas["Problem"])
 
 
 def test_pages_need_nothing_from_elsewhere(client):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
+import re
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from typer import Argument, Context, Exit, Option, Typer, echo
-from typer.core import TyperGroup
 
+import dapt
 from dapt.errors import UserError
 from dapt.progress import console, errors, say, table
 
@@ -35,14 +39,10 @@ EpochsOption = Annotated[int | None, Option(help="Passes over the support set.")
 BackboneOption = Annotated[
     str | None, Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file.")
 ]
-PretrainedOption = Annotated[
-    str | None, Option(help="Tag of the open_clip model, a file, or 'random'.")
-]
+PretrainedOption = Annotated[str | None, Option(help="An open_clip tag, a file, or 'random'.")]
 PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
 DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
-StrictOption = Annotated[
-    bool, Option("--strict", help="An image that cannot be read is an error, not skipped.")
-]
+StrictOption = Annotated[bool, Option("--strict", help="Stop at an unreadable image, skip none.")]
 OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
 SetOption = Annotated[
     list[str] | None, Option("--set", "-s", help="Any as name=value; see 'dapt settings'.")
@@ -54,10 +54,8 @@ def given_settings(
 ) -> dict[str, Any]:
     """Settings that a command was given, with absolute paths of what exists.
 
-    Args:
-        context: the command's, of whose options those count that are called like a setting.
-        names: only these count.
-        assignments: what ``--set`` was given; goes before the others.
+    Of its options those count that are called like a setting, or ``names`` alone, if there are
+    some; ``assignments``, which are ``--set``'s, go before them.
     """
     from dapt.settings import absolute_paths, all_fields, parse_assignment
 
@@ -69,6 +67,8 @@ def given_settings(
     }
     return absolute_paths(given | dict(map(parse_assignment, assignments or ())))
 
+
+say_error = partial(say, to=errors)  # a line on standard error, as it stands
 
 # What the operating system says when there is no room or no right to write.
 _STORAGE: dict[int | None, str] = {
@@ -87,10 +87,8 @@ def readable_errors(
 ) -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2; all commands are in this.
 
-    Args:
-        run: directory that is written to.
-        again: command that goes on with what is there; told if there is anything.
-        interrupted: what is raised, other than by Ctrl-C, where the work was asked to stop.
+    If there is anything in the directory ``run``, the command that goes on with it is told,
+    ``again``. Other than by Ctrl-C, ``interrupted`` is raised where the work was asked to stop.
     """
 
     def hint(start: str) -> str:
@@ -116,38 +114,46 @@ def readable_errors(
     raise Exit(2)
 
 
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        with readable_errors():
-            return super().invoke(ctx)
-
-
 app = Typer(
-    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     help="Distribution-aware prompt tuning: a good classifier from CLIP and a few photos.",
 )
+_TEXT = Path(__file__).with_name("help.md").read_text("utf-8")
+_HELP = dict(re.findall(r"^# (.+)\n((?:(?!# ).*\n)*)", _TEXT, re.M))
 
 
-def say_error(line: str) -> None:
-    """A line on standard error, as it stands."""
-    say(line, to=errors)
+def command(name: str, group: Typer = app, **how: Any) -> Callable[..., Any]:
+    """Make a function a command, whose docstring says what it does and ``help.md`` the rest."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        told = f"{function.__doc__}\n{_HELP.get(name, '')}"
+        return group.command(name, help=told, **how)(readable_errors()(function))
+
+    return add
 
 
-def say_json(value: Any) -> None:
-    """A value on standard output, as one line of JSON in UTF-8."""
-    from dapt.safe.files import to_json
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        echo(dapt.__version__)
+        raise Exit
 
-    echo(to_json(value))
+
+def main() -> None:
+    """Entry point of the ``dapt`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A class name may hold what the terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
+    app()
 
 
 def show_run(run: RunDirectory, *notes: str) -> Metrics:
     """Print the figures of a run, and return them; to be asked at once when it is finished.
 
-    Raises:
-        UserError: another process, told to overwrite, has replaced the run meanwhile.
+    A `UserError` where another process, told to overwrite, has replaced the run meanwhile.
     """
     try:
         result, spent = run.read_metrics(), run.read_environment()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option, Typer, echo
 
 from dapt.cli import common
-from dapt.cli.common import say_json
+from dapt.cli.common import command
 from dapt.errors import UserError, printable
 from dapt.progress import RichReporter, cell, console, say, table
+from dapt.safe.files import to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
 
-# Problems of a kind that are told one by one.
-_SHOWN = 10
+_SHOWN = 10  # problems of a kind that are told one by one
 
 data = Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
 common.app.add_typer(data, name="data")
@@ -24,7 +24,7 @@ common.app.add_typer(data, name="data")
 _JsonOption = Annotated[bool, Option("--json", help="Print all of it, as JSON.")]
 
 
-@data.command(name="support-set")
+@command("support-set", data)
 def support_set(
     dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
@@ -35,10 +35,7 @@ def support_set(
     save: Annotated[Path | None, Option(help="Write it to a file for 'dapt train'.")] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Draw a support set exactly as the published protocol does, and print it.
-
-    **Example:** `dapt data support-set caltech101 --root /data --shots 16 --seed 1 --json`
-    """
+    """Draw a support set exactly as the published protocol does, and print it."""
     from dapt.data import draw_support_set, open_task
 
     task = open_task(dataset, root=root, domain=domain, class_names=class_names)
@@ -46,15 +43,15 @@ def support_set(
     if save:
         drawn.save(save)
     if as_json:
-        say_json(drawn.to_json())
+        echo(to_json(drawn.to_json()))
         return
-    for part in ("train", "val"):
-        for item in getattr(drawn, part):
+    for part, items in (("train", drawn.train), ("val", drawn.val)):
+        for item in items:
             name, path = printable(item.class_name), printable(item.path)
             echo(f"{part}\t{item.label}\t{name}\t{path}")
 
 
-@data.command(name="list")
+@command("list", data)
 def list_datasets(as_json: _JsonOption = False) -> None:
     """List the datasets that are known by name: sizes, licences, and where to get them."""
     from dapt.data import BENCHMARKS
@@ -64,7 +61,7 @@ def list_datasets(as_json: _JsonOption = False) -> None:
     rows = BENCHMARKS.values()
     if as_json:
         inner = ("read", "least")
-        say_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows])
+        echo(to_json([{k: v for k, v in vars(row).items() if k not in inner} for row in rows]))
         return
     made = table("dataset", figures=("classes", *PARTS, "GB"))
     for row in rows:
@@ -79,7 +76,7 @@ def list_datasets(as_json: _JsonOption = False) -> None:
     say("without a download: bundled, or any folder of images")
 
 
-@data.command()
+@command("check", data)
 def check(
     dataset: Annotated[str | None, Argument(help="If none, all benchmarks below --root.")] = None,
     root: common.RootOption = None,
@@ -89,16 +86,9 @@ def check(
     decode: Annotated[bool, Option("--decode", help="Decode images, not just their ends.")] = False,
     as_json: _JsonOption = False,
 ) -> None:
-    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong.
-
-    **Examples**
-
-    - `dapt data check --root /data --quick`
-    - `dapt data check my_photos --decode`
-    """
+    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong."""
     from dapt.data import BENCHMARKS
     from dapt.data.check import check_dataset
-    from dapt.safe.files import user_path
 
     if quick and decode:
         raise UserError("--quick and --decode exclude each other; give one")
@@ -113,11 +103,11 @@ def check(
     chosen = [dataset] if dataset else below
     if not chosen:
         raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
-    level = "listed" if quick else "decoded" if decode else "whole"
-    place, told = {"root": root, "domain": domain, "class_names": class_names}, RichReporter()
+    level, told = "listed" if quick else "decoded" if decode else "whole", RichReporter()
+    place: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
     checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
     if as_json:
-        say_json([c.to_json() for c in checks])
+        echo(to_json([found.to_json() for found in checks]))
     else:
         _show_checks(checks)
         absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
@@ -140,7 +130,7 @@ def _show_checks(checks: list[Check]) -> None:
     console.print(made)
     for found in checks:
         for kind in dict.fromkeys(problem.kind for problem in found.problems):
-            alike = [p for p in found.problems if p.kind == kind]
+            alike = [problem for problem in found.problems if problem.kind == kind]
             for problem in alike[:_SHOWN]:
                 say(f"{found.dataset}: {problem.text}")
             if len(alike) > _SHOWN:

@@ -1,18 +1,23 @@
-"""``dapt train``, what it can be told, and the bundled comparison, ``dapt demo``."""
+"""Runs, one or many: ``dapt train``, ``demo``, ``experiment``, and what is made of all of them."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Context, Option
+from typer import Argument, Context, Exit, Option, echo
 
+import dapt
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, readable_errors, say_error, show_run
+from dapt.cli.common import command, given_settings, readable_errors, say_error, show_run
 from dapt.errors import UserError
-from dapt.progress import RichReporter, cell, console, say, table
+from dapt.progress import Reporter, RichReporter, cell, console, errors, say, table
+from dapt.safe.files import read_json
 
 if TYPE_CHECKING:  # what only some commands need, they import
+    from dapt.grid import Grid, PlannedRun, Suite
     from dapt.run.directory import RunDirectory
     from dapt.settings import Settings
 
@@ -20,7 +25,7 @@ if TYPE_CHECKING:  # what only some commands need, they import
 COMPARED_IMAGES = 2000
 
 
-@app.command()
+@command("train")
 def train(
     context: Context,
     dataset: Annotated[
@@ -49,65 +54,49 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Tune prompts on a few labelled images, and evaluate them.
-
-    **Examples**
-
-    - `dapt train bundled -o runs/first`
-    - `dapt train photos/ -o runs/photos --shots 8 --tune-settings`
-    - `dapt train caltech101 --root /data -o runs/caltech -b ViT-B-16 --pretrained openai`
-    - `dapt train -o runs/photos --resume`
-    - `torchrun --nproc-per-node 2 -m dapt.cli train photos/ -o runs/photos`
-    """
-    from dapt.engine.data import open_data
-    from dapt.engine.evaluate import evaluate_zero_shot
-    from dapt.engine.features import Shared, backbone_of
+    """Tune prompts on a few labelled images, and evaluate them."""
+    from dapt.engine import data, evaluate, features, processes, search
     from dapt.engine.fit import Interrupted
-    from dapt.engine.processes import join_processes
-    from dapt.engine.search import search_settings
     from dapt.methods import get_method
+    from dapt.run import train as training
     from dapt.run.directory import RunDirectory
-    from dapt.run.train import check_output
-    from dapt.run.train import train as run_training
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
         if output is None:
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         final = _settings(given_settings(context, assignments=settings), config, run, resume)
-        processes = join_processes()
-        if processes.first:
-            check_output(run, final, resume=resume, overwrite=overwrite)
-        if tune_settings and not processes.alone:
+        group = processes.join_processes()
+        if group.first:
+            training.check_output(run, final, **how)
+        if tune_settings and not group.alone:
             raise UserError("--tune-settings is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
-            final = search_settings(final, reporter)
-        data = shared = None
-        if processes.alone and not (resume and run.finished):
-            data, shared = open_data(final), Shared(backbone_of(final))
-        run_training(
-            final,
-            output,
-            resume=resume,
-            overwrite=overwrite,
-            reporter=reporter,
-            shared=shared,
-            data=data,
-        )
-        if not processes.first:
+            final = search.search_settings(final, reporter)
+        images = shared = None
+        if group.alone and not (resume and run.finished):
+            images, shared = data.open_data(final), features.Shared(features.backbone_of(final))
+        training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
+        if not group.first:
             return
-        result = show_run(run)
+        tuned = show_run(run).test.accuracy
         learns = not get_method(final.method).still
-        if data and shared and learns and len(data.task.test) <= COMPARED_IMAGES:
-            before = evaluate_zero_shot(data.task, final, reporter, shared)["accuracy"]
-            _compare(result.test.accuracy, before, final.shots)
+        if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
+            zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
+            say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
+            if tuned < zero:
+                search_too = "--tune-settings or " if final.shots > 1 else ""  # it holds images out
+                say(
+                    f"tuning made it worse; give more images a class (it had {final.shots}), try "
+                    f"{search_too}--method linear-probe, or stay with --method zero-shot"
+                )
 
 
 def _settings(
     said: dict[str, Any], config: Path | None, run: RunDirectory, resume: bool
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
-    from dapt.safe.files import read_json
     from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
@@ -131,18 +120,7 @@ def _settings(
     return final
 
 
-def _compare(tuned: float, before: float, shots: int) -> None:
-    """Say whether tuning was worth it: with few images it may not be."""
-    say(f"zero-shot, which learns nothing: {100 * before:.1f} % on the same images")
-    if tuned < before:
-        search = "--tune-settings or " if shots > 1 else ""  # a search holds images out
-        say(
-            f"tuning made it worse; give more images a class (it had {shots}), try "
-            f"{search}--method linear-probe, or stay with --method zero-shot"
-        )
-
-
-@app.command()
+@command("methods")
 def methods() -> None:
     """List the methods: what each learns, and by which loss terms."""
     from dapt.methods import METHODS
@@ -156,7 +134,7 @@ def methods() -> None:
     console.print(made)
 
 
-@app.command(name="settings")
+@command("settings")
 def list_settings(
     dataset: Annotated[str, Argument(help="Show the settings published for it.")] = "bundled",
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
@@ -167,21 +145,19 @@ def list_settings(
     from dapt.settings import all_fields, default_settings, idle_settings
 
     given: dict[str, Any] = {"dataset": dataset, "shots": shots}
-    idle = frozenset[str]()
     if method is not None:
         get_method(method)
-        given, idle = {**given, "method": method}, idle_settings(method)
-    values = default_settings(given) | given
+        given["method"] = method
+    values, idle = default_settings(given) | given, idle_settings(method or "")
     made = table("setting", "default", "meaning")
     for name, field in all_fields().items():
-        if name in idle:
-            continue
-        value = values.get(name, field.default)
-        made.add_row(name, "" if value is None else cell(str(value)), field.description or "")
+        if name not in idle:
+            value = values.get(name, field.default)
+            made.add_row(name, "" if value is None else cell(str(value)), field.description or "")
     console.print(made)
 
 
-@app.command()
+@command("demo")
 def demo(
     output: Annotated[Path, Option("--output", "-o", help="Where all of it goes.")] = Path("demo"),
     epochs: Annotated[int | None, Option(min=1, help="Passes over the support set.")] = None,
@@ -193,3 +169,165 @@ def demo(
 
     with readable_errors(output, f"dapt demo --output {output}", Interrupted):
         run_demo(output, epochs=epochs, seed=seed, reporter=RichReporter())
+
+
+@command("experiment")
+def experiment(
+    context: Context,
+    suite: Annotated[str, Argument(help="A suite that ships with dapt, or a YAML file.")],
+    root: common.RootOption = None,
+    output: Annotated[Path, Option("--output", "-o", help="Where runs go.")] = Path("results"),
+    datasets: Annotated[str | None, Option(help="Instead of the suite's: a,b.")] = None,
+    methods: Annotated[str | None, Option(help="Methods, and variants of the suite: a,b.")] = None,
+    shots: Annotated[str | None, Option(help="Instead of the suite's: 1,16.")] = None,
+    seeds: Annotated[str | None, Option(help="Instead of the suite's: 1,2,3.")] = None,
+    backbone: common.BackboneOption = None,
+    pretrained: common.PretrainedOption = None,
+    precision: common.PrecisionOption = None,
+    device: common.DeviceOption = None,
+    settings: common.SetOption = None,
+    quick: Annotated[bool, Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its time.")] = False,
+    yaml: Annotated[bool, Option("--yaml", help="Print the suite's file, to copy.")] = False,
+    retry: Annotated[bool, Option("--retry", help="Try failed runs again.")] = False,
+    workers: Annotated[int | None, Option(min=1, help="Processes that do runs at once.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="Of a run; else cores / workers.")] = None,
+    ray: Annotated[str | None, Option(help="Address of a Ray cluster, or 'local'.")] = None,
+) -> None:
+    """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere."""
+    from dapt.engine.fit import Interrupted
+    from dapt.grid import Grid, make_plan, read_suite, suite_file
+    from dapt.grid.plan import DONE
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun divides one run; start an experiment with --workers or --ray")
+    file, told = suite_file(suite), RichReporter()
+    if yaml:
+        echo(file.read_text(encoding="utf-8"), nl=False)
+        return
+    own = ("root", "backbone", "pretrained", "precision", "device")
+    changes: dict[str, Any] = {"settings": given_settings(context, own, settings)}
+    changes |= {name: _list(context, name) for name in ("datasets", "methods", "shots", "seeds")}
+    plan = make_plan(_changed(read_suite(file), changes, quick), output)
+    how: dict[str, Any] = {"workers": workers, "threads": threads, "ray": ray, "retry": retry}
+    grid = Grid(plan, **how, reporter=told, progress=told if errors.is_terminal else Reporter())
+    try:
+        _show_plan(grid, grid.prepare())
+        if not dry_run:
+            _show_result(grid.run())
+    except (Interrupted, KeyboardInterrupt):
+        done = sum(run.state() == DONE for run in plan.runs)
+        say_error(f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on")
+        raise Exit(130) from None
+
+
+def _list(context: Context, name: str) -> list[Any] | None:
+    """What stands between an option's commas; a suite refuses a list that is empty."""
+    if (text := context.params[name]) is None:
+        return None
+    kind = int if name in ("shots", "seeds") else str
+    try:
+        return [kind(value.strip()) for value in text.split(",") if value.strip()]
+    except ValueError as error:
+        raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
+
+
+def _changed(suite: Suite, changes: dict[str, Any], quick: bool) -> Suite:
+    """The suite as the command line changes it: its settings, and its lists."""
+    columns, datasets = changes.pop("methods"), changes["datasets"]
+    if "backbone" in changes["settings"]:  # its weights are not those of the suite's
+        changes["settings"].setdefault("pretrained", None)
+    part = {name: value for name, value in changes.items() if value is not None}
+    asked = suite.changed(part, "command line")
+    if asked.bundled and (asked.needs_root() if datasets is None else datasets == ["bundled"]):
+        if datasets is None:
+            say("no --root: on the bundled task in place of the benchmarks")
+        suite = suite.changed(suite.bundled, "bundled")
+    if quick:  # in a folder of its own, as its runs are others
+        suite = suite.changed(suite.quick, "quick")
+        suite = suite.model_copy(update={"name": f"{suite.name}-quick"})
+    suite = suite.changed(part, "command line")
+    return suite if columns is None else suite.select(columns, "--methods")
+
+
+def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
+    """A row a dataset, and how long all takes: the work in total, for a cluster of any size."""
+    from dapt.grid.grid import duration
+    from dapt.grid.plan import FAILED, STATES
+
+    plan = grid.plan
+    title = f"{plan.folder.name}: {len(plan.runs)} runs in {plan.folder}"
+    made = table("dataset", figures=("runs", *STATES, "time"), title=title)
+    for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
+        runs = [run for run in plan.runs if run.settings.dataset == dataset]
+        states = [grid.states[run] for run in runs]
+        expected = sum(seconds.get(run, 0.0) for run in runs)
+        counts = (str(states.count(state)) for state in STATES)
+        time = duration(expected) if expected else ""
+        made.add_row(cell(Path(dataset).name), str(len(runs)), *counts, time)
+    console.print(made)
+    if plan.same:
+        say(f"{plan.same} more have the same settings as one of these, and are not done twice")
+    if failed := list(grid.states.values()).count(FAILED):
+        how = "tried again" if grid.retry else "--retry tries them again"
+        say(f"{failed} failed before; {how}")
+    if seconds:
+        total, workers = sum(seconds.values()), grid.workers or 1
+        time = f"{duration(total / workers)} with {workers} worker(s)"
+        if grid.ray is not None and grid.workers is None:
+            time = f"{duration(total)} of work for a machine like this one"
+        say(f"{len(seconds)} runs to do, {time}")
+
+
+def _show_result(grid: Grid) -> None:
+    """How many runs are done and, with exit code 1, why the others are not."""
+    say(f"{grid.done} of {len(grid.plan.runs)} runs are done; all is in {grid.plan.folder}")
+    for sentence in dict.fromkeys(grid.failed.values()):
+        titles = [title for title, said in grid.failed.items() if said == sentence]
+        more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
+        say_error(f"failed: {titles[0]}{more}: {sentence}")
+    if grid.failed:
+        say_error("details are in the failure.json of each; --retry tries them again")
+        raise Exit(1)
+
+
+@command("report")
+def report(
+    runs: Annotated[list[Path], Argument(help="Run directories, or folders that hold some.")],
+    out: Annotated[Path, Option("--out", "-o", help="HTML page.")] = Path("report.html"),
+    baseline: Annotated[
+        str | None, Option(help="Method to compare with; by default zero-shot, or the first.")
+    ] = None,
+    features: Annotated[
+        bool, Option("--features", help="Feature maps, reliability, misnamed images, too.")
+    ] = False,
+) -> None:
+    """Tables and figures of any set of runs, on one HTML page that needs nothing else."""
+    from dapt.report import write_report
+
+    told = RichReporter()
+    written = write_report(runs, out, baseline=baseline, features=features, reporter=told)
+    for warning in written.warnings:
+        say_error(f"warning: {warning}")
+    unfinished = f", {written.unfinished} of them unfinished" if written.unfinished else ""
+    failed = f", {written.failed} failed" if written.failed else ""
+    say(f"{written.runs} runs{unfinished}{failed}: {written.page}")
+    say(f"tables and figures: {written.folder}")
+
+
+# Whatever follows the command's name, --help too, is for the yardsticks to read.
+_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@command("bench", context_settings=_UNREAD)
+def bench(context: Context) -> None:
+    """Time a training step and an evaluation, the plain way and ours, in one run."""
+    sources = Path(dapt.__file__).resolve().parents[1]
+    if sources.name != "src" or not (sources.parent / "benchmarks").is_dir():
+        raise UserError(
+            "'dapt bench' is in the repository and not in the wheel: pip install -e . in a checkout"
+        )
+    sys.path.insert(0, str(sources.parent))
+    from benchmarks.command import app as yardsticks
+
+    yardsticks(context.args, prog_name="dapt bench")

@@ -1,4 +1,4 @@
-"""What is done with a run: ``dapt eval``, ``dapt predict``."""
+"""What is done with a run: to evaluate it, predict, serve, and exchange it with other programs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from rich.filesize import decimal
 from rich.table import Column, Table
-from typer import Argument, Context, Exit, Option
+from typer import Argument, Context, Exit, Option, echo
 
 from dapt.cli import common
-from dapt.cli.common import app, given_settings, metrics_table, say_error, say_json
+from dapt.cli.common import command, given_settings, say_error
 from dapt.errors import UserError, nearest, printable
-from dapt.progress import Reporter, RichReporter, cell, console
+from dapt.progress import Reporter, RichReporter, cell, console, say
+from dapt.safe.files import to_json
 
 
-@app.command(name="eval")
+@command("eval")
 def evaluate(
     context: Context,
     run: common.RunArgument,
@@ -35,14 +37,7 @@ def evaluate(
     strict: common.StrictOption = False,
     as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
-    """Evaluate a run's prompts: on its own test images, another domain, or another dataset.
-
-    **Examples**
-
-    - `dapt eval runs/first`
-    - `dapt eval runs/first --domain fluent-emoji-high-contrast`
-    - `dapt eval runs/caltech --dataset oxford_pets --root /data`
-    """
+    """Evaluate a run's prompts: on its own test images, another domain, or another dataset."""
     from dapt.run.directory import RunDirectory
     from dapt.run.train import Target, evaluate_run
 
@@ -51,12 +46,12 @@ def evaluate(
         RunDirectory(run), target, device=device, strict=strict, reporter=RichReporter()
     )
     if as_json:
-        say_json(result)
+        echo(to_json(result))
     else:
-        console.print(metrics_table(f"{name}, prompts of {run}", result))
+        console.print(common.metrics_table(f"{name}, prompts of {run}", result))
 
 
-@app.command()
+@command("predict")
 def predict(
     run: common.RunArgument,
     images: Annotated[
@@ -72,18 +67,7 @@ def predict(
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
     device: common.DeviceOption = None,
 ) -> None:
-    """Classify images with a run's prompts.
-
-    Predictions are printed as they are made (a table at the end), so there may be any number of
-    images. One that cannot be read is told on standard error and skipped; the exit code is then 1.
-
-    **Examples**
-
-    - `dapt predict runs/photos new/*.jpg`
-    - `dapt predict runs/photos new/ --top 3 --format csv > new.csv`
-    - `dapt predict runs/photos 'new/**/*.jpg' --unknown 0.5 --json`
-    - `find new -name '*.jpg' -print0 | dapt predict runs/photos -0`
-    """
+    """Classify images with a run's prompts."""
     from dapt.predict import Unreadable, named_in, predict_each
     from dapt.run.directory import RunDirectory
     from dapt.run.load import load_classifier
@@ -187,3 +171,122 @@ def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
 
 
 FORMS = {"lines": _lines, "json": _json, "csv": _csv, "table": _table}
+
+
+@command("serve")
+def serve(
+    run: common.RunArgument,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None, Option(envvar="DAPT_TOKEN", help="That clients must send.")
+    ] = None,
+    nearest: Annotated[bool, Option(help="Show nearest support images, if they are here.")] = True,
+    max_upload: Annotated[float, Option(min=0.01, help="MB of a request.")] = 20,
+    max_pixels: Annotated[float, Option(min=0.01, help="Megapixels of an image.")] = 50,
+    max_images: Annotated[int, Option(min=1, help="Images of a request.")] = 32,
+    queue: Annotated[int, Option(min=1, help="Images that may wait, in all.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Images the model takes at a time.")] = 32,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds a request may take.")] = 30,
+    allow_host: Annotated[list[str] | None, Option(help="Another name of this server.")] = None,
+    device: common.DeviceOption = None,
+) -> None:
+    """Serve a run: a page to drop photos on, and predictions for other programs."""
+    try:
+        from dapt.serve import server
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'dapt[serve]'") from error
+    from dapt.run.directory import RunDirectory
+    from dapt.serve.app import Limits
+    from dapt.serve.served import load_served
+
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+        raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
+    if max_images > queue:
+        raise UserError(f"--max-images {max_images} do not fit --queue {queue}; change one of them")
+    directory = RunDirectory(run)
+    directory.require()
+    listening = server.open_socket(host, port)
+    address, port, *_ = listening.getsockname()
+    if token is None and not server.is_loopback(address):
+        say_error(
+            "dapt: warning: whoever reaches this machine can use the server and see support "
+            "images; give --token or DAPT_TOKEN"
+        )
+    served = load_served(directory, device=device, nearest=nearest, reporter=RichReporter())
+    most, pixels = int(max_upload * 1e6), int(max_pixels * 1e6)
+    limits = Limits(most, pixels, max_images, queue, batch_size, timeout)
+    where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    told = f"{served.name}, {len(served.class_names):,} classes, at {where} (Ctrl-C stops)"
+    who: dict[str, Any] = {"token": token and token.strip(), "names": (host, *(allow_host or ()))}
+    made = server.make_server(served, listening, limits, **who, ready=lambda: say(told))
+    made.run(sockets=[listening])
+
+
+@command("import")
+def import_(
+    context: Context,
+    checkpoint: Annotated[Path, Argument(help="File, or a directory with model.pth.tar-N.")],
+    output: Annotated[Path, Option("--output", "-o", help="Run directory to write.")],
+    backbone: common.BackboneOption = "bundled",
+    pretrained: common.PretrainedOption = None,
+    class_names: Annotated[Path | None, Option(help="JSON list, in label order.")] = None,
+    dataset: Annotated[str | None, Option(help="Evaluate on its test images.")] = None,
+    root: common.RootOption = None,
+    domain: common.DomainOption = None,
+    method: common.MethodOption = None,
+    template: Annotated[str | None, Option(help="Where no text prompt is: a {} in words.")] = None,
+    shots: common.ShotsOption = None,
+    seed: common.SeedOption = None,
+    epochs: common.EpochsOption = None,
+    precision: common.PrecisionOption = None,
+    device: common.DeviceOption = None,
+    overwrite: common.OverwriteOption = False,
+) -> None:
+    """Make a run of prompts that the field's published code has tuned, on the same backbone."""
+    from dapt.share.exchange import import_checkpoint
+
+    told, given = RichReporter(), given_settings(context)
+    run = import_checkpoint(checkpoint, output, given, overwrite=overwrite, reporter=told)
+    if run.finished:
+        common.show_run(run, "imported")
+    else:
+        say(f"not evaluated, for want of a dataset; everything is in {run.path}")
+
+
+@command("export")
+def export(
+    run: common.RunArgument,
+    output: Annotated[Path, Option("--output", "-o", help="File to write.")],
+    form: Annotated[str, Option("--format", "-f", help="onnx, torch or coop.")] = "onnx",
+    int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
+) -> None:
+    """Write a run's classifier to one file that needs no dapt, with a model card beside it."""
+    from dapt.run.directory import RunDirectory
+    from dapt.share import export
+
+    made = export.export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
+    if made.difference is not None:
+        same = f"same class for {made.agreement:.0%}, on {made.images}"
+        say(f"largest difference of a probability {made.difference:.1e}, {same}")
+    say(f"{made.file} ({decimal(made.file.stat().st_size)}) and {made.card}")
+
+
+@command("push")
+def push(
+    run: common.RunArgument,
+    repo_id: Annotated[str, Argument(help="Model repository, such as name/flowers.")],
+    private: Annotated[bool, Option("--private", help="Make it a private one.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be uploaded.")] = False,
+) -> None:
+    """Upload a run and its model card to the Hugging Face hub, in one commit."""
+    from dapt.run.directory import RunDirectory
+    from dapt.share import card
+
+    directory = RunDirectory(run)
+    if not dry_run:
+        say(card.push(directory, repo_id, private=private, reporter=RichReporter()))
+        return
+    for name, content in card.files_to_push(directory).items():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        say(f"{name}  {size:,} bytes")

@@ -53,9 +53,11 @@ class Grid:
 
     def __post_init__(self) -> None:
         self.states = {run: run.state() for run in self.plan.runs}
+        self.done = list(self.states.values()).count(DONE)
         settled = (DONE,) if self.retry else (DONE, FAILED)
         self.waiting = [run for run, state in self.states.items() if state not in settled]
-        self.done, self.failed = 0, dict[str, str]()
+        failed = [run for run, state in self.states.items() if state == FAILED and not self.retry]
+        self.failed = {run.title: run.directory.read_failure() or "" for run in failed}
         self._each = self.threads or max(1, cpu_count() // (self.workers or 1))
         self.session = work.Session(self.progress)
         self.estimator = Estimator(self.session)
@@ -76,33 +78,27 @@ class Grid:
     def run(self) -> Grid:
         """Do what is to do; the grid tells what became of it.
 
-        Raises:
-            Interrupted, KeyboardInterrupt: the process was asked to stop; all can be resumed.
-            UserError: workers cannot be started.
-            OSError: nothing more can be written.
+        Where the process is asked to stop, `Interrupted` or KeyboardInterrupt, all can be resumed.
+        A `UserError`, if workers cannot be started; an OSError, if nothing more can be written.
         """
-        for run, state in self.states.items():
-            self.done += state == DONE
-            if state == FAILED and self.retry:
-                run.directory.failure_file.unlink(missing_ok=True)
-            elif state == FAILED:
-                self.failed[run.title] = run.directory.read_failure() or ""
         if not self.waiting:
             return self
+        for run in self.waiting:
+            if self.states[run] == FAILED:
+                run.directory.failure_file.unlink(missing_ok=True)
         alone = self.ray is None and min(self.workers or 1, len(self.waiting)) == 1
         if not alone:
             self.session.backbones.clear()  # the workers load their own
         hire = partial(work.here, self.session) if alone else partial(work.process, self._each)
-        crew: work.Crew = hire, 1
+        crew = nullcontext((hire, 1)) if self.ray is None else work.cluster(self.ray, self.threads)
         # Where this process does the runs, their own progress is shown.
         watched = Reporter() if alone else self.progress
         with (
-            nullcontext(crew) if self.ray is None else work.cluster(self.ray, self.threads) as crew,
+            crew as (self._hire, room),
             work.computing_with(self._each),
             work.answering(signal.SIGTERM, signal.default_int_handler),  # it stops as by Ctrl-C
             watched.stage("runs", len(self.waiting)) as self._advance,
         ):
-            self._hire, room = crew
             self._count = min(self.workers or room, len(self.waiting))
             try:
                 self._work()
@@ -117,15 +113,15 @@ class Grid:
 
     def _work(self) -> None:
         """Hand runs to workers until none is left."""
+        announced = False
         for _ in range(self._count):
             self._ask(self._hire(), None)
-        announced = False
         while self.waiting or self._held or self._doing():
             while self._idle and self.waiting:
                 self._give(self._idle.pop(0))
             if self.waiting or self._doing():
                 for told in wait(self._asked, 1.0, FIRST_COMPLETED).done:
-                    self._hear(told)
+                    self._hear(self._asked.pop(told), told)
                 continue
             if not announced:
                 self.reporter.say(f"waiting for {len(self._held)} runs that other processes hold")
@@ -148,9 +144,8 @@ class Grid:
         worker.run, worker.since = run, time.perf_counter()
         self._asked[worker.do(run)] = worker
 
-    def _hear(self, told: work.Answer) -> None:
+    def _hear(self, worker: work.Worker, told: work.Answer) -> None:
         """What a worker answers: it is idle then, or another takes its place."""
-        worker = self._asked.pop(told)
         if told.exception() is not None:
             self._lose(worker)
             return
@@ -218,7 +213,7 @@ class Estimator:
             if run.settings.dataset in datasets and run.directory.finished:
                 self.observe(run)
         several = len({backbone_key(run.settings) for run in pending}) > 1
-        learning = [s for s in (run.settings for run in pending) if get_method(s.method).learns]
+        learning = [run.settings for run in pending if get_method(run.settings.method).learns]
         # The first of the steps that are the most work, of each dataset, stands last.
         learning.sort(key=lambda settings: -len(get_method(settings.method).parts))
         for dataset, settings in {s.dataset: s for s in reversed(learning)}.items():
@@ -255,10 +250,9 @@ class Estimator:
         classifier = new_classifier(backbone, task.class_names, task.template, method, settings)
         shape, noise = (3, *[backbone.preprocessing.size] * 2), torch.Generator().manual_seed(0)
         prototypes = torch.zeros(len(task.class_names), classifier.text_features().shape[1])
-        tuner = Tuner(classifier, settings, prototypes)
+        tuner, seconds = Tuner(classifier, settings, prototypes), []
         labels = torch.zeros(min(settings.batch_size, self._size(settings)[0]), dtype=torch.long)
         views = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=noise)
-        seconds = []
         for _ in range(1 + _TIMED):
             started = time.perf_counter()
             tuner.step(views, labels, 0.0, noise)
@@ -302,8 +296,8 @@ def _keys(what: str, settings: Settings) -> tuple[tuple[str, ...], ...]:
 
 def duration(seconds: float) -> str:
     """``"about 5 min"``, in the unit a reader would use."""
-    units = (("s", 1, 90, 0), ("min", 60, 90 * 60, 0), ("h", 3600, 48 * 3600, 1))
-    for unit, size, most, digits in units:
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90 * 60)):
         if seconds < most:
-            return f"about {max(1, seconds / size):.{digits}f} {unit}"
-    return f"about {seconds // 86400:.0f} days"
+            return f"about {max(1, seconds / size):.0f} {unit}"
+    hours = seconds / 3600
+    return f"about {hours:.1f} h" if hours < 48 else f"about {hours // 24:.0f} days"

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
@@ -35,11 +35,7 @@ backbone_key = attrgetter("backbone", "pretrained", "device", "precision")
 task_key = attrgetter("dataset", "root", "domain", "class_names", "classes")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Evaluation(_Model):
+class Evaluation(BaseModel, extra="forbid", frozen=True):
     """What to evaluate each run on besides its own test images."""
 
     dataset: str | None = None
@@ -47,7 +43,7 @@ class Evaluation(_Model):
     classes: Literal["all", "base", "new"] | None = None
 
 
-class Suite(_Model):
+class Suite(BaseModel, extra="forbid", frozen=True):
     """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
 
     name: str  # folder of its runs; the file's name, if not given
@@ -67,10 +63,10 @@ class Suite(_Model):
     def _sound(self) -> Suite:
         """Check what makes sense only together; pydantic lets a `UserError` through as it is."""
         columns = self.columns()
-        lists = {f"{axis} is empty": getattr(self, axis) for axis in ("datasets", "shots", "seeds")}
-        for fault, values in {**lists, "no methods and no variants": columns}.items():
-            if not values:
-                raise UserError(f"{fault}; list at least one")
+        axes = {f"{axis} is empty": getattr(self, axis) for axis in ("datasets", "shots", "seeds")}
+        axes["no methods and no variants"] = columns
+        if empty := [fault for fault, values in axes.items() if not values]:
+            raise UserError(f"{empty[0]}; list at least one")
         if clash := self.variants.keys() & METHODS:
             raise UserError(f"variant '{min(clash)}' has the name of a method; give it another")
         # What a suite has lists for is not set by hand; only variants choose a method.
@@ -81,13 +77,13 @@ class Suite(_Model):
             if name in listed.split():
                 axis = f"{name.rstrip('s')}s"
                 raise UserError(f"'{name}' is no fixed setting here; list it under {axis}")
-        named = {f"variant '{name}' must be named by": name for name in columns}
-        for rule, name in {f"name '{self.name}' must be": self.name, **named}.items():
-            if not _NAME.fullmatch(name):
-                raise UserError(
-                    f"{rule} letters, digits and . _ = + - (runs get a folder of this name); give "
-                    "it another, under variants where it comes of a sweep"
-                )
+        named = {f"name '{self.name}' must be": self.name}
+        named |= {f"variant '{name}' must be named by": name for name in columns}
+        if wrong := [rule for rule, name in named.items() if not _NAME.fullmatch(name)]:
+            raise UserError(
+                f"{wrong[0]} letters, digits and . _ = + - (runs get a folder of this name); give "
+                "it another, under variants where it comes of a sweep"
+            )
         for given in columns.values():
             make_settings({"dataset": self.datasets[0], **self.settings, **given})
         return self
@@ -121,8 +117,10 @@ class Suite(_Model):
     def columns(self) -> dict[str, dict[str, Any]]:
         """Methods, variants and sweeps as name -> settings, in this order."""
         methods = {name: {"method": name} for name in self.methods}
-        swept = [(setting, value) for setting, values in self.sweeps.items() for value in values]
-        return {**methods, **self.variants, **{f"{s}={value}": {s: value} for s, value in swept}}
+        swept = {
+            f"{s}={value}": {s: value} for s, values in self.sweeps.items() for value in values
+        }
+        return {**methods, **self.variants, **swept}
 
 
 def suite_file(suite: str) -> Path:
@@ -215,17 +213,15 @@ class Plan:
 
     folder: Path
     runs: tuple[PlannedRun, ...]
-    same: int = 0  # runs left out, as an earlier column has the same settings
+    same: int  # runs left out, as an earlier column has the same settings
 
 
 def make_plan(suite: Suite, output: Path | str) -> Plan:
     """Lay a suite out under ``output``: ``<suite>/<dataset>/<column>/<k>shots-seed<s>``.
 
-    Zero-shot learns nothing, so one run of it stands for every number of shots and every seed.
-
-    Raises:
-        UserError: settings are impossible, two datasets share a name, or a run directory holds a
-            run with other settings.
+    Zero-shot learns nothing, so one run of it stands for every number of shots and every seed. A
+    `UserError` where settings are impossible, two datasets share a name, or a run directory holds a
+    run with other settings.
     """
     folder = user_path(output).resolve() / suite.name
     datasets: dict[str, str] = {}  # name of its folder -> dataset
@@ -242,14 +238,12 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
         settings = make_settings(absolute_paths({**suite.settings, **grid, **changes}))
         still = get_method(settings.method).still
         # A column that sets its own number of shots has one run a seed.
-        if shots != suite.shots[0] and (still or "shots" in changes):
-            continue
-        if seed != suite.seeds[0] and still:
+        again = shots != suite.shots[0] and (still or "shots" in changes)
+        if again or (seed != suite.seeds[0] and still):
             continue
         place = Path(name, column, f"{settings.shots}shots-seed{seed}")
-        targets = _targets(suite, settings)
-        run = PlannedRun(folder / place, place.as_posix(), settings, targets)
-        same += runs.setdefault((settings.model_dump_json(), targets), run) is not run
+        run = PlannedRun(folder / place, place.as_posix(), settings, _targets(suite, settings))
+        same += runs.setdefault((settings.model_dump_json(), run.targets), run) is not run
     for run in runs.values():
         check_output(run.directory, run.settings, resume=True, overwrite=False)
     return Plan(folder, tuple(runs.values()), same)
@@ -257,16 +251,13 @@ def make_plan(suite: Suite, output: Path | str) -> Plan:
 
 def _targets(suite: Suite, settings: Settings) -> tuple[Target, ...]:
     """Where to evaluate a run with these settings; its own test images are left out."""
-    targets, closed = [], get_method(settings.method).head.closed
-    for evaluation in suite.evaluations:
-        target = Target(**absolute_paths(evaluation.model_dump()))
-        there = target.settings(settings)
-        if task_key(there) == task_key(settings):
-            continue
-        if closed and not target.dataset and there.classes != settings.classes:
+    asked = [Target(**absolute_paths(evaluation.model_dump())) for evaluation in suite.evaluations]
+    there = {target: target.settings(settings) for target in asked}
+    for target, other in there.items():
+        own = target.dataset or other.classes == settings.classes
+        if get_method(settings.method).head.closed and not own:
             raise UserError(
                 f"method '{settings.method}' knows only the classes it was fitted on and cannot be "
-                f"evaluated on {there.classes} ones; take it out of the suite's methods"
+                f"evaluated on {other.classes} ones; take it out of the suite's methods"
             )
-        targets.append(target)
-    return tuple(targets)
+    return tuple(t for t in asked if task_key(there[t]) != task_key(settings))

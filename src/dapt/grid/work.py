@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,11 +31,10 @@ from dapt.run.records import EvaluationRecord, Metrics
 from dapt.run.train import evaluate_run, recorded, train
 from dapt.settings import Settings
 
-# What became of a run: `DONE` with its figures, `FAILED` with a sentence, or `BUSY`.
-Outcome = tuple[str, str]
+# What became of a run: `DONE` with figures, `FAILED` with a sentence, `BUSY`, or what stops all.
+Outcome = tuple[str, str] | BaseException
 READY, BUSY = ("ready", ""), ("busy in another process", "")
-# That, or what stops the whole grid; where the future itself fails, the worker died.
-Answer = Future[Outcome | BaseException]
+Answer = Future[Outcome]  # where the future itself fails, the worker died
 
 # No later run would fare better, so the grid stops instead of failing one run after another.
 _NO_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -47,14 +45,12 @@ _TASKS_KEPT = 16  # listings, not images: a source and its targets, whatever the
 class Session:
     """What a worker does runs with: the backbone in use with what it saw, and tasks.
 
-    It is told what is to hear of each run's ``progress``, and, where the process is all its own,
-    how many ``threads`` to compute with.
+    Each run's ``progress`` is told; ``threads`` are given where the process is all its own.
     """
 
     def __init__(self, progress: Reporter | None = None, threads: int | None = None) -> None:
         self.progress = progress or Reporter()
-        self.backbones: dict[object, Shared] = {}
-        self._tasks: dict[object, Task] = {}
+        self.backbones, self._tasks = dict[object, Shared](), dict[object, Task]()
         if threads is not None:
             torch.set_num_threads(threads)
             threadpool_limits(threads)
@@ -94,7 +90,7 @@ class Session:
                 raise first
             reporter.warn(f"{sentence}; the runs that need it will fail")
 
-    def do(self, run: PlannedRun | None) -> Outcome | BaseException:
+    def do(self, run: PlannedRun | None) -> Outcome:
         """What became of a run, or what stops the whole grid; without a run, that this is here."""
         try:
             return READY if run is None else self._do(run)
@@ -103,12 +99,24 @@ class Session:
 
     def _do(self, run: PlannedRun) -> Outcome:
         """Do a run with its evaluations, as far as they are not done; what fails is recorded."""
+        settings, directory, told = run.settings, run.directory, self.progress
         try:
             state = run.state()
             if state == FAILED:
-                return FAILED, run.directory.read_failure() or ""
-            if state != DONE:
-                self._tune_and_evaluate(run, state)
+                return FAILED, directory.read_failure() or ""
+            if state == DONE:
+                return DONE, summary(run)
+            task, shared = self.task(settings), self.shared(settings)
+            if state == NEW and (twin := run.twin()) is not None:
+                directory.copy_from(twin)
+            else:
+                data = Data(task, support_of(settings, task))
+                train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
+            how: dict[str, Any] = {"shared": shared, "open_task": self.task, "reporter": told}
+            with directory.locked():
+                for target in run.targets:
+                    if recorded(directory, target) is None:
+                        evaluate_run(directory, target, held=True, **how)
             return DONE, summary(run)
         except InUse:
             return BUSY
@@ -117,34 +125,20 @@ class Session:
                 raise
             expected = isinstance(error, UserError)
             note = str(error) if expected else f"{type(error).__name__}: {error}"
-            run.directory.fail(note, None if expected else traceback.format_exc())
+            directory.fail(note, None if expected else traceback.format_exc())
             return FAILED, note
-
-    def _tune_and_evaluate(self, run: PlannedRun, state: str) -> None:
-        settings, directory, told = run.settings, run.directory, self.progress
-        task, shared = self.task(settings), self.shared(settings)
-        if state == NEW and (twin := run.twin()) is not None:
-            directory.copy_from(twin)
-        else:
-            data = Data(task, support_of(settings, task))
-            train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
-        evaluate = partial(evaluate_run, shared=shared, open_task=self.task, reporter=told)
-        with directory.locked():
-            for target in run.targets:
-                if recorded(directory, target) is None:
-                    evaluate(directory, target, held=True)
 
 
 def summary(run: PlannedRun) -> str:
     """Accuracy of a finished run, and on its targets, in one line, and what was odd about it."""
     metrics = run.directory.read_metrics()
-    found: dict[str, Metrics | EvaluationRecord] = {"": metrics}
+    records: dict[str, Metrics | EvaluationRecord] = {"": metrics}
     for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
-        found[f"{file.stem.removeprefix('eval-')} "] = record
-    parts = [f"{name}{record.test.accuracy:.1%}" for name, record in found.items()]
-    lists = (metrics.skipped, *(record.test.skipped for record in found.values()))
+        records[f"{file.stem.removeprefix('eval-')} "] = record
+    parts = [f"{name}{record.test.accuracy:.1%}" for name, record in records.items()]
+    lists = (metrics.skipped, *(record.test.skipped for record in records.values()))
     skipped = {image["image"] for images in lists for image in images}
-    twice = {pair["support"] for record in found.values() for pair in record.also_tested or ()}
+    twice = {pair["support"] for record in records.values() for pair in record.also_tested or ()}
     odd = {"images skipped": skipped, "support images tested too": twice}
     parts += [f"{what}: {len(images):,}" for what, images in odd.items() if images]
     return ", ".join([*parts, "its loss rose"] if metrics.rose else parts)
@@ -173,10 +167,6 @@ class Worker:
     since: float = 0.0  # when that was
 
 
-# How to hire a worker, and for how many there is room.
-Crew = tuple[Callable[[], Worker], int]
-
-
 def here(session: Session) -> Worker:
     """This process: what it is asked is done at once."""
 
@@ -200,7 +190,7 @@ def process(threads: int) -> Worker:
     theirs.close()  # so that the pipe ends where the process does
     thread = ThreadPoolExecutor(1)
 
-    def ask(run: PlannedRun | None) -> Outcome | BaseException:
+    def ask(run: PlannedRun | None) -> Outcome:
         pipe.send(run)
         return pipe.recv()
 
@@ -209,7 +199,13 @@ def process(threads: int) -> Worker:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """A worker process: do what comes through the pipe, until something stops the grid."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    def end() -> None:  # with a grid that was killed; a run may be cut off at any moment
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
     session, told = Session(threads=threads), None
     with suppress(EOFError, OSError):  # nobody is there any more
         while not isinstance(told, BaseException):
@@ -217,29 +213,21 @@ def _serve(pipe: Connection, threads: int) -> None:
             pipe.send(told)
 
 
-def _die_with_parent() -> None:
-    """A grid that was killed leaves no process behind; a run may be cut off at any moment."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
-
-
 @contextmanager
 def answering(number: signal.Signals, answer: Any) -> Iterator[None]:
     """Answer a signal otherwise for a while; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, answer)
+    able = threading.current_thread() is threading.main_thread()
+    before = signal.signal(number, answer) if able else None
     try:
         yield
     finally:
-        signal.signal(number, before)
+        if able:
+            signal.signal(number, before)
 
 
 @contextmanager
-def cluster(address: str, threads: int | None) -> Iterator[Crew]:
-    """Actors on a Ray cluster whose nodes share the results folder.
+def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Worker], int]]:
+    """How to hire actors on a Ray cluster whose nodes share the results folder, and how many.
 
     The address ``local`` starts one on this machine. By default a worker has as many threads as
     the smallest node has cores. A `UserError`, if Ray is not installed, does not answer, or has no

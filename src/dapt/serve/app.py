@@ -1,124 +1,166 @@
-"""The routes: predictions, classes, support images, health, metrics, and the pages."""
+"""What a request may send, how its images wait for the model, and the routes that answer it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+import numpy as np
+import yaml
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
-from pydantic import BaseModel, Field
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, exposition
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from dapt import __version__
 from dapt.data import TooManyPixels
-from dapt.errors import UserError
+from dapt.errors import UserError, printable
 from dapt.predict import best
-from dapt.serve.batching import Batcher
-from dapt.serve.served import Served
-from dapt.serve.uploads import AGAIN, MULTIPART, Limits, uploaded
+from dapt.serve.served import Answer, Served
 
 _STATIC = Path(__file__).with_name("static")
+_FIELD, _MULTIPART = "images", "multipart/form-data"
+_AGAIN = {"Retry-After": "1"}
+_Json = dict[str, Any]  # of the shape that api.yaml tells
 
 
-class Photos(BaseModel):
-    """What is sent."""
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server."""
 
-    images: list[bytes] = Field(description="JPEG, PNG, WebP, GIF, BMP or AVIF files.")
-
-
-class RankedClass(BaseModel):
-    """A class and how probable it is."""
-
-    name: str = Field(serialization_alias="class")
-    probability: float
-
-
-class Neighbour(BaseModel):
-    """A support image and the cosine of its features with the photo's."""
-
-    image: str = Field(description="Where the picture is.")
-    name: str = Field(serialization_alias="class")
-    cosine: float
+    upload: int = 20 * 2**20  # bytes of a request
+    pixels: int = 50_000_000  # width x height of an image
+    images: int = 32  # of a request
+    queue: int = 128  # images of all requests that wait for an answer
+    batch: int = 32  # images that the model takes at a time
+    timeout: float = 30.0  # seconds that a request may take in all
+    connections: int = 128  # clients at a time
 
 
-class Prediction(BaseModel):
-    """What came of one image: classes, best first, or an error."""
+@asynccontextmanager
+async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[UploadFile]]:
+    """The image files of a multipart request, in order; parts over 1 MB wait on disk.
 
-    file: str
-    classes: list[RankedClass] = []
-    nearest: list[Neighbour] = []
-    error: str | None = Field(default=None, description="Why the image could not be classified.")
+    Bytes are counted as they arrive. An `HTTPException` (400, 408, 413, 415) has a sentence.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _MULTIPART:
+        raise HTTPException(415, f"send images as {_MULTIPART}, in fields named '{_FIELD}'")
+    said = f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
+    too_large = HTTPException(413, said)
+    length, seen = request.headers.get("content-length", ""), 0
+    if length.isdecimal() and int(length) > limits.upload:
+        raise too_large
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > limits.upload:
+            raise too_large
+        return message
+
+    # Other fields are not kept, so a few are no harm; what they hold is bounded too.
+    most = {"max_files": limits.images, "max_fields": 16, "max_part_size": 2**16}
+    try:
+        with anyio.fail_after(limits.timeout):
+            form = await Request(request.scope, receive).form(**most)
+    except TimeoutError:
+        said = f"the request did not arrive within {limits.timeout:g} s; send less at a time"
+        raise HTTPException(408, said) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the request ended early") from None
+    except (HTTPException, FormParserError) as error:  # not every starlette makes them the first
+        if error is too_large:
+            raise
+        said = error.detail if isinstance(error, HTTPException) else str(error)
+        if said.startswith("Too many files"):
+            said = f"a request may hold {limits.images} images; send the others in another"
+            raise HTTPException(413, said) from error
+        raise HTTPException(400, f"the form cannot be read: {printable(said)}") from error
+    try:
+        files = []
+        for name, value in form.multi_items():
+            if name != _FIELD or not isinstance(value, UploadFile):
+                said = f"field '{printable(name[:40])}' is no image"
+                raise HTTPException(400, f"{said}; send files in fields named '{_FIELD}'")
+            files.append(value)
+        if not files:
+            raise HTTPException(400, f"no images given; send files in fields named '{_FIELD}'")
+        yield files
+    finally:
+        await form.close()
 
 
-class Predictions(BaseModel):
-    """One entry an image, in the order they were sent."""
+class Batcher:
+    """Does what requests ask in one thread that owns the model, and bounds how much that may be.
 
-    predictions: list[Prediction]
+    A batch is whatever is waiting once the model is free: alone, an image waits for nobody but
+    some milliseconds; under load batches fill up by themselves.
+    """
 
+    def __init__(self, served: Served, limits: Limits, registry: CollectorRegistry) -> None:
+        self._served, self._limits, self._admitted = served, limits, 0
+        # Views, each with what says which batch it is in, at which place, once that has begun.
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
+        about = "Images admitted that wait for an answer."
+        gauge = Gauge("dapt_queue_images", about, registry=registry)
+        gauge.set_function(lambda: self._admitted)
+        about, sizes = "Images the model took at a time.", [2**i for i in range(8)]
+        self._sizes = Histogram("dapt_batch_images", about, buckets=sizes, registry=registry)
 
-class Problem(BaseModel):
-    """Why a request was refused, in a sentence."""
+    @contextmanager
+    def admission(self, count: int) -> Iterator[None]:
+        """Room for ``count`` images until the block is left; an `HTTPException` without."""
+        if self._admitted + count > self._limits.queue:
+            raise HTTPException(429, "too many images are waiting; try again", _AGAIN)
+        self._admitted += count
+        try:
+            yield
+        finally:
+            self._admitted -= count
 
-    detail: str
+    async def answer(self, view: np.ndarray) -> Answer:
+        """What the model makes of a view; to cancel this spares the work if that has not begun."""
+        begun = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((view, begun))
+        batch, place = await begun
+        return (await asyncio.shield(batch))[place]
 
-
-class Bounds(BaseModel):
-    """What a request may hold."""
-
-    upload_bytes: int
-    images: int
-    pixels: int
-
-
-class Classes(BaseModel):
-    """What is served."""
-
-    run: str
-    method: str
-    backbone: str
-    classes: list[str]
-    support_images: int
-    limits: Bounds
-
-
-class Health(BaseModel):
-    """Whether predictions are made."""
-
-    status: str
-
-
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The only image, or the form, cannot be read."},
-    401: {"model": Problem, "description": "The token is missing or wrong."},
-    408: {"model": Problem, "description": "The request arrived too slowly."},
-    413: {"model": Problem, "description": "Too many bytes, images or pixels."},
-    415: {"model": Problem, "description": "The body is no form."},
-    422: {"description": "A parameter is wrong."},
-    429: {"model": Problem, "description": "Too much is waiting; see Retry-After."},
-    503: {"model": Problem, "description": "It took too long; see Retry-After."},
-}
-_CONTENT = {MULTIPART: {"schema": Photos.model_json_schema()}}
-_BODY = {"requestBody": {"required": True, "content": _CONTENT}}
-_PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/jpeg": {}}},
-    401: _PROBLEMS[401],
-    404: {"model": Problem, "description": "There is no such support image."},
-}
+    async def run(self) -> None:
+        """Do the work, until this is cancelled. A batch that fails, fails those who wait for it."""
+        loop, size = asyncio.get_running_loop(), self._limits.batch
+        with ThreadPoolExecutor(1, "dapt-model") as model:
+            while True:
+                found = [await self._waiting.get()]
+                if self._waiting.qsize() < size - 1:
+                    await asyncio.sleep(0.003)  # for others
+                while len(found) < size and not self._waiting.empty():
+                    found.append(self._waiting.get_nowait())
+                if wanted := [one for one in found if not one[1].cancelled()]:
+                    self._sizes.observe(len(wanted))
+                    views = [view for view, _ in wanted]
+                    batch = loop.run_in_executor(model, self._served.answers, views)
+                    for place, (_, begun) in enumerate(wanted):
+                        begun.set_result((batch, place))
+                    await asyncio.wait([batch])
 
 
 def create_app(
     served: Served, limits: Limits, registry: CollectorRegistry, ready: Callable[[], None]
 ) -> FastAPI:
-    """The application; its lifespan starts and ends the threads that do the work.
+    """The application, as ``api.yaml`` describes it; its lifespan is that of its threads.
 
     Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Long,
     because the routes share what is made here.
@@ -138,18 +180,14 @@ def create_app(
         decoders.shutdown(wait=True, cancel_futures=True)
         model.cancel()
 
-    app = FastAPI(
-        title="dapt",
-        version=__version__,
-        description=f"Classifies images into the {len(served.class_names):,} classes of the run "
-        f"'{served.name}'.",
-        docs_url=None,
-        redoc_url=None,
-        lifespan=lifespan,
-    )
+    about = f"Classifies images into the {len(served.class_names):,} classes of the run"
+    info = {"title": "dapt", "version": __version__, "description": f"{about} '{served.name}'."}
+    described = {"info": info, **yaml.safe_load(_STATIC.with_name("api.yaml").read_text("utf-8"))}
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.openapi = lambda: described  # type: ignore[method-assign]
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> Prediction:
+    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> _Json:
         name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
@@ -160,27 +198,20 @@ def create_app(
             if alone:
                 status = 413 if isinstance(error, TooManyPixels) else 400
                 raise HTTPException(status, str(error)) from error
-            return Prediction(file=name, error=str(error))
+            return {"file": name, "error": str(error)}
         counted.labels("ok").inc()
         (classes,) = best(probabilities[None], served.class_names, top)
         (places,) = best(cosines[None], range(len(cosines)), near)
-        ranked = [RankedClass(name=name, probability=p) for name, p in classes]
-        nearest = [Neighbour(image=f"/support/{i}", name=names[i], cosine=c) for i, c in places]
-        return Prediction(file=name, classes=ranked, nearest=nearest)
+        ranked = [{"class": name, "probability": p} for name, p in classes]
+        nearest = [{"image": f"/support/{i}", "class": names[i], "cosine": c} for i, c in places]
+        return {"file": name, "classes": ranked} | ({"nearest": nearest} if nearest else {})
 
-    @app.post(
-        "/predict", responses=_PROBLEMS, openapi_extra=_BODY, response_model_exclude_defaults=True
-    )
+    @app.post("/predict")
     async def predict(
         request: Request,
-        top: Annotated[int, Query(ge=1, description="Classes to name for each image.")] = 5,
-        nearest: Annotated[int, Query(ge=0, le=50, description="Support images to name.")] = 0,
-    ) -> Predictions:
-        """Classify images.
-
-        An image that cannot be read has an error in its entry; if it is the only one, the request
-        is refused with 400, or with 413 if it has too many pixels.
-        """
+        top: Annotated[int, Query(ge=1)] = 5,
+        nearest: Annotated[int, Query(ge=0, le=50)] = 0,
+    ) -> _Json:
         until = anyio.current_time() + limits.timeout
         with batcher.admission(1):  # a full server says so before it reads an upload
             pass
@@ -189,39 +220,32 @@ def create_app(
                 with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
                     alone = len(files) == 1
                     work = (entry(f, i, top, nearest, alone) for i, f in enumerate(files, 1))
-                    return Predictions(predictions=await asyncio.gather(*work))
+                    return {"predictions": await asyncio.gather(*work)}
         except TimeoutError:
             said = f"no answer within {limits.timeout:g} s; try again"
-            raise HTTPException(503, said, AGAIN) from None
+            raise HTTPException(503, said, _AGAIN) from None
 
-    @app.get("/classes", responses={401: _PROBLEMS[401]})
-    async def classes() -> Classes:
-        """Class names in label order, and what a request may hold."""
-        return Classes(
-            run=served.name,
-            method=served.method,
-            backbone=served.backbone,
-            classes=list(served.class_names),
-            support_images=len(pictures),
-            limits=Bounds(upload_bytes=limits.upload, images=limits.images, pixels=limits.pixels),
-        )
+    @app.get("/classes")
+    async def classes() -> _Json:
+        bounds = {"upload_bytes": limits.upload, "images": limits.images, "pixels": limits.pixels}
+        about = {"run": served.name, "method": served.method, "backbone": served.backbone}
+        found = {"classes": served.class_names, "support_images": len(pictures)}
+        return {**about, **found, "limits": bounds}
 
-    @app.get("/support/{number}", response_class=Response, responses=_PICTURE)
+    @app.get("/support/{number}")
     async def picture(number: int) -> Response:
-        """A support image, small, as the model sees it."""
         if not 0 <= number < len(pictures):
             raise HTTPException(404, f"there is no support image {number}")
         return Response(pictures[number], media_type="image/jpeg")
 
     @app.get("/healthz")
-    async def healthz() -> Health:
-        """Whether the server answers; for load balancers."""
-        return Health(status="ok")
+    async def healthz() -> _Json:
+        return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
-    async def prometheus() -> Response:
-        """Metrics for Prometheus."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        latest = exposition.generate_latest(registry)
+        return Response(latest, media_type=exposition.CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)

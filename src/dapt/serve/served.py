@@ -36,7 +36,7 @@ class Support:
 
     class_names: tuple[str, ...]
     features: Tensor  # (n, D), normalised
-    pictures: tuple[bytes, ...]  # n JPEG files
+    pictures: tuple[bytes, ...]  # n JPEG files, of 160 px a side at most
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ class Served:
     def view(self, file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
         """(S, S, 3) uint8 of an image file, as the model wants to see it.
 
-        Raises:
-            TooManyPixels: its header tells of more; nothing was decoded.
-            UserError: it cannot be read; errors call it ``name``.
+        A `UserError`, which calls it ``name``, where it cannot be read: `TooManyPixels` where its
+        header tells of more, and nothing was decoded.
         """
         image = decode_image(file, name, formats=FORMATS, max_pixels=max_pixels)
         return np.asarray(centre_view(image, **self.classifier.backbone.preprocessing.of_views()))
@@ -84,19 +83,12 @@ def load_served(
     nearest: bool = True,
     reporter: Reporter | None = None,
 ) -> Served:
-    """Load a run to answer with.
+    """Load a finished run to answer with, on another device than its own if one is given.
 
-    Args:
-        run: a finished one.
-        device: to run on, if not the one it was tuned on.
-        nearest: encode its support images too; where they are not to be had, that is said. Those of
-            a run that `PromptClassifier` saved never are: their paths may lead anywhere on this
-            machine, and whoever made the run must not choose what a server shows of it. Nor are
-            others than those it was tuned on, by content.
-        reporter: is told of progress.
-
-    Raises:
-        UserError: as `load_classifier`.
+    If ``nearest``, its support images are encoded too; where they are not to be had, that is said.
+    Those of a run that `PromptClassifier` saved never are: their paths may lead anywhere on this
+    machine, and whoever made the run must not choose what a server shows of it. Nor are others than
+    those it was tuned on, by content. Errors are those of `load_classifier`.
     """
     reporter, support = reporter or Reporter(), None
     classifier = load_classifier(run, device=device)
@@ -114,23 +106,18 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
     """The images that a run's support set lists, encoded with its prompts."""
     task = task_of(run.read_settings())
     items = known_support(run, task).train
-    paths = [task.image_path(item) for item in items]
     pictures: list[bytes] = []
 
     def encode(views: Tensor) -> Tensor:
-        pictures.extend(map(_picture, views.permute(0, 2, 3, 1).numpy()))
+        for view in views.permute(0, 2, 3, 1).numpy():
+            image, file = Image.fromarray(np.ascontiguousarray(view)), io.BytesIO()
+            image.thumbnail((160, 160))
+            image.save(file, "JPEG", quality=85)
+            pictures.append(file.getvalue())
         return classifier.image_features(views)
 
+    paths, how = map(task.image_path, items), classifier.backbone.preprocessing.of_views()
     with reporter.stage("support images", len(items)) as advance:
-        store = ImageStore(paths, **classifier.backbone.preprocessing.of_views())
+        store = ImageStore([*paths], **how)
         features = encode_store(encode, store, batch_size=32, advance=advance)
     return Support(tuple(item.class_name for item in items), features, tuple(pictures))
-
-
-def _picture(view: np.ndarray) -> bytes:
-    """A view (S, S, 3) as a JPEG file, of 160 px a side at most."""
-    image = Image.fromarray(np.ascontiguousarray(view))
-    image.thumbnail((160, 160))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
