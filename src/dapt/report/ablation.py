@@ -5,64 +5,55 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 from dapt.methods import METHODS
 from dapt.report.collect import clean
-from dapt.report.rows import loss_settings, loss_title, method_title, prompts
-from dapt.report.sections import Block, Maker
-from dapt.report.statistics import Samples, minus
-from dapt.report.study import Scope, Variant, full_settings, shown
-from dapt.report.tables import HIGHER, POINTS, Column, Named, Table
+from dapt.report.sections import TOWERS, Block, Maker, loss_title
+from dapt.report.statistics import Samples
+from dapt.report.study import Scope, Variant, full_settings, row_of, shown
+from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Table
 
-_Varied = tuple[str, tuple[str, ...], int]  # method, settings, shots
-
-
-class _Compared(NamedTuple):
-    """A row, of the runs of a method's variant."""
-
-    label: str
-    method: str
-    variant: Variant
+_Key = tuple[str, Variant]  # of a row: a method's variant
 
 
 def ablations(maker: Maker) -> list[Block]:
     """Main runs beside those that differ in other settings, which are named."""
     study = maker.study
-    found: dict[_Varied, dict[Variant, set[str]]] = defaultdict(lambda: defaultdict(set))
+    found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
+    found = defaultdict(lambda: defaultdict(set))
     for run in study.runs:
         if run.finished and run.classes == study.classes and (names := study.differing(run)):
             found[run.method, names, run.shots][study.variant(run)].add(run.dataset)
     tables = [t for shots in study.shots for m in METHODS for t in _parts(maker, m, shots)]
     for key in sorted(found, key=lambda key: (study.methods.index(key[0]), *key[1:])):
-        tables.append(_settings(maker, key, found[key]))
+        tables.append(_settings(maker, *key, found[key]))
     return [Block(tables=tables)]
 
 
 def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
     """A method's losses and prompts on and off, where any runs have some of them off."""
-    study, weights, own = maker.study, loss_settings(method), set(METHODS[method].parts)
+    study, own = maker.study, METHODS[method]
+    weights = {term.name: term.weight for term in own.losses}
     if len(weights) < 2:
         return []
 
-    def row(label: str, method: str, **changed: object) -> list[_Compared]:
+    def row(label: str, method: str, **changed: object) -> list[Row]:
         variant = study.main(method, **changed)
-        return [] if variant is None else [_Compared(label, method, variant)]
+        return [] if variant is None else [_row(maker, label, method, variant)]
 
     none, losses, parts = [], [], []
     for off, setting in weights.items():
         left = " and ".join(loss_title(term) for term in weights if term != off)
         losses += row(f"{left} only", method, **{setting: 0})
-    for other in METHODS:
-        terms, learned = loss_settings(other).keys(), set(METHODS[other].parts)
-        if learned == own and not terms:
-            none += row(f"none ({method_title(other)})", other)
-        if learned < own and terms and terms <= weights.keys():
-            left = f"{' and '.join(sorted(prompts(other)))} prompt only"
-            parts += row(f"{left}, {', '.join(map(loss_title, terms))}", other)
-    scope = Scope(study.datasets, shots)
-    both = row(f"both ({method_title(method)})", method)
-    tables = []
+    for name, other in METHODS.items():
+        terms, learned = {term.name for term in other.losses}, set(other.parts)
+        if learned == set(own.parts) and not terms:
+            none += row(f"none ({other.title})", name)
+        if learned < set(own.parts) and terms and terms <= weights.keys():
+            left = " and ".join(prompt for prompt, tower in TOWERS.items() if other.changes(tower))
+            parts += row(f"{left} prompt only, {', '.join(map(loss_title, terms))}", name)
+    scope, tables = Scope(study.datasets, shots), []
+    both = row(f"both ({own.title})", method)
     for what, rows, some, reference in (
         ("losses", [*none, *losses, *both], losses, none),
         ("prompts", [*parts, *both], parts, both),
@@ -71,17 +62,18 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         about = maker.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
         table = _compared(maker, about, what, scope, rows, reference, note)
-        if {label for label, _ in table.rows} & {row.label for row in some}:
+        if {row.label for row in table.rows} & {row.label for row in some}:
             tables.append(table)
     return tables
 
 
-def _settings(maker: Maker, varied: _Varied, variants: dict[Variant, set[str]]) -> Table:
+def _settings(
+    maker: Maker, method: str, names: Sequence[str], shots: int, variants: dict[Variant, set[str]]
+) -> Table:
     """Values of some settings; a dataset whose main runs have a row's value stands in it."""
-    method, names, shots = varied
     study, scope = maker.study, Scope(sorted(set().union(*variants.values())), shots)
     main = study.main(method) or ()
-    rows: list[tuple[list[tuple[int, float, str]], _Compared]] = []
+    rows: list[tuple[list[tuple[int, float, str]], Row]] = []
     for variant in (main, *variants):
         settings = [full_settings(run) for run in study.runs_in(scope, method, variant)]
         if not settings:
@@ -92,11 +84,11 @@ def _settings(maker: Maker, varied: _Varied, variants: dict[Variant, set[str]]) 
         if len({shown([s.get(n) for n in names]) for s in settings}) > 1:
             label = " · ".join(f"{clean(n)} by default" for n in names)
         label += " (main)" if variant == main else ""
-        rows.append(([_order(value) for value in values], _Compared(label, method, variant)))
+        rows.append(([_order(value) for value in values], _row(maker, label, method, variant)))
     ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
-    caption = f"{method_title(method)}, {scope.at}: {', '.join(map(clean, names))}"
+    caption = f"{row_of(method).title}, {scope.at}: {', '.join(map(clean, names))}"
     about = maker.named("ablation", method, *names, f"{shots}-shots", caption=caption)
-    reference = [row for row in ordered if row.variant == main]
+    reference = [row for row in ordered if row.key == (method, main)]
     return _compared(maker, about, "setting", scope, ordered, reference)
 
 
@@ -108,32 +100,35 @@ def _order(value: str) -> tuple[int, float, str]:
         return 1, 0.0, value
 
 
+def _row(maker: Maker, label: str, method: str, variant: Variant) -> Row:
+    """A row of a variant's runs; main ones have the method's colour."""
+    return Row(label, (method, variant), method if variant == maker.study.main(method) else None)
+
+
 def _compared(
     maker: Maker,
     about: Named,
     corner: str,
     scope: Scope,
-    rows: Sequence[_Compared],
-    reference: Sequence[_Compared],
+    rows: Sequence[Row],
+    reference: Sequence[Row],
     note: str = "",
 ) -> Table:
     """Accuracy by dataset, and the difference to the ``reference``, if there is such a row."""
     study = maker.study
 
-    def accuracy(datasets: Sequence[str], row: _Compared) -> Samples:
-        place = scope._replace(datasets=datasets)
-        return study.samples(place, row.method, variant=row.variant)
+    def accuracy(datasets: Sequence[str], key: _Key) -> Samples:
+        return study.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
 
-    def gap(row: _Compared) -> Samples:
-        if not reference or row == reference[0]:
+    def gap(key: _Key) -> Samples:
+        if not reference or key == (theirs := reference[0].key):
             return Samples()
-        shared = [d for d in datasets if accuracy([d], row) and accuracy([d], reference[0])]
-        return minus(accuracy(shared, row), accuracy(shared, reference[0]))
+        shared = [d for d in datasets if accuracy([d], key) and accuracy([d], theirs)]
+        return accuracy(shared, key) - accuracy(shared, theirs)
 
-    datasets = [d for d in scope.datasets if any(accuracy([d], row) for row in rows)]
+    datasets = [d for d in scope.datasets if any(accuracy([d], row.key) for row in rows)]
     columns = [Column(study.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
     if len(datasets) > 1:
         columns.append(Column("average", partial(accuracy, datasets), HIGHER))
     columns.append(Column("difference", gap, POINTS))
-    whole = {row: row.method for row in rows if row.variant == study.main(row.method)}
-    return Table(about, corner, columns, [(row.label, row, whole.get(row)) for row in rows], note)
+    return Table(about, corner, columns, rows, note)

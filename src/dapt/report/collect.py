@@ -6,15 +6,13 @@ read is named in a warning and left out; no file is ever executed or unpickled.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringC
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
-from dapt.report.statistics import Sample, runs_of
+from dapt.report.statistics import Sample, mean, runs_of
 from dapt.run import records
 from dapt.run.directory import RunDirectory
 from dapt.run.records import Count, Environment, Record, read_record
@@ -52,8 +50,7 @@ def warning(folder: Path, problem: object, consequence: str = "this run is left 
     return f"{where}{clean(said, 800)}; {consequence}"
 
 
-# ------------------------------------------------------------ what is read of a run's files
-
+# What is read of a run's files.
 _Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
 _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
 
@@ -89,10 +86,9 @@ class _Metrics(records.Metrics):
     test: _Test
 
 
-class _Evaluation(records.EvaluationRecord):
-    dataset: _Name
-    classes: _Name | None = "all"
-    test: _Test
+# What is looked at of a run: a figure by name, or accuracy on (dataset, classes) elsewhere, the
+# mean over several.
+Measure = str | tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,18 @@ class Run:
             harmonic = 2 * base.value * new.value / total if total else 0.0
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
         return found
+
+    @property
+    def place(self) -> tuple[str, str, str, int, int]:
+        """What only repeats of it, and runs with other settings, have in common with it."""
+        return self.dataset, self.classes, self.method, self.shots, self.seed
+
+    def look(self, measure: Measure) -> Sample | None:
+        """A measure, if it is known; a mean only if all that it is of is."""
+        if isinstance(measure, str):
+            return self.figures.get(measure)
+        found = [self.evaluations[target] for target in measure if target in self.evaluations]
+        return mean(found) if len(found) == len(measure) else None
 
 
 def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
@@ -182,44 +190,46 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
     settings = read_record(files.settings_file, _Settings, "settings")
     task = read_record(files.task_file, _Task, "task")
     try:
-        environment = read_record(files.environment_file, Environment, "environment")
+        environment = files.read_environment()
     except UserError as error:
         environment = Environment.model_validate({})
         warnings.append(warning(files.path, error, "shown without it"))
-    run = Run(
+    known = {name: getattr(settings, name) for name in _Settings.model_fields}
+    metrics, evaluations = None, {}
+    if files.finished:
+        metrics = read_record(files.metrics_file, _Metrics, "metrics")
+        for name in {"method", "shots", "seed"} & metrics.model_fields_set:
+            if (said := getattr(metrics, name)) != known[name]:
+                raise UserError(f"metrics.json says {name} {said}, settings.json {known[name]}")
+        evaluations = _evaluations(files, number, warnings)
+    return Run(
         number=number,
         path=files.path,
-        dataset=task.dataset,
+        dataset=(metrics or task).dataset,
         settings=dict(settings),
         environment=environment,
         class_names=task.class_names,
         failure=failure,
-        **{name: getattr(settings, name) for name in _Settings.model_fields},
+        metrics=metrics,
+        evaluations=evaluations,
+        **known,
     )
-    if not files.finished:
-        return run
-    metrics = read_record(files.metrics_file, _Metrics, "metrics")
-    for name in {"method", "shots", "seed"} & metrics.model_fields_set:
-        said, known = getattr(metrics, name), getattr(run, name)
-        if said != known:
-            raise UserError(f"metrics.json says {name} {said}, settings.json {known}")
-    evaluations = _evaluations(files.path, number, warnings)
-    return replace(run, dataset=metrics.dataset, metrics=metrics, evaluations=evaluations)
 
 
-def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[str, str], Sample]:
-    found: dict[tuple[str, str], _Test] = {}
-    for file in sorted(folder.glob("eval-*.json")):
-        try:
-            read = read_record(file, _Evaluation, "evaluation")
-        except UserError as error:
-            warnings.append(warning(folder, error, "this evaluation is left out"))
+def _evaluations(
+    files: RunDirectory, number: int, warnings: list[str]
+) -> dict[tuple[str, str], Sample]:
+    found: dict[tuple[str, str], Sample] = {}
+    for file, read in files.evaluations():
+        if isinstance(read, UserError):
+            warnings.append(warning(files.path, read, "this evaluation is left out"))
             continue
-        if found.setdefault((read.dataset, read.classes or "all"), read.test) != read.test:
-            problem = f"{file.name} and an earlier file evaluate the same ({read.dataset}) "
+        dataset, sample = clean(read.dataset), Sample(read.test.accuracy, (number,))
+        if found.setdefault((dataset, clean(read.classes or "all")), sample) != sample:
+            problem = f"{file.name} and an earlier file evaluate the same ({dataset}) "
             problem += "with other results"
-            warnings.append(warning(folder, problem, "the earlier one is shown"))
-    return {key: Sample(test.accuracy, (number,)) for key, test in found.items()}
+            warnings.append(warning(files.path, problem, "the earlier one is shown"))
+    return found
 
 
 def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
@@ -244,9 +254,6 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
     return distinct
 
 
-# ------------------------------------------------------------------ read where it is needed
-
-
 @dataclass(frozen=True)
 class ConfusionMatrix:
     """Test images by true and named class."""
@@ -265,8 +272,7 @@ class ConfusionMatrix:
         """(true class, named class, images) of what is wrong, the most frequent first."""
         cells = self.counts.tocoo()
         found = zip(cells.row.tolist(), cells.col.tolist(), cells.data.tolist(), strict=True)
-        wrong = [cell for cell in found if cell[0] != cell[1]]
-        return sorted(wrong, key=lambda cell: (-cell[2], *cell[:2]))
+        return sorted((c for c in found if c[0] != c[1]), key=lambda c: (-c[2], *c[:2]))
 
 
 def read_confusion(run: Run) -> ConfusionMatrix:
@@ -275,7 +281,7 @@ def read_confusion(run: Run) -> ConfusionMatrix:
     Raises:
         UserError: it is missing, not square, or no matrix of counts.
     """
-    test = read_record(run.path / "metrics.json", records.Metrics, "metrics").test
+    test = RunDirectory(run.path).read_metrics().test
     names = [clean(score.name.replace("_", " ")) for score in test.per_class]
     try:
         if not names or test.confusion is None:
@@ -296,24 +302,26 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
         UserError: log.csv has no such columns, or anything in it is no finite number.
     """
     file = RunDirectory(run.path).log_file
-    if not file.is_file() or file.stat().st_size == 0:
-        return {}
     try:
-        lines = csv.reader(io.StringIO(read_text(file, limit=_LARGEST_LOG), newline=""))
-        header, *rows = islice(lines, _MOST_STEPS + 2)
-        if len(rows) > _MOST_STEPS:
+        header, _, rows = read_text(file, limit=_LARGEST_LOG).partition("\n")
+        if rows.count("\n") > _MOST_STEPS:
             raise UserError(f"log.csv has more than {_MOST_STEPS:,} steps")
-        if not rows:
+        if not rows.strip():
             return {}
-        values = np.array(rows, dtype=float)
-        if values.shape[1] != len(header) or not np.isfinite(values).all():
+        values = np.loadtxt(
+            StringIO(rows), delimiter=",", comments=None, ndmin=2, max_rows=_MOST_STEPS
+        )
+        names = header.strip().split(",")
+        if values.shape[1] != len(names) or not np.isfinite(values).all():
             raise ValueError("it holds something else than finite numbers")
-        epochs = values[:, header.index("epoch")]
-    except (OSError, csv.Error, ValueError, IndexError) as error:
+        epochs = values[:, names.index("epoch")]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
         raise UserError(f"log.csv is no table of numbers by epoch ({error})") from error
     _, index, counts = np.unique(epochs, return_inverse=True, return_counts=True)
     return {
         clean(name): np.bincount(index, values[:, column]) / counts
-        for column, name in enumerate(header)
+        for column, name in enumerate(names)
         if name not in ("step", "epoch", "lr", "loss", "accuracy")
     }

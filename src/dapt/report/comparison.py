@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from dapt.methods import ZERO_SHOT
-from dapt.report.collect import Run
-from dapt.report.figures import accuracy_by_method, accuracy_over_shots
-from dapt.report.rows import method_title
+from dapt.report import figures
+from dapt.report.collect import Measure
 from dapt.report.sections import Block, Maker, averaged
-from dapt.report.statistics import Sample, Samples, mean, runs_of
-from dapt.report.study import Measure, Scope, Study
+from dapt.report.statistics import Sample, Samples, runs_of
+from dapt.report.study import Scope, Study, row_of
 from dapt.report.tables import PLAIN, Column, Table
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
@@ -21,10 +20,11 @@ _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks 
 def best_compared(study: Study) -> Scope:
     """The datasets with the most methods at the number of shots that most of them have."""
     shots = study.best(study.datasets).shots
-    scopes = [Scope([dataset], shots) for dataset in study.datasets]
-    present = [sum(bool(study.samples(scope, m)) for m in study.methods) for scope in scopes]
-    pairs = zip(study.datasets, present, strict=True)
-    return Scope([dataset for dataset, count in pairs if count == max(present)], shots)
+    present = {
+        dataset: sum(bool(study.samples(Scope([dataset], shots), m)) for m in study.methods)
+        for dataset in study.datasets
+    }
+    return Scope([d for d, count in present.items() if count == max(present.values())], shots)
 
 
 def overview(maker: Maker) -> list[Block]:
@@ -35,9 +35,8 @@ def overview(maker: Maker) -> list[Block]:
     scope = best_compared(study)
 
     def learned(method: str) -> Samples:
-        alone = (scope._replace(datasets=[dataset]) for dataset in scope.datasets)
-        parts = [study.samples(place, method, "learned") for place in alone]
-        found = [sample for part in parts for sample in part.values()]
+        alone = [scope._replace(datasets=[dataset]) for dataset in scope.datasets]
+        found = [s for one in alone for s in study.samples(one, method, "learned").values()]
         alike = len({sample.value for sample in found}) == 1
         return Samples({0: Sample(found[0].value, runs_of(found))} if alike else {})
 
@@ -76,7 +75,7 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
     # Zero-shot would stand in for shots that no other method has.
     tuned = [method for method in study.methods if method != ZERO_SHOT]
     scopes = [s for s in scopes if any(study.samples(s, m) for m in tuned)] or scopes
-    to = f"Difference to {method_title(study.baseline)}"
+    to = f"Difference to {row_of(study.baseline).title}"
     accuracy = maker.by_method(
         maker.named("accuracy", short, caption="Accuracy", of=label),
         [maker.column(scope.at, scope) for scope in scopes],
@@ -90,20 +89,20 @@ def _accuracy(maker: Maker, datasets: Sequence[str]) -> Block:
     block = Block(label, tables=[accuracy, difference], beside=len(accuracy.columns) <= 4)
     if accuracy and (average or short in maker.drawn):
         lines = {
-            maker.entry(str(method)): {
+            maker.entry(row.key): {
                 scope.shots: known
                 for scope, column in zip(scopes, accuracy.columns, strict=True)
                 if (known := column.cells[i].known)
             }
-            for i, (_, method) in enumerate(accuracy.rows)
+            for i, row in enumerate(accuracy.rows)
         }
         block.runs = accuracy.runs
         block.legend = list(lines) if sum(map(len, lines.values())) > len(study.methods) else []
-        caption, figure = "Accuracy over shots", accuracy_over_shots
+        caption, figure = "Accuracy over shots", figures.accuracy_over_shots
         if len({shots for line in lines.values() for shots in line}) == 1:
-            caption, figure = f"Accuracy at {scopes[0].at}", accuracy_by_method
+            caption, figure = f"Accuracy at {scopes[0].at}", figures.accuracy_by_method
         about = maker.named("figure-accuracy", short, caption=caption, of=label)
-        block.drawings.append(figure(about, lines))
+        block.drawings.append(figures.draw(figure, about, lines))
     return block
 
 
@@ -144,15 +143,15 @@ def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, st
         dataset, _, domain = target.partition(":")
         own = domain and dataset == source.partition(":")[0]
         head = _of(domain if own else target, classes)
-        measures.append((head, _elsewhere((target, classes))))
+        measures.append((head, ((target, classes),)))
     whose = "the average's, " if len(targets) > 1 else ""
-    note = f"The difference is {whose}to {method_title(study.baseline)}, paired by seed."
+    note = f"The difference is {whose}to {row_of(study.baseline).title}, paired by seed."
     if whose:
-        measures.append(("average of targets", _elsewhere(*targets)))
+        measures.append(("average of targets", tuple(targets)))
         note = f"The average is of runs that were evaluated on every target. {note}"
     there = [m for m in study.methods if any(study.samples(scope, m, x) for _, x in measures[1:])]
     columns = [maker.column(head, scope, measure) for head, measure in measures]
-    columns.append(maker.difference("difference", scope, _elsewhere(*targets)))
+    columns.append(maker.difference("difference", scope, tuple(targets)))
     parts = [name, source, *([scope.classes] if apart else []), f"{scope.shots}-shots"]
     about = maker.named(*parts, caption=f"From {label}, {scope.at}")
     return maker.by_method(about, columns, note if len(there) > 1 else "", there)
@@ -180,16 +179,6 @@ def base_to_new(maker: Maker) -> list[Block]:
             ]
             tables.append(maker.by_method(about, columns))
     return [Block(tables=tables)]
-
-
-def _elsewhere(*targets: tuple[str, str]) -> Measure:
-    """Accuracy on a (dataset, classes), or the mean over several that the run must all have."""
-
-    def measure(run: Run) -> Sample | None:
-        found = [run.evaluations[target] for target in targets if target in run.evaluations]
-        return mean(found) if len(found) == len(targets) else None
-
-    return measure
 
 
 def _family(dataset: str) -> str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 import numpy as np
 
 from dapt.errors import UserError
+from dapt.methods import METHODS
+from dapt.report import figures
 from dapt.report.collect import ConfusionMatrix, Run, read_confusion, read_log, warning
-from dapt.report.figures import Entry, before_and_after, confusion_matrix, training_curves
-from dapt.report.rows import learns, loss_title, method_title
-from dapt.report.sections import Block, Maker
+from dapt.report.sections import Block, Maker, loss_title
 from dapt.report.statistics import Sample, Samples
-from dapt.report.study import Scope, Study
-from dapt.report.tables import PLAIN, Cell, Column, Table
+from dapt.report.study import Scope, row_of
+from dapt.report.tables import PLAIN, Cell, Column, Row, Table
 
 MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions
 _MOST_TERMS = 8  # of the loss
-_DISPERSION = [f"{kind} {time}" for kind in ("inter", "intra") for time in ("before", "after")]
 
 
 def curves(maker: Maker) -> list[Block]:
@@ -30,8 +28,8 @@ def curves(maker: Maker) -> list[Block]:
 def _curves(maker: Maker, dataset: str) -> Block:
     study, scope = maker.study, maker.study.best([dataset])
     label = f"{study.label(dataset)}, {scope.at}"
-    logs: dict[str, dict[Entry, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    legend, numbers = dict[Entry, None](), set[int]()
+    logs: dict[str, dict[figures.Entry, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    legend, numbers = dict[figures.Entry, None](), set[int]()
     for method in study.methods:
         for run in study.runs_in(scope, method):
             try:
@@ -49,7 +47,7 @@ def _curves(maker: Maker, dataset: str) -> Block:
         title = f"{term} by epoch, {label}"
         about = maker.named("curve", name, dataset, caption=term.capitalize(), title=title)
         stacked = {entry: _stacked(rows) for entry, rows in found.items()}
-        block.drawings.append(training_curves(about, term, stacked))
+        block.drawings.append(figures.draw(figures.training_curves, about, term, stacked))
     return block
 
 
@@ -63,35 +61,31 @@ def dispersion(maker: Maker) -> list[Block]:
     """Inter- and intra-dispersion before and after, and maps of the features themselves."""
     blocks = []
     for dataset in maker.study.datasets:
-        blocks.append(_dispersion(maker, dataset))
-        blocks.append(_looked(maker, dataset, "Feature maps", "pairs"))
+        blocks += [_dispersion(maker, dataset), _looked(maker, dataset, "Feature maps", "pairs")]
     return blocks
 
 
 def _dispersion(maker: Maker, dataset: str) -> Block:
-    scope, label = maker.study.best([dataset]), maker.study.label(dataset)
+    study, scope, label = maker.study, maker.study.best([dataset]), maker.study.label(dataset)
+    kinds, times = ("inter", "intra"), ("before", "after")
+    names = [f"{kind} {time}" for kind in kinds for time in times]
     about = maker.named("dispersion", dataset, caption="Dispersion", of=f"{label}, {scope.at}")
-    table = maker.by_method(about, [maker.column(name, scope, name) for name in _DISPERSION])
+    table = maker.by_method(about, [maker.column(name, scope, name) for name in names])
     block = Block(f"{label}, {scope.at}", tables=[table], runs=table.runs)
-    if dataset not in maker.drawn:
-        return block
-    for kind in ("inter", "intra"):
+    for kind in kinds if dataset in maker.drawn else ():
         changes = {}
-        for i, (_, method) in enumerate(table.rows):
-            known = {column.title: column.cells[i].known for column in table.columns}
-            before, after = known.get(f"{kind} before"), known.get(f"{kind} after")
-            if before and after:
-                changes[maker.entry(str(method))] = (before.mean, after.mean)
+        for method in study.methods:
+            change = [study.samples(scope, method, f"{kind} {time}") for time in times]
+            if all(change):
+                before, after = (samples.estimate().mean for samples in change)
+                changes[maker.entry(method)] = (before, after)
         if changes:
-            what = f"{kind.capitalize()}-dispersion"
-            about = maker.named(
-                "dispersion",
-                kind,
-                dataset,
-                caption=f"{what}, before (hollow) and after tuning",
-                title=f"{what} before and after, {label}",
-            )
-            block.drawings.append(before_and_after(about, f"{kind}-dispersion", changes))
+            what = f"{kind}-dispersion"
+            caption = f"{what.capitalize()}, before (hollow) and after tuning"
+            title = f"{what.capitalize()} before and after, {label}"
+            about = maker.named("dispersion", kind, dataset, caption=caption, title=title)
+            drawing = figures.draw(figures.before_and_after, about, what, changes)
+            block.drawings.append(drawing)
     return block
 
 
@@ -107,28 +101,28 @@ def _looked(maker: Maker, dataset: str, what: str, kind: str) -> Block:
     )
 
 
-def featured(study: Study, datasets: Iterable[str]) -> list[Run]:
+def featured(maker: Maker) -> list[Run]:
     """For each dataset the run whose mistakes are shown.
 
     It is of the method with the highest mean accuracy at the number of shots that most methods
     have, of those that learn a prompt if there are any; its representative run.
     """
-    found = []
-    for dataset in datasets:
+    study, found = maker.study, []
+    for dataset in maker.drawn:
         scope = study.best([dataset])
-        tuned = [m for m in study.methods if learns(m) and study.runs_in(scope, m)]
+        learning = [m for m in study.methods if m not in METHODS or METHODS[m].learns]
+        tuned = [m for m in learning if study.runs_in(scope, m)]
         samples = {method: study.samples(scope, method) for method in tuned or study.methods}
         means = {m: own.estimate().mean for m, own in samples.items() if own}
         if means:
-            best = max(means, key=lambda method: means[method])
-            found.append(study.main_runs(dataset, best)[0])
+            found.append(study.main_runs(dataset, max(means, key=lambda m: means[m]))[0])
     return found
 
 
 def mistakes(maker: Maker) -> list[Block]:
     """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
     blocks = []
-    for run in featured(maker.study, maker.drawn):
+    for run in featured(maker):
         try:
             blocks.append(_mistakes(maker, run, read_confusion(run)))
         except UserError as error:
@@ -138,17 +132,18 @@ def mistakes(maker: Maker) -> list[Block]:
 
 def _mistakes(maker: Maker, run: Run, confusion: ConfusionMatrix) -> Block:
     label, size = maker.study.label(run.dataset), len(confusion.class_names)
-    what = f"{label}: {method_title(run.method)}, {Scope([], run.shots).at}, seed {run.seed}"
+    what = f"{label}: {row_of(run.method).title}, {Scope([], run.shots).at}, seed {run.seed}"
     note = f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
     # Classes with the most misnamed images, in label order.
     wrong = confusion.images - confusion.right
     kept = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
     about = maker.named("confusion", run.dataset, caption="Confusion matrix", of=what)
+    names = [confusion.class_names[c] for c in kept]
     shares = confusion.counts[kept][:, kept].toarray() / np.maximum(confusion.images[kept, None], 1)
     return Block(
         what,
         note if size > MATRIX_CLASSES else "",
-        [confusion_matrix(about, [confusion.class_names[c] for c in kept], shares)],
+        [figures.draw(figures.confusion_matrix, about, names, shares)],
         _tables(maker, run, confusion),
         hardest=[hard for inside in maker.inside if inside.run == run for hard in inside.hardest],
         beside=size <= 36,
@@ -176,20 +171,11 @@ def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
         Column("images", lambda cell: one(cell[2]), PLAIN),
         Column("of class", lambda cell: one(cell[2] / images[cell[0]])),
     ]
-    return [
-        Table(
-            maker.named("hardest", run.dataset, caption="Hardest classes", of=label),
-            "class",
-            hardest,
-            [(names[c], c, None) for c in confusion.hardest()[:LISTED]],
-        ),
-        Table(
-            maker.named("confused", run.dataset, caption="Most frequent confusions", of=label),
-            "true class",
-            confused,
-            [(names[cell[0]], cell, None) for cell in wrong[:LISTED]],
-        ),
-    ]
+    about = maker.named("hardest", run.dataset, caption="Hardest classes", of=label)
+    rows = [Row(names[c], c) for c in confusion.hardest()[:LISTED]]
+    mixed = maker.named("confused", run.dataset, caption="Most frequent confusions", of=label)
+    pairs = [Row(names[cell[0]], cell) for cell in wrong[:LISTED]]
+    return [Table(about, "class", hardest, rows), Table(mixed, "true class", confused, pairs)]
 
 
 def calibration(maker: Maker) -> list[Block]:

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dapt.report.features import HardClass, Inside
+from dapt.report.collect import Measure, Run
 from dapt.report.figures import Drawing, Entry, method_colour
-from dapt.report.rows import method_title
-from dapt.report.study import Measure, Scope, Study
-from dapt.report.tables import HIGHER, LOWER, POINTS, Column, Kind, Named, Table
+from dapt.report.study import Scope, Study, row_of
+from dapt.report.tables import HIGHER, LOWER, POINTS, Column, Kind, Named, Row, Table
 
 # Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
 MOST_DATASETS = 12
@@ -22,6 +21,23 @@ _KINDS: dict[Measure, Kind] = {
     "inter after": Kind(digits=3, best=max),
     "intra after": Kind(digits=3, best=min),
 }
+# What a tower's prompt is called.
+TOWERS = {"text": "text", "visual": "image"}
+# Name, share of the images that were named right, and some that were not: data URI, what it was
+# taken for and how sure that was.
+HardClass = tuple[str, float, list[tuple[str, str, float]]]
+
+
+@dataclass
+class Inside:
+    """What the backbone told of one representative run."""
+
+    run: Run
+    # "pairs" of feature maps before and after tuning, which the legend is of, each two embedded by
+    # one fit and so comparable; and a "small" diagram of reliability.
+    drawings: dict[str, list[Drawing]] = field(default_factory=lambda: {"pairs": [], "small": []})
+    legend: list[Entry] = field(default_factory=list)
+    hardest: list[HardClass] = field(default_factory=list)
 
 
 @dataclass
@@ -68,7 +84,7 @@ class Maker:
 
     def entry(self, method: str) -> Entry:
         """A method's line of a legend."""
-        return Entry(method_colour(method, self.study.methods), method_title(method))
+        return Entry(method_colour(method, self.study.methods), row_of(method).title)
 
     def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """A measure of each method in a scope."""
@@ -83,8 +99,14 @@ class Maker:
         self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()
     ) -> Table:
         """A table with a row for each method, or for some."""
-        rows = [(method_title(m), m, m) for m in methods or self.study.methods]
+        rows = [Row(row_of(m).title, m, m) for m in methods or self.study.methods]
         return Table(about, "method", columns, rows, note)
+
+
+def loss_title(term: str) -> str:
+    """A loss term in words."""
+    words = {"inter": "inter-dispersion", "intra": "intra-dispersion"}
+    return words.get(term, term.replace("_", "-"))
 
 
 def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:

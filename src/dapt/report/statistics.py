@@ -50,6 +50,11 @@ class Samples(dict[int, Sample]):
         """Their mean with its interval, times a factor."""
         return estimate([sample.value for sample in self.values()], factor)
 
+    def __sub__(self, other: Samples) -> Samples:
+        """Differences of what has the same seed."""
+        pairs = [(seed, own, other[seed]) for seed, own in self.items() if seed in other]
+        return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})
+
 
 def runs_of(parts: Iterable[Any]) -> tuple[int, ...]:
     """Runs that any of the parts came from: samples by seed or alone, or cells of a table."""
@@ -65,9 +70,3 @@ def mean_by_seed(parts: Sequence[Samples]) -> Samples:
     """Mean by seed, for the seeds that all parts have."""
     seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
     return Samples({seed: mean([part[seed] for part in parts]) for seed in seeds})
-
-
-def minus(ours: Samples, theirs: Samples) -> Samples:
-    """Differences of what has the same seed."""
-    pairs = [(seed, own, theirs[seed]) for seed, own in ours.items() if seed in theirs]
-    return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})

@@ -10,32 +10,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dapt.errors import UserError, nearest
-from dapt.methods import METHODS, ZERO_SHOT
-from dapt.report.collect import Run, clean
-from dapt.report.rows import idle_settings, method_title, setting_defaults
-from dapt.report.statistics import Sample, Samples, mean_by_seed, minus
+from dapt.methods import METHODS, ZERO_SHOT, Method
+from dapt.report.collect import Measure, Run, clean
+from dapt.report.statistics import Samples, mean_by_seed
 from dapt.run.train import FREE_ON_RESUME
-from dapt.settings import default_settings
+from dapt.settings import all_fields, default_settings, idle_settings
 
 # What identifies a run, and what decides its cost or place, not its result.
 _IDENTITY = {"dataset", "domain", "class_names", "classes", "method", "shots", "seed"}
 _NO_RESULT = {*FREE_ON_RESUME, "device", "root", "eval_batch_size", "text_memory"}
+_ABSENT = ("", "null")
 
 Variant = tuple[tuple[str, str], ...]  # (varied setting, its value as JSON or ""), by name
-# What is looked at of a run, where the run has it: a figure by name, or made of several.
-Measure = str | Callable[[Run], Sample | None]
+
+
+def row_of(method: str) -> Method:
+    """A method's row in the table; of one that this installation lacks only the name is known."""
+    return METHODS.get(method) or Method(method)
 
 
 class Scope(NamedTuple):
     """Where methods are compared; on the study's classes unless others are named."""
 
     datasets: Sequence[str]
-    shots: int
+    shots: int  # 0 for any
     classes: str | None = None
 
     @property
@@ -57,10 +60,10 @@ class Study:
 
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
         self.runs, finished = runs, [run for run in runs if run.finished]
+        self.warnings: list[str] = []  # on what is not counted, or not alike
         self._settings = {run.number: _comparable(run) for run in finished}
         self.varied = self._varied(finished)  # settings that tell runs apart
         self._main = self._most_frequent(finished)
-        self.warnings: list[str] = []  # on what is not counted, or not alike
         self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in self._distinct(finished):
             self._counted[run.dataset, run.method].append(run)
@@ -81,8 +84,8 @@ class Study:
                 f"--baseline {baseline}: no finished run is of this method"
                 f"{nearest(baseline, self.methods)}; use one of {', '.join(self.methods)}"
             )
-        usual = ZERO_SHOT if ZERO_SHOT in methods else next(iter(self.methods), ZERO_SHOT)
-        self.baseline = baseline or usual
+        # The table begins with zero-shot.
+        self.baseline = baseline or next(iter(self.methods), ZERO_SHOT)
 
     def _varied(self, runs: Iterable[Run]) -> list[str]:
         """Settings that differ between runs of one dataset, method, number of shots and seed."""
@@ -90,8 +93,7 @@ class Study:
         varied: set[str] = set()
         for run in runs:
             own = self._settings[run.number]
-            place = (run.dataset, run.classes, run.method, run.shots, run.seed)
-            other = first.setdefault(place, own)
+            other = first.setdefault(run.place, own)
             names = own.keys() | other.keys()
             varied |= {n for n in names if own.get(n, _ABSENT) != other.get(n, _ABSENT)}
         return sorted(varied)
@@ -111,11 +113,9 @@ class Study:
 
     def _distinct(self, runs: Iterable[Run]) -> Iterable[Run]:
         """Runs without those that repeat one."""
-        found: dict[tuple[object, ...], Run] = {}
+        found: dict[object, Run] = {}
         for run in runs:
-            variant = self.variant(run)
-            own = (run.dataset, run.classes, run.method, run.shots, run.seed, variant)
-            first = found.setdefault(own, run)
+            first = found.setdefault(own := (run.place, self.variant(run)), run)
             if run.metrics and first.metrics and run.metrics.test == first.metrics.test:
                 # One run that several suites share, each with evaluations of its own.
                 found[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
@@ -130,13 +130,14 @@ class Study:
         """Warn if methods have not a setting in common, as they should to be compared."""
         found: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for run in runs:
-            if name not in idle_settings(run.method):
+            if name not in _idle(run.method):
                 value = full_settings(run).get(name)
                 known = run.environment.backbone_sha256 if name == "backbone" else None
                 # Zero-shot's one run stands for all shots; epochs and support sets go by them.
                 group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
-                said = f"{method_title(run.method)} {shown(value)}"
-                group.setdefault(known or _json(value), said)
+                group.setdefault(
+                    known or _json(value), f"{row_of(run.method).title} {shown(value)}"
+                )
         # Of several numbers of shots the first.
         groups = reversed(found.items())
         apart = {dataset: ", ".join(g.values()) for (dataset, _), g in groups if len(g) > 1}
@@ -173,18 +174,21 @@ class Study:
         wanted = self._main[run.method, run.classes] if variant is None else variant
         return tuple(name for name, value in wanted if value not in own.get(name, _ABSENT))
 
-    def main_runs(self, dataset: str, method: str, classes: str | None = None) -> list[Run]:
-        """The method's main runs on a dataset: those with most shots first, then by seed."""
-        own = [r for r in self._counted[dataset, method] if r.classes == (classes or self.classes)]
-        main = [run for run in own if not self.differing(run)]
-        return sorted(main, key=lambda run: (-run.shots, run.seed))
-
     def runs_in(self, scope: Scope, method: str, variant: Variant | None = None) -> list[Run]:
         """The method's runs in a scope, of its main variant if none is given."""
-        place = (scope.shots, scope.classes or self.classes)
-        own = [run for dataset in scope.datasets for run in self._counted[dataset, method]]
-        own = [run for run in own if (run.shots, run.classes) == place]
-        return [run for run in own if not self.differing(run, variant)]
+        return [
+            run
+            for dataset in scope.datasets
+            for run in self._counted[dataset, method]
+            if scope.shots in (0, run.shots)
+            and run.classes == (scope.classes or self.classes)
+            and not self.differing(run, variant)
+        ]
+
+    def main_runs(self, dataset: str, method: str, classes: str | None = None) -> list[Run]:
+        """The method's main runs on a dataset: those with most shots first, then by seed."""
+        runs = self.runs_in(Scope([dataset], 0, classes), method)
+        return sorted(runs, key=lambda run: (-run.shots, run.seed))
 
     def sources(self, classes: str) -> Iterator[tuple[Scope, list[Run]]]:
         """Each dataset and number of shots with its main runs; zero-shot's alone if all are.
@@ -227,14 +231,11 @@ class Study:
 
         def of(dataset: str, seeds: Iterable[int] | None) -> Samples:
             runs = self.runs_in(scope._replace(datasets=[dataset]), method, variant)
-            found = {
-                run.seed: sample
-                for run in runs
-                if (seeds is None or run.seed in seeds) and (sample := _look(run, measure))
-            }
+            looked = [(run.seed, run.look(measure)) for run in runs]
+            found = {n: own for n, own in looked if own and (seeds is None or n in seeds)}
             if method == ZERO_SHOT and variant is None:
                 for run in self.main_runs(dataset, method, scope.classes):
-                    if sample := _look(run, measure):
+                    if sample := run.look(measure):
                         wanted = seeds if seeds is not None else [] if found else [run.seed]
                         return Samples({**dict.fromkeys(wanted, sample), **found})
             return Samples(found)
@@ -249,23 +250,27 @@ class Study:
         """Method minus baseline, seed by seed, each averaged over datasets; none to itself."""
         if method == self.baseline:
             return Samples()
-        # The one that stands in for any seed takes the other's.
-        first, second = method, self.baseline
+        # Zero-shot, which stands in for any seed, takes the other's.
         if method == ZERO_SHOT:
-            first, second = second, first
-        one = self.samples(scope, first, measure)
-        other = self.samples(scope, second, measure, list(one))
-        return minus(one, other) if first == method else minus(other, one)
-
-
-def _look(run: Run, measure: Measure) -> Sample | None:
-    return run.figures.get(measure) if isinstance(measure, str) else measure(run)
+            theirs = self.samples(scope, self.baseline, measure)
+            return self.samples(scope, method, measure, list(theirs)) - theirs
+        ours = self.samples(scope, method, measure)
+        return ours - self.samples(scope, self.baseline, measure, list(ours))
 
 
 # ------------------------------------------------------------------------ varied settings
 
 
-_ABSENT = ("", "null")
+def _idle(method: str) -> frozenset[str]:
+    """Settings that cannot change a method's result."""
+    return idle_settings(method) | ({"support_set"} if method == ZERO_SHOT else set())
+
+
+def full_settings(run: Run) -> dict[str, Any]:
+    """The run's settings with defaults where it was begun before a setting existed."""
+    fields = all_fields().items()
+    usual = {name: None if field.is_required() else field.default for name, field in fields}
+    return {**usual, **run.settings}
 
 
 def _comparable(run: Run) -> dict[str, tuple[str, str]]:
@@ -275,15 +280,10 @@ def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     """
     settings = full_settings(run)
     given = {"dataset": str(settings["dataset"]), "shots": run.shots, "method": run.method}
-    usual = {**setting_defaults(), **default_settings(given)}
-    names = settings.keys() - _IDENTITY - _NO_RESULT - idle_settings(run.method)
+    usual = {**full_settings(replace(run, settings={})), **default_settings(given)}
+    names = settings.keys() - _IDENTITY - _NO_RESULT - _idle(run.method)
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
     return {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
-
-
-def full_settings(run: Run) -> dict[str, Any]:
-    """The run's settings with defaults where it was begun before a setting existed."""
-    return {**setting_defaults(), **run.settings}
 
 
 def shown(value: object) -> str:

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,32 +28,7 @@ class Named(NamedTuple):
     caption: str
 
 
-class Kind(NamedTuple):
-    """How numbers are shown."""
-
-    factor: float = 1.0
-    digits: int = 0
-    unit: str = ""
-    best: Callable[[Iterable[float]], float] | None = None  # max or min, where a row is the best
-    signed: bool = False  # a difference
-    spread: bool = True  # the interval of a mean says something
-
-    def shown(self, value: float, signed: bool = False) -> str:
-        """A number as text, a zero without a sign."""
-        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
-        if float(text.replace(",", "")) == 0:
-            text = text.lstrip("+-")
-        return text.replace("-", "\N{MINUS SIGN}")
-
-
-PLAIN = Kind()  # counts and texts
-SHARE = Kind(100.0, 1, "%")
-HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
-POINTS = Kind(100.0, 1, "points", signed=True)
-
-
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A text, or a number with half its interval, as shown and in full; and its runs."""
 
     text: str
@@ -66,6 +40,50 @@ class Cell:
 
 
 NOTHING = Cell("–")
+
+
+class Kind(NamedTuple):
+    """How numbers are shown."""
+
+    factor: float = 1.0
+    digits: int = 0
+    unit: str = ""
+    best: Callable[[Iterable[float]], float] | None = None  # max or min, where a row is the best
+    signed: bool = False  # a difference
+    spread: bool = True  # the interval of a mean says something
+
+    def cells(self, found: Iterable[Samples | Cell]) -> list[Cell]:
+        """A column's; the best as shown are marked, all of them where some are equal."""
+        cells = [one if isinstance(one, Cell) else self._cell(one) for one in found]
+        shown = [round(c.known.mean, self.digits) if c.known else None for c in cells]
+        known = [value for value in shown if value is not None]
+        if self.best is None or len(known) < 2:
+            return cells
+        best = self.best(known)
+        return [c._replace(best=v == best) for c, v in zip(cells, shown, strict=True)]
+
+    def _cell(self, found: Samples) -> Cell:
+        if not found:
+            return NOTHING
+        known, interval, sign = found.estimate(self.factor), "", ""
+        if known.half is not None and self.spread:
+            interval = self._text(known.half)
+            if self.signed and abs(known.mean) > known.half:
+                sign = "gain" if known.mean > 0 else "loss"
+        return Cell(self._text(known.mean, self.signed), found.runs, known, interval, sign)
+
+    def _text(self, value: float, signed: bool = False) -> str:
+        """A number as text, a zero without a sign."""
+        text = f"{value:{'+' if signed else ''},.{self.digits}f}"
+        if float(text.replace(",", "")) == 0:
+            text = text.lstrip("+-")
+        return text.replace("-", "\N{MINUS SIGN}")
+
+
+PLAIN = Kind()  # counts and texts
+SHARE = Kind(100.0, 1, "%")
+HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
+POINTS = Kind(100.0, 1, "points", signed=True)
 
 
 class Column(NamedTuple):
@@ -81,49 +99,32 @@ class Column(NamedTuple):
         """Its title with the unit."""
         return f"{self.title} ({self.kind.unit})" if self.kind.unit else self.title
 
-    def filled(self, keys: Iterable[Any]) -> Column:
-        """With cells; the best as shown are marked, all of them where some are equal."""
-        cells, kind = [self._cell(self.of(key)) for key in keys], self.kind
-        shown = [round(c.known.mean, kind.digits) if c.known else None for c in cells]
-        known = [value for value in shown if value is not None]
-        if kind.best is not None and len(known) > 1:
-            best = [value == kind.best(known) for value in shown]
-            cells = [replace(cell, best=b) for cell, b in zip(cells, best, strict=True)]
-        return self._replace(cells=cells)
 
-    def _cell(self, found: Samples | Cell) -> Cell:
-        if isinstance(found, Cell):
-            return found
-        if not found:
-            return NOTHING
-        known, kind, interval, sign = found.estimate(self.kind.factor), self.kind, "", ""
-        if known.half is not None and kind.spread:
-            interval = kind.shown(known.half)
-            if kind.signed and abs(known.mean) > known.half:
-                sign = "gain" if known.mean > 0 else "loss"
-        return Cell(kind.shown(known.mean, kind.signed), found.runs, known, interval, sign)
+class Row(NamedTuple):
+    """What a row is called, what its cells are looked up by, and whose colour it has, if any."""
+
+    label: str
+    key: Any
+    method: str | None = None
 
 
 class Table:
-    """Rows of cells under columns; rows and columns without any are left out.
-
-    Of each row is given what it is called, its key and, if it has the colour of one, the method.
-    """
+    """Rows of cells under columns; rows and columns without any are left out."""
 
     def __init__(
         self,
         about: Named,
         corner: str,
         columns: Iterable[Column],
-        rows: Sequence[tuple[str, Any, str | None]],
+        rows: Sequence[Row],
         note: str = "",
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
-        made = [column.filled(key for _, key, _ in rows) for column in columns]
-        made = [column for column in made if set(column.cells) - {NOTHING}]
-        kept = [i for i in range(len(rows)) if any(c.cells[i] != NOTHING for c in made)]
-        self.columns = [column._replace(cells=[column.cells[i] for i in kept]) for column in made]
-        self.rows = [(rows[i][0], rows[i][2]) for i in kept]
+        filled = [c._replace(cells=c.kind.cells(c.of(row.key) for row in rows)) for c in columns]
+        filled = [column for column in filled if set(column.cells) - {NOTHING}]
+        kept = [i for i in range(len(rows)) if any(c.cells[i] != NOTHING for c in filled)]
+        self.columns = [column._replace(cells=[column.cells[i] for i in kept]) for column in filled]
+        self.rows = [rows[i] for i in kept]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -142,7 +143,7 @@ class Table:
 
     def _csv(self) -> str:
         """Numbers in full; the interval and the number of values have columns of their own."""
-        made: list[list[Any]] = [[self.corner, *(label for label, _ in self.rows)]]
+        made: list[list[Any]] = [[self.corner, *(row.label for row in self.rows)]]
         for column in self.columns:
             known = [cell.known for cell in column.cells]
             texts = [cell.text for cell in column.cells]
