@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, wr
 __all__ = ["Report", "write_report"]
 
 # In the page's order; page/words.html has their titles.
-_PARTS: dict[str, Callable[[Maker], list[Block]]] = {
+_PARTS: dict[str, Callable[[Maker], Iterator[Block]]] = {
     "overview": comparison.overview,
     "accuracy": comparison.accuracy,
     "domains": comparison.domains,
@@ -105,7 +105,7 @@ def write_report(
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
-    maker = Maker(study := Study(runs, baseline))
+    maker = Maker(runs, baseline)
     notes = look_inside(maker, inside.featured(maker), reporter) if features else []
     parts = {}
     with reporter.stage("drawing", len(_PARTS)) as advance:
@@ -119,10 +119,10 @@ def write_report(
         runs=len(runs),
         unfinished=sum(not (run.finished or run.failure) for run in runs),
         failed=len(failures),
-        warnings=(*warnings, *study.warnings, *maker.warnings),
+        warnings=(*warnings, *maker.warnings),
     )
     told = {"report": written, "notes": notes, "features": features}
-    write_atomic(out, _page(study, parts, failures, **told))
+    write_atomic(out, _page(maker, parts, failures, **told))
     return written
 
 

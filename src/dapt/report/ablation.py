@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from dapt.methods import METHODS
 from dapt.report.collect import clean
-from dapt.report.sections import TOWERS, Block, Maker, loss_title
+from dapt.report.sections import Block, Maker, loss_title
 from dapt.report.statistics import Samples
 from dapt.report.study import Scope, Variant, full_settings, row_of, shown
 from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Table
@@ -16,29 +16,28 @@ from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Table
 _Key = tuple[str, Variant]  # of a row: a method's variant
 
 
-def ablations(maker: Maker) -> list[Block]:
+def ablations(maker: Maker) -> Iterator[Block]:
     """Main runs beside those that differ in other settings, which are named."""
-    study = maker.study
     found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
     found = defaultdict(lambda: defaultdict(set))
-    for run in study.runs:
-        if run.finished and run.classes == study.classes and (names := study.differing(run)):
-            found[run.method, names, run.shots][study.variant(run)].add(run.dataset)
-    tables = [t for shots in study.shots for m in METHODS for t in _parts(maker, m, shots)]
-    for key in sorted(found, key=lambda key: (study.methods.index(key[0]), *key[1:])):
+    for run in maker.runs:
+        if run.finished and run.classes == maker.classes and (names := maker.differing(run)):
+            found[run.method, names, run.shots][maker.variant(run)].add(run.dataset)
+    tables = [t for shots in maker.shots for m in METHODS for t in _parts(maker, m, shots)]
+    for key in sorted(found, key=lambda key: (maker.methods.index(key[0]), *key[1:])):
         tables.append(_settings(maker, *key, found[key]))
-    return [Block(tables=tables)]
+    yield Block(tables=tables)
 
 
 def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
     """A method's losses and prompts on and off, where any runs have some of them off."""
-    study, own = maker.study, METHODS[method]
+    own = METHODS[method]
     weights = {term.name: term.weight for term in own.losses}
     if len(weights) < 2:
         return []
 
     def row(label: str, method: str, **changed: object) -> list[Row]:
-        variant = study.main(method, **changed)
+        variant = maker.main(method, **changed)
         return [] if variant is None else [_row(maker, label, method, variant)]
 
     none, losses, parts = [], [], []
@@ -50,9 +49,10 @@ def _parts(maker: Maker, method: str, shots: int) -> list[Table]:
         if learned == set(own.parts) and not terms:
             none += row(f"none ({other.title})", name)
         if learned < set(own.parts) and terms and terms <= weights.keys():
-            left = " and ".join(prompt for prompt, tower in TOWERS.items() if other.changes(tower))
+            towers = {"text": "text", "image": "visual"}
+            left = " and ".join(what for tower, what in towers.items() if other.changes(tower))
             parts += row(f"{left} prompt only, {', '.join(map(loss_title, terms))}", name)
-    scope, tables = Scope(study.datasets, shots), []
+    scope, tables = Scope(maker.datasets, shots), []
     both = row(f"both ({own.title})", method)
     for what, rows, some, reference in (
         ("losses", [*none, *losses, *both], losses, none),
@@ -71,11 +71,11 @@ def _settings(
     maker: Maker, method: str, names: Sequence[str], shots: int, variants: dict[Variant, set[str]]
 ) -> Table:
     """Values of some settings; a dataset whose main runs have a row's value stands in it."""
-    study, scope = maker.study, Scope(sorted(set().union(*variants.values())), shots)
-    main = study.main(method) or ()
+    scope = Scope(sorted(set().union(*variants.values())), shots)
+    main = maker.main(method) or ()
     rows: list[tuple[list[tuple[int, float, str]], Row]] = []
     for variant in (main, *variants):
-        settings = [full_settings(run) for run in study.runs_in(scope, method, variant)]
+        settings = [full_settings(run) for run in maker.runs_in(scope, method, variant)]
         if not settings:
             continue
         values = [shown(settings[0].get(name)) for name in names]
@@ -102,7 +102,7 @@ def _order(value: str) -> tuple[int, float, str]:
 
 def _row(maker: Maker, label: str, method: str, variant: Variant) -> Row:
     """A row of a variant's runs; main ones have the method's colour."""
-    return Row(label, (method, variant), method if variant == maker.study.main(method) else None)
+    return Row(label, (method, variant), method if variant == maker.main(method) else None)
 
 
 def _compared(
@@ -115,10 +115,9 @@ def _compared(
     note: str = "",
 ) -> Table:
     """Accuracy by dataset, and the difference to the ``reference``, if there is such a row."""
-    study = maker.study
 
     def accuracy(datasets: Sequence[str], key: _Key) -> Samples:
-        return study.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
+        return maker.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
 
     def gap(key: _Key) -> Samples:
         if not reference or key == (theirs := reference[0].key):
@@ -127,7 +126,7 @@ def _compared(
         return accuracy(shared, key) - accuracy(shared, theirs)
 
     datasets = [d for d in scope.datasets if any(accuracy([d], row.key) for row in rows)]
-    columns = [Column(study.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
+    columns = [Column(maker.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
     if len(datasets) > 1:
         columns.append(Column("average", partial(accuracy, datasets), HIGHER))
     columns.append(Column("difference", gap, POINTS))

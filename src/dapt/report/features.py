@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,8 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import figures
 from dapt.report.collect import Run, clean, read_confusion
-from dapt.report.sections import Inside, Maker
+from dapt.report.sections import Block, Maker
 from dapt.report.study import row_of
-from dapt.report.tables import Named
 from dapt.run.directory import RunDirectory
 from dapt.run.load import known_support, load_classifier
 
@@ -43,15 +43,13 @@ def look_inside(maker: Maker, featured: Sequence[Run], reporter: Reporter) -> li
     Of ``featured`` runs, whose mistakes are shown, misnamed images are examples of them.
     What was found goes to the maker; returned are notes on what was not.
     """
-    study = maker.study
-    runs = [run for d in maker.drawn for m in study.methods for run in study.main_runs(d, m)[:1]]
+    runs = [run for d in maker.drawn for m in maker.methods for run in maker.main_runs(d, m)[:1]]
     notes: list[str] = []
     backbones: dict[object, Shared | UserError] = {}
     with reporter.stage("looking into runs", len(runs)) as advance:
         for run in runs:
-            maker.inside.append(inside := Inside(run))
             try:
-                _Look(maker, inside, notes, backbones).all(examples=run in featured)
+                _Look(maker, run, notes, backbones).all(examples=run in featured)
             except Exception as error:  # a damaged run must not cost the whole report
                 notes.append(f"{run.dataset}, {row_of(run.method).title}: {clean(error, 400)}")
             advance(1)
@@ -59,21 +57,17 @@ def look_inside(maker: Maker, featured: Sequence[Run], reporter: Reporter) -> li
 
 
 class _Look:
-    """A run's classifier, and what it finds, to fill ``inside``; ``notes`` take what is missing.
+    """A run's classifier, and what it finds, for ``maker``; ``notes`` take what is missing.
 
     ``backbones`` are those that are loaded already, or why they cannot be.
     """
 
     def __init__(
-        self,
-        maker: Maker,
-        inside: Inside,
-        notes: list[str],
-        backbones: dict[object, Shared | UserError],
+        self, maker: Maker, run: Run, notes: list[str], backbones: dict[object, Shared | UserError]
     ) -> None:
-        self.maker, self.inside, self.run, self.notes = maker, inside, inside.run, notes
-        self.row = row_of(self.run.method)
-        self.directory = RunDirectory(self.run.path)
+        self.maker, self.run, self.notes = maker, run, notes
+        self.entry = maker.entry(run.method)
+        self.directory = RunDirectory(run.path)
         self.settings = s = self.directory.read_settings()
         which = (s.backbone, s.pretrained, s.device, s.precision)
         if which not in backbones:
@@ -90,48 +84,48 @@ class _Look:
 
     def all(self, *, examples: bool) -> None:
         """Everything there is to see."""
-        there = True
+        there, row, names = True, row_of(self.run.method), self.names
         try:
             self.see(examples=examples)
-            counts = np.bincount(self.labels[self.even], minlength=len(self.names))
+            counts = np.bincount(self.labels[self.even], minlength=len(names))
         except (UserError, OSError) as error:
-            self.note(f"no images to look at ({clean(error, 400)})")
-            there, counts = False, np.ones(len(self.names), int)
+            self.notes.append(f"{self.run.dataset}: no images to look at ({clean(error, 400)})")
+            there, counts = False, np.ones(len(names), int)
         largest = np.argsort(-counts, kind="stable")[: figures.CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
-        colours = {c: f"class-{i}" for i, c in enumerate(coloured)}
-        self.inside.legend = [figures.Entry(name, self.shown[c]) for c, name in colours.items()]
-        if self.row.changes("text"):
-            template = self.classifier.template
-            plain = Classifier(self.shared.backbone, self.names, template=template)
+        legend = {c: figures.Entry(f"class-{i}", self.shown[c]) for i, c in enumerate(coloured)}
+        if row.changes("text"):
+            plain = Classifier(self.shared.backbone, names, template=self.classifier.template)
             with torch.inference_mode():
                 pair = [c.text_features().cpu().numpy() for c in (plain, self.classifier)]
-            places = [colours.get(c) for c in range(len(self.names))]
-            self.map("text", f"{len(self.names):,} class names", pair, places)
-        if there and self.row.changes("image"):
+            self.map("text", f"{len(names):,} class names", pair, range(len(names)), legend)
+        if there and row.changes("image"):
             chosen = np.flatnonzero(self.even & np.isin(self.labels, coloured))
             chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
             items = tuple(self.items[i] for i in chosen)
             before = self.shared.encode(self.task, items, self.settings).features.numpy()
-            places = [colours[label] for label in self.labels[chosen].tolist()]
-            pair = [before, self.image.numpy()[chosen]]
-            self.map("image", f"{len(chosen):,} images", pair, places)
+            pair, labels = [before, self.image.numpy()[chosen]], self.labels[chosen].tolist()
+            self.map("image", f"{len(chosen):,} images", pair, labels, legend)
         if there:
             self.predict()
 
-    def note(self, what: str) -> None:
-        """Say what is missing."""
-        self.notes.append(f"{self.run.dataset}: {what}")
-
-    def named(self, kind: str, what: str, caption: str, time: str = "") -> Named:
-        """What a figure of the run is called."""
-        run, title = self.run, self.row.title
-        whole = f"{what} {title} on {run.dataset}, run {run.number}"
-        parts = [kind, run.dataset, run.method, run.number, *filter(None, [time])]
-        if not time:
-            return self.maker.named(*parts, title=whole, caption=f"{title}, {caption}")
-        caption, whole = f"{title}, {caption}, {time}", f"{whole}, {time} tuning"
-        return self.maker.named(*parts, title=whole, caption=caption)
+    def add(
+        self, kind: str, parts: Sequence[str], what: str, caption: str, figure: Any, *shown: Any
+    ) -> Block:
+        """Draw what is ``shown`` of the run, beside what was drawn of others on its dataset."""
+        run, (name, *time) = self.run, parts
+        whole = f"{what} {self.entry.label} on {run.dataset}, run {run.number}"
+        about = self.maker.named(
+            *(name, run.dataset, run.method, run.number, *time),
+            title=", ".join([whole, *(f"{t} tuning" for t in time)]),
+            caption=", ".join([self.entry.label, caption, *time]),
+        )
+        block = self.maker.looked[run.dataset, kind]
+        heads = {"pairs": "Feature maps", "small": "Reliability"}
+        block.title, block.kind = f"{heads[kind]}, {self.maker.label(run.dataset)}", kind
+        block.drawings.append(figures.draw(figure, about, *shown))
+        block.runs = tuple(sorted({*block.runs, run.number}))
+        return block
 
     def see(self, *, examples: bool) -> None:
         """Encode the test images.
@@ -159,7 +153,7 @@ class _Look:
         try:
             known_support(self.directory, self.task)
         except UserError as error:
-            self.note(f"no examples ({clean(error, 400)})")
+            self.notes.append(f"{self.run.dataset}: no examples ({clean(error, 400)})")
             return {}
         try:
             found = read_confusion(self.run)
@@ -178,16 +172,14 @@ class _Look:
         now, then = correct.mean(), self.run.figures["accuracy"].value
         if total <= MOST_IMAGES and abs(now - then) > 0.5 / len(correct):
             self.notes.append(
-                f"{self.run.dataset}, {self.row.title}: run {self.run.number} recorded an accuracy "
-                f"of {then:.1%} and now has {now:.1%}; its test images, or the versions it ran "
-                "with, are not those of then"
+                f"{self.run.dataset}, {self.entry.label}: run {self.run.number} recorded an "
+                f"accuracy of {then:.1%} and now has {now:.1%}; its test images, or the versions "
+                "it ran with, are not those of then"
             )
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
-        about = self.named("reliability", "Reliability of", f"{shown} images")
-        colour = self.maker.entry(self.run.method).colour
-        looked = (colour, confidence[even], correct[even], ECE_BINS)
-        bars = figures.draw(figures.reliability, about, *looked)
-        self.inside.drawings["small"].append(bars)
+        looked = (self.entry.colour, confidence[even], correct[even], ECE_BINS)
+        name, what = ["reliability"], "Reliability of"
+        self.add("small", name, what, f"{shown} images", figures.reliability, *looked)
         root = self.task.root.resolve()
         for label, accuracy in self.hard.items():
             wrong = np.flatnonzero((self.labels == label) & ~correct)
@@ -199,25 +191,31 @@ class _Look:
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
             ]
-            self.inside.hardest.append((self.shown[label], accuracy, examples))
+            self.maker.hardest[self.run.number].append((self.shown[label], accuracy, examples))
 
     def map(
-        self, kind: str, caption: str, pair: Sequence[np.ndarray], colours: Sequence[str | None]
+        self,
+        kind: str,
+        caption: str,
+        pair: Sequence[np.ndarray],
+        labels: Sequence[int],
+        legend: dict[int, figures.Entry],
     ) -> None:
         """Both sets of features (n, D) by one t-SNE; none for fewer than three points."""
         from sklearn.manifold import TSNE
 
-        if (count := len(colours)) < 3:
+        if (count := len(labels)) < 3:
             return
         embedded = TSNE(
             perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0, metric="cosine"
         ).fit_transform(np.concatenate(pair).astype(np.float64))
         limits = np.stack([embedded.min(0), embedded.max(0)])
+        colours = [legend[label].colour if label in legend else None for label in labels]
         for time, points in (("before", embedded[:count]), ("after", embedded[count:])):
-            about = self.named(f"map-{kind}", f"{kind.capitalize()} features,", caption, time)
-            looked = (points, limits, colours, self.inside.legend)
-            drawing = figures.draw(figures.feature_map, about, *looked)
-            self.inside.drawings["pairs"].append(drawing)
+            name, what = [f"map-{kind}", time], f"{kind.capitalize()} features,"
+            looked = (points, limits, colours, list(legend.values()))
+            block = self.add("pairs", name, what, caption, figures.feature_map, *looked)
+            block.legend = block.legend or looked[-1]
 
 
 def _thumbnail(path: Path) -> str:

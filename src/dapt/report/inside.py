@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import numpy as np
 
@@ -20,85 +21,64 @@ LISTED = 10  # hardest classes and most frequent confusions
 _MOST_TERMS = 8  # of the loss
 
 
-def curves(maker: Maker) -> list[Block]:
+def curves(maker: Maker) -> Iterator[Block]:
     """Every loss term by epoch, at the number of shots that most methods have."""
-    return [_curves(maker, dataset) for dataset in maker.drawn]
+    for dataset in maker.drawn:
+        scope = maker.best([dataset])
+        label = f"{maker.label(dataset)}, {scope.at}"
+        logs: dict[str, dict[figures.Entry, list[np.ndarray]]] = {}
+        legend, numbers = dict[figures.Entry, None](), set[int]()
+        for method in maker.methods:
+            for run in maker.runs_in(scope, method):
+                try:
+                    log = read_log(run)
+                except UserError as error:
+                    maker.warnings.append(warning(run.path, error, "its curves are left out"))
+                    continue
+                for term, values in log.items():
+                    entry = maker.entry(method)
+                    logs.setdefault(term, {}).setdefault(entry, []).append(values)
+                    legend[entry] = None
+                    numbers.add(run.number)
+        block = Block(label, legend=list(legend), runs=tuple(sorted(numbers)))
+        for name, found in list(logs.items())[:_MOST_TERMS]:
+            term = loss_title(name)
+            title = f"{term} by epoch, {label}"
+            about = maker.named("curve", name, dataset, caption=term.capitalize(), title=title)
+            stacked = {
+                # Of rows of different length, NaN where one has ended.
+                entry: np.array(list(zip_longest(*rows, fillvalue=np.nan))).T
+                for entry, rows in found.items()
+            }
+            block.drawings.append(figures.draw(figures.training_curves, about, term, stacked))
+        yield block
 
 
-def _curves(maker: Maker, dataset: str) -> Block:
-    study, scope = maker.study, maker.study.best([dataset])
-    label = f"{study.label(dataset)}, {scope.at}"
-    logs: dict[str, dict[figures.Entry, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    legend, numbers = dict[figures.Entry, None](), set[int]()
-    for method in study.methods:
-        for run in study.runs_in(scope, method):
-            try:
-                log = read_log(run)
-            except UserError as error:
-                maker.warnings.append(warning(run.path, error, "its curves are left out"))
-                continue
-            for term, values in log.items():
-                logs[term][maker.entry(method)].append(values)
-                legend[maker.entry(method)] = None
-                numbers.add(run.number)
-    block = Block(label, legend=list(legend), runs=tuple(sorted(numbers)))
-    for name, found in list(logs.items())[:_MOST_TERMS]:
-        term = loss_title(name)
-        title = f"{term} by epoch, {label}"
-        about = maker.named("curve", name, dataset, caption=term.capitalize(), title=title)
-        stacked = {entry: _stacked(rows) for entry, rows in found.items()}
-        block.drawings.append(figures.draw(figures.training_curves, about, term, stacked))
-    return block
-
-
-def _stacked(logs: list[np.ndarray]) -> np.ndarray:
-    """Rows of different length as one array, NaN where a row has ended."""
-    longest = max(map(len, logs))
-    return np.stack([np.pad(log, (0, longest - len(log)), constant_values=np.nan) for log in logs])
-
-
-def dispersion(maker: Maker) -> list[Block]:
+def dispersion(maker: Maker) -> Iterator[Block]:
     """Inter- and intra-dispersion before and after, and maps of the features themselves."""
-    blocks = []
-    for dataset in maker.study.datasets:
-        blocks += [_dispersion(maker, dataset), _looked(maker, dataset, "Feature maps", "pairs")]
-    return blocks
-
-
-def _dispersion(maker: Maker, dataset: str) -> Block:
-    study, scope, label = maker.study, maker.study.best([dataset]), maker.study.label(dataset)
     kinds, times = ("inter", "intra"), ("before", "after")
     names = [f"{kind} {time}" for kind in kinds for time in times]
-    about = maker.named("dispersion", dataset, caption="Dispersion", of=f"{label}, {scope.at}")
-    table = maker.by_method(about, [maker.column(name, scope, name) for name in names])
-    block = Block(f"{label}, {scope.at}", tables=[table], runs=table.runs)
-    for kind in kinds if dataset in maker.drawn else ():
-        changes = {}
-        for method in study.methods:
-            change = [study.samples(scope, method, f"{kind} {time}") for time in times]
-            if all(change):
-                before, after = (samples.estimate().mean for samples in change)
-                changes[maker.entry(method)] = (before, after)
-        if changes:
-            what = f"{kind}-dispersion"
-            caption = f"{what.capitalize()}, before (hollow) and after tuning"
-            title = f"{what.capitalize()} before and after, {label}"
-            about = maker.named("dispersion", kind, dataset, caption=caption, title=title)
-            drawing = figures.draw(figures.before_and_after, about, what, changes)
-            block.drawings.append(drawing)
-    return block
-
-
-def _looked(maker: Maker, dataset: str, what: str, kind: str) -> Block:
-    """Drawings of what was found with the backbone."""
-    looked = [i for i in maker.inside if i.run.dataset == dataset and i.drawings[kind]]
-    return Block(
-        f"{what}, {maker.study.label(dataset)}",
-        drawings=[drawing for inside in looked for drawing in inside.drawings[kind]],
-        legend=looked[0].legend if looked and kind == "pairs" else [],
-        kind=kind,
-        runs=tuple(sorted(inside.run.number for inside in looked)),
-    )
+    for dataset in maker.datasets:
+        scope, label = maker.best([dataset]), maker.label(dataset)
+        about = maker.named("dispersion", dataset, caption="Dispersion", of=f"{label}, {scope.at}")
+        table = maker.by_method(about, [maker.column(name, scope, name) for name in names])
+        block = Block(f"{label}, {scope.at}", tables=[table], runs=table.runs)
+        for kind in kinds if dataset in maker.drawn else ():
+            changes = {}
+            for method in maker.methods:
+                change = [maker.samples(scope, method, f"{kind} {time}") for time in times]
+                if all(change):
+                    before, after = (samples.estimate().mean for samples in change)
+                    changes[maker.entry(method)] = (before, after)
+            if changes:
+                what = f"{kind}-dispersion"
+                caption = f"{what.capitalize()}, before (hollow) and after tuning"
+                title = f"{what.capitalize()} before and after, {label}"
+                about = maker.named("dispersion", kind, dataset, caption=caption, title=title)
+                drawing = figures.draw(figures.before_and_after, about, what, changes)
+                block.drawings.append(drawing)
+        yield block
+        yield maker.looked[dataset, "pairs"]
 
 
 def featured(maker: Maker) -> list[Run]:
@@ -107,54 +87,50 @@ def featured(maker: Maker) -> list[Run]:
     It is of the method with the highest mean accuracy at the number of shots that most methods
     have, of those that learn a prompt if there are any; its representative run.
     """
-    study, found = maker.study, []
+    found = []
     for dataset in maker.drawn:
-        scope = study.best([dataset])
-        learning = [m for m in study.methods if m not in METHODS or METHODS[m].learns]
-        tuned = [m for m in learning if study.runs_in(scope, m)]
-        samples = {method: study.samples(scope, method) for method in tuned or study.methods}
+        scope = maker.best([dataset])
+        learning = [m for m in maker.methods if m not in METHODS or METHODS[m].learns]
+        tuned = [m for m in learning if maker.runs_in(scope, m)]
+        samples = {method: maker.samples(scope, method) for method in tuned or maker.methods}
         means = {m: own.estimate().mean for m, own in samples.items() if own}
         if means:
-            found.append(study.main_runs(dataset, max(means, key=lambda m: means[m]))[0])
+            found.append(maker.main_runs(dataset, max(means, key=lambda m: means[m]))[0])
     return found
 
 
-def mistakes(maker: Maker) -> list[Block]:
+def mistakes(maker: Maker) -> Iterator[Block]:
     """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
-    blocks = []
     for run in featured(maker):
         try:
-            blocks.append(_mistakes(maker, run, read_confusion(run)))
+            confusion = read_confusion(run)
         except UserError as error:
             maker.warnings.append(warning(run.path, error, "its mistakes are left out"))
-    return blocks
-
-
-def _mistakes(maker: Maker, run: Run, confusion: ConfusionMatrix) -> Block:
-    label, size = maker.study.label(run.dataset), len(confusion.class_names)
-    what = f"{label}: {row_of(run.method).title}, {Scope([], run.shots).at}, seed {run.seed}"
-    note = f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
-    # Classes with the most misnamed images, in label order.
-    wrong = confusion.images - confusion.right
-    kept = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
-    about = maker.named("confusion", run.dataset, caption="Confusion matrix", of=what)
-    names = [confusion.class_names[c] for c in kept]
-    shares = confusion.counts[kept][:, kept].toarray() / np.maximum(confusion.images[kept, None], 1)
-    return Block(
-        what,
-        note if size > MATRIX_CLASSES else "",
-        [figures.draw(figures.confusion_matrix, about, names, shares)],
-        _tables(maker, run, confusion),
-        hardest=[hard for inside in maker.inside if inside.run == run for hard in inside.hardest],
-        beside=size <= 36,
-        kind="natural",
-        runs=(run.number,),
-    )
+            continue
+        label, size = maker.label(run.dataset), len(confusion.class_names)
+        what = f"{label}: {row_of(run.method).title}, {Scope([], run.shots).at}, seed {run.seed}"
+        note = f"The matrix shows the {MATRIX_CLASSES} hardest of {size} classes."
+        # Classes with the most misnamed images, in label order.
+        wrong, images = confusion.images - confusion.right, confusion.images
+        kept = np.sort(np.argsort(-wrong, kind="stable")[:MATRIX_CLASSES])
+        about = maker.named("confusion", run.dataset, caption="Confusion matrix", of=what)
+        names = [confusion.class_names[c] for c in kept]
+        shares = confusion.counts[kept][:, kept].toarray() / np.maximum(images[kept, None], 1)
+        yield Block(
+            what,
+            note if size > MATRIX_CLASSES else "",
+            [figures.draw(figures.confusion_matrix, about, names, shares)],
+            _tables(maker, run, confusion),
+            hardest=maker.hardest[run.number],
+            beside=size <= 36,
+            kind="natural",
+            runs=(run.number,),
+        )
 
 
 def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
     names, images, right = confusion.class_names, confusion.images, confusion.right
-    wrong, source, label = confusion.mistakes(), (run.number,), maker.study.label(run.dataset)
+    wrong, source, label = confusion.mistakes(), (run.number,), maker.label(run.dataset)
     # Of each class the name that it was given most.
     taken = {true: f"{names[named]} ({count})" for true, named, count in reversed(wrong)}
 
@@ -178,13 +154,11 @@ def _tables(maker: Maker, run: Run, confusion: ConfusionMatrix) -> list[Table]:
     return [Table(about, "class", hardest, rows), Table(mixed, "true class", confused, pairs)]
 
 
-def calibration(maker: Maker) -> list[Block]:
+def calibration(maker: Maker) -> Iterator[Block]:
     """Expected calibration error, and reliability diagrams where confidences are known."""
-    blocks = []
-    for dataset in maker.study.datasets:
-        label, scopes = maker.study.label(dataset), [Scope([dataset], k) for k in maker.study.shots]
+    for dataset in maker.datasets:
+        label, scopes = maker.label(dataset), [Scope([dataset], k) for k in maker.shots]
         about = maker.named("ece", dataset, caption="ECE", of=label)
         columns = [maker.column(scope.at, scope, "ece") for scope in scopes]
-        blocks.append(Block(label, tables=[maker.by_method(about, columns)]))
-        blocks.append(_looked(maker, dataset, "Reliability", "small"))
-    return blocks
+        yield Block(label, tables=[maker.by_method(about, columns)])
+        yield maker.looked[dataset, "small"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,27 +18,14 @@ MOST_DATASETS = 12
 _KINDS: dict[Measure, Kind] = {
     "ece": LOWER,
     "tuning": Kind(digits=1, unit="s", spread=False),
+    "learned": Kind(spread=False),
     **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
     "inter after": Kind(digits=3, best=max),
     "intra after": Kind(digits=3, best=min),
 }
-# What a tower's prompt is called.
-TOWERS = {"text": "text", "visual": "image"}
 # Name, share of the images that were named right, and some that were not: data URI, what it was
 # taken for and how sure that was.
 HardClass = tuple[str, float, list[tuple[str, str, float]]]
-
-
-@dataclass
-class Inside:
-    """What the backbone told of one representative run."""
-
-    run: Run
-    # "pairs" of feature maps before and after tuning, which the legend is of, each two embedded by
-    # one fit and so comparable; and a "small" diagram of reliability.
-    drawings: dict[str, list[Drawing]] = field(default_factory=lambda: {"pairs": [], "small": []})
-    legend: list[Entry] = field(default_factory=list)
-    hardest: list[HardClass] = field(default_factory=list)
 
 
 @dataclass
@@ -60,14 +48,16 @@ class Block:
         return [*self.drawings, *filter(None, self.tables)]
 
 
-class Maker:
-    """What the parts of the page are made with, of the runs of a study."""
+class Maker(Study):
+    """A study, and what the parts of the page are made with."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self.inside: list[Inside] = []  # what was found with the backbone, if anything
-        self.warnings: list[str] = []  # on what could not be read
-        self.drawn = study.datasets[:MOST_DATASETS]  # get figures
+    def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
+        super().__init__(runs, baseline)
+        # What was found with the backbone, if anything: drawings by dataset and kind, and the
+        # hardest classes by number of the run.
+        self.looked: dict[tuple[str, str], Block] = defaultdict(Block)
+        self.hardest: dict[int, list[HardClass]] = defaultdict(list)
+        self.drawn = self.datasets[:MOST_DATASETS]  # get figures
         self._taken: set[str] = set()
 
     def named(self, *parts: object, caption: str, title: str = "", of: str = "") -> Named:
@@ -84,29 +74,28 @@ class Maker:
 
     def entry(self, method: str) -> Entry:
         """A method's line of a legend."""
-        return Entry(method_colour(method, self.study.methods), row_of(method).title)
+        return Entry(method_colour(method, self.methods), row_of(method).title)
 
     def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """A measure of each method in a scope."""
         kind = _KINDS.get(measure, HIGHER)
-        return Column(title, lambda m: self.study.samples(scope, m, measure), kind)
+        return Column(title, lambda m: self.samples(scope, m, measure), kind)
 
     def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
         """Each method's to the baseline in a scope, paired."""
-        return Column(title, lambda m: self.study.differences(scope, m, measure), POINTS)
+        return Column(title, lambda m: self.differences(scope, m, measure), POINTS)
 
     def by_method(
         self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()
     ) -> Table:
         """A table with a row for each method, or for some."""
-        rows = [Row(row_of(m).title, m, m) for m in methods or self.study.methods]
+        rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]
         return Table(about, "method", columns, rows, note)
 
 
 def loss_title(term: str) -> str:
     """A loss term in words."""
-    words = {"inter": "inter-dispersion", "intra": "intra-dispersion"}
-    return words.get(term, term.replace("_", "-"))
+    return f"{term}-dispersion" if term in ("inter", "intra") else term.replace("_", "-")
 
 
 def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:
