@@ -6,7 +6,7 @@ statistics.py  samples by seed: means, intervals, differences
 tables.py      a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 sections.py    what the parts of the page are made of, and made with; the parts are in
-               comparison.py, ablation.py and inside.py
+               comparison.py and inside.py
 features.py    what only the backbone and the images can tell
 page/          the page's words, templates, colours, style and script
 """
@@ -29,7 +29,6 @@ from dapt.engine.evaluate import ECE_BINS
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import comparison, figures, inside
-from dapt.report.ablation import ablations
 from dapt.report.collect import Run, clean, collect
 from dapt.report.features import look_inside
 from dapt.report.sections import Block, Maker
@@ -47,7 +46,7 @@ _PARTS: dict[str, Callable[[Maker], Iterator[Block]]] = {
     "domains": comparison.domains,
     "base-to-new": comparison.base_to_new,
     "cross-dataset": comparison.cross_dataset,
-    "ablations": ablations,
+    "ablations": comparison.ablations,
     "curves": inside.curves,
     "dispersion": inside.dispersion,
     "mistakes": inside.mistakes,

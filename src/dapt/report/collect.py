@@ -10,11 +10,11 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -50,7 +50,6 @@ def warning(folder: Path, problem: object, consequence: str = "this run is left 
     return f"{where}{clean(said, 800)}; {consequence}"
 
 
-# What is read of a run's files.
 _Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
 _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
 
@@ -62,6 +61,12 @@ class _Test(records.Test):
     per_class: _Unread = None
     confusion: _Unread = None
     skipped: _Unread = None
+
+
+class _Metrics(records.Metrics):
+    method: _Name
+    dataset: _Name
+    test: _Test
 
 
 class _Settings(Record):
@@ -80,15 +85,9 @@ class _Task(Record):
     class_names: list[Annotated[str, AfterValidator(clean)]]
 
 
-class _Metrics(records.Metrics):
-    method: _Name
-    dataset: _Name
-    test: _Test
-
-
-# What is looked at of a run: a figure by name, or accuracy on (dataset, classes) elsewhere, the
-# mean over several.
-Measure = str | tuple[tuple[str, str], ...]
+Target = tuple[str, str]  # a dataset, and which of its classes: "all", "base" or "new"
+# What is looked at of a run: a figure by name, or accuracy elsewhere, the mean over several.
+Measure = str | tuple[Target, ...]
 
 
 @dataclass(frozen=True)
@@ -99,21 +98,25 @@ class Run:
     path: Path
     method: str
     dataset: str
-    classes: str  # "all", "base" or "new"
+    classes: str
     shots: int
     seed: int
     settings: dict[str, Any]
     environment: Environment
     class_names: list[str]
-    failure: str | None = None  # why an experiment gave it up, or its evaluations elsewhere
-    metrics: _Metrics | None = None  # of a finished run
-    # Accuracy elsewhere, by (dataset, classes).
-    evaluations: dict[tuple[str, str], Sample] = field(default_factory=dict)
+    failure: str | None  # why an experiment gave it up, or its evaluations elsewhere
+    metrics: _Metrics | None  # of a finished run
+    evaluations: dict[Target, Sample]  # accuracy elsewhere
 
     @property
     def finished(self) -> bool:
         """Whether it came to its end."""
         return self.metrics is not None
+
+    @property
+    def place(self) -> tuple[str, str, str, int, int]:
+        """What it has in common with repeats of it, and with runs at other settings."""
+        return self.dataset, self.classes, self.method, self.shots, self.seed
 
     @cached_property
     def figures(self) -> dict[str, Sample]:
@@ -132,11 +135,6 @@ class Run:
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
         return found
 
-    @property
-    def place(self) -> tuple[str, str, str, int, int]:
-        """What only repeats of it, and runs with other settings, have in common with it."""
-        return self.dataset, self.classes, self.method, self.shots, self.seed
-
     def look(self, measure: Measure) -> Sample | None:
         """A measure, if it is known; a mean only if all that it is of is."""
         if isinstance(measure, str):
@@ -154,8 +152,7 @@ def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str
     Raises:
         UserError: a path does not exist, or no run directory is found.
     """
-    given = list(paths)
-    runs: list[Run] = []
+    given, runs = list(paths), list[Run]()
     failures: dict[Path, str] = {}
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
@@ -177,12 +174,12 @@ def _run_folders(path: Path) -> Iterator[Path]:
     """Directories that hold a run, sorted; links to directories are not followed."""
     if not path.is_dir():
         raise UserError(f"{path} is no folder; give run directories, or folders of them")
+    # Other programs write a settings.json too.
+    others = {"task.json", "environment.json", "support_set.json"}
     for folder, inner, files in os.walk(path):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        # Other programs write a settings.json too.
-        others = {"task.json", "environment.json", "metrics.json", "support_set.json"}
         begun = "settings.json" in files and others & set(files)
-        if begun or "metrics.json" in files or "failure.json" in files:
+        if begun or {"metrics.json", "failure.json"} & set(files):
             yield Path(os.path.normpath(folder))
 
 
@@ -203,8 +200,8 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
                 raise UserError(f"metrics.json says {name} {said}, settings.json {known[name]}")
         evaluations = _evaluations(files, number, warnings)
     return Run(
-        number=number,
-        path=files.path,
+        number,
+        files.path,
         dataset=(metrics or task).dataset,
         settings=dict(settings),
         environment=environment,
@@ -216,10 +213,8 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
     )
 
 
-def _evaluations(
-    files: RunDirectory, number: int, warnings: list[str]
-) -> dict[tuple[str, str], Sample]:
-    found: dict[tuple[str, str], Sample] = {}
+def _evaluations(files: RunDirectory, number: int, warnings: list[str]) -> dict[Target, Sample]:
+    found: dict[Target, Sample] = {}
     for file, read in files.evaluations():
         if isinstance(read, UserError):
             warnings.append(warning(files.path, read, "this evaluation is left out"))
@@ -237,7 +232,7 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
 
     What a run says of its own dataset's other classes and domains keeps belonging to it.
     """
-    seen: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
+    seen: dict[Target, list[list[str]]] = defaultdict(list)
     distinct = []
     for run in runs:
         known = seen[run.dataset, run.classes]
@@ -254,8 +249,7 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
     return distinct
 
 
-@dataclass(frozen=True)
-class ConfusionMatrix:
+class ConfusionMatrix(NamedTuple):
     """Test images by true and named class."""
 
     class_names: list[str]  # C in label order
@@ -265,8 +259,8 @@ class ConfusionMatrix:
 
     def hardest(self) -> list[int]:
         """Classes with misnamed images, by the share that was named right, then by label."""
-        missed = np.flatnonzero(self.right < self.images).tolist()
-        return sorted(missed, key=lambda c: (self.right[c] / self.images[c], c))
+        missed = np.flatnonzero(self.right < self.images)
+        return missed[np.argsort(self.right[missed] / self.images[missed], kind="stable")].tolist()
 
     def mistakes(self) -> list[tuple[int, int, int]]:
         """(true class, named class, images) of what is wrong, the most frequent first."""
@@ -284,10 +278,10 @@ def read_confusion(run: Run) -> ConfusionMatrix:
     test = RunDirectory(run.path).read_metrics().test
     names = [clean(score.name.replace("_", " ")) for score in test.per_class]
     try:
-        if not names or test.confusion is None:
+        if not names or (entries := test.confusion) is None:
             raise ValueError("it has no classes, or no such entry")
-        entries = (test.confusion.true, test.confusion.predicted, test.confusion.images)
-        true, named, images = (np.array(column, np.int64) for column in entries)
+        columns = (entries.true, entries.predicted, entries.images)
+        true, named, images = (np.array(column, np.int64) for column in columns)
         # What is no label of these classes is refused here.
         counts = csr_array((images, (true, named)), shape=(len(names),) * 2)
     except ValueError as error:
