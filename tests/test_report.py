@@ -15,7 +15,7 @@ from dapt.cli import app
 from dapt.errors import UserError
 from dapt.report import write_report
 from dapt.report.figures import PALETTE
-from dapt.report.statistics import estimate
+from dapt.report.tables import estimate
 
 runner = CliRunner()
 CLASSES = ("cat", "dog", "bird")

@@ -2,8 +2,7 @@
 
 collect.py     run directories -> runs, with mistrust
 study.py       which runs repeat one another, which vary a setting; numbers by seed
-statistics.py  samples by seed: means, intervals, differences
-tables.py      a table, and its Markdown, CSV and LaTeX
+tables.py      samples by seed; a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
 sections.py    what the parts of the page are made of, and made with; the parts are in
                comparison.py and inside.py
@@ -29,12 +28,11 @@ from dapt.engine.evaluate import ECE_BINS
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import comparison, figures, inside
-from dapt.report.collect import Run, clean, collect
+from dapt.report.collect import Run, collect
 from dapt.report.features import look_inside
 from dapt.report.sections import Block, Maker
-from dapt.report.statistics import CONFIDENCE
 from dapt.report.study import Study, full_settings, row_of, shown
-from dapt.report.tables import PAGE, TEMPLATES, Table
+from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean
 from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]

@@ -7,7 +7,6 @@ read is named in a warning and left out; no file is ever executed or unpickled.
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringC
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
-from dapt.report.statistics import Sample, mean, runs_of
+from dapt.report.tables import Sample, clean, mean, runs_of
 from dapt.run import records
 from dapt.run.directory import RunDirectory
 from dapt.run.records import Count, Environment, Record, read_record
@@ -30,17 +29,6 @@ from dapt.safe.files import read_text
 # Bytes and rows of a log, which take many times the memory that they take on disk.
 _LARGEST_LOG = 2**26
 _MOST_STEPS = 1_000_000
-# Control and surrogate characters, what XML does not take, and what makes text after it run the
-# other way: a name could rearrange the line it stands in.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def clean(value: object, limit: int = 120) -> str:
-    """One short printable line."""
-    text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def warning(folder: Path, problem: object, consequence: str = "this run is left out") -> str:

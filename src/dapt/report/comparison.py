@@ -11,11 +11,10 @@ from functools import partial
 
 from dapt.methods import METHODS, ZERO_SHOT
 from dapt.report import figures
-from dapt.report.collect import Measure, clean
+from dapt.report.collect import Measure
 from dapt.report.sections import Block, Maker, averaged, loss_title
-from dapt.report.statistics import Samples
 from dapt.report.study import Scope, Study, Variant, full_settings, row_of, shown
-from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Table
+from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Samples, Table, clean
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 

@@ -24,9 +24,10 @@ from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import figures
-from dapt.report.collect import Run, clean, read_confusion
+from dapt.report.collect import Run, read_confusion
 from dapt.report.sections import Block, Maker
 from dapt.report.study import row_of
+from dapt.report.tables import clean
 from dapt.run.directory import RunDirectory
 from dapt.run.load import known_support, load_classifier
 

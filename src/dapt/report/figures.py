@@ -21,8 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dapt.methods import METHODS
-from dapt.report.statistics import Estimate
-from dapt.report.tables import PAGE, Named
+from dapt.report.tables import PAGE, Estimate, Named
 
 _LOOK = json.loads((PAGE / "figures.json").read_text())
 _OWN = {name: row.colour for name, row in METHODS.items() if row.colour}

@@ -12,9 +12,8 @@ from dapt.methods import METHODS
 from dapt.report import figures
 from dapt.report.collect import ConfusionMatrix, Run, read_confusion, read_log, warning
 from dapt.report.sections import Block, Maker, loss_title
-from dapt.report.statistics import Sample, Samples
 from dapt.report.study import Scope, row_of
-from dapt.report.tables import PLAIN, Cell, Column, Row, Table
+from dapt.report.tables import PLAIN, Cell, Column, Row, Sample, Samples, Table
 
 MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions

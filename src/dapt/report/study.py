@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from dapt.errors import UserError, nearest
 from dapt.methods import METHODS, ZERO_SHOT, Method
-from dapt.report.collect import Measure, Run, clean
-from dapt.report.statistics import Samples, mean_by_seed
+from dapt.report.collect import Measure, Run
+from dapt.report.tables import Samples, clean, mean_by_seed
 from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import all_fields, default_settings, idle_settings
 

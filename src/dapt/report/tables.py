@@ -1,20 +1,79 @@
-"""A table as data, and as Markdown, CSV and LaTeX. The page shows the same cells."""
+"""Numbers by seed, and tables of them as data, Markdown, CSV and LaTeX, and on the page."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-
-from dapt.report.collect import clean
-from dapt.report.statistics import Estimate, Samples, runs_of
+import numpy as np
+from scipy.stats import t as student
 
 PAGE = Path(__file__).parent / "page"  # templates and data
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its interval, which one value alone does not have."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+def estimate(values: Sequence[float], factor: float = 1.0) -> Estimate:
+    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom, times a factor."""
+    count, mean = len(values), factor * float(np.mean(values))
+    if count < 2:
+        return Estimate(mean, None, count)
+    spread = float(np.std(values, ddof=1)) / count**0.5
+    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    return Estimate(mean, factor * half, count)
+
+
+class Sample(NamedTuple):
+    """One number, and the runs it came from."""
+
+    value: float
+    runs: tuple[int, ...]
+
+
+class Samples(dict[int, Sample]):
+    """Samples by seed."""
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Those that any of them came from."""
+        return runs_of(self.values())
+
+    def estimate(self, factor: float = 1.0) -> Estimate:
+        """Their mean with its interval, times a factor."""
+        return estimate([sample.value for sample in self.values()], factor)
+
+    def __sub__(self, other: Samples) -> Samples:
+        """Differences of what has the same seed."""
+        pairs = [(seed, own, other[seed]) for seed, own in self.items() if seed in other]
+        return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})
+
+
+def runs_of(parts: Iterable[Any]) -> tuple[int, ...]:
+    """Runs that any of the parts came from: samples by seed or alone, or cells of a table."""
+    return tuple(sorted({n for part in parts for n in part.runs}))
+
+
+def mean(samples: Sequence[Sample]) -> Sample:
+    """Their mean."""
+    return Sample(sum(s.value for s in samples) / len(samples), runs_of(samples))
+
+
+def mean_by_seed(parts: Sequence[Samples]) -> Samples:
+    """Mean by seed, for the seeds that all parts have."""
+    seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
+    return Samples({seed: mean([part[seed] for part in parts]) for seed in seeds})
 
 
 class Named(NamedTuple):
@@ -99,6 +158,16 @@ class Column(NamedTuple):
         """Its title with the unit."""
         return f"{self.title} ({self.kind.unit})" if self.kind.unit else self.title
 
+    @property
+    def numeric(self) -> bool:
+        """Whether there are numbers in it."""
+        return any(cell.known for cell in self.cells)
+
+    @property
+    def width(self) -> int:
+        """Characters of the longest interval."""
+        return max(len(cell.interval) for cell in self.cells)
+
 
 class Row(NamedTuple):
     """What a row is called, what its cells are looked up by, and whose colour it has, if any."""
@@ -137,30 +206,27 @@ class Table:
     @property
     def files(self) -> dict[str, bytes | str]:
         """Content by kind of file."""
-        markdown, latex = map(TEMPLATES.get_template, ("table.md", "table.tex"))
-        made = {"md": markdown.render(table=self), "csv": self._csv()}
-        return {**made, "tex": latex.render(table=self)}
-
-    def _csv(self) -> str:
-        """Numbers in full; the interval and the number of values have columns of their own."""
-        made: list[list[Any]] = [[self.corner, *(row.label for row in self.rows)]]
-        for column in self.columns:
-            known = [cell.known for cell in column.cells]
-            texts = [cell.text for cell in column.cells]
-            made.append([column.head, *([k and k.mean for k in known] if any(known) else texts)])
-            if any(cell.interval for cell in column.cells):
-                made.append([f"{column.head} ±", *(k and k.half for k in known)])
-                made.append([f"{column.head} n", *(k and k.count for k in known)])
-        text, lines = io.StringIO(), zip(*made, strict=True)
-        csv.writer(text, lineterminator="\n").writerows(
-            [_inert(value) if isinstance(value, str) else value for value in line] for line in lines
-        )
-        return text.getvalue()
+        made = {kind: TEMPLATES.get_template(f"table.{kind}") for kind in ("md", "csv", "tex")}
+        return {kind: template.render(table=self) for kind, template in made.items()}
 
 
-def _inert(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+# Control and surrogate characters, what XML does not take, and what makes text after it run the
+# other way: a name could rearrange the line it stands in.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def clean(value: object, limit: int = 120) -> str:
+    """One short printable line."""
+    text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _csv(text: str) -> str:
+    """A field of text that no spreadsheet takes for a formula."""
+    text = f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
 
 
 def _markdown(text: str) -> str:
@@ -187,4 +253,4 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {"markdown": _markdown, "latex": _latex, "clean": clean}
+TEMPLATES.filters |= {"markdown": _markdown, "csv": _csv, "latex": _latex, "clean": clean}
