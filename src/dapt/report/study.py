@@ -50,23 +50,16 @@ class Scope(NamedTuple):
 class Study:
     """All runs of a report, and the numbers of its main ones.
 
-    Args:
-        runs: from `collect`.
-        baseline: method that others are compared with; zero-shot or the first present, if None.
-
     Raises:
-        UserError: no run is of the baseline.
+        UserError: no run is of the ``baseline``, the method that others are compared with; by
+            itself that is zero-shot, or the first present.
     """
 
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
         self.runs, finished = runs, [run for run in runs if run.finished]
         self.warnings: list[str] = []  # on what is not counted, or not alike
         self._settings = {run.number: _comparable(run) for run in finished}
-        self.varied = self._varied(finished)  # settings that tell runs apart
-        self._main = self._most_frequent(finished)
-        self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
-        for run in self._distinct(finished):
-            self._counted[run.dataset, run.method].append(run)
+        self._sort(finished)
         present = {run.classes for run in finished}
         # Fewer classes are another, easier task: they stand in only where there is no other.
         self.classes = next((c for c in ("all", "base", "new") if c in present), "all")
@@ -87,44 +80,37 @@ class Study:
         # The table begins with zero-shot.
         self.baseline = baseline or next(iter(self.methods), ZERO_SHOT)
 
-    def _varied(self, runs: Iterable[Run]) -> list[str]:
-        """Settings that differ between runs of one dataset, method, number of shots and seed."""
-        first: dict[tuple[object, ...], dict[str, tuple[str, str]]] = {}
-        varied: set[str] = set()
+    def _sort(self, runs: Iterable[Run]) -> None:
+        """Find the settings that tell runs apart, main variants, and runs that count."""
+        first: dict[object, dict[str, tuple[str, str]]] = {}
+        apart: set[tuple[str, tuple[str, str]]] = set()
         for run in runs:
             own = self._settings[run.number]
-            other = first.setdefault(run.place, own)
-            names = own.keys() | other.keys()
-            varied |= {n for n in names if own.get(n, _ABSENT) != other.get(n, _ABSENT)}
-        return sorted(varied)
-
-    def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
-        """Main variants by method and classes; of equally frequent ones that nearest to defaults.
-
-        Runs on other classes belong to another experiment, which may have settings of its own.
-        """
+            apart |= own.items() ^ first.setdefault(run.place, own).items()
+        self.varied = sorted({name for name, _ in apart})
+        # Runs on other classes belong to another experiment, which may have settings of its own.
         counts: dict[tuple[str, str], Counter[Variant]] = defaultdict(Counter)
         for run in runs:
             counts[run.method, run.classes][self.variant(run)] += 1
-        return {
+        # Of equally frequent ones that nearest to defaults.
+        self._main = {
             key: min(found, key=lambda v: (-found[v], sum(bool(value) for _, value in v), v))
             for key, found in counts.items()
         }
-
-    def _distinct(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Runs without those that repeat one."""
-        found: dict[object, Run] = {}
+        distinct: dict[object, Run] = {}
         for run in runs:
-            first = found.setdefault(own := (run.place, self.variant(run)), run)
-            if run.metrics and first.metrics and run.metrics.test == first.metrics.test:
+            one = distinct.setdefault(key := (run.place, self.variant(run)), run)
+            if run.metrics and one.metrics and run.metrics.test == one.metrics.test:
                 # One run that several suites share, each with evaluations of its own.
-                found[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
+                distinct[key] = replace(one, evaluations={**run.evaluations, **one.evaluations})
             else:
                 self.warnings.append(
-                    f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
-                    f"same settings with another result; only run {first.number} is counted"
+                    f"run {run.number} ({clean(run.path, 400)}) repeats run {one.number} at the "
+                    f"same settings with another result; only run {one.number} is counted"
                 )
-        return found.values()
+        self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        for run in distinct.values():
+            self._counted[run.dataset, run.method].append(run)
 
     def _compare(self, name: str, runs: Iterable[Run]) -> None:
         """Warn if methods have not a setting in common, as they should to be compared."""
@@ -146,8 +132,6 @@ class Study:
             "methods' alone"
             for dataset, values in sorted(apart.items())
         )
-
-    # ----------------------------------------------------------------------------- runs
 
     def label(self, dataset: str) -> str:
         """A dataset's name, with the classes that are compared where they are not all."""
@@ -213,8 +197,6 @@ class Study:
         tuned = [method for method in self.methods if method != ZERO_SHOT]
         return max(scopes, key=lambda s: (sum(bool(self.runs_in(s, m)) for m in tuned), s.shots))
 
-    # -------------------------------------------------------------------------- numbers
-
     def samples(
         self,
         scope: Scope,
@@ -258,9 +240,6 @@ class Study:
         return ours - self.samples(scope, self.baseline, measure, list(ours))
 
 
-# ------------------------------------------------------------------------ varied settings
-
-
 def _idle(method: str) -> frozenset[str]:
     """Settings that cannot change a method's result."""
     return idle_settings(method) | ({"support_set"} if method == ZERO_SHOT else set())
@@ -283,7 +262,8 @@ def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     usual = {**full_settings(replace(run, settings={})), **default_settings(given)}
     names = settings.keys() - _IDENTITY - _NO_RESULT - _idle(run.method)
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
-    return {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
+    known = {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
+    return {name: value for name, value in known.items() if value != _ABSENT}
 
 
 def shown(value: object) -> str:
