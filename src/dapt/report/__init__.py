@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from dapt.engine.evaluate import ECE_BINS
 from dapt.errors import UserError
@@ -31,7 +28,7 @@ from dapt.report import comparison, figures, inside
 from dapt.report.collect import Run, collect
 from dapt.report.features import look_inside
 from dapt.report.sections import Block, Maker
-from dapt.report.study import Study, full_settings, row_of, shown
+from dapt.report.study import full_settings, row_of, shown
 from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean
 from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, write_json
 
@@ -39,17 +36,12 @@ __all__ = ["Report", "write_report"]
 
 # In the page's order; page/words.html has their titles.
 _PARTS: dict[str, Callable[[Maker], Iterator[Block]]] = {
-    "overview": comparison.overview,
-    "accuracy": comparison.accuracy,
-    "domains": comparison.domains,
-    "base-to-new": comparison.base_to_new,
-    "cross-dataset": comparison.cross_dataset,
-    "ablations": comparison.ablations,
-    "curves": inside.curves,
-    "dispersion": inside.dispersion,
-    "mistakes": inside.mistakes,
-    "calibration": inside.calibration,
-}
+    "overview": comparison.overview, "accuracy": comparison.accuracy,
+    "domains": comparison.domains, "base-to-new": comparison.base_to_new,
+    "cross-dataset": comparison.cross_dataset, "ablations": comparison.ablations,
+    "curves": inside.curves, "dispersion": inside.dispersion,
+    "mistakes": inside.mistakes, "calibration": inside.calibration,
+}  # fmt: skip
 _CONTENTS = "contents.json"
 # By which a page is known for a report's.
 _GENERATOR = '<meta name="generator" content="dapt report">'
@@ -85,7 +77,6 @@ def write_report(
         out: the page; the files go to a folder of its name with ``-files``.
         baseline: method that differences are to; zero-shot or the first present, if None.
         features: also load the backbones, for what metrics do not tell.
-        reporter: is told the progress.
 
     Raises:
         UserError: no run is found, the baseline has none, or ``out`` cannot be written or is
@@ -118,8 +109,8 @@ def write_report(
         failed=len(failures),
         warnings=(*warnings, *maker.warnings),
     )
-    told = {"report": written, "notes": notes, "features": features}
-    write_atomic(out, _page(maker, parts, failures, **told))
+    told = {"parts": parts, "report": written, "notes": notes, "features": features}
+    write_atomic(out, _page(maker, failures, **told))
     return written
 
 
@@ -140,9 +131,8 @@ def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None
         names = known if isinstance(known, dict) else ()
         before = {n for n in names if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
     elif folder.is_dir() and any(p.suffix != TEMPORARY for p in folder.iterdir()):
-        raise UserError(
-            f"{folder} is there and not from a report; move it, or choose another --out"
-        )
+        why = "is there and not from a report; move it, or choose another --out"
+        raise UserError(f"{folder} {why}")
     folder.mkdir(exist_ok=True)
     files = {f"{item.about.name}.{kind}": c for item in items for kind, c in item.files.items()}
     titles = {
@@ -157,9 +147,7 @@ def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None
     write_json(folder / _CONTENTS, titles)
 
 
-def _page(
-    study: Study, parts: Mapping[str, Sequence[Block]], failures: Mapping[Path, str], **told: object
-) -> str:
+def _page(maker: Maker, failures: Mapping[Path, str], **told: object) -> str:
     """The whole page as HTML; every text in it that was read from a run is escaped."""
     sets: dict[tuple[int, ...], int] = {}
 
@@ -169,25 +157,19 @@ def _page(
             return f"run-{runs[0]}"
         return f"runs-{sets.setdefault(runs, len(sets) + 1)}"
 
-    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256((PAGE / "page.js").read_bytes()).digest()
     return TEMPLATES.get_template("page.html").render(
-        study=study,
-        parts=parts,
-        best=comparison.best_compared(study) if study.datasets else None,
+        **told,
+        study=maker,
+        runs=_run_list(maker.runs, failures),
+        sets=sets,
+        anchor=anchor,
+        figures=figures,
+        row_of=row_of,
         confidence=CONFIDENCE,
         ece_bins=ECE_BINS,
-        anchor=anchor,
-        sets=sets,
-        runs=_run_list(study.runs, failures),
-        palette=figures.PALETTE,
-        colours={m: figures.method_colour(m, study.methods) for m in study.methods},
-        marker=figures.marker,
-        row_of=row_of,
-        generator=Markup(_GENERATOR),
-        markup=Markup,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **told,
+        generator=_GENERATOR,
+        script_hash=base64.b64encode(digest).decode(),
     )
 
 
@@ -196,24 +178,24 @@ def _run_list(runs: Sequence[Run], failures: Mapping[Path, str]) -> dict[str, An
     details = [_details(run) for run in runs]
     first = details[0] if details else {}
     shared = {n: v for n, v in first.items() if all(own.get(n) == v for own in details)}
+    own = [{n: v for n, v in own.items() if n not in shared} for own in details]
     paths = [path.absolute() for path in (*(run.path for run in runs), *failures)]
     folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    shown = [clean(os.path.relpath(path, folder), 400) for path in paths]
-    own = [{n: v for n, v in own.items() if n not in shared} for own in details]
+    named = [clean(os.path.relpath(path, folder), 400) for path in paths]
     return {
         "folder": clean(folder, 400),
-        "failures": list(zip(shown[len(runs) :], failures.values(), strict=True)),
+        "failures": list(zip(named[len(runs) :], failures.values(), strict=True)),
         "shared": shared,
-        "entries": list(zip(runs, shown, own, strict=False)),
+        "entries": list(zip(runs, named, own, strict=False)),
     }
 
 
 def _details(run: Run) -> dict[str, str]:
     """Settings, and what is worth knowing of the environment."""
-    settings = {n: v for n, v in full_settings(run).items() if n not in _OWN_COLUMNS}
     known = dict(run.environment)
-    found = {**settings, **{name: known.get(name) for name in _ENVIRONMENT}}
+    found = {n: v for n, v in full_settings(run).items() if n not in _OWN_COLUMNS}
+    found |= {name: known.get(name) for name in _ENVIRONMENT}
     versions = known.get("versions") or {}
-    found |= versions if isinstance(versions, dict) else {"versions": json.dumps(versions)}
+    found |= versions if isinstance(versions, dict) else {"versions": versions}
     details = {clean(name): shown(value) for name, value in found.items()}
     return {**details, "commit": details["commit"][:12]}

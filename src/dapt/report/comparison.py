@@ -13,27 +13,17 @@ from dapt.methods import METHODS, ZERO_SHOT
 from dapt.report import figures
 from dapt.report.collect import Measure
 from dapt.report.sections import Block, Maker, averaged, loss_title
-from dapt.report.study import Scope, Study, Variant, full_settings, row_of, shown
+from dapt.report.study import Scope, Variant, full_settings, row_of, shown
 from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Samples, Table, clean
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
-
-
-def best_compared(study: Study) -> Scope:
-    """The datasets with the most methods at the number of shots that most of them have."""
-    shots = study.best(study.datasets).shots
-    present = {
-        dataset: sum(bool(study.samples(Scope([dataset], shots), m)) for m in study.methods)
-        for dataset in study.datasets
-    }
-    return Scope([d for d, count in present.items() if count == max(present.values())], shots)
 
 
 def overview(maker: Maker) -> Iterator[Block]:
     """All methods at the number of shots that most of them have."""
     if not maker.datasets:
         return
-    scope = best_compared(maker)
+    scope = maker.best_compared()
     columns = [
         maker.column("accuracy", scope),
         maker.difference("difference", scope),

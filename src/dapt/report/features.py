@@ -84,7 +84,6 @@ class _Look:
         self.shown = [clean(name.replace("_", " "), 60) for name in self.names]
 
     def all(self, *, examples: bool) -> None:
-        """Everything there is to see."""
         there, row, names = True, row_of(self.run.method), self.names
         try:
             self.see(examples=examples)
@@ -129,11 +128,7 @@ class _Look:
         return block
 
     def see(self, *, examples: bool) -> None:
-        """Encode the test images.
-
-        Raises:
-            UserError, OSError: the images cannot be had.
-        """
+        """Encode the test images; a `UserError` or `OSError` where they cannot be had."""
         self.task = task = task_of(self.settings)
         if task.class_names != self.names:
             raise UserError("its classes are no longer those that the run was tuned on")

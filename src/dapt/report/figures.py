@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +34,6 @@ _VARIABLES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
 _STYLE = {name: _LIGHT.get(str(value), value) for name, value in _LOOK["style"].items()}
 _LEGEND_ROW, _LEGEND_COLUMNS = 0.24, 4  # inches; entries a row
 _DASHED = (0, (4, 3))
-_P = ParamSpec("_P")
 
 
 class Entry(NamedTuple):
@@ -77,12 +76,7 @@ def method_colour(method: str, methods: Sequence[str]) -> str:
     return f"other-{[m for m in methods if m not in _OWN].index(method) % 3}"
 
 
-def draw(
-    paint: Callable[Concatenate[Any, _P], Layout],
-    about: Named,
-    *shown: _P.args,
-    **options: _P.kwargs,
-) -> Drawing:
+def draw(paint: Callable[..., Layout], about: Named, *shown: Any) -> Drawing:
     """Let a kind of figure draw what is ``shown`` on axes, and render it three times."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -96,7 +90,7 @@ def draw(
         figure = Figure()
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
-        width, height, left, right, top, bottom, legend = paint(axes, *shown, **options)
+        width, height, left, right, top, bottom, legend = paint(axes, *shown)
         handles = [
             Line2D([], [], color=_LIGHT[e.colour], marker=marker(e.colour), label=e.label)
             for e in legend

@@ -72,6 +72,13 @@ class Maker(Study):
         self._taken.add(name)
         return Named(name, title or (f"{caption}, {of}" if of else caption), caption)
 
+    def best_compared(self) -> Scope:
+        """The datasets with the most methods at the number of shots that most of them have."""
+        scopes = [Scope([d], self.best(self.datasets).shots) for d in self.datasets]
+        present = [sum(bool(self.samples(scope, m)) for m in self.methods) for scope in scopes]
+        chosen = [s for s, count in zip(scopes, present, strict=True) if count == max(present)]
+        return chosen[0]._replace(datasets=[d for scope in chosen for d in scope.datasets])
+
     def entry(self, method: str) -> Entry:
         """A method's line of a legend."""
         return Entry(method_colour(method, self.methods), row_of(method).title)
