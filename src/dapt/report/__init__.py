@@ -1,12 +1,12 @@
 """``dapt report``: tables and figures of any set of runs, on one page that needs nothing else.
 
 collect.py     run directories -> runs, with mistrust
-study.py       which runs repeat one another, which vary a setting; numbers by seed
 tables.py      samples by seed; a table, and its Markdown, CSV and LaTeX
 figures.py     a figure for the page, and its SVG and PNG
-sections.py    what the parts of the page are made of, and made with; the parts are in
-               comparison.py and inside.py
-features.py    what only the backbone and the images can tell
+study.py       which runs repeat one another, which vary a setting; numbers by seed; what the
+               parts of the page are made of, and made with
+comparison.py  parts of the page: methods, targets, ablations
+inside.py      parts of the page: what happens inside runs; and what only the backbone tells
 page/          the page's words, templates, colours, style and script
 """
 
@@ -26,16 +26,14 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import comparison, figures, inside
 from dapt.report.collect import Run, collect
-from dapt.report.features import look_inside
-from dapt.report.sections import Block, Maker
-from dapt.report.study import full_settings, row_of, shown
-from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean
+from dapt.report.study import Block, Study, full_settings, row_of
+from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean, shown
 from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 
 # In the page's order; page/words.html has their titles.
-_PARTS: dict[str, Callable[[Maker], Iterator[Block]]] = {
+_PARTS: dict[str, Callable[[Study], Iterator[Block]]] = {
     "overview": comparison.overview, "accuracy": comparison.accuracy,
     "domains": comparison.domains, "base-to-new": comparison.base_to_new,
     "cross-dataset": comparison.cross_dataset, "ablations": comparison.ablations,
@@ -93,12 +91,12 @@ def write_report(
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
-    maker = Maker(runs, baseline)
-    notes = look_inside(maker, inside.featured(maker), reporter) if features else []
+    study = Study(runs, baseline)
+    notes = inside.look_inside(study, reporter) if features else []
     parts = {}
     with reporter.stage("drawing", len(_PARTS)) as advance:
         for name, make in _PARTS.items():
-            parts[name] = [block for block in make(maker) if block.items]
+            parts[name] = [block for block in make(study) if block.items]
             advance(1)
     _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
     written = Report(
@@ -107,10 +105,10 @@ def write_report(
         runs=len(runs),
         unfinished=sum(not (run.finished or run.failure) for run in runs),
         failed=len(failures),
-        warnings=(*warnings, *maker.warnings),
+        warnings=(*warnings, *study.warnings),
     )
     told = {"parts": parts, "report": written, "notes": notes, "features": features}
-    write_atomic(out, _page(maker, failures, **told))
+    write_atomic(out, _page(study, failures, **told))
     return written
 
 
@@ -147,7 +145,7 @@ def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None
     write_json(folder / _CONTENTS, titles)
 
 
-def _page(maker: Maker, failures: Mapping[Path, str], **told: object) -> str:
+def _page(study: Study, failures: Mapping[Path, str], **told: object) -> str:
     """The whole page as HTML; every text in it that was read from a run is escaped."""
     sets: dict[tuple[int, ...], int] = {}
 
@@ -160,8 +158,8 @@ def _page(maker: Maker, failures: Mapping[Path, str], **told: object) -> str:
     digest = hashlib.sha256((PAGE / "page.js").read_bytes()).digest()
     return TEMPLATES.get_template("page.html").render(
         **told,
-        study=maker,
-        runs=_run_list(maker.runs, failures),
+        study=study,
+        runs=_run_list(study.runs, failures),
         sets=sets,
         anchor=anchor,
         figures=figures,

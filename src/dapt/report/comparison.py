@@ -12,61 +12,66 @@ from functools import partial
 from dapt.methods import METHODS, ZERO_SHOT
 from dapt.report import figures
 from dapt.report.collect import Measure
-from dapt.report.sections import Block, Maker, averaged, loss_title
-from dapt.report.study import Scope, Variant, full_settings, row_of, shown
-from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Samples, Table, clean
+from dapt.report.study import Block, Scope, Study, Variant, full_settings, loss_title, row_of
+from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Samples, Table, clean, shown
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
 
-def overview(maker: Maker) -> Iterator[Block]:
+def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:
+    """All datasets, if there are several, and each alone."""
+    alone: list[Sequence[str]] = [[dataset] for dataset in datasets]
+    return [datasets, *alone] if len(alone) > 1 else alone
+
+
+def overview(study: Study) -> Iterator[Block]:
     """All methods at the number of shots that most of them have."""
-    if not maker.datasets:
+    if not study.datasets:
         return
-    scope = maker.best_compared()
+    scope = study.best_compared()
     columns = [
-        maker.column("accuracy", scope),
-        maker.difference("difference", scope),
-        maker.column("top-5", scope, "top5"),
-        maker.column("macro-F1", scope, "macro_f1"),
-        maker.column("ECE", scope, "ece"),
-        maker.column("learned", scope, "learned"),
-        maker.column("tuning", scope, "tuning"),
+        study.column("accuracy", scope),
+        study.difference("difference", scope),
+        study.column("top-5", scope, "top5"),
+        study.column("macro-F1", scope, "macro_f1"),
+        study.column("ECE", scope, "ece"),
+        study.column("learned", scope, "learned"),
+        study.column("tuning", scope, "tuning"),
     ]
-    about = maker.named("overview", caption=f"All methods at {scope.at}")
-    tables = [maker.by_method(about, columns)]
-    if len(maker.datasets) > 1:
-        columns = [maker.column(d, Scope([d], scope.shots)) for d in maker.datasets]
-        whole = scope.datasets == maker.datasets
+    about = study.named("overview", caption=f"All methods at {scope.at}")
+    tables = [study.by_method(about, columns)]
+    if len(study.datasets) > 1:
+        columns = [study.column(d, Scope([d], scope.shots)) for d in study.datasets]
+        whole = scope.datasets == study.datasets
         if whole:
-            columns.append(maker.column("average", scope))
+            columns.append(study.column("average", scope))
         caption = f"Accuracy by dataset at {scope.at}"
-        about = maker.named("overview-by-dataset", caption=caption)
-        tables.append(maker.by_method(about, columns, _AVERAGE if whole else ""))
+        about = study.named("overview-by-dataset", caption=caption)
+        tables.append(study.by_method(about, columns, _AVERAGE if whole else ""))
     yield Block(tables=tables)
 
 
-def accuracy(maker: Maker) -> Iterator[Block]:
+def accuracy(study: Study) -> Iterator[Block]:
     """Accuracy over shots and paired differences, on average and by dataset."""
-    for datasets in averaged(maker.datasets):
+    for datasets in averaged(study.datasets):
         average = len(datasets) > 1
         short = "average" if average else datasets[0]
-        label = maker.label(f"Average over {len(datasets)} datasets" if average else short)
-        scopes = [Scope(datasets, shots) for shots in maker.shots]
+        label = study.label(f"Average over {len(datasets)} datasets" if average else short)
+        scopes = [Scope(datasets, shots) for shots in study.shots]
         # Zero-shot would stand in for shots that no other method has.
-        tuned = [method for method in maker.methods if method != ZERO_SHOT]
-        scopes = [s for s in scopes if any(maker.samples(s, m) for m in tuned)] or scopes
-        about = maker.named("accuracy", short, caption="Accuracy", of=label)
-        columns = [maker.column(scope.at, scope) for scope in scopes]
-        table = maker.by_method(about, columns, _AVERAGE if average else "")
-        caption = f"Difference to {row_of(maker.baseline).title}"
-        about = maker.named("difference", short, caption=caption, of=label)
-        gaps = maker.by_method(about, [maker.difference(scope.at, scope) for scope in scopes])
+        tuned = [method for method in study.methods if method != ZERO_SHOT]
+        scopes = [s for s in scopes if any(study.samples(s, m) for m in tuned)] or scopes
+        about = study.named("accuracy", short, caption="Accuracy", of=label)
+        columns = [study.column(scope.at, scope) for scope in scopes]
+        table = study.by_method(about, columns, _AVERAGE if average else "")
+        caption = f"Difference to {row_of(study.baseline).title}"
+        about = study.named("difference", short, caption=caption, of=label)
+        gaps = study.by_method(about, [study.difference(scope.at, scope) for scope in scopes])
         # Beside the curves there is room for so many columns.
         block = Block(label, tables=[table, gaps], beside=len(table.columns) <= 4)
-        if table and (average or short in maker.drawn):
+        if table and (average or short in study.drawn):
             lines = {
-                maker.entry(row.key): {
+                study.entry(row.key): {
                     scope.shots: known
                     for scope, column in zip(scopes, table.columns, strict=True)
                     if (known := column.cells[i].known)
@@ -74,11 +79,11 @@ def accuracy(maker: Maker) -> Iterator[Block]:
                 for i, row in enumerate(table.rows)
             }
             block.runs = table.runs
-            block.legend = list(lines) if sum(map(len, lines.values())) > len(maker.methods) else []
+            block.legend = list(lines) if sum(map(len, lines.values())) > len(study.methods) else []
             caption, figure = "Accuracy over shots", figures.accuracy_over_shots
             if len({shots for line in lines.values() for shots in line}) == 1:
                 caption, figure = f"Accuracy at {scopes[0].at}", figures.accuracy_by_method
-            about = maker.named("figure-accuracy", short, caption=caption, of=label)
+            about = study.named("figure-accuracy", short, caption=caption, of=label)
             block.drawings.append(figures.draw(figure, about, lines))
         yield block
 
@@ -86,7 +91,7 @@ def accuracy(maker: Maker) -> Iterator[Block]:
 # -------------------------------------------------- what prompts were not tuned on
 
 
-def _targets(maker: Maker, name: str) -> Iterator[Block]:
+def _targets(study: Study, name: str) -> Iterator[Block]:
     """For each source and number of shots, methods by targets.
 
     A domain has the source's family and classes; anything else outside the source's own images is
@@ -94,7 +99,7 @@ def _targets(maker: Maker, name: str) -> Iterator[Block]:
     """
     tables = []
     for classes in ("all", "base"):
-        for scope, runs in maker.sources(classes):
+        for scope, runs in study.sources(classes):
             source = scope.datasets[0]
             targets = {
                 (target, c)
@@ -103,7 +108,7 @@ def _targets(maker: Maker, name: str) -> Iterator[Block]:
                 and (name == "domains") is (_family(target) == _family(source) and c == classes)
             }
             if targets:
-                tables.append(_transfer(maker, name, scope, sorted(targets)))
+                tables.append(_transfer(study, name, scope, sorted(targets)))
     yield Block(tables=tables)
 
 
@@ -111,7 +116,7 @@ domains = partial(_targets, name="domains")
 cross_dataset = partial(_targets, name="cross-dataset")
 
 
-def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, str]]) -> Table:
+def _transfer(study: Study, name: str, scope: Scope, targets: list[tuple[str, str]]) -> Table:
     """Accuracy on the source, each target and all of them."""
     source, label = scope.datasets[0], _of(scope.datasets[0], scope.classes)
     measures: list[tuple[str, Measure]] = [(f"source: {label}", "accuracy")]
@@ -124,19 +129,19 @@ def _transfer(maker: Maker, name: str, scope: Scope, targets: list[tuple[str, st
         measures.append(("average of targets", tuple(targets)))
         note = "The average is of runs that were evaluated on every target. "
         whose = "the average's, "
-    note += f"The difference is {whose}to {row_of(maker.baseline).title}, paired by seed."
-    there = [m for m in maker.methods if any(maker.samples(scope, m, x) for _, x in measures[1:])]
-    columns = [maker.column(head, scope, measure) for head, measure in measures]
-    columns.append(maker.difference("difference", scope, tuple(targets)))
+    note += f"The difference is {whose}to {row_of(study.baseline).title}, paired by seed."
+    there = [m for m in study.methods if any(study.samples(scope, m, x) for _, x in measures[1:])]
+    columns = [study.column(head, scope, measure) for head, measure in measures]
+    columns.append(study.difference("difference", scope, tuple(targets)))
     parts = [name, source, *{scope.classes} - {"all"}, f"{scope.shots}-shots"]
-    about = maker.named(*parts, caption=f"From {label}, {scope.at}")
-    return maker.by_method(about, columns, note if len(there) > 1 else "", there)
+    about = study.named(*parts, caption=f"From {label}, {scope.at}")
+    return study.by_method(about, columns, note if len(there) > 1 else "", there)
 
 
-def base_to_new(maker: Maker) -> Iterator[Block]:
+def base_to_new(study: Study) -> Iterator[Block]:
     """Prompts tuned on the base classes, evaluated on base and on new ones."""
     by_shots: dict[int, list[str]] = defaultdict(list)
-    for scope, runs in maker.sources("base"):
+    for scope, runs in study.sources("base"):
         if any("new" in run.figures for run in runs):
             by_shots[scope.shots] += scope.datasets
     tables = []
@@ -145,14 +150,14 @@ def base_to_new(maker: Maker) -> Iterator[Block]:
             several, scope = len(datasets) > 1, Scope(datasets, shots, "base")
             label = f"average over {len(datasets)} datasets" if several else datasets[0]
             caption = f"Base to new, {label}, {scope.at}"
-            about = maker.named("base-to-new", label, f"{shots}-shots", caption=caption)
+            about = study.named("base-to-new", label, f"{shots}-shots", caption=caption)
             columns = [
-                maker.column("base", scope, "base"),
-                maker.column("new", scope, "new"),
-                maker.column("harmonic mean", scope, "harmonic"),
-                maker.difference("difference", scope, "harmonic"),
+                study.column("base", scope, "base"),
+                study.column("new", scope, "new"),
+                study.column("harmonic mean", scope, "harmonic"),
+                study.difference("difference", scope, "harmonic"),
             ]
-            tables.append(maker.by_method(about, columns))
+            tables.append(study.by_method(about, columns))
     yield Block(tables=tables)
 
 
@@ -170,29 +175,29 @@ def _of(dataset: str, classes: str | None) -> str:
 # ------------------------------------------- what each part and setting does
 
 
-def ablations(maker: Maker) -> Iterator[Block]:
+def ablations(study: Study) -> Iterator[Block]:
     """Main runs beside those that differ in other settings, which are named."""
     found: dict[tuple[str, tuple[str, ...], int], dict[Variant, set[str]]]
     found = defaultdict(lambda: defaultdict(set))
-    for run in maker.runs:
-        if run.finished and run.classes == maker.classes and (names := maker.differing(run)):
-            found[run.method, names, run.shots][maker.variant(run)].add(run.dataset)
-    tables = [t for shots in maker.shots for m in METHODS for t in _parts(maker, m, shots)]
-    for key in sorted(found, key=lambda key: (maker.methods.index(key[0]), *key[1:])):
-        tables.append(_settings(maker, *key, found[key]))
+    for run in study.runs:
+        if run.finished and run.classes == study.classes and (names := study.differing(run)):
+            found[run.method, names, run.shots][study.variant(run)].add(run.dataset)
+    tables = [t for shots in study.shots for m in METHODS for t in _parts(study, m, shots)]
+    for key in sorted(found, key=lambda key: (study.methods.index(key[0]), *key[1:])):
+        tables.append(_settings(study, *key, found[key]))
     yield Block(tables=tables)
 
 
-def _parts(maker: Maker, method: str, shots: int) -> Iterator[Table]:
+def _parts(study: Study, method: str, shots: int) -> Iterator[Table]:
     """A method's losses and prompts on and off, where any runs have some of them off."""
-    own, scope = METHODS[method], Scope(maker.datasets, shots)
+    own, scope = METHODS[method], Scope(study.datasets, shots)
     weights = {term.name: term.weight for term in own.losses}
     if len(weights) < 2:
         return
 
     def row(label: str, method: str, **changed: object) -> list[Row]:
-        variant = maker.main(method, **changed)
-        return [] if variant is None else [_row(maker, label, method, variant)]
+        variant = study.main(method, **changed)
+        return [] if variant is None else [_row(study, label, method, variant)]
 
     none, losses, parts, both = [], [], [], row(f"both ({own.title})", method)
     for off, setting in weights.items():
@@ -211,21 +216,21 @@ def _parts(maker: Maker, method: str, shots: int) -> Iterator[Table]:
         ("prompts", [*parts, *both], parts, both),
     ):
         caption = f"{what.capitalize()} on and off, {scope.at}"
-        about = maker.named("ablation", what, f"{shots}-shots", caption=caption)
+        about = study.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
-        table = _compared(maker, about, what, scope, rows, reference, note)
+        table = _compared(study, about, what, scope, rows, reference, note)
         if set(table.rows) & set(some):
             yield table
 
 
 def _settings(
-    maker: Maker, method: str, names: Sequence[str], shots: int, variants: dict[Variant, set[str]]
+    study: Study, method: str, names: Sequence[str], shots: int, variants: dict[Variant, set[str]]
 ) -> Table:
     """Values of some settings; a dataset whose main runs have a row's value stands in it."""
     scope = Scope(sorted(set().union(*variants.values())), shots)
-    main, rows = maker.main(method) or (), []
+    main, rows = study.main(method) or (), []
     for variant in (main, *variants):
-        settings = [full_settings(run) for run in maker.runs_in(scope, method, variant)]
+        settings = [full_settings(run) for run in study.runs_in(scope, method, variant)]
         if not settings:
             continue
         values = [shown(settings[0].get(name)) for name in names]
@@ -234,12 +239,12 @@ def _settings(
         if len({shown([s.get(n) for n in names]) for s in settings}) > 1:
             label = " · ".join(f"{clean(n)} by default" for n in names)
         label += " (main)" if variant == main else ""
-        rows.append((values, _row(maker, label, method, variant)))
+        rows.append((values, _row(study, label, method, variant)))
     ordered = [row for _, row in sorted(rows, key=lambda row: [_order(v) for v in row[0]])]
     caption = f"{row_of(method).title}, {scope.at}: {', '.join(map(clean, names))}"
-    about = maker.named("ablation", method, *names, f"{shots}-shots", caption=caption)
+    about = study.named("ablation", method, *names, f"{shots}-shots", caption=caption)
     reference = [row for row in ordered if row.key == (method, main)]
-    return _compared(maker, about, "setting", scope, ordered, reference)
+    return _compared(study, about, "setting", scope, ordered, reference)
 
 
 def _order(value: str) -> tuple[int, float, str]:
@@ -250,13 +255,13 @@ def _order(value: str) -> tuple[int, float, str]:
         return 1, 0.0, value
 
 
-def _row(maker: Maker, label: str, method: str, variant: Variant) -> Row:
+def _row(study: Study, label: str, method: str, variant: Variant) -> Row:
     """A row of a variant's runs; main ones have the method's colour."""
-    return Row(label, (method, variant), method if variant == maker.main(method) else None)
+    return Row(label, (method, variant), method if variant == study.main(method) else None)
 
 
 def _compared(
-    maker: Maker,
+    study: Study,
     about: Named,
     corner: str,
     scope: Scope,
@@ -267,7 +272,7 @@ def _compared(
     """Accuracy by dataset, and the difference to the ``reference``, if there is such a row."""
 
     def accuracy(datasets: Sequence[str], key: tuple[str, Variant]) -> Samples:
-        return maker.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
+        return study.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
 
     def gap(key: tuple[str, Variant]) -> Samples:
         if not reference or key == (theirs := reference[0].key):
@@ -276,7 +281,7 @@ def _compared(
         return accuracy(shared, key) - accuracy(shared, theirs)
 
     datasets = [d for d in scope.datasets if any(accuracy([d], row.key) for row in rows)]
-    columns = [Column(maker.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
+    columns = [Column(study.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
     if len(datasets) > 1:
         columns.append(Column("average", partial(accuracy, datasets), HIGHER))
     return Table(about, corner, [*columns, Column("difference", gap, POINTS)], rows, note)

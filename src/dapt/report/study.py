@@ -9,15 +9,30 @@ methods is made of; the rest are ablations.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from dapt.errors import UserError, nearest
 from dapt.methods import METHODS, ZERO_SHOT, Method
+from dapt.report import figures
 from dapt.report.collect import Measure, Run
-from dapt.report.tables import Samples, clean, mean_by_seed
+from dapt.report.tables import (
+    HIGHER,
+    KINDS,
+    POINTS,
+    Column,
+    Named,
+    Row,
+    Samples,
+    Table,
+    clean,
+    mean_by_seed,
+    shown,
+)
 from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import all_fields, default_settings, idle_settings
 
@@ -25,13 +40,42 @@ from dapt.settings import all_fields, default_settings, idle_settings
 _IDENTITY = {"dataset", "domain", "class_names", "classes", "method", "shots", "seed"}
 _NO_RESULT = {*FREE_ON_RESUME, "device", "root", "eval_batch_size", "text_memory"}
 _ABSENT = ("", "null")
-
+# Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
+MOST_DATASETS = 12
+# Name, share of the images that were named right, and some that were not: data URI, what it was
+# taken for and how sure that was.
+HardClass = tuple[str, float, list[tuple[str, str, float]]]
 Variant = tuple[tuple[str, str], ...]  # (varied setting, its value as JSON or ""), by name
 
 
 def row_of(method: str) -> Method:
     """A method's row in the table; of one that this installation lacks only the name is known."""
     return METHODS.get(method) or Method(method)
+
+
+def loss_title(term: str) -> str:
+    """A loss term in words."""
+    return f"{term}-dispersion" if term in ("inter", "intra") else term.replace("_", "-")
+
+
+@dataclass
+class Block:
+    """Figures and tables that belong together."""
+
+    title: str = ""  # none where the section's says it already
+    note: str = ""
+    drawings: list[figures.Drawing] = field(default_factory=list)
+    tables: Sequence[Table] = ()
+    legend: Sequence[figures.Entry] = ()  # what the colours of the figures mean
+    hardest: Sequence[HardClass] = ()
+    beside: bool = False  # figures and tables stand side by side where there is room
+    kind: str = ""  # of the figures: "", "natural", "pairs" (feature maps), "small" (reliability)
+    runs: tuple[int, ...] = ()  # what the figures are drawn from
+
+    @property
+    def items(self) -> list[figures.Drawing | Table]:
+        """Its figures, and tables that are not empty."""
+        return [*self.drawings, *filter(None, self.tables)]
 
 
 class Scope(NamedTuple):
@@ -79,6 +123,12 @@ class Study:
             )
         # The table begins with zero-shot.
         self.baseline = baseline or next(iter(self.methods), ZERO_SHOT)
+        # What was found with the backbone, if anything: drawings by dataset and kind, and the
+        # hardest classes by number of the run.
+        self.looked: dict[tuple[str, str], Block] = defaultdict(Block)
+        self.hardest: dict[int, list[HardClass]] = defaultdict(list)
+        self.drawn = self.datasets[:MOST_DATASETS]  # get figures
+        self._taken: set[str] = set()
 
     def _sort(self, runs: Iterable[Run]) -> None:
         """Find the settings that tell runs apart, main variants, and runs that count."""
@@ -239,6 +289,45 @@ class Study:
         ours = self.samples(scope, method, measure)
         return ours - self.samples(scope, self.baseline, measure, list(ours))
 
+    def named(self, *parts: object, caption: str, title: str = "", of: str = "") -> Named:
+        """A name for files after ``parts``, which no other has, and titles.
+
+        By default a title is the caption and what it is ``of``.
+        """
+        base = re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")[:80]
+        name, again = base or "figure", 2
+        while name in self._taken:
+            name, again = f"{base or 'figure'}-{again}", again + 1
+        self._taken.add(name)
+        return Named(name, title or (f"{caption}, {of}" if of else caption), caption)
+
+    def best_compared(self) -> Scope:
+        """The datasets with the most methods at the number of shots that most of them have."""
+        scopes = [Scope([d], self.best(self.datasets).shots) for d in self.datasets]
+        present = [sum(bool(self.samples(scope, m)) for m in self.methods) for scope in scopes]
+        chosen = [s for s, count in zip(scopes, present, strict=True) if count == max(present)]
+        return chosen[0]._replace(datasets=[d for scope in chosen for d in scope.datasets])
+
+    def entry(self, method: str) -> figures.Entry:
+        """A method's line of a legend."""
+        return figures.Entry(figures.method_colour(method, self.methods), row_of(method).title)
+
+    def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
+        """A measure of each method in a scope."""
+        samples = partial(self.samples, scope, measure=measure)
+        return Column(title, samples, KINDS.get(str(measure), HIGHER))
+
+    def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
+        """Each method's to the baseline in a scope, paired."""
+        return Column(title, partial(self.differences, scope, measure=measure), POINTS)
+
+    def by_method(
+        self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()
+    ) -> Table:
+        """A table with a row for each method, or for some."""
+        rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]
+        return Table(about, "method", columns, rows, note)
+
 
 def _idle(method: str) -> frozenset[str]:
     """Settings that cannot change a method's result."""
@@ -264,15 +353,6 @@ def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
     known = {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
     return {name: value for name, value in known.items() if value != _ABSENT}
-
-
-def shown(value: object) -> str:
-    """A setting's value as tables show it."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return str(value).removesuffix(".0")  # as people write it: 10
-    return clean(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _json(value: object) -> str:

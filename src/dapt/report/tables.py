@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,16 @@ PLAIN = Kind()  # counts and texts
 SHARE = Kind(100.0, 1, "%")
 HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
 POINTS = Kind(100.0, 1, "points", signed=True)
+# Of a run's figures that are no shares, of which more is better.
+KINDS = {
+    "ece": LOWER,
+    "tuning": Kind(digits=1, unit="s", spread=False),
+    "learned": Kind(spread=False),
+    "inter before": Kind(digits=3),
+    "intra before": Kind(digits=3),
+    "inter after": Kind(digits=3, best=max),
+    "intra after": Kind(digits=3, best=min),
+}
 
 
 class Column(NamedTuple):
@@ -221,6 +232,15 @@ def clean(value: object, limit: int = 120) -> str:
     """One short printable line."""
     text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def shown(value: object) -> str:
+    """A setting's value as tables show it."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")  # as people write it: 10
+    return clean(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _csv(text: str) -> str:
