@@ -7,10 +7,9 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +20,14 @@ from dapt.errors import UserError
 from dapt.safe.files import user_path
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The most probable classes of one image, best first, with their probabilities."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """An image that could not be read, and why, in a sentence."""
 
     path: Path
@@ -81,10 +78,8 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     A pattern is one of `glob`, with ``**`` for any folders, in which links are followed to folders
     that were not yet searched; a file of that very name goes first.
     Each argument's images are in sorted order; hidden ones in folders are left out. What has an
-    image's name and is none comes along: that it cannot be read is told, not passed over.
-
-    Raises:
-        UserError: a path does not exist, a folder holds no image, or nothing matches a pattern.
+    image's name and is none comes along: that it cannot be read is told, not passed over. A
+    `UserError` says that a path does not exist, or that there is no image where it leads.
     """
     found: list[Path] = []
     for argument in arguments:

@@ -99,14 +99,9 @@ def write_report(
             parts[name] = [block for block in make(study) if block.items]
             advance(1)
     _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
-    written = Report(
-        out,
-        folder,
-        runs=len(runs),
-        unfinished=sum(not (run.finished or run.failure) for run in runs),
-        failed=len(failures),
-        warnings=(*warnings, *study.warnings),
-    )
+    unfinished = sum(not (run.finished or run.failure) for run in runs)
+    said = (*warnings, *study.warnings)
+    written = Report(out, folder, len(runs), unfinished, len(failures), said)
     told = {"parts": parts, "report": written, "notes": notes, "features": features}
     write_atomic(out, _page(study, failures, **told))
     return written

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -134,11 +133,8 @@ class Run:
 def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
     """Read every run under ``paths``, in order of path.
 
-    Returns:
-        The runs; the folders of failed ones, which may hold no run, and why; what was not read.
-
-    Raises:
-        UserError: a path does not exist, or no run directory is found.
+    Returned are the runs; the folders of failed ones, which may hold no run, and why; what was not
+    read. A `UserError` says that a path does not exist, or no run directory is found.
     """
     given, runs = list(paths), list[Run]()
     failures: dict[Path, str] = {}
@@ -209,8 +205,8 @@ def _evaluations(files: RunDirectory, number: int, warnings: list[str]) -> dict[
             continue
         dataset, sample = clean(read.dataset), Sample(read.test.accuracy, (number,))
         if found.setdefault((dataset, clean(read.classes or "all")), sample) != sample:
-            problem = f"{file.name} and an earlier file evaluate the same ({dataset}) "
-            problem += "with other results"
+            same = f"{file.name} and an earlier file evaluate the same ({dataset})"
+            problem = f"{same} with other results"
             warnings.append(warning(files.path, problem, "the earlier one is shown"))
     return found
 
@@ -260,8 +256,7 @@ class ConfusionMatrix(NamedTuple):
 def read_confusion(run: Run) -> ConfusionMatrix:
     """The confusion matrix of a finished run, which is too large to keep for each.
 
-    Raises:
-        UserError: it is missing, not square, or no matrix of counts.
+    A `UserError` says that it is missing, not square, or no matrix of counts.
     """
     test = RunDirectory(run.path).read_metrics().test
     names = [clean(score.name.replace("_", " ")) for score in test.per_class]
@@ -280,8 +275,7 @@ def read_confusion(run: Run) -> ConfusionMatrix:
 def read_log(run: Run) -> dict[str, np.ndarray]:
     """Mean of each loss term by epoch: name -> (epochs,); empty where there is no log.
 
-    Raises:
-        UserError: log.csv has no such columns, or anything in it is no finite number.
+    A `UserError` says that log.csv has no such columns, or other than finite numbers.
     """
     file = RunDirectory(run.path).log_file
     try:
@@ -290,9 +284,8 @@ def read_log(run: Run) -> dict[str, np.ndarray]:
             raise UserError(f"log.csv has more than {_MOST_STEPS:,} steps")
         if not rows.strip():
             return {}
-        values = np.loadtxt(
-            StringIO(rows), delimiter=",", comments=None, ndmin=2, max_rows=_MOST_STEPS
-        )
+        lines = rows.splitlines()[:_MOST_STEPS]
+        values = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
         names = header.strip().split(",")
         if values.shape[1] != len(names) or not np.isfinite(values).all():
             raise ValueError("it holds something else than finite numbers")

@@ -29,15 +29,10 @@ def overview(study: Study) -> Iterator[Block]:
     if not study.datasets:
         return
     scope = study.best_compared()
-    columns = [
-        study.column("accuracy", scope),
-        study.difference("difference", scope),
-        study.column("top-5", scope, "top5"),
-        study.column("macro-F1", scope, "macro_f1"),
-        study.column("ECE", scope, "ece"),
-        study.column("learned", scope, "learned"),
-        study.column("tuning", scope, "tuning"),
-    ]
+    columns = [study.column("accuracy", scope), study.difference("difference", scope)]
+    more = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece", "learned": "learned"}
+    for title, measure in (more | {"tuning": "tuning"}).items():
+        columns.append(study.column(title, scope, measure))
     about = study.named("overview", caption=f"All methods at {scope.at}")
     tables = [study.by_method(about, columns)]
     if len(study.datasets) > 1:
@@ -151,12 +146,9 @@ def base_to_new(study: Study) -> Iterator[Block]:
             label = f"average over {len(datasets)} datasets" if several else datasets[0]
             caption = f"Base to new, {label}, {scope.at}"
             about = study.named("base-to-new", label, f"{shots}-shots", caption=caption)
-            columns = [
-                study.column("base", scope, "base"),
-                study.column("new", scope, "new"),
-                study.column("harmonic mean", scope, "harmonic"),
-                study.difference("difference", scope, "harmonic"),
-            ]
+            kinds = {"base": "base", "new": "new", "harmonic mean": "harmonic"}
+            columns = [study.column(title, scope, measure) for title, measure in kinds.items()]
+            columns.append(study.difference("difference", scope, "harmonic"))
             tables.append(study.by_method(about, columns))
     yield Block(tables=tables)
 
@@ -230,8 +222,8 @@ def _settings(
     scope = Scope(sorted(set().union(*variants.values())), shots)
     main, rows = study.main(method) or (), []
     for variant in (main, *variants):
-        settings = [full_settings(run) for run in study.runs_in(scope, method, variant)]
-        if not settings:
+        runs = study.runs_in(scope._replace(variant=variant), method)
+        if not (settings := [full_settings(run) for run in runs]):
             continue
         values = [shown(settings[0].get(name)) for name in names]
         label = " · ".join(f"{clean(n)} = {v}" for n, v in zip(names, values, strict=True))
@@ -265,14 +257,14 @@ def _compared(
     about: Named,
     corner: str,
     scope: Scope,
-    rows: Sequence[Row],
-    reference: Sequence[Row],
+    rows: list[Row],
+    reference: list[Row],
     note: str = "",
 ) -> Table:
     """Accuracy by dataset, and the difference to the ``reference``, if there is such a row."""
 
     def accuracy(datasets: Sequence[str], key: tuple[str, Variant]) -> Samples:
-        return study.samples(scope._replace(datasets=datasets), key[0], variant=key[1])
+        return study.samples(scope._replace(datasets=datasets, variant=key[1]), key[0])
 
     def gap(key: tuple[str, Variant]) -> Samples:
         if not reference or key == (theirs := reference[0].key):

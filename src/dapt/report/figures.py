@@ -277,13 +277,9 @@ def reliability(
 
 
 def feature_map(
-    axes: Any,
-    points: np.ndarray,
-    limits: np.ndarray,
-    colours: Sequence[str | None],
-    legend: Sequence[Entry],
+    axes: Any, points: np.ndarray, span: np.ndarray, colours: list[str | None], legend: list[Entry]
 ) -> Layout:
-    """Embedded features (n, 2) as dots, between limits (2, 2) of maps that belong together.
+    """Embedded features (n, 2) as dots, between the ends (2, 2) of maps that belong together.
 
     Those without a colour stay in the background.
     """
@@ -291,7 +287,7 @@ def feature_map(
         size, alpha = (9, 0.35) if colour is None else (16, 0.85)
         x, y = points[[c == colour for c in colours]].T
         axes.scatter(x, y, s=size, linewidths=0, color=_LIGHT[colour or "muted"], alpha=alpha)
-    low, high = limits
+    low, high = span
     room = 0.04 * (high - low)
     (left, bottom), (right, top) = low - room, high + room
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])

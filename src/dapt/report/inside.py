@@ -245,37 +245,36 @@ class _Look:
             there, counts = False, np.ones(len(names), int)
         largest = np.argsort(-counts, kind="stable")[: figures.CLASS_COLOURS]
         coloured = sorted(int(c) for c in largest if counts[c])
-        legend = {c: figures.Entry(f"class-{i}", self.shown[c]) for i, c in enumerate(coloured)}
+        named = [figures.Entry(f"class-{i}", self.shown[c]) for i, c in enumerate(coloured)]
+        self.legend = dict(zip(coloured, named, strict=True))
         if row.changes("text"):
             plain = Classifier(self.shared.backbone, names, template=self.classifier.template)
             with torch.inference_mode():
                 pair = [c.text_features().cpu().numpy() for c in (plain, self.classifier)]
-            self.map("text", f"{len(names):,} class names", pair, range(len(names)), legend)
+            self.map("text", f"{len(names):,} class names", pair, range(len(names)))
         if there and row.changes("image"):
             chosen = np.flatnonzero(self.even & np.isin(self.labels, coloured))
             chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
             items = tuple(self.items[i] for i in chosen)
             before = self.shared.encode(self.task, items, self.settings).features.numpy()
             pair, labels = [before, self.image.numpy()[chosen]], self.labels[chosen].tolist()
-            self.map("image", f"{len(chosen):,} images", pair, labels, legend)
+            self.map("image", f"{len(chosen):,} images", pair, labels)
         if there:
             self.predict()
 
-    def add(
-        self, kind: str, parts: Sequence[str], what: str, caption: str, figure: Any, *shown: Any
-    ) -> Block:
-        """Draw what is ``shown`` of the run, beside what was drawn of others on its dataset."""
-        run, (name, *time) = self.run, parts
-        whole = f"{what} {self.entry.label} on {run.dataset}, run {run.number}"
-        about = self.study.named(
-            *(name, run.dataset, run.method, run.number, *time),
-            title=", ".join([whole, *(f"{t} tuning" for t in time)]),
-            caption=", ".join([self.entry.label, caption, *time]),
-        )
-        block = self.study.looked[run.dataset, kind]
+    def add(self, kind: str, name: str, title: str, caption: str, *shown: Any) -> Block:
+        """Draw of the run what is ``shown``, beside what was drawn of others on its dataset.
+
+        Its name and title have a place for what the run is called.
+        """
+        run, study = self.run, self.study
+        title = title.format(f"{self.entry.label} on {run.dataset}, run {run.number}")
+        name = name.format(f"{run.dataset}-{run.method}-{run.number}")
+        about = study.named(name, title=title, caption=f"{self.entry.label}, {caption}")
+        block = study.looked[run.dataset, kind]
         heads = {"pairs": "Feature maps", "small": "Reliability"}
-        block.title, block.kind = f"{heads[kind]}, {self.study.label(run.dataset)}", kind
-        block.drawings.append(figures.draw(figure, about, *shown))
+        block.title, block.kind = f"{heads[kind]}, {study.label(run.dataset)}", kind
+        block.drawings.append(figures.draw(shown[0], about, *shown[1:]))
         block.runs = tuple(sorted({*block.runs, run.number}))
         return block
 
@@ -325,9 +324,9 @@ class _Look:
                 "it ran with, are not those of then"
             )
         shown = f"{even.sum():,} of {total:,}" if even.sum() < total else f"{total:,}"
-        looked = (self.entry.colour, confidence[even], correct[even], ECE_BINS)
-        name, what = ["reliability"], "Reliability of"
-        self.add("small", name, what, f"{shown} images", figures.reliability, *looked)
+        looked = (figures.reliability, self.entry.colour, confidence[even], correct[even])
+        title, caption = "Reliability of {}", f"{shown} images"
+        self.add("small", "reliability-{}", title, caption, *looked, ECE_BINS)
         root = self.task.root.resolve()
         for label, accuracy in self.hard.items():
             wrong = np.flatnonzero((self.labels == label) & ~correct)
@@ -341,14 +340,7 @@ class _Look:
             ]
             self.study.hardest[self.run.number].append((self.shown[label], accuracy, examples))
 
-    def map(
-        self,
-        kind: str,
-        caption: str,
-        pair: Sequence[np.ndarray],
-        labels: Sequence[int],
-        legend: dict[int, figures.Entry],
-    ) -> None:
+    def map(self, kind: str, caption: str, pair: list[np.ndarray], labels: Sequence[int]) -> None:
         """Both sets of features (n, D) by one t-SNE; none for fewer than three points."""
         from sklearn.manifold import TSNE
 
@@ -358,12 +350,14 @@ class _Look:
             perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0, metric="cosine"
         ).fit_transform(np.concatenate(pair).astype(np.float64))
         limits = np.stack([embedded.min(0), embedded.max(0)])
-        colours = [legend[label].colour if label in legend else None for label in labels]
+        legend = list(self.legend.values())
+        colours = [self.legend[n].colour if n in self.legend else None for n in labels]
         for time, points in (("before", embedded[:count]), ("after", embedded[count:])):
-            name, what = [f"map-{kind}", time], f"{kind.capitalize()} features,"
-            looked = (points, limits, colours, list(legend.values()))
-            block = self.add("pairs", name, what, caption, figures.feature_map, *looked)
-            block.legend = block.legend or looked[-1]
+            title = f"{kind.capitalize()} features, {{}}, {time} tuning"
+            looked = (figures.feature_map, points, limits, colours, legend)
+            name, when = f"map-{kind}-{{}}-{time}", f"{caption}, {time}"
+            block = self.add("pairs", name, title, when, *looked)
+            block.legend = block.legend or legend
 
 
 def _thumbnail(path: Path) -> str:

@@ -18,21 +18,9 @@ from typing import Any, NamedTuple
 
 from dapt.errors import UserError, nearest
 from dapt.methods import METHODS, ZERO_SHOT, Method
-from dapt.report import figures
+from dapt.report import figures, tables
 from dapt.report.collect import Measure, Run
-from dapt.report.tables import (
-    HIGHER,
-    KINDS,
-    POINTS,
-    Column,
-    Named,
-    Row,
-    Samples,
-    Table,
-    clean,
-    mean_by_seed,
-    shown,
-)
+from dapt.report.tables import HIGHER, KINDS, POINTS, Column, Named, Row, Samples, Table
 from dapt.run.train import FREE_ON_RESUME
 from dapt.settings import all_fields, default_settings, idle_settings
 
@@ -45,6 +33,7 @@ MOST_DATASETS = 12
 # Name, share of the images that were named right, and some that were not: data URI, what it was
 # taken for and how sure that was.
 HardClass = tuple[str, float, list[tuple[str, str, float]]]
+_Seeds = list[int] | None
 Variant = tuple[tuple[str, str], ...]  # (varied setting, its value as JSON or ""), by name
 
 
@@ -84,6 +73,7 @@ class Scope(NamedTuple):
     datasets: Sequence[str]
     shots: int  # 0 for any
     classes: str | None = None
+    variant: Variant | None = None  # of a method, its main one if none is given
 
     @property
     def at(self) -> str:
@@ -92,11 +82,10 @@ class Scope(NamedTuple):
 
 
 class Study:
-    """All runs of a report, and the numbers of its main ones.
+    """All runs of a report, the numbers of its main ones, and what the page is made with.
 
-    Raises:
-        UserError: no run is of the ``baseline``, the method that others are compared with; by
-            itself that is zero-shot, or the first present.
+    The ``baseline`` is the method that others are compared with, if None zero-shot or the first
+    present; a `UserError` says that no run is of it.
     """
 
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
@@ -154,9 +143,10 @@ class Study:
                 # One run that several suites share, each with evaluations of its own.
                 distinct[key] = replace(one, evaluations={**run.evaluations, **one.evaluations})
             else:
+                which = f"run {run.number} ({tables.clean(run.path, 400)})"
                 self.warnings.append(
-                    f"run {run.number} ({clean(run.path, 400)}) repeats run {one.number} at the "
-                    f"same settings with another result; only run {one.number} is counted"
+                    f"{which} repeats run {one.number} at the same settings with another result; "
+                    f"only run {one.number} is counted"
                 )
         self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in distinct.values():
@@ -171,9 +161,8 @@ class Study:
                 known = run.environment.backbone_sha256 if name == "backbone" else None
                 # Zero-shot's one run stands for all shots; epochs and support sets go by them.
                 group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
-                group.setdefault(
-                    known or _json(value), f"{row_of(run.method).title} {shown(value)}"
-                )
+                said = f"{row_of(run.method).title} {tables.shown(value)}"
+                group.setdefault(known or _json(value), said)
         # Of several numbers of shots the first.
         groups = reversed(found.items())
         apart = {dataset: ", ".join(g.values()) for (dataset, _), g in groups if len(g) > 1}
@@ -208,15 +197,15 @@ class Study:
         wanted = self._main[run.method, run.classes] if variant is None else variant
         return tuple(name for name, value in wanted if value not in own.get(name, _ABSENT))
 
-    def runs_in(self, scope: Scope, method: str, variant: Variant | None = None) -> list[Run]:
-        """The method's runs in a scope, of its main variant if none is given."""
+    def runs_in(self, scope: Scope, method: str) -> list[Run]:
+        """The method's runs in a scope."""
         return [
             run
             for dataset in scope.datasets
             for run in self._counted[dataset, method]
             if scope.shots in (0, run.shots)
             and run.classes == (scope.classes or self.classes)
-            and not self.differing(run, variant)
+            and not self.differing(run, scope.variant)
         ]
 
     def main_runs(self, dataset: str, method: str, classes: str | None = None) -> list[Run]:
@@ -248,12 +237,7 @@ class Study:
         return max(scopes, key=lambda s: (sum(bool(self.runs_in(s, m)) for m in tuned), s.shots))
 
     def samples(
-        self,
-        scope: Scope,
-        method: str,
-        measure: Measure = "accuracy",
-        seeds: Iterable[int] | None = None,
-        variant: Variant | None = None,
+        self, scope: Scope, method: str, measure: Measure = "accuracy", seeds: _Seeds = None
     ) -> Samples:
         """Mean of a measure over the scope's datasets by seed, for the seeds that all have.
 
@@ -261,11 +245,11 @@ class Study:
         ``seeds`` asks for one that was not run, a run of it on the dataset stands in.
         """
 
-        def of(dataset: str, seeds: Iterable[int] | None) -> Samples:
-            runs = self.runs_in(scope._replace(datasets=[dataset]), method, variant)
+        def of(dataset: str, seeds: _Seeds) -> Samples:
+            runs = self.runs_in(scope._replace(datasets=[dataset]), method)
             looked = [(run.seed, run.look(measure)) for run in runs]
             found = {n: own for n, own in looked if own and (seeds is None or n in seeds)}
-            if method == ZERO_SHOT and variant is None:
+            if method == ZERO_SHOT and scope.variant is None:
                 for run in self.main_runs(dataset, method, scope.classes):
                     if sample := run.look(measure):
                         wanted = seeds if seeds is not None else [] if found else [run.seed]
@@ -274,9 +258,9 @@ class Study:
 
         parts = [of(dataset, seeds) for dataset in scope.datasets]
         if method == ZERO_SHOT and seeds is None:
-            every = {seed for part in parts for seed in part}
+            every = [seed for part in parts for seed in part]
             parts = [of(dataset, every) for dataset in scope.datasets]
-        return mean_by_seed(parts)
+        return tables.mean_by_seed(parts)
 
     def differences(self, scope: Scope, method: str, measure: Measure = "accuracy") -> Samples:
         """Method minus baseline, seed by seed, each averaged over datasets; none to itself."""
@@ -322,7 +306,7 @@ class Study:
         return Column(title, partial(self.differences, scope, measure=measure), POINTS)
 
     def by_method(
-        self, about: Named, columns: Sequence[Column], note: str = "", methods: Iterable[str] = ()
+        self, about: Named, columns: list[Column], note: str = "", methods: Iterable[str] = ()
     ) -> Table:
         """A table with a row for each method, or for some."""
         rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]

@@ -46,11 +46,6 @@ class Sample(NamedTuple):
 class Samples(dict[int, Sample]):
     """Samples by seed."""
 
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """Those that any of them came from."""
-        return runs_of(self.values())
-
     def estimate(self, factor: float = 1.0) -> Estimate:
         """Their mean with its interval, times a factor."""
         return estimate([sample.value for sample in self.values()], factor)
@@ -78,14 +73,11 @@ def mean_by_seed(parts: Sequence[Samples]) -> Samples:
 
 
 class Named(NamedTuple):
-    """What a table or figure is called: its files, and in one line.
-
-    The caption is the part of the title that its surroundings do not say already.
-    """
+    """What a table or figure is called: its files, and in one line."""
 
     name: str
     title: str
-    caption: str
+    caption: str  # the part of the title that its surroundings do not say already
 
 
 class Cell(NamedTuple):
@@ -130,7 +122,8 @@ class Kind(NamedTuple):
             interval = self._text(known.half)
             if self.signed and abs(known.mean) > known.half:
                 sign = "gain" if known.mean > 0 else "loss"
-        return Cell(self._text(known.mean, self.signed), found.runs, known, interval, sign)
+        text, runs = self._text(known.mean, self.signed), runs_of(found.values())
+        return Cell(text, runs, known, interval, sign)
 
     def _text(self, value: float, signed: bool = False) -> str:
         """A number as text, a zero without a sign."""
@@ -149,8 +142,7 @@ KINDS = {
     "ece": LOWER,
     "tuning": Kind(digits=1, unit="s", spread=False),
     "learned": Kind(spread=False),
-    "inter before": Kind(digits=3),
-    "intra before": Kind(digits=3),
+    **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
     "inter after": Kind(digits=3, best=max),
     "intra after": Kind(digits=3, best=min),
 }
@@ -169,16 +161,6 @@ class Column(NamedTuple):
         """Its title with the unit."""
         return f"{self.title} ({self.kind.unit})" if self.kind.unit else self.title
 
-    @property
-    def numeric(self) -> bool:
-        """Whether there are numbers in it."""
-        return any(cell.known for cell in self.cells)
-
-    @property
-    def width(self) -> int:
-        """Characters of the longest interval."""
-        return max(len(cell.interval) for cell in self.cells)
-
 
 class Row(NamedTuple):
     """What a row is called, what its cells are looked up by, and whose colour it has, if any."""
@@ -192,12 +174,7 @@ class Table:
     """Rows of cells under columns; rows and columns without any are left out."""
 
     def __init__(
-        self,
-        about: Named,
-        corner: str,
-        columns: Iterable[Column],
-        rows: Sequence[Row],
-        note: str = "",
+        self, about: Named, corner: str, columns: list[Column], rows: list[Row], note: str = ""
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
         filled = [c._replace(cells=c.kind.cells(c.of(row.key) for row in rows)) for c in columns]
@@ -249,22 +226,12 @@ def _csv(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
 
 
-def _markdown(text: str) -> str:
-    escaped = re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
+_MARKDOWN = {c: f"\\{c}" for c in r"\`*_[]|#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LATEX = {c: f"\\{c}" for c in "{}$&#%_"} | {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
     "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$", "·": r"$\cdot$",
 }  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in text)
-
-
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(PAGE),
     autoescape=lambda name: str(name).endswith(".html"),
@@ -273,4 +240,9 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {"markdown": _markdown, "csv": _csv, "latex": _latex, "clean": clean}
+TEMPLATES.filters |= {
+    "csv": _csv,
+    "clean": clean,
+    "markdown": lambda text: text.translate(str.maketrans(_MARKDOWN)),
+    "latex": lambda text: text.translate(str.maketrans(_LATEX)),
+}
