@@ -1,13 +1,6 @@
 """``dapt report``: tables and figures of any set of runs, on one page that needs nothing else.
 
-collect.py     run directories -> runs, with mistrust
-tables.py      samples by seed; a table, and its Markdown, CSV and LaTeX
-figures.py     a figure for the page, and its SVG and PNG
-study.py       which runs repeat one another, which vary a setting; numbers by seed; what the
-               parts of the page are made of, and made with
-comparison.py  parts of the page: methods, targets, ablations
-inside.py      parts of the page: what happens inside runs; and what only the backbone tells
-page/          the page's words, templates, colours, style and script
+From runs (collect.py) and their numbers (study.py) to parts of the page (comparison.py, inside.py).
 """
 
 from __future__ import annotations

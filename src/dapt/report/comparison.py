@@ -5,6 +5,7 @@ And what each part of a method does, and each setting that was varied.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -189,7 +190,7 @@ def _parts(study: Study, method: str, shots: int) -> Iterator[Table]:
 
     def row(label: str, method: str, **changed: object) -> list[Row]:
         variant = study.main(method, **changed)
-        return [] if variant is None else [_row(study, label, method, variant)]
+        return [] if variant is None else [Row(label, (method, variant))]
 
     none, losses, parts, both = [], [], [], row(f"both ({own.title})", method)
     for off, setting in weights.items():
@@ -211,7 +212,7 @@ def _parts(study: Study, method: str, shots: int) -> Iterator[Table]:
         about = study.named("ablation", what, f"{shots}-shots", caption=caption)
         note = f"The difference is to {reference[0].label}." if reference else ""
         table = _compared(study, about, what, scope, rows, reference, note)
-        if set(table.rows) & set(some):
+        if {row.key for row in table.rows} & {row.key for row in some}:
             yield table
 
 
@@ -231,25 +232,15 @@ def _settings(
         if len({shown([s.get(n) for n in names]) for s in settings}) > 1:
             label = " · ".join(f"{clean(n)} by default" for n in names)
         label += " (main)" if variant == main else ""
-        rows.append((values, _row(study, label, method, variant)))
-    ordered = [row for _, row in sorted(rows, key=lambda row: [_order(v) for v in row[0]])]
+        numbers = [re.fullmatch(r"-?\d+(\.\d+)?(e[-+]?\d+)?", value) for value in values]
+        # Numbers by size, then words.
+        order = [(not n, float(n[0]) if n else v) for n, v in zip(numbers, values, strict=True)]
+        rows.append((order, Row(label, (method, variant))))
+    ordered = [row for _, row in sorted(rows, key=lambda row: row[0])]
     caption = f"{row_of(method).title}, {scope.at}: {', '.join(map(clean, names))}"
     about = study.named("ablation", method, *names, f"{shots}-shots", caption=caption)
     reference = [row for row in ordered if row.key == (method, main)]
     return _compared(study, about, "setting", scope, ordered, reference)
-
-
-def _order(value: str) -> tuple[int, float, str]:
-    """Numbers by size, then words."""
-    try:
-        return 0, float(value), ""
-    except ValueError:
-        return 1, 0.0, value
-
-
-def _row(study: Study, label: str, method: str, variant: Variant) -> Row:
-    """A row of a variant's runs; main ones have the method's colour."""
-    return Row(label, (method, variant), method if variant == study.main(method) else None)
 
 
 def _compared(
@@ -272,6 +263,8 @@ def _compared(
         shared = [d for d in datasets if accuracy([d], key) and accuracy([d], theirs)]
         return accuracy(shared, key) - accuracy(shared, theirs)
 
+    # Main runs have their method's colour.
+    rows = [Row(label, (m, v), m if v == study.main(m) else None) for label, (m, v), _ in rows]
     datasets = [d for d in scope.datasets if any(accuracy([d], row.key) for row in rows)]
     columns = [Column(study.label(d), partial(accuracy, [d]), HIGHER) for d in datasets]
     if len(datasets) > 1:

@@ -30,8 +30,6 @@ PALETTE = {**_LOOK["palette"], **_OWN}
 CLASS_COLOURS = sum(name.startswith("class-") for name in PALETTE)
 _LIGHT: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
 _VARIABLES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
-# Text stays text, which can be searched and has the page's font; a class name is no formula.
-_STYLE = {name: _LIGHT.get(str(value), value) for name, value in _LOOK["style"].items()}
 _LEGEND_ROW, _LEGEND_COLUMNS = 0.24, 4  # inches; entries a row
 _DASHED = (0, (4, 3))
 
@@ -83,8 +81,11 @@ def draw(paint: Callable[..., Layout], about: Named, *shown: Any) -> Drawing:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    # Text stays text, which can be searched and has the page's font; a class name is no formula.
+    style = {**_LOOK["style"], **_LOOK["kinds"][paint.__name__]}
+    style = {name: _LIGHT.get(str(value), value) for name, value in style.items()}
     # The same drawing is the same file, and two in one page have no id in common.
-    style = {**_STYLE, "svg.hashsalt": about.name}
+    style["svg.hashsalt"] = about.name
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the PNG's font does not have
         figure = Figure()
@@ -165,7 +166,6 @@ def accuracy_over_shots(axes: Any, lines: Mapping[Entry, Mapping[int, Estimate]]
     axes.set(xlabel="shots", ylabel="accuracy, %", xlim=(-0.3, len(shots) - 0.7))
     axes.set(ylim=(min(every) - room, max(every) + room))
     axes.set_xticks(range(len(shots)), [str(k) for k in shots])
-    axes.grid(visible=False, axis="x")
     return Layout(legend=lines)
 
 
@@ -200,9 +200,6 @@ def _by_method(
     axes.set(xlabel=what, xlim=(min(ends) - beside, max(ends) + beside))
     axes.set(ylim=(-0.6, len(entries) - 0.4))
     axes.set_yticks(range(len(entries)), [entry.label for entry in entries[::-1]])
-    axes.tick_params(axis="y", labelcolor=_LIGHT["ink"])
-    axes.spines["left"].set_visible(False)
-    axes.grid(visible=False, axis="y")
     labels = min(2.0, 0.25 + 0.078 * max(len(entry.label) for entry in entries))
     return Layout(height=0.8 + 0.32 * len(entries), left=labels, right=0.15, top=0.1)
 
@@ -225,7 +222,6 @@ def training_curves(axes: Any, what: str, curves: Mapping[Entry, np.ndarray]) ->
     axes.set(xlabel="epoch", ylabel=what)
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(visible=False, axis="x")
     return Layout(4.0, 2.7, left=0.72, legend=curves)
 
 
@@ -246,9 +242,6 @@ def confusion_matrix(axes: Any, names: Sequence[str], shares: np.ndarray) -> Lay
     letters = max(6.0, 9.0 - size / 20)
     axes.set_xticks(range(size), short, rotation=90, fontsize=letters)
     axes.set_yticks(range(size), short, fontsize=letters)
-    axes.tick_params(labelcolor=_LIGHT["ink"])
-    axes.grid(linewidth=0.5)
-    axes.spines[:].set_visible(False)
     labels = 0.4 + 0.056 * max(len(name) for name in [*short, "class"])
     side = max(2.0, 0.17 * size) + labels + 0.15
     return Layout(side, side, labels, 0.15, 0.15, labels)
@@ -291,6 +284,4 @@ def feature_map(
     room = 0.04 * (high - low)
     (left, bottom), (right, top) = low - room, high + room
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(True)
     return Layout(3.2, 3.0, 0.05, 0.05, 0.05, 0.05, legend)

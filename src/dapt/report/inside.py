@@ -11,6 +11,7 @@ import base64
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -302,13 +303,12 @@ class _Look:
         except UserError as error:
             self.notes.append(f"{self.run.dataset}: no examples ({clean(error, 400)})")
             return {}
-        try:
+        with suppress(UserError):  # the section on mistakes tells
             found = read_confusion(self.run)
-        except UserError:
-            return {}  # the section on mistakes tells
-        alike = len(found.class_names) == len(self.names)
-        hard = found.hardest()[:EXAMPLE_CLASSES] if alike else []
-        return {c: float(found.right[c] / found.images[c]) for c in hard}
+            if len(found.class_names) == len(self.names):
+                hard = found.hardest()[:EXAMPLE_CLASSES]
+                return {c: float(found.right[c] / found.images[c]) for c in hard}
+        return {}
 
     def predict(self) -> None:
         """How reliable predictions are, whether they changed, and examples of wrong ones."""
