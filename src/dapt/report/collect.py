@@ -83,17 +83,17 @@ class Run:
 
     number: int  # how the report refers to it, counted from 1
     path: Path
-    method: str
-    dataset: str
-    classes: str
-    shots: int
-    seed: int
     settings: dict[str, Any]
     environment: Environment
-    class_names: list[str]
     failure: str | None  # why an experiment gave it up, or its evaluations elsewhere
     metrics: _Metrics | None  # of a finished run
     evaluations: dict[Target, Sample]  # accuracy elsewhere
+    method: str
+    shots: int
+    seed: int
+    classes: str
+    dataset: str
+    class_names: list[str]
 
     @property
     def finished(self) -> bool:
@@ -175,26 +175,17 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
     except UserError as error:
         environment = Environment.model_validate({})
         warnings.append(warning(files.path, error, "shown without it"))
-    known = {name: getattr(settings, name) for name in _Settings.model_fields}
+    known = {name: getattr(r, name) for r in (settings, task) for name in type(r).model_fields}
     metrics, evaluations = None, {}
     if files.finished:
         metrics = read_record(files.metrics_file, _Metrics, "metrics")
         for name in {"method", "shots", "seed"} & metrics.model_fields_set:
             if (said := getattr(metrics, name)) != known[name]:
                 raise UserError(f"metrics.json says {name} {said}, settings.json {known[name]}")
+        known["dataset"] = metrics.dataset
         evaluations = _evaluations(files, number, warnings)
-    return Run(
-        number,
-        files.path,
-        dataset=(metrics or task).dataset,
-        settings=dict(settings),
-        environment=environment,
-        class_names=task.class_names,
-        failure=failure,
-        metrics=metrics,
-        evaluations=evaluations,
-        **known,
-    )
+    kept = (dict(settings), environment, failure, metrics, evaluations)
+    return Run(number, files.path, *kept, **known)
 
 
 def _evaluations(files: RunDirectory, number: int, warnings: list[str]) -> dict[Target, Sample]:
