@@ -1,7 +1,4 @@
-"""The comparison of methods: at a glance, over shots, and on what they were not tuned on.
-
-And what each part of a method does, and each setting that was varied.
-"""
+"""The comparison of methods, also on what they were not tuned on, and of their parts and settings."""
 
 from __future__ import annotations
 
@@ -84,9 +81,6 @@ def accuracy(study: Study) -> Iterator[Block]:
         yield block
 
 
-# -------------------------------------------------- what prompts were not tuned on
-
-
 def _targets(study: Study, name: str) -> Iterator[Block]:
     """For each source and number of shots, methods by targets.
 
@@ -163,9 +157,6 @@ def _family(dataset: str) -> str:
 def _of(dataset: str, classes: str | None) -> str:
     """A dataset with the classes meant, where they are not all."""
     return dataset if classes == "all" else f"{dataset} ({classes})"
-
-
-# ------------------------------------------- what each part and setting does
 
 
 def ablations(study: Study) -> Iterator[Block]:

@@ -142,9 +142,6 @@ def _for_page(svg: bytes, title: str, cut: float) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-# ------------------------------------------------------------------------------ the kinds
-
-
 def accuracy_over_shots(axes: Any, lines: Mapping[Entry, Mapping[int, Estimate]]) -> Layout:
     """Accuracy in percent by shots as lines with bands of the interval, level ones dashed."""
     shots, every = sorted({k for points in lines.values() for k in points}), list[float]()

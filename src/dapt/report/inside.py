@@ -188,9 +188,6 @@ def calibration(study: Study) -> Iterator[Block]:
         yield study.looked[dataset, "small"]
 
 
-# -------------------------------------------------- what only the backbone and the images tell
-
-
 def look_inside(study: Study, reporter: Reporter) -> list[str]:
     """Load each representative run's classifier and look at features and predictions.
 
