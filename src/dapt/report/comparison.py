@@ -1,4 +1,4 @@
-"""The comparison of methods, also on what they were not tuned on, and of their parts and settings."""
+"""Methods compared, also on what they were not tuned on, and their parts and settings."""
 
 from __future__ import annotations
 
