@@ -15,7 +15,7 @@ from dapt.cli import app
 from dapt.errors import UserError
 from dapt.report import write_report
 from dapt.report.figures import PALETTE
-from dapt.report.statistics import estimate
+from dapt.report.tables import estimate
 
 runner = CliRunner()
 CLASSES = ("cat", "dog", "bird")
@@ -705,8 +705,8 @@ def test_features(tuned, tmp_path, monkeypatch):
     check_links(page, tmp_path)
 
     # Of a sample of the images, hardest classes and their figures are those of them all.
-    monkeypatch.setattr("dapt.report.features.MOST_IMAGES", 2)
-    monkeypatch.setattr("dapt.report.features.CLASS_IMAGES", 1)
+    monkeypatch.setattr("dapt.report.inside.MOST_IMAGES", 2)
+    monkeypatch.setattr("dapt.report.inside.CLASS_IMAGES", 1)
     _, page = report(run, tmp_path, features=True)
     count = json.loads((run / "metrics.json").read_text())["test"]["images"]
     assert re.search(rf"DAPT, [12] of {count} images", page.text)

@@ -66,7 +66,7 @@ def preload() -> None:
     import importlib
 
     for name in ("dapt.cli", "dapt.run.train", "dapt.share.export", "dapt.share.exchange",
-                 "dapt.report.figures", "dapt.report.page", "dapt.grid", "sklearn.linear_model",
+                 "dapt.report.figures", "dapt.grid", "sklearn.linear_model",
                  "onnx", "onnxscript", "onnxruntime", "torch.onnx", "matplotlib.pyplot",
                  "webdataset", "torch.utils.tensorboard", "open_clip"):  # fmt: skip
         with contextlib.suppress(ImportError):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from dapt.clip.sources import load_backbone
 from dapt.data import Item, Task, open_image
@@ -16,7 +15,7 @@ from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.errors import UserError
 from dapt.methods import METHODS
-from dapt.progress import Reporter, console
+from dapt.progress import Reporter, console, say, table
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
 from dapt.run.records import Metrics
@@ -48,34 +47,29 @@ def run_demo(
 
     results, task = [run.read_metrics() for run in runs], data.task
     what = f"{len(task.class_names)} classes, {base.shots} shots, seed {seed}, {base.epochs} epochs"
-    table = Table("method", title=f"{task.name}: {what}", title_justify="left")
-    for column in ("accuracy", "learned parameters", "seconds"):
-        table.add_column(column, justify="right")
+    numbers = ("accuracy", "learned parameters", "seconds")
+    compared = table("method", figures=numbers, title=f"{task.name}: {what}")
     for run, result in zip(runs, results, strict=True):
         seconds = run.read_environment().tuning_seconds or 0
         figures = (f"{result.test.accuracy:.1%}", f"{result.learned_parameters:,}")
-        table.add_row(METHODS[result.method].title, *figures, f"{seconds:.1f}")
-    console.print(table)
+        compared.add_row(METHODS[result.method].title, *figures, f"{seconds:.1f}")
+    console.print(compared)
 
     store = shared.store(task, task.test, base)
     classifiers = [load_classifier(runs[i], backbone=shared.backbone) for i in (0, -1)]
     first, last = (classify(c, store).argmax(-1).tolist() for c in classifiers)
     named = zip(task.test, first, last, strict=True)
     mended = [(item, before) for item, before, after in named if after == item.label != before]
-    picture = output / "demo.png"
-    write_atomic(picture, _drawn(task, results, mended))
-    console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
+    write_atomic(output / "demo.png", _drawn(task, results, mended))
+    say(f"picture: {output / 'demo.png'}")
     return runs
 
 
 def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, int]]) -> bytes:
     """Bars of accuracy, and test images that the last method names and the first does not: PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5)))
     axes = left.subplots()
     titles = [METHODS[r.method].title for r in results]
@@ -98,5 +92,4 @@ def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, 
         place.spines[:].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
     return content.getvalue()

@@ -7,10 +7,9 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +20,14 @@ from dapt.errors import UserError
 from dapt.safe.files import user_path
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """The most probable classes of one image, best first, with their probabilities."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """An image that could not be read, and why, in a sentence."""
 
     path: Path
@@ -40,15 +37,10 @@ class Unreadable:
 def predict_each(
     classifier: Classifier, paths: Iterable[Path | str], *, top: int = 1, batch_size: int = 100
 ) -> Iterator[Prediction | Unreadable]:
-    """Classify image files one after the other, in order; memory does not grow with their number.
+    """Classify image files in order; memory does not grow with their number, which may be endless.
 
-    Files are named, read and decoded a few batches ahead of the model, in other threads.
-
-    Args:
-        classifier: from `load_classifier`.
-        paths: image files; may be an iterator that has no end.
-        top: how many classes to name for each, best first.
-        batch_size: images a batch.
+    Files are named, read and decoded a few batches ahead of the model, in other threads; of each
+    image the ``top`` classes are named.
     """
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
     reasons: dict[int, str] = {}
@@ -76,10 +68,8 @@ def predict_each(
 def best(values: Tensor, names: Sequence[Any], top: int) -> list[tuple[tuple[Any, float], ...]]:
     """For each row of (n, C) values the ``top`` highest, best first, as name and value."""
     values, places = values.topk(min(top, len(names)))
-    return [
-        tuple((names[c], p) for c, p in zip(cs, ps, strict=True))
-        for cs, ps in zip(places.tolist(), values.tolist(), strict=True)
-    ]
+    rows = zip(places.tolist(), values.tolist(), strict=True)
+    return [tuple((names[c], p) for c, p in zip(*row, strict=True)) for row in rows]
 
 
 def find_images(arguments: Iterable[Path | str]) -> list[Path]:
@@ -88,10 +78,8 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     A pattern is one of `glob`, with ``**`` for any folders, in which links are followed to folders
     that were not yet searched; a file of that very name goes first.
     Each argument's images are in sorted order; hidden ones in folders are left out. What has an
-    image's name and is none comes along: that it cannot be read is told, not passed over.
-
-    Raises:
-        UserError: a path does not exist, a folder holds no image, or nothing matches a pattern.
+    image's name and is none comes along: that it cannot be read is told, not passed over. A
+    `UserError` says that a path does not exist, or that there is no image where it leads.
     """
     found: list[Path] = []
     for argument in arguments:
@@ -104,10 +92,9 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
             found.append(path)
         elif glob.has_magic(str(path)):
             matches = [Path(name) for name in sorted(_matches(path))]
-            images = [m for m in matches if has_image_name(m.name) and not m.is_dir()]
-            if not images:
+            if not (kept := [m for m in matches if has_image_name(m.name) and not m.is_dir()]):
                 raise UserError(f"no image matches {path}; check the pattern")
-            found += images
+            found += kept
         else:
             raise UserError(f"image {path} does not exist; check the path")
     if not found:
@@ -121,11 +108,8 @@ def _matches(pattern: Path) -> set[str]:
         return set(glob.glob(str(pattern)))
     place = pattern.parts.index("**")
     before, after = pattern.parts[:place], pattern.parts[place + 1 :] or ("*",)
-    found: set[str] = set()
-    for top in glob.glob(str(Path(*before))):
-        for folder in _folders_below(top):
-            found |= _matches(Path(glob.escape(folder), *after))
-    return found
+    folders = (f for top in glob.glob(str(Path(*before))) for f in _folders_below(top))
+    return set().union(*(_matches(Path(glob.escape(folder), *after)) for folder in folders))
 
 
 def _folders_below(top: str) -> Iterator[str]:
@@ -143,11 +127,9 @@ def _folders_below(top: str) -> Iterator[str]:
 
 
 def named_in(file: BinaryIO, end: bytes = b"\n") -> Iterator[Path]:
-    """Paths that a list names, one after the other, as they arrive; empty names are left out.
+    """Paths that a list names, as they arrive; empty names are left out.
 
-    Args:
-        file: the list.
-        end: what ends a name: a line feed, or a NUL byte as of ``find -print0``.
+    A line feed ends a name, or a NUL byte, as of ``find -print0``.
     """
     # What is there already, at least a byte, unless the file ends.
     read, rest = getattr(file, "read1", file.read), b""

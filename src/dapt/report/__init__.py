@@ -1,47 +1,44 @@
 """``dapt report``: tables and figures of any set of runs, on one page that needs nothing else.
 
-collect.py     run directories -> runs, with mistrust
-study.py       which runs repeat one another, which vary a setting; numbers by seed
-rows.py        what is asked of a method's row in the table
-statistics.py  samples by seed: means, intervals, differences
-tables.py      a table, and its Markdown, CSV and LaTeX
-figures.py     a figure for the page, and its SVG and PNG
-features.py    what only the backbone and the images can tell
-sections.py    what the parts of the page are made of, and made with; the parts are in
-               comparison.py, ablation.py and inside.py
-page.py        the page itself; page/ has its words, templates, colours, style and script
+From runs (collect.py) and their numbers (study.py) to parts of the page (comparison.py, inside.py).
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dapt.engine.evaluate import ECE_BINS
 from dapt.errors import UserError
 from dapt.progress import Reporter
-from dapt.report.ablation import ablations
-from dapt.report.collect import collect
-from dapt.report.comparison import accuracy, base_to_new, cross_dataset, domains, overview
-from dapt.report.features import look_inside
-from dapt.report.figures import Drawing
-from dapt.report.inside import calibration, curves, dispersion, featured, mistakes
-from dapt.report.page import is_page, render
-from dapt.report.sections import Block, Maker
-from dapt.report.study import Study
-from dapt.report.tables import Table
-from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
+from dapt.report import comparison, figures, inside
+from dapt.report.collect import Run, collect
+from dapt.report.study import Block, Study, full_settings, row_of
+from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean, shown
+from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 
-# In the page's order.
-_PARTS: dict[str, Callable[[Maker], list[Block]]] = {
-    "overview": overview, "accuracy": accuracy, "domains": domains, "base-to-new": base_to_new,
-    "cross-dataset": cross_dataset, "ablations": ablations, "curves": curves,
-    "dispersion": dispersion, "mistakes": mistakes, "calibration": calibration,
+# In the page's order; page/words.html has their titles.
+_PARTS: dict[str, Callable[[Study], Iterator[Block]]] = {
+    "overview": comparison.overview, "accuracy": comparison.accuracy,
+    "domains": comparison.domains, "base-to-new": comparison.base_to_new,
+    "cross-dataset": comparison.cross_dataset, "ablations": comparison.ablations,
+    "curves": inside.curves, "dispersion": inside.dispersion,
+    "mistakes": inside.mistakes, "calibration": inside.calibration,
 }  # fmt: skip
 _CONTENTS = "contents.json"
+# By which a page is known for a report's.
+_GENERATOR = '<meta name="generator" content="dapt report">'
+# Said in columns of their own, or different in every run.
+_OWN_COLUMNS = {"dataset", "classes", "method", "shots", "seed"}
+_ENVIRONMENT = ("commit", "backbone_sha256", "device", "threads", "machine", "platform", "python")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ def write_report(
         out: the page; the files go to a folder of its name with ``-files``.
         baseline: method that differences are to; zero-shot or the first present, if None.
         features: also load the backbones, for what metrics do not tell.
-        reporter: is told the progress.
 
     Raises:
         UserError: no run is found, the baseline has none, or ``out`` cannot be written or is
@@ -82,37 +78,37 @@ def write_report(
         raise UserError(f"--out {out}: give a file that ends in .html")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist, or it is one; give a file")
-    if out.exists() and not is_page(out):
+    if out.exists() and not _is_page(out):
         raise UserError(f"--out {out} is there and not a report; choose another")
     folder = out.with_name(f"{out.stem}-files")
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
     runs, failures, warnings = collect(paths)
-    maker = Maker(study := Study(runs, baseline))
-    notes: list[str] = []
-    if features:
-        shown = featured(study, maker.drawn)
-        maker.inside, notes = look_inside(study, maker.drawn, shown, reporter)
+    study = Study(runs, baseline)
+    notes = inside.look_inside(study, reporter) if features else []
     parts = {}
     with reporter.stage("drawing", len(_PARTS)) as advance:
         for name, make in _PARTS.items():
-            parts[name] = [block for block in make(maker) if block.items]
+            parts[name] = [block for block in make(study) if block.items]
             advance(1)
     _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
-    written = Report(
-        out,
-        folder,
-        runs=len(runs),
-        unfinished=sum(not (run.finished or run.failure) for run in runs),
-        failed=len(failures),
-        warnings=(*warnings, *study.warnings, *maker.warnings),
-    )
-    page = render(study, parts, failures, report=written, notes=notes, features=features)
-    write_atomic(out, page)
+    unfinished = sum(not (run.finished or run.failure) for run in runs)
+    said = (*warnings, *study.warnings)
+    written = Report(out, folder, len(runs), unfinished, len(failures), said)
+    told = {"parts": parts, "report": written, "notes": notes, "features": features}
+    write_atomic(out, _page(study, failures, **told))
     return written
 
 
-def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
+def _is_page(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return _GENERATOR.encode() in file.read(1000)
+    except OSError:
+        return False
+
+
+def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None:
     """Tables and figures as files; those of an earlier report that are no more are deleted."""
     before: set[str] = set()
     if (folder / _CONTENTS).is_file():
@@ -121,20 +117,71 @@ def _write_files(folder: Path, items: Sequence[Drawing | Table]) -> None:
         names = known if isinstance(known, dict) else ()
         before = {n for n in names if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
     elif folder.is_dir() and any(p.suffix != TEMPORARY for p in folder.iterdir()):
-        raise UserError(
-            f"{folder} is there and not from a report; move it, or choose another --out"
-        )
+        why = "is there and not from a report; move it, or choose another --out"
+        raise UserError(f"{folder} {why}")
     folder.mkdir(exist_ok=True)
-    files = {
-        f"{item.about.name}.{kind}": (item.about.title, content)
-        for item in items
-        for kind, content in item.files.items()
+    files = {f"{item.about.name}.{kind}": c for item in items for kind, c in item.files.items()}
+    titles = {
+        f"{item.about.name}.{kind}": item.about.title for item in items for kind in item.files
     }
-    titles = {name: title for name, (title, _) in files.items()}
     # First of all the folder says what is a report's, so that the next one may replace it.
     write_json(folder / _CONTENTS, {**dict.fromkeys(sorted(before), ""), **titles})
-    for name, (_, content) in files.items():
+    for name, content in files.items():
         write_atomic(folder / name, content)
     for name in before - set(titles):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / _CONTENTS, titles)
+
+
+def _page(study: Study, failures: Mapping[Path, str], **told: object) -> str:
+    """The whole page as HTML; every text in it that was read from a run is escaped."""
+    sets: dict[tuple[int, ...], int] = {}
+
+    def anchor(runs: tuple[int, ...]) -> str:
+        """Id of the list entry for these runs; a single run has its own."""
+        if len(runs) == 1:
+            return f"run-{runs[0]}"
+        return f"runs-{sets.setdefault(runs, len(sets) + 1)}"
+
+    digest = hashlib.sha256((PAGE / "page.js").read_bytes()).digest()
+    return TEMPLATES.get_template("page.html").render(
+        **told,
+        study=study,
+        runs=_run_list(study.runs, failures),
+        sets=sets,
+        anchor=anchor,
+        figures=figures,
+        row_of=row_of,
+        confidence=CONFIDENCE,
+        ece_bins=ECE_BINS,
+        generator=_GENERATOR,
+        script_hash=base64.b64encode(digest).decode(),
+    )
+
+
+def _run_list(runs: Sequence[Run], failures: Mapping[Path, str]) -> dict[str, Any]:
+    """Entries of all runs, and what all of them share, which is said once."""
+    details = [_details(run) for run in runs]
+    first = details[0] if details else {}
+    shared = {n: v for n, v in first.items() if all(own.get(n) == v for own in details)}
+    own = [{n: v for n, v in own.items() if n not in shared} for own in details]
+    paths = [path.absolute() for path in (*(run.path for run in runs), *failures)]
+    folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    named = [clean(os.path.relpath(path, folder), 400) for path in paths]
+    return {
+        "folder": clean(folder, 400),
+        "failures": list(zip(named[len(runs) :], failures.values(), strict=True)),
+        "shared": shared,
+        "entries": list(zip(runs, named, own, strict=False)),
+    }
+
+
+def _details(run: Run) -> dict[str, str]:
+    """Settings, and what is worth knowing of the environment."""
+    known = dict(run.environment)
+    found = {n: v for n, v in full_settings(run).items() if n not in _OWN_COLUMNS}
+    found |= {name: known.get(name) for name in _ENVIRONMENT}
+    versions = known.get("versions") or {}
+    found |= versions if isinstance(versions, dict) else {"versions": versions}
+    details = {clean(name): shown(value) for name, value in found.items()}
+    return {**details, "commit": details["commit"][:12]}

@@ -6,24 +6,20 @@ read is named in a warning and left out; no file is ever executed or unpickled.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
 from scipy.sparse import csr_array
 
 from dapt.errors import UserError
-from dapt.report.statistics import Sample, runs_of
+from dapt.report.tables import Sample, clean, mean, runs_of
 from dapt.run import records
 from dapt.run.directory import RunDirectory
 from dapt.run.records import Count, Environment, Record, read_record
@@ -32,17 +28,6 @@ from dapt.safe.files import read_text
 # Bytes and rows of a log, which take many times the memory that they take on disk.
 _LARGEST_LOG = 2**26
 _MOST_STEPS = 1_000_000
-# Control and surrogate characters, what XML does not take, and what makes text after it run the
-# other way: a name could rearrange the line it stands in.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def clean(value: object, limit: int = 120) -> str:
-    """One short printable line."""
-    text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def warning(folder: Path, problem: object, consequence: str = "this run is left out") -> str:
@@ -51,8 +36,6 @@ def warning(folder: Path, problem: object, consequence: str = "this run is left 
     where = "" if str(folder) in said else f"{clean(folder, 400)}: "
     return f"{where}{clean(said, 800)}; {consequence}"
 
-
-# ------------------------------------------------------------ what is read of a run's files
 
 _Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
 _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
@@ -65,6 +48,12 @@ class _Test(records.Test):
     per_class: _Unread = None
     confusion: _Unread = None
     skipped: _Unread = None
+
+
+class _Metrics(records.Metrics):
+    method: _Name
+    dataset: _Name
+    test: _Test
 
 
 class _Settings(Record):
@@ -83,16 +72,9 @@ class _Task(Record):
     class_names: list[Annotated[str, AfterValidator(clean)]]
 
 
-class _Metrics(records.Metrics):
-    method: _Name
-    dataset: _Name
-    test: _Test
-
-
-class _Evaluation(records.EvaluationRecord):
-    dataset: _Name
-    classes: _Name | None = "all"
-    test: _Test
+Target = tuple[str, str]  # a dataset, and which of its classes: "all", "base" or "new"
+# What is looked at of a run: a figure by name, or accuracy elsewhere, the mean over several.
+Measure = str | tuple[Target, ...]
 
 
 @dataclass(frozen=True)
@@ -101,23 +83,27 @@ class Run:
 
     number: int  # how the report refers to it, counted from 1
     path: Path
-    method: str
-    dataset: str
-    classes: str  # "all", "base" or "new"
-    shots: int
-    seed: int
     settings: dict[str, Any]
     environment: Environment
+    failure: str | None  # why an experiment gave it up, or its evaluations elsewhere
+    metrics: _Metrics | None  # of a finished run
+    evaluations: dict[Target, Sample]  # accuracy elsewhere
+    method: str
+    shots: int
+    seed: int
+    classes: str
+    dataset: str
     class_names: list[str]
-    failure: str | None = None  # why an experiment gave it up, or its evaluations elsewhere
-    metrics: _Metrics | None = None  # of a finished run
-    # Accuracy elsewhere, by (dataset, classes).
-    evaluations: dict[tuple[str, str], Sample] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
         """Whether it came to its end."""
         return self.metrics is not None
+
+    @property
+    def place(self) -> tuple[str, str, str, int, int]:
+        """What it has in common with repeats of it, and with runs at other settings."""
+        return self.dataset, self.classes, self.method, self.shots, self.seed
 
     @cached_property
     def figures(self) -> dict[str, Sample]:
@@ -136,18 +122,21 @@ class Run:
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
         return found
 
+    def look(self, measure: Measure) -> Sample | None:
+        """A measure, if it is known; a mean only if all that it is of is."""
+        if isinstance(measure, str):
+            return self.figures.get(measure)
+        found = [self.evaluations[target] for target in measure if target in self.evaluations]
+        return mean(found) if len(found) == len(measure) else None
+
 
 def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
     """Read every run under ``paths``, in order of path.
 
-    Returns:
-        The runs; the folders of failed ones, which may hold no run, and why; what was not read.
-
-    Raises:
-        UserError: a path does not exist, or no run directory is found.
+    Returned are the runs; the folders of failed ones, which may hold no run, and why; what was not
+    read. A `UserError` says that a path does not exist, or no run directory is found.
     """
-    given = list(paths)
-    runs: list[Run] = []
+    given, runs = list(paths), list[Run]()
     failures: dict[Path, str] = {}
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
@@ -169,12 +158,12 @@ def _run_folders(path: Path) -> Iterator[Path]:
     """Directories that hold a run, sorted; links to directories are not followed."""
     if not path.is_dir():
         raise UserError(f"{path} is no folder; give run directories, or folders of them")
+    # Other programs write a settings.json too.
+    others = {"task.json", "environment.json", "support_set.json"}
     for folder, inner, files in os.walk(path):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        # Other programs write a settings.json too.
-        others = {"task.json", "environment.json", "metrics.json", "support_set.json"}
         begun = "settings.json" in files and others & set(files)
-        if begun or "metrics.json" in files or "failure.json" in files:
+        if begun or {"metrics.json", "failure.json"} & set(files):
             yield Path(os.path.normpath(folder))
 
 
@@ -182,44 +171,35 @@ def _read_run(files: RunDirectory, number: int, failure: str | None, warnings: l
     settings = read_record(files.settings_file, _Settings, "settings")
     task = read_record(files.task_file, _Task, "task")
     try:
-        environment = read_record(files.environment_file, Environment, "environment")
+        environment = files.read_environment()
     except UserError as error:
         environment = Environment.model_validate({})
         warnings.append(warning(files.path, error, "shown without it"))
-    run = Run(
-        number=number,
-        path=files.path,
-        dataset=task.dataset,
-        settings=dict(settings),
-        environment=environment,
-        class_names=task.class_names,
-        failure=failure,
-        **{name: getattr(settings, name) for name in _Settings.model_fields},
-    )
-    if not files.finished:
-        return run
-    metrics = read_record(files.metrics_file, _Metrics, "metrics")
-    for name in {"method", "shots", "seed"} & metrics.model_fields_set:
-        said, known = getattr(metrics, name), getattr(run, name)
-        if said != known:
-            raise UserError(f"metrics.json says {name} {said}, settings.json {known}")
-    evaluations = _evaluations(files.path, number, warnings)
-    return replace(run, dataset=metrics.dataset, metrics=metrics, evaluations=evaluations)
+    known = {name: getattr(r, name) for r in (settings, task) for name in type(r).model_fields}
+    metrics, evaluations = None, {}
+    if files.finished:
+        metrics = read_record(files.metrics_file, _Metrics, "metrics")
+        for name in {"method", "shots", "seed"} & metrics.model_fields_set:
+            if (said := getattr(metrics, name)) != known[name]:
+                raise UserError(f"metrics.json says {name} {said}, settings.json {known[name]}")
+        known["dataset"] = metrics.dataset
+        evaluations = _evaluations(files, number, warnings)
+    kept = (dict(settings), environment, failure, metrics, evaluations)
+    return Run(number, files.path, *kept, **known)
 
 
-def _evaluations(folder: Path, number: int, warnings: list[str]) -> dict[tuple[str, str], Sample]:
-    found: dict[tuple[str, str], _Test] = {}
-    for file in sorted(folder.glob("eval-*.json")):
-        try:
-            read = read_record(file, _Evaluation, "evaluation")
-        except UserError as error:
-            warnings.append(warning(folder, error, "this evaluation is left out"))
+def _evaluations(files: RunDirectory, number: int, warnings: list[str]) -> dict[Target, Sample]:
+    found: dict[Target, Sample] = {}
+    for file, read in files.evaluations():
+        if isinstance(read, UserError):
+            warnings.append(warning(files.path, read, "this evaluation is left out"))
             continue
-        if found.setdefault((read.dataset, read.classes or "all"), read.test) != read.test:
-            problem = f"{file.name} and an earlier file evaluate the same ({read.dataset}) "
-            problem += "with other results"
-            warnings.append(warning(folder, problem, "the earlier one is shown"))
-    return {key: Sample(test.accuracy, (number,)) for key, test in found.items()}
+        dataset, sample = clean(read.dataset), Sample(read.test.accuracy, (number,))
+        if found.setdefault((dataset, clean(read.classes or "all")), sample) != sample:
+            same = f"{file.name} and an earlier file evaluate the same ({dataset})"
+            problem = f"{same} with other results"
+            warnings.append(warning(files.path, problem, "the earlier one is shown"))
+    return found
 
 
 def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
@@ -227,7 +207,7 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
 
     What a run says of its own dataset's other classes and domains keeps belonging to it.
     """
-    seen: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
+    seen: dict[Target, list[list[str]]] = defaultdict(list)
     distinct = []
     for run in runs:
         known = seen[run.dataset, run.classes]
@@ -244,11 +224,7 @@ def _distinct_datasets(runs: Iterable[Run]) -> list[Run]:
     return distinct
 
 
-# ------------------------------------------------------------------ read where it is needed
-
-
-@dataclass(frozen=True)
-class ConfusionMatrix:
+class ConfusionMatrix(NamedTuple):
     """Test images by true and named class."""
 
     class_names: list[str]  # C in label order
@@ -258,30 +234,28 @@ class ConfusionMatrix:
 
     def hardest(self) -> list[int]:
         """Classes with misnamed images, by the share that was named right, then by label."""
-        missed = np.flatnonzero(self.right < self.images).tolist()
-        return sorted(missed, key=lambda c: (self.right[c] / self.images[c], c))
+        missed = np.flatnonzero(self.right < self.images)
+        return missed[np.argsort(self.right[missed] / self.images[missed], kind="stable")].tolist()
 
     def mistakes(self) -> list[tuple[int, int, int]]:
         """(true class, named class, images) of what is wrong, the most frequent first."""
         cells = self.counts.tocoo()
         found = zip(cells.row.tolist(), cells.col.tolist(), cells.data.tolist(), strict=True)
-        wrong = [cell for cell in found if cell[0] != cell[1]]
-        return sorted(wrong, key=lambda cell: (-cell[2], *cell[:2]))
+        return sorted((c for c in found if c[0] != c[1]), key=lambda c: (-c[2], *c[:2]))
 
 
 def read_confusion(run: Run) -> ConfusionMatrix:
     """The confusion matrix of a finished run, which is too large to keep for each.
 
-    Raises:
-        UserError: it is missing, not square, or no matrix of counts.
+    A `UserError` says that it is missing, not square, or no matrix of counts.
     """
-    test = read_record(run.path / "metrics.json", records.Metrics, "metrics").test
+    test = RunDirectory(run.path).read_metrics().test
     names = [clean(score.name.replace("_", " ")) for score in test.per_class]
     try:
-        if not names or test.confusion is None:
+        if not names or (entries := test.confusion) is None:
             raise ValueError("it has no classes, or no such entry")
-        entries = (test.confusion.true, test.confusion.predicted, test.confusion.images)
-        true, named, images = (np.array(column, np.int64) for column in entries)
+        columns = (entries.true, entries.predicted, entries.images)
+        true, named, images = (np.array(column, np.int64) for column in columns)
         # What is no label of these classes is refused here.
         counts = csr_array((images, (true, named)), shape=(len(names),) * 2)
     except ValueError as error:
@@ -292,28 +266,28 @@ def read_confusion(run: Run) -> ConfusionMatrix:
 def read_log(run: Run) -> dict[str, np.ndarray]:
     """Mean of each loss term by epoch: name -> (epochs,); empty where there is no log.
 
-    Raises:
-        UserError: log.csv has no such columns, or anything in it is no finite number.
+    A `UserError` says that log.csv has no such columns, or other than finite numbers.
     """
     file = RunDirectory(run.path).log_file
-    if not file.is_file() or file.stat().st_size == 0:
-        return {}
     try:
-        lines = csv.reader(io.StringIO(read_text(file, limit=_LARGEST_LOG), newline=""))
-        header, *rows = islice(lines, _MOST_STEPS + 2)
-        if len(rows) > _MOST_STEPS:
+        header, _, rows = read_text(file, limit=_LARGEST_LOG).partition("\n")
+        if rows.count("\n") > _MOST_STEPS:
             raise UserError(f"log.csv has more than {_MOST_STEPS:,} steps")
-        if not rows:
+        if not rows.strip():
             return {}
-        values = np.array(rows, dtype=float)
-        if values.shape[1] != len(header) or not np.isfinite(values).all():
+        lines = rows.splitlines()[:_MOST_STEPS]
+        values = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
+        names = header.strip().split(",")
+        if values.shape[1] != len(names) or not np.isfinite(values).all():
             raise ValueError("it holds something else than finite numbers")
-        epochs = values[:, header.index("epoch")]
-    except (OSError, csv.Error, ValueError, IndexError) as error:
+        epochs = values[:, names.index("epoch")]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
         raise UserError(f"log.csv is no table of numbers by epoch ({error})") from error
     _, index, counts = np.unique(epochs, return_inverse=True, return_counts=True)
     return {
         clean(name): np.bincount(index, values[:, column]) / counts
-        for column, name in enumerate(header)
+        for column, name in enumerate(names)
         if name not in ("step", "epoch", "lr", "loss", "accuracy")
     }

@@ -9,34 +9,71 @@ methods is made of; the rest are ablations.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from dapt.errors import UserError, nearest
-from dapt.methods import METHODS, ZERO_SHOT
-from dapt.report.collect import Run, clean
-from dapt.report.rows import idle_settings, method_title, setting_defaults
-from dapt.report.statistics import Sample, Samples, mean_by_seed, minus
+from dapt.methods import METHODS, ZERO_SHOT, Method
+from dapt.report import figures, tables
+from dapt.report.collect import Measure, Run
+from dapt.report.tables import HIGHER, KINDS, POINTS, Column, Named, Row, Samples, Table
 from dapt.run.train import FREE_ON_RESUME
-from dapt.settings import default_settings
+from dapt.settings import all_fields, default_settings, idle_settings
 
 # What identifies a run, and what decides its cost or place, not its result.
 _IDENTITY = {"dataset", "domain", "class_names", "classes", "method", "shots", "seed"}
 _NO_RESULT = {*FREE_ON_RESUME, "device", "root", "eval_batch_size", "text_memory"}
-
+_ABSENT = ("", "null")
+# Datasets that get figures of their own; drawing takes a fifth of a second each. All have tables.
+MOST_DATASETS = 12
+# Name, share of the images that were named right, and some that were not: data URI, what it was
+# taken for and how sure that was.
+HardClass = tuple[str, float, list[tuple[str, str, float]]]
+_Seeds = list[int] | None
 Variant = tuple[tuple[str, str], ...]  # (varied setting, its value as JSON or ""), by name
-# What is looked at of a run, where the run has it: a figure by name, or made of several.
-Measure = str | Callable[[Run], Sample | None]
+
+
+def row_of(method: str) -> Method:
+    """A method's row in the table; of one that this installation lacks only the name is known."""
+    return METHODS.get(method) or Method(method)
+
+
+def loss_title(term: str) -> str:
+    """A loss term in words."""
+    return f"{term}-dispersion" if term in ("inter", "intra") else term.replace("_", "-")
+
+
+@dataclass
+class Block:
+    """Figures and tables that belong together."""
+
+    title: str = ""  # none where the section's says it already
+    note: str = ""
+    drawings: list[figures.Drawing] = field(default_factory=list)
+    tables: Sequence[Table] = ()
+    legend: Sequence[figures.Entry] = ()  # what the colours of the figures mean
+    hardest: Sequence[HardClass] = ()
+    beside: bool = False  # figures and tables stand side by side where there is room
+    kind: str = ""  # of the figures: "", "natural", "pairs" (feature maps), "small" (reliability)
+    runs: tuple[int, ...] = ()  # what the figures are drawn from
+
+    @property
+    def items(self) -> list[figures.Drawing | Table]:
+        """Its figures, and tables that are not empty."""
+        return [*self.drawings, *filter(None, self.tables)]
 
 
 class Scope(NamedTuple):
     """Where methods are compared; on the study's classes unless others are named."""
 
     datasets: Sequence[str]
-    shots: int
+    shots: int  # 0 for any
     classes: str | None = None
+    variant: Variant | None = None  # of a method, its main one if none is given
 
     @property
     def at(self) -> str:
@@ -45,25 +82,17 @@ class Scope(NamedTuple):
 
 
 class Study:
-    """All runs of a report, and the numbers of its main ones.
+    """All runs of a report, the numbers of its main ones, and what the page is made with.
 
-    Args:
-        runs: from `collect`.
-        baseline: method that others are compared with; zero-shot or the first present, if None.
-
-    Raises:
-        UserError: no run is of the baseline.
+    The ``baseline`` is the method that others are compared with, if None zero-shot or the first
+    present; a `UserError` says that no run is of it.
     """
 
     def __init__(self, runs: Sequence[Run], baseline: str | None = None) -> None:
         self.runs, finished = runs, [run for run in runs if run.finished]
-        self._settings = {run.number: _comparable(run) for run in finished}
-        self.varied = self._varied(finished)  # settings that tell runs apart
-        self._main = self._most_frequent(finished)
         self.warnings: list[str] = []  # on what is not counted, or not alike
-        self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
-        for run in self._distinct(finished):
-            self._counted[run.dataset, run.method].append(run)
+        self._settings = {run.number: _comparable(run) for run in finished}
+        self._sort(finished)
         present = {run.classes for run in finished}
         # Fewer classes are another, easier task: they stand in only where there is no other.
         self.classes = next((c for c in ("all", "base", "new") if c in present), "all")
@@ -81,61 +110,58 @@ class Study:
                 f"--baseline {baseline}: no finished run is of this method"
                 f"{nearest(baseline, self.methods)}; use one of {', '.join(self.methods)}"
             )
-        usual = ZERO_SHOT if ZERO_SHOT in methods else next(iter(self.methods), ZERO_SHOT)
-        self.baseline = baseline or usual
+        # The table begins with zero-shot.
+        self.baseline = baseline or next(iter(self.methods), ZERO_SHOT)
+        # What was found with the backbone, if anything: drawings by dataset and kind, and the
+        # hardest classes by number of the run.
+        self.looked: dict[tuple[str, str], Block] = defaultdict(Block)
+        self.hardest: dict[int, list[HardClass]] = defaultdict(list)
+        self.drawn = self.datasets[:MOST_DATASETS]  # get figures
+        self._taken: set[str] = set()
 
-    def _varied(self, runs: Iterable[Run]) -> list[str]:
-        """Settings that differ between runs of one dataset, method, number of shots and seed."""
-        first: dict[tuple[object, ...], dict[str, tuple[str, str]]] = {}
-        varied: set[str] = set()
+    def _sort(self, runs: Iterable[Run]) -> None:
+        """Find the settings that tell runs apart, main variants, and runs that count."""
+        first: dict[object, dict[str, tuple[str, str]]] = {}
+        apart: set[tuple[str, tuple[str, str]]] = set()
         for run in runs:
             own = self._settings[run.number]
-            place = (run.dataset, run.classes, run.method, run.shots, run.seed)
-            other = first.setdefault(place, own)
-            names = own.keys() | other.keys()
-            varied |= {n for n in names if own.get(n, _ABSENT) != other.get(n, _ABSENT)}
-        return sorted(varied)
-
-    def _most_frequent(self, runs: Iterable[Run]) -> dict[tuple[str, str], Variant]:
-        """Main variants by method and classes; of equally frequent ones that nearest to defaults.
-
-        Runs on other classes belong to another experiment, which may have settings of its own.
-        """
+            apart |= own.items() ^ first.setdefault(run.place, own).items()
+        self.varied = sorted({name for name, _ in apart})
+        # Runs on other classes belong to another experiment, which may have settings of its own.
         counts: dict[tuple[str, str], Counter[Variant]] = defaultdict(Counter)
         for run in runs:
             counts[run.method, run.classes][self.variant(run)] += 1
-        return {
+        # Of equally frequent ones that nearest to defaults.
+        self._main = {
             key: min(found, key=lambda v: (-found[v], sum(bool(value) for _, value in v), v))
             for key, found in counts.items()
         }
-
-    def _distinct(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Runs without those that repeat one."""
-        found: dict[tuple[object, ...], Run] = {}
+        distinct: dict[object, Run] = {}
         for run in runs:
-            variant = self.variant(run)
-            own = (run.dataset, run.classes, run.method, run.shots, run.seed, variant)
-            first = found.setdefault(own, run)
-            if run.metrics and first.metrics and run.metrics.test == first.metrics.test:
+            one = distinct.setdefault(key := (run.place, self.variant(run)), run)
+            if run.metrics and one.metrics and run.metrics.test == one.metrics.test:
                 # One run that several suites share, each with evaluations of its own.
-                found[own] = replace(first, evaluations={**run.evaluations, **first.evaluations})
+                distinct[key] = replace(one, evaluations={**run.evaluations, **one.evaluations})
             else:
+                which = f"run {run.number} ({tables.clean(run.path, 400)})"
                 self.warnings.append(
-                    f"run {run.number} ({clean(run.path, 400)}) repeats run {first.number} at the "
-                    f"same settings with another result; only run {first.number} is counted"
+                    f"{which} repeats run {one.number} at the same settings with another result; "
+                    f"only run {one.number} is counted"
                 )
-        return found.values()
+        self._counted: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        for run in distinct.values():
+            self._counted[run.dataset, run.method].append(run)
 
     def _compare(self, name: str, runs: Iterable[Run]) -> None:
         """Warn if methods have not a setting in common, as they should to be compared."""
         found: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for run in runs:
-            if name not in idle_settings(run.method):
+            if name not in _idle(run.method):
                 value = full_settings(run).get(name)
                 known = run.environment.backbone_sha256 if name == "backbone" else None
                 # Zero-shot's one run stands for all shots; epochs and support sets go by them.
                 group = found[run.dataset, run.shots if name in ("epochs", "support_set") else 0]
-                said = f"{method_title(run.method)} {shown(value)}"
+                said = f"{row_of(run.method).title} {tables.shown(value)}"
                 group.setdefault(known or _json(value), said)
         # Of several numbers of shots the first.
         groups = reversed(found.items())
@@ -145,8 +171,6 @@ class Study:
             "methods' alone"
             for dataset, values in sorted(apart.items())
         )
-
-    # ----------------------------------------------------------------------------- runs
 
     def label(self, dataset: str) -> str:
         """A dataset's name, with the classes that are compared where they are not all."""
@@ -173,18 +197,21 @@ class Study:
         wanted = self._main[run.method, run.classes] if variant is None else variant
         return tuple(name for name, value in wanted if value not in own.get(name, _ABSENT))
 
+    def runs_in(self, scope: Scope, method: str) -> list[Run]:
+        """The method's runs in a scope."""
+        return [
+            run
+            for dataset in scope.datasets
+            for run in self._counted[dataset, method]
+            if scope.shots in (0, run.shots)
+            and run.classes == (scope.classes or self.classes)
+            and not self.differing(run, scope.variant)
+        ]
+
     def main_runs(self, dataset: str, method: str, classes: str | None = None) -> list[Run]:
         """The method's main runs on a dataset: those with most shots first, then by seed."""
-        own = [r for r in self._counted[dataset, method] if r.classes == (classes or self.classes)]
-        main = [run for run in own if not self.differing(run)]
-        return sorted(main, key=lambda run: (-run.shots, run.seed))
-
-    def runs_in(self, scope: Scope, method: str, variant: Variant | None = None) -> list[Run]:
-        """The method's runs in a scope, of its main variant if none is given."""
-        place = (scope.shots, scope.classes or self.classes)
-        own = [run for dataset in scope.datasets for run in self._counted[dataset, method]]
-        own = [run for run in own if (run.shots, run.classes) == place]
-        return [run for run in own if not self.differing(run, variant)]
+        runs = self.runs_in(Scope([dataset], 0, classes), method)
+        return sorted(runs, key=lambda run: (-run.shots, run.seed))
 
     def sources(self, classes: str) -> Iterator[tuple[Scope, list[Run]]]:
         """Each dataset and number of shots with its main runs; zero-shot's alone if all are.
@@ -209,15 +236,8 @@ class Study:
         tuned = [method for method in self.methods if method != ZERO_SHOT]
         return max(scopes, key=lambda s: (sum(bool(self.runs_in(s, m)) for m in tuned), s.shots))
 
-    # -------------------------------------------------------------------------- numbers
-
     def samples(
-        self,
-        scope: Scope,
-        method: str,
-        measure: Measure = "accuracy",
-        seeds: Iterable[int] | None = None,
-        variant: Variant | None = None,
+        self, scope: Scope, method: str, measure: Measure = "accuracy", seeds: _Seeds = None
     ) -> Samples:
         """Mean of a measure over the scope's datasets by seed, for the seeds that all have.
 
@@ -225,47 +245,84 @@ class Study:
         ``seeds`` asks for one that was not run, a run of it on the dataset stands in.
         """
 
-        def of(dataset: str, seeds: Iterable[int] | None) -> Samples:
-            runs = self.runs_in(scope._replace(datasets=[dataset]), method, variant)
-            found = {
-                run.seed: sample
-                for run in runs
-                if (seeds is None or run.seed in seeds) and (sample := _look(run, measure))
-            }
-            if method == ZERO_SHOT and variant is None:
+        def of(dataset: str, seeds: _Seeds) -> Samples:
+            runs = self.runs_in(scope._replace(datasets=[dataset]), method)
+            looked = [(run.seed, run.look(measure)) for run in runs]
+            found = {n: own for n, own in looked if own and (seeds is None or n in seeds)}
+            if method == ZERO_SHOT and scope.variant is None:
                 for run in self.main_runs(dataset, method, scope.classes):
-                    if sample := _look(run, measure):
+                    if sample := run.look(measure):
                         wanted = seeds if seeds is not None else [] if found else [run.seed]
                         return Samples({**dict.fromkeys(wanted, sample), **found})
             return Samples(found)
 
         parts = [of(dataset, seeds) for dataset in scope.datasets]
         if method == ZERO_SHOT and seeds is None:
-            every = {seed for part in parts for seed in part}
+            every = [seed for part in parts for seed in part]
             parts = [of(dataset, every) for dataset in scope.datasets]
-        return mean_by_seed(parts)
+        return tables.mean_by_seed(parts)
 
     def differences(self, scope: Scope, method: str, measure: Measure = "accuracy") -> Samples:
         """Method minus baseline, seed by seed, each averaged over datasets; none to itself."""
         if method == self.baseline:
             return Samples()
-        # The one that stands in for any seed takes the other's.
-        first, second = method, self.baseline
+        # Zero-shot, which stands in for any seed, takes the other's.
         if method == ZERO_SHOT:
-            first, second = second, first
-        one = self.samples(scope, first, measure)
-        other = self.samples(scope, second, measure, list(one))
-        return minus(one, other) if first == method else minus(other, one)
+            theirs = self.samples(scope, self.baseline, measure)
+            return self.samples(scope, method, measure, list(theirs)) - theirs
+        ours = self.samples(scope, method, measure)
+        return ours - self.samples(scope, self.baseline, measure, list(ours))
+
+    def named(self, *parts: object, caption: str, title: str = "", of: str = "") -> Named:
+        """A name for files after ``parts``, which no other has, and titles.
+
+        By default a title is the caption and what it is ``of``.
+        """
+        base = re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")[:80]
+        name, again = base or "figure", 2
+        while name in self._taken:
+            name, again = f"{base or 'figure'}-{again}", again + 1
+        self._taken.add(name)
+        return Named(name, title or (f"{caption}, {of}" if of else caption), caption)
+
+    def best_compared(self) -> Scope:
+        """The datasets with the most methods at the number of shots that most of them have."""
+        scopes = [Scope([d], self.best(self.datasets).shots) for d in self.datasets]
+        present = [sum(bool(self.samples(scope, m)) for m in self.methods) for scope in scopes]
+        chosen = [s for s, count in zip(scopes, present, strict=True) if count == max(present)]
+        return chosen[0]._replace(datasets=[d for scope in chosen for d in scope.datasets])
+
+    def entry(self, method: str) -> figures.Entry:
+        """A method's line of a legend."""
+        return figures.Entry(figures.method_colour(method, self.methods), row_of(method).title)
+
+    def column(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
+        """A measure of each method in a scope."""
+        samples = partial(self.samples, scope, measure=measure)
+        return Column(title, samples, KINDS.get(str(measure), HIGHER))
+
+    def difference(self, title: str, scope: Scope, measure: Measure = "accuracy") -> Column:
+        """Each method's to the baseline in a scope, paired."""
+        return Column(title, partial(self.differences, scope, measure=measure), POINTS)
+
+    def by_method(
+        self, about: Named, columns: list[Column], note: str = "", methods: Iterable[str] = ()
+    ) -> Table:
+        """A table with a row for each method, or for some."""
+        rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]
+        return Table(about, "method", columns, rows, note)
 
 
-def _look(run: Run, measure: Measure) -> Sample | None:
-    return run.figures.get(measure) if isinstance(measure, str) else measure(run)
+def _idle(method: str) -> frozenset[str]:
+    """Settings that cannot change a method's result."""
+    return idle_settings(method) | ({"support_set"} if method == ZERO_SHOT else set())
 
 
-# ------------------------------------------------------------------------ varied settings
-
-
-_ABSENT = ("", "null")
+def full_settings(run: Run) -> dict[str, Any]:
+    """The run's settings with defaults where it was begun before a setting existed."""
+    fields = all_fields().items()
+    usual = {name: None if field.is_required() else field.default for name, field in fields}
+    return {**usual, **run.settings}
 
 
 def _comparable(run: Run) -> dict[str, tuple[str, str]]:
@@ -275,24 +332,11 @@ def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     """
     settings = full_settings(run)
     given = {"dataset": str(settings["dataset"]), "shots": run.shots, "method": run.method}
-    usual = {**setting_defaults(), **default_settings(given)}
-    names = settings.keys() - _IDENTITY - _NO_RESULT - idle_settings(run.method)
+    usual = {**full_settings(replace(run, settings={})), **default_settings(given)}
+    names = settings.keys() - _IDENTITY - _NO_RESULT - _idle(run.method)
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
-    return {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
-
-
-def full_settings(run: Run) -> dict[str, Any]:
-    """The run's settings with defaults where it was begun before a setting existed."""
-    return {**setting_defaults(), **run.settings}
-
-
-def shown(value: object) -> str:
-    """A setting's value as tables show it."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return str(value).removesuffix(".0")  # as people write it: 10
-    return clean(value if isinstance(value, str) else json.dumps(value, default=str))
+    known = {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
+    return {name: value for name, value in known.items() if value != _ABSENT}
 
 
 def _json(value: object) -> str:

@@ -1,32 +1,97 @@
-"""A table as data, and as Markdown, CSV and LaTeX. The page shows the same cells."""
+"""Numbers by seed, and tables of them as data, Markdown, CSV and LaTeX, and on the page."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-
-from dapt.report.collect import clean
-from dapt.report.statistics import Estimate, Samples, runs_of
+import numpy as np
+from scipy.stats import t as student
 
 PAGE = Path(__file__).parent / "page"  # templates and data
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its interval, which one value alone does not have."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+def estimate(values: Sequence[float], factor: float = 1.0) -> Estimate:
+    """Mean of ``values`` with Student's t interval, n - 1 degrees of freedom, times a factor."""
+    count, mean = len(values), factor * float(np.mean(values))
+    if count < 2:
+        return Estimate(mean, None, count)
+    spread = float(np.std(values, ddof=1)) / count**0.5
+    half = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    return Estimate(mean, factor * half, count)
+
+
+class Sample(NamedTuple):
+    """One number, and the runs it came from."""
+
+    value: float
+    runs: tuple[int, ...]
+
+
+class Samples(dict[int, Sample]):
+    """Samples by seed."""
+
+    def estimate(self, factor: float = 1.0) -> Estimate:
+        """Their mean with its interval, times a factor."""
+        return estimate([sample.value for sample in self.values()], factor)
+
+    def __sub__(self, other: Samples) -> Samples:
+        """Differences of what has the same seed."""
+        pairs = [(seed, own, other[seed]) for seed, own in self.items() if seed in other]
+        return Samples({seed: Sample(a.value - b.value, runs_of((a, b))) for seed, a, b in pairs})
+
+
+def runs_of(parts: Iterable[Any]) -> tuple[int, ...]:
+    """Runs that any of the parts came from: samples by seed or alone, or cells of a table."""
+    return tuple(sorted({n for part in parts for n in part.runs}))
+
+
+def mean(samples: Sequence[Sample]) -> Sample:
+    """Their mean."""
+    return Sample(sum(s.value for s in samples) / len(samples), runs_of(samples))
+
+
+def mean_by_seed(parts: Sequence[Samples]) -> Samples:
+    """Mean by seed, for the seeds that all parts have."""
+    seeds = sorted(set.intersection(*map(set, parts))) if parts else ()
+    return Samples({seed: mean([part[seed] for part in parts]) for seed in seeds})
 
 
 class Named(NamedTuple):
-    """What a table or figure is called: its files, and in one line.
-
-    The caption is the part of the title that its surroundings do not say already.
-    """
+    """What a table or figure is called: its files, and in one line."""
 
     name: str
     title: str
-    caption: str
+    caption: str  # the part of the title that its surroundings do not say already
+
+
+class Cell(NamedTuple):
+    """A text, or a number with half its interval, as shown and in full; and its runs."""
+
+    text: str
+    runs: tuple[int, ...] = ()
+    known: Estimate | None = None  # in the column's unit
+    interval: str = ""
+    sign: str = ""  # "gain" or "loss" for a difference whose interval excludes zero
+    best: bool = False
+
+
+NOTHING = Cell("–")
 
 
 class Kind(NamedTuple):
@@ -39,7 +104,28 @@ class Kind(NamedTuple):
     signed: bool = False  # a difference
     spread: bool = True  # the interval of a mean says something
 
-    def shown(self, value: float, signed: bool = False) -> str:
+    def cells(self, found: Iterable[Samples | Cell]) -> list[Cell]:
+        """A column's; the best as shown are marked, all of them where some are equal."""
+        cells = [one if isinstance(one, Cell) else self._cell(one) for one in found]
+        shown = [round(c.known.mean, self.digits) if c.known else None for c in cells]
+        known = [value for value in shown if value is not None]
+        if self.best is None or len(known) < 2:
+            return cells
+        best = self.best(known)
+        return [c._replace(best=v == best) for c, v in zip(cells, shown, strict=True)]
+
+    def _cell(self, found: Samples) -> Cell:
+        if not found:
+            return NOTHING
+        known, interval, sign = found.estimate(self.factor), "", ""
+        if known.half is not None and self.spread:
+            interval = self._text(known.half)
+            if self.signed and abs(known.mean) > known.half:
+                sign = "gain" if known.mean > 0 else "loss"
+        text, runs = self._text(known.mean, self.signed), runs_of(found.values())
+        return Cell(text, runs, known, interval, sign)
+
+    def _text(self, value: float, signed: bool = False) -> str:
         """A number as text, a zero without a sign."""
         text = f"{value:{'+' if signed else ''},.{self.digits}f}"
         if float(text.replace(",", "")) == 0:
@@ -51,21 +137,15 @@ PLAIN = Kind()  # counts and texts
 SHARE = Kind(100.0, 1, "%")
 HIGHER, LOWER = SHARE._replace(best=max), SHARE._replace(best=min)  # are better
 POINTS = Kind(100.0, 1, "points", signed=True)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A text, or a number with half its interval, as shown and in full; and its runs."""
-
-    text: str
-    runs: tuple[int, ...] = ()
-    known: Estimate | None = None  # in the column's unit
-    interval: str = ""
-    sign: str = ""  # "gain" or "loss" for a difference whose interval excludes zero
-    best: bool = False
-
-
-NOTHING = Cell("–")
+# Of a run's figures that are no shares, of which more is better.
+KINDS = {
+    "ece": LOWER,
+    "tuning": Kind(digits=1, unit="s", spread=False),
+    "learned": Kind(spread=False),
+    **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
+    "inter after": Kind(digits=3, best=max),
+    "intra after": Kind(digits=3, best=min),
+}
 
 
 class Column(NamedTuple):
@@ -81,49 +161,27 @@ class Column(NamedTuple):
         """Its title with the unit."""
         return f"{self.title} ({self.kind.unit})" if self.kind.unit else self.title
 
-    def filled(self, keys: Iterable[Any]) -> Column:
-        """With cells; the best as shown are marked, all of them where some are equal."""
-        cells, kind = [self._cell(self.of(key)) for key in keys], self.kind
-        shown = [round(c.known.mean, kind.digits) if c.known else None for c in cells]
-        known = [value for value in shown if value is not None]
-        if kind.best is not None and len(known) > 1:
-            best = [value == kind.best(known) for value in shown]
-            cells = [replace(cell, best=b) for cell, b in zip(cells, best, strict=True)]
-        return self._replace(cells=cells)
 
-    def _cell(self, found: Samples | Cell) -> Cell:
-        if isinstance(found, Cell):
-            return found
-        if not found:
-            return NOTHING
-        known, kind, interval, sign = found.estimate(self.kind.factor), self.kind, "", ""
-        if known.half is not None and kind.spread:
-            interval = kind.shown(known.half)
-            if kind.signed and abs(known.mean) > known.half:
-                sign = "gain" if known.mean > 0 else "loss"
-        return Cell(kind.shown(known.mean, kind.signed), found.runs, known, interval, sign)
+class Row(NamedTuple):
+    """What a row is called, what its cells are looked up by, and whose colour it has, if any."""
+
+    label: str
+    key: Any
+    method: str | None = None
 
 
 class Table:
-    """Rows of cells under columns; rows and columns without any are left out.
-
-    Of each row is given what it is called, its key and, if it has the colour of one, the method.
-    """
+    """Rows of cells under columns; rows and columns without any are left out."""
 
     def __init__(
-        self,
-        about: Named,
-        corner: str,
-        columns: Iterable[Column],
-        rows: Sequence[tuple[str, Any, str | None]],
-        note: str = "",
+        self, about: Named, corner: str, columns: list[Column], rows: list[Row], note: str = ""
     ) -> None:
         self.about, self.corner, self.note = about, corner, note
-        made = [column.filled(key for _, key, _ in rows) for column in columns]
-        made = [column for column in made if set(column.cells) - {NOTHING}]
-        kept = [i for i in range(len(rows)) if any(c.cells[i] != NOTHING for c in made)]
-        self.columns = [column._replace(cells=[column.cells[i] for i in kept]) for column in made]
-        self.rows = [(rows[i][0], rows[i][2]) for i in kept]
+        filled = [c._replace(cells=c.kind.cells(c.of(row.key) for row in rows)) for c in columns]
+        filled = [column for column in filled if set(column.cells) - {NOTHING}]
+        kept = [i for i in range(len(rows)) if any(c.cells[i] != NOTHING for c in filled)]
+        self.columns = [column._replace(cells=[column.cells[i] for i in kept]) for column in filled]
+        self.rows = [rows[i] for i in kept]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -136,48 +194,44 @@ class Table:
     @property
     def files(self) -> dict[str, bytes | str]:
         """Content by kind of file."""
-        markdown, latex = map(TEMPLATES.get_template, ("table.md", "table.tex"))
-        made = {"md": markdown.render(table=self), "csv": self._csv()}
-        return {**made, "tex": latex.render(table=self)}
-
-    def _csv(self) -> str:
-        """Numbers in full; the interval and the number of values have columns of their own."""
-        made: list[list[Any]] = [[self.corner, *(label for label, _ in self.rows)]]
-        for column in self.columns:
-            known = [cell.known for cell in column.cells]
-            texts = [cell.text for cell in column.cells]
-            made.append([column.head, *([k and k.mean for k in known] if any(known) else texts)])
-            if any(cell.interval for cell in column.cells):
-                made.append([f"{column.head} ±", *(k and k.half for k in known)])
-                made.append([f"{column.head} n", *(k and k.count for k in known)])
-        text, lines = io.StringIO(), zip(*made, strict=True)
-        csv.writer(text, lineterminator="\n").writerows(
-            [_inert(value) if isinstance(value, str) else value for value in line] for line in lines
-        )
-        return text.getvalue()
+        made = {kind: TEMPLATES.get_template(f"table.{kind}") for kind in ("md", "csv", "tex")}
+        return {kind: template.render(table=self) for kind, template in made.items()}
 
 
-def _inert(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+# Control and surrogate characters, what XML does not take, and what makes text after it run the
+# other way: a name could rearrange the line it stands in.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
-def _markdown(text: str) -> str:
-    escaped = re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def clean(value: object, limit: int = 120) -> str:
+    """One short printable line."""
+    text = _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", str(value)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def shown(value: object) -> str:
+    """A setting's value as tables show it."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")  # as people write it: 10
+    return clean(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _csv(text: str) -> str:
+    """A field of text that no spreadsheet takes for a formula."""
+    text = f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
+
+
+_MARKDOWN = {c: f"\\{c}" for c in r"\`*_[]|#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LATEX = {c: f"\\{c}" for c in "{}$&#%_"} | {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "–": "--",
     "…": r"\ldots{}", "→": r"$\rightarrow$", "−": "$-$", "·": r"$\cdot$",
 }  # fmt: skip
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in text)
-
-
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(PAGE),
     autoescape=lambda name: str(name).endswith(".html"),
@@ -186,4 +240,9 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {"markdown": _markdown, "latex": _latex, "clean": clean}
+TEMPLATES.filters |= {
+    "csv": _csv,
+    "clean": clean,
+    "markdown": lambda text: text.translate(str.maketrans(_MARKDOWN)),
+    "latex": lambda text: text.translate(str.maketrans(_LATEX)),
+}
