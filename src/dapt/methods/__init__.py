@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapt.errors import UserError, nearest
-from dapt.methods import ivlp, probe, prompts, tip_adapter
+from dapt.methods import auto, ivlp, kernel_ridge, probe, prompts, prototypes, tip_adapter
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -62,7 +62,13 @@ METHODS: dict[str, Method] = {
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),
         defaults=lambda dataset, shots: ivlp.PUBLISHED,
     ),
+    "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
+    "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
+    "auto": Method(
+        "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.7},
+        colour=("#15803d", "#4ade80"), marker="*", shown=True,
+    ),
 }  # fmt: skip
 
 

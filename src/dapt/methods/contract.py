@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
 from dapt.errors import UserError
+from dapt.methods.held_out import HeldOut
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
@@ -164,6 +165,19 @@ class Evidence:
         return len(self.text)
 
 
+def require_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise a `UserError` of the file ``where`` unless tensors are those of a fitted head."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, needed in shapes.items():
+        if (given := found.pop(name, None)) != needed or 0 in needed:
+            what = f"has '{name}' of shape {given}" if given else f"holds no '{name}'"
+            raise UserError(f"{where} {what}, and {needed} is needed; train again")
+    if found:
+        raise UserError(f"{where} holds '{min(found)}', which this method does not fit")
+
+
 class Head(nn.Module):
     """How features become logits: by itself, cosines times the scale.
 
@@ -185,8 +199,9 @@ class Head(nn.Module):
         """What is fitted, in words for a model card; empty where nothing is."""
         return ""
 
-    def fit(self, evidence: Evidence, settings: HasSettings) -> None:
-        """Fit to the support images."""
+    def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
+        """Fit to the support images; what it says of them held out, where it knows that."""
+        return None
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""

@@ -1,0 +1,214 @@
+"""The best head that a few photos can give: many closed forms, weighed by what they hold out.
+
+The pieces are text and prototypes (`Prototypes`) and kernel ridge regressions (`Ridge`), each with
+the class names' say and without. Candidates are pieces, pairs of them, and the bare text. Each is
+judged on support images that it was not fitted on, in closed form. Candidates that the images
+cannot tell apart are averaged: a weight falls with how many standard errors a candidate's
+cross-entropy lies above the best one's. As logits are averaged, all become one classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf, log
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dapt.methods import contract
+from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
+from dapt.methods.held_out import HeldOut, rounds, sharpness, smoothed, spread
+from dapt.methods.kernel_ridge import Ridge, similarity
+from dapt.methods.prototypes import Prototypes
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+PENALTIES = {0.1: (0.01, 0.03, 0.1), 0.5: (0.03, 0.1, 0.3), 1.0: (0.03, 0.1, 0.3, 1.0)}  # by width
+SHARES = (0.3, 0.5, 0.7)  # of prototypes beside a regression
+# Nats over all images by which class names must beat chance to have a say.
+MEANING = 3.0
+# With one image a class nothing can be left out. These held on every task that was tried.
+ALONE = {True: [(1.0, 1.0, 0.1, 0.7), (1.0, 1.0, 0.3, 0.5), (2.0, 0.5, 0.1, 0.7)],
+         False: [(inf, 1.0, 0.3, 0.5), (inf, 0.5, 0.3, 0.5)]}  # fmt: skip
+MOST_ALONE = 200  # images of which that is asked
+# What is put in where nothing could be held out, of logits that vary by one within a row.
+SHARPNESS = 3.0
+
+
+class AutoSettings(contract.PartSettings):
+    """Of the automatic head."""
+
+    auto_views: int = Field(8, ge=0, le=1000, description="views averaged with the plain image")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Prototypes and a regression, in shares; strength inf is no text, width 0 no regression."""
+
+    strength: float
+    width: float
+    penalty: float
+    share: float
+
+    @property
+    def text(self) -> float:
+        """Whether class names have a say, as a number."""
+        return float(self.strength < inf)
+
+
+def candidates(meaning: bool) -> Iterator[Candidate]:
+    """All there are; without meaning in the class names, those without text."""
+    yield from (Candidate(s, 0, 0, 1.0) for s in ((0.0, *STRENGTHS) if meaning else ()))
+    yield Candidate(inf, 0, 0, 1.0)
+    for width, penalties in PENALTIES.items():
+        for penalty in penalties:
+            for strengths in (STRENGTHS, (inf,)) if meaning else ((inf,),):
+                yield Candidate(strengths[0], width, penalty, 0.0)
+                yield from (
+                    Candidate(s, width, penalty, share) for s in strengths for share in SHARES
+                )
+
+
+class Pieces:
+    """What candidates are put together of, on one support set: (r, C) held-out logits, weights."""
+
+    def __init__(self, x: Tensor, y: Tensor, text: Tensor, seed: int) -> None:
+        self.text, self.left_out = text, rounds(y, len(text), seed)
+        # With one image a class, none can be judged so; how far logits spread, each can tell alone.
+        self.rows = self.left_out or list(torch.arange(len(y))[:MOST_ALONE, None])
+        self.labels = y[torch.cat(self.rows)]
+        self.prototypes = Prototypes(x, y, text)
+        self.ridges = {width: Ridge(x, y, text, width, seed) for width in PENALTIES}
+        self._held: dict[tuple[float, ...], tuple[Tensor, float]] = {}
+
+    def _piece(self, *key: float) -> tuple[Tensor, float]:
+        """Held-out logits of prototypes (strength,) or a regression (width, penalty, text)."""
+        if key not in self._held:
+            if len(key) == 1:
+                logits = self.prototypes.held_out(key[0], self.rows)
+            else:
+                width, penalty, text = key
+                logits = self.ridges[width].held_out(penalty, text, self.rows)
+            self._held[key] = logits, spread(logits)
+        return self._held[key]
+
+    def shares(self, c: Candidate) -> tuple[float, float]:
+        """What its prototypes and its regression are multiplied by, so that both count alike."""
+        first = c.share / self._piece(c.strength)[1] if c.share else 0.0
+        second = (1 - c.share) / self._piece(c.width, c.penalty, c.text)[1] if c.width else 0.0
+        return first, second
+
+    def held_out(self, c: Candidate) -> Tensor:
+        """(r, C) logits that vary by about one in a row."""
+        first, second = self.shares(c)
+        found = torch.zeros(())
+        if first:
+            found = found + first * self._piece(c.strength)[0]
+        if second:
+            found = found + second * self._piece(c.width, c.penalty, c.text)[0]
+        return found
+
+    def merged(self, chosen: list[tuple[Candidate, float]]) -> tuple[Tensor, Tensor, float]:
+        """One classifier of all: weight (C, D), values (m, C) and the width of their kernel."""
+        width = max((c.width for c, _ in chosen), default=0.0) or 1.0
+        weight = torch.zeros_like(self.text)
+        values = torch.zeros(len(self.ridges[width].keys), len(self.text))
+        for c, amount in chosen:
+            first, second = self.shares(c)
+            if first:
+                weight += amount * first * self.prototypes.weight(c.strength)
+            if second:
+                weight += amount * second * c.text * self.text
+                values += amount * second * self.ridges[width].values(c.penalty, c.text)
+        return weight, values, width
+
+
+def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
+    """Candidates of one width with what each is multiplied by: its share times its sharpness."""
+    known, factors, losses = list(candidates(meaning)), [], []
+    if not pieces.left_out:
+        return [(Candidate(*c), 1 / len(ALONE[meaning])) for c in ALONE[meaning]]
+    factor = 1.0
+    for c in known:  # neighbours are alike: each starts where the last ended
+        factor, loss = sharpness(pieces.held_out(c), pieces.labels, max(factor, 0.1))
+        factors.append(factor)
+        losses.append(loss)
+    behind = torch.stack(losses).double()  # (candidates, r)
+    behind -= behind[int(behind.mean(1).argmin())].clone()
+    error = behind.std(1, unbiased=False) / behind.shape[1] ** 0.5
+    shares = (-behind.mean(1) / error.clamp_min(1e-9)).softmax(0).tolist()
+    # One kernel is kept: the one whose candidates weigh most; those without any stay.
+    totals = {w: sum(s for c, s in zip(known, shares, strict=True) if c.width == w)
+              for w in PENALTIES}  # fmt: skip
+    kept = {0.0, max(totals, key=lambda w: totals[w])}
+    chosen = [
+        (c, share * factor)
+        for c, share, factor in zip(known, shares, factors, strict=True)
+        if c.width in kept and share > 1e-4
+    ]
+    return chosen
+
+
+class Auto(contract.Head):
+    """``x·weight + exp(-width |x - keys|²) values``, of everything that `weigh` finds good.
+
+    Support features are averaged over the plain image and some training views. The sum is
+    calibrated by one factor, fitted on what was held out.
+    """
+
+    Settings = AutoSettings
+    fitted = reads_views = True
+    closed = "an automatic head, which knows only the classes it was fitted on"
+    weight: Tensor
+    keys: Tensor
+    values: Tensor
+    width: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.register_buffer("weight", torch.zeros(0, 0))  # (C, D)
+        self.register_buffer("keys", torch.zeros(0, 0))  # (m, D)
+        self.register_buffer("values", torch.zeros(0, 0))  # (m, C)
+        self.register_buffer("width", torch.ones(()))
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """What a model card says of it."""
+        return "class means and kernel ridge regressions on image features, weighed by folds,"
+
+    def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
+        """Choose, put together, calibrate."""
+        own: AutoSettings = settings.of(AutoSettings)
+        labels, text = evidence.support.labels, evidence.text
+        plain, count = evidence.support.features, own.auto_views
+        x = smoothed(plain, evidence.views(count)) if count else plain
+        counts = torch.bincount(labels, minlength=len(text))
+        factor, losses = sharpness(plain @ text.T, labels)
+        meaning = len(labels) * log(len(text)) - float(losses.sum()) > MEANING
+        pieces = Pieces(x, labels, text, settings.seed)
+        chosen = weigh(pieces, meaning or bool((counts == 0).any()))
+        held: HeldOut | None = None
+        if pieces.left_out:
+            logits = torch.stack([amount * pieces.held_out(c) for c, amount in chosen]).sum(0)
+            final = sharpness(logits, pieces.labels)[0]
+            held = HeldOut(final * logits, pieces.labels)
+        else:
+            final = factor * spread(plain @ text.T) if meaning else SHARPNESS
+        weight, values, width = pieces.merged(chosen)
+        self.weight, self.values = final * weight, final * values
+        self.keys, self.width = pieces.ridges[width].keys, torch.tensor(width)
+        return held
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, C) logits of normalised features (B, D)."""
+        return image @ self.weight.T + similarity(image, self.keys, self.width) @ self.values
+
+    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
+        """A weight (C, D), keys (m, D), values (m, C) and a width."""
+        m = len(tensors.get("keys", ()))
+        needed = {"weight": (classes, dimension), "keys": (m, dimension), "values": (m, classes),
+                  "width": ()}  # fmt: skip
+        require_shapes(tensors, needed, where)
+        for name in needed:
+            setattr(self, name, tensors[name].float())

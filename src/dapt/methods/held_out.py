@@ -1,0 +1,79 @@
+"""What closed forms say of images that they were not fitted on, and how sure they may be of it.
+
+Letters in shape comments: n images, r of them held out, C classes, D dimensions, m keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUNDS = 16
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Logits (r, C) of images that were left out for them, and their labels (r,)."""
+
+    logits: Tensor
+    labels: Tensor
+
+
+def smoothed(plain: Tensor, views: Tensor) -> Tensor:
+    """(n, D) normalised means of plain features (n, D) and those of views (V, n, D)."""
+    return F.normalize(plain + F.normalize(views, dim=-1).sum(0), dim=-1)
+
+
+def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(C, D) sums of features (n, D) by label, and (C,) numbers of images."""
+    sums = features.new_zeros(classes, features.shape[1]).index_add(0, labels, features)
+    return sums, torch.bincount(labels, minlength=classes).to(features)
+
+
+def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
+    """Images to leave out together: one of each class that has more, and again, `ROUNDS` at most.
+
+    Left out alone, an image's class would be an image short of all others, and look worse than it
+    is. Of very many classes, some are drawn: more would say little, and cost memory.
+    """
+    places = [(labels == c).nonzero()[:, 0] for c in range(classes)]
+    found: list[Tensor] = []
+    places = [own[:ROUNDS] for own in places if len(own) > 1]
+    most = max(500, 2_000_000 // classes)
+    if len(places) > most:
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+        places = [places[i] for i in order[:most].sort().values.tolist()]
+    for number in range(max((len(own) for own in places), default=0)):
+        now = [own[number] for own in places if len(own) > number]
+        if sum(len(f) for f in found) + len(now) <= most:
+            found.append(torch.stack(now))
+    return found
+
+
+def spread(logits: Tensor) -> float:
+    """Standard deviation of logits (r, C) within a row: what makes those of two heads alike."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return max(float(centred.square().mean().sqrt()), 1e-9)
+
+
+def sharpness(logits: Tensor, labels: Tensor, start: float = 1.0) -> tuple[float, Tensor]:
+    """The factor that makes logits (r, C) most probable, and the cross-entropy (r,) it leaves.
+
+    It is the inverse of a temperature (Guo et al., 2017), found by Newton's steps from ``start``:
+    the cross-entropy is convex in it. Between 0, where the logits say nothing, and 1000.
+    """
+    own, factor = logits.gather(1, labels[:, None])[:, 0], start
+    for _ in range(30):
+        p = (factor * logits).softmax(-1)
+        mean = (p * logits).sum(-1)
+        slope = float((mean - own).mean())
+        curve = float(((p * logits.square()).sum(-1) - mean.square()).mean())
+        # At most fourfold at once: far from the optimum the curve says little.
+        before, step = factor, factor - slope / max(curve, 1e-9)
+        factor = min(max(step, factor / 4), factor * 4, 1000.0)
+        if abs(factor - before) < 1e-3 * before or factor < 1e-6:
+            break
+    return factor, F.cross_entropy(factor * logits, labels, reduction="none")

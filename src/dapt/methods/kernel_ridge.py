@@ -1,0 +1,129 @@
+"""Kernel ridge regression on what the text classifier leaves unexplained, in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dapt.methods import contract
+from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
+from dapt.methods.held_out import HeldOut, class_sums, rounds, sharpness
+
+# Images whose features are keys; of more, so many are drawn (Nyström's approximation).
+KEYS = 2000
+WIDTH, PENALTIES = 1.0, (0.03, 0.1, 0.3, 1.0)
+
+
+def similarity(image: Tensor, keys: Tensor, width: float | Tensor) -> Tensor:
+    """(B, m) ``exp(-width |x - k|²)`` of normalised features (B, D) and keys (m, D)."""
+    return (-2 * width * (1 - image @ keys.T)).exp()
+
+
+class Ridge:
+    """Ridge regressions of one width for any penalty: a support set's kernel, taken apart once.
+
+    Of features (n, D), normalised, with labels (n,), and class features (C, D). Answers are
+    ``f(x) = a x·tᵀ + k(x) values`` with ``values`` fitted to ``onehot(y) - a X·tᵀ``; a is 0 or 1.
+    With up to `KEYS` images this is kernel ridge regression itself.
+    """
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, text: Tensor, width: float, seed: int
+    ) -> None:
+        self.width, self.text, self.labels = width, text, labels
+        self.features, self.keys = features, features
+        if len(features) > KEYS:
+            drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+            self.keys = features[drawn[:KEYS].sort().values]
+        found, axes = torch.linalg.eigh(similarity(self.keys, self.keys, width).double())
+        kept = found > 1e-10 * found[-1]
+        self.strengths, self.back = found[kept], axes[:, kept] / found[kept].sqrt()  # (k,), (m, k)
+        self.mapped = axes[:, kept] * found[kept].sqrt()  # (n, k)
+        if self.keys is not features:
+            mapped = similarity(features, self.keys, width).double() @ self.back
+            self.strengths, turn = torch.linalg.eigh(mapped.T @ mapped)
+            self.mapped, self.back = mapped @ turn, self.back @ turn
+        self.onehot = class_sums(self.mapped, labels, len(text))[0].T  # (k, C)
+        self.by_text = (self.mapped.T @ features.double()).float() @ text.T  # (k, C)
+
+    def _solved(self, penalty: float, text: float) -> Tensor:
+        """(k, C) in the kernel's own axes."""
+        target = self.onehot - text * self.by_text if text else self.onehot
+        return target / (self.strengths.clamp_min(0) + penalty)[:, None]
+
+    def values(self, penalty: float, text: float) -> Tensor:
+        """(m, C)."""
+        return (self.back @ self._solved(penalty, text)).float()
+
+    def held_out(self, penalty: float, text: float, left_out: list[Tensor]) -> Tensor:
+        """(r, C) answers for images, by `rounds`; exact, and fitted but once.
+
+        Without the images of a round, their residuals are ``(I - H)⁻¹ (onehot(y) - f(X))`` of what
+        they are with them, H the round's part of the hat matrix.
+        """
+        solved, found = self._solved(penalty, text), []
+        shrunk = 1 / (self.strengths.clamp_min(0) + penalty)
+        for images in left_out:
+            mapped, size = self.mapped[images], len(images)
+            answers = mapped @ solved  # (r, C)
+            if text:
+                answers += text * (self.features[images] @ self.text.T)
+            target = torch.zeros_like(answers)
+            target[torch.arange(size), self.labels[images]] = 1
+            remain = torch.eye(size, dtype=mapped.dtype) - (mapped * shrunk) @ mapped.T
+            found.append(target - torch.linalg.solve(remain, target - answers))
+        return torch.cat(found).float()
+
+
+class KernelRidge(contract.Head):
+    """``sharpness (x·tᵀ + exp(-|x - X|²) (K + penalty I)⁻¹ (onehot(y) - X·tᵀ))``.
+
+    The penalty is chosen, and the sharpness fitted, by leave-one-out in closed form.
+    """
+
+    fitted = True
+    closed = "a kernel ridge regression, which knows only the classes it was fitted on"
+    keys: Tensor
+    values: Tensor
+    sharpness: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.register_buffer("keys", torch.zeros(0, 0))  # (m, D)
+        self.register_buffer("values", torch.zeros(0, 0))  # (m, C)
+        self.register_buffer("sharpness", torch.tensor(scale))
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """What a model card says of it."""
+        return "a kernel ridge regression on image features, beside the text classifier,"
+
+    def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
+        """Values, their penalty, and the sharpness."""
+        support, text = evidence.support, evidence.text
+        ridge = Ridge(support.features, support.labels, text, WIDTH, settings.seed)
+        left_out = rounds(support.labels, len(text), settings.seed)
+        held, penalty = None, PENALTIES[1]
+        if left_out:
+            labels, scored = support.labels[torch.cat(left_out)], []
+            for p in PENALTIES:
+                logits = ridge.held_out(p, 1.0, left_out)
+                factor, losses = sharpness(logits, labels)
+                scored.append((float(losses.mean()), p, factor, logits))
+            _, penalty, factor, logits = min(scored, key=lambda s: s[:2])
+            self.sharpness = torch.tensor(factor)
+            held = HeldOut(factor * logits, labels)
+        self.keys, self.values = ridge.keys, ridge.values(penalty, 1.0)
+        return held
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, C) logits of normalised features (B, D) and (C, D)."""
+        return self.sharpness * (image @ text.T + similarity(image, self.keys, WIDTH) @ self.values)
+
+    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
+        """Keys (m, D), values (m, C) and a sharpness."""
+        count = len(tensors.get("values", ()))
+        needed = {"keys": (count, dimension), "values": (count, classes), "sharpness": ()}
+        require_shapes(tensors, needed, where)
+        for name in needed:
+            setattr(self, name, tensors[name].float())

@@ -1,0 +1,89 @@
+"""Text and prototype: class names and the mean of a class's images, added."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dapt.methods import contract
+from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
+from dapt.methods.held_out import HeldOut, class_sums, rounds, sharpness
+
+STRENGTHS = (0.3, 1.0, 3.0)
+
+
+class Prototypes:
+    """Classifiers ``w_c = normalise(t_c + strength · mean of class c's images)``.
+
+    Of support features (n, D), normalised, with labels (n,), and class features (C, D).
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, text: Tensor) -> None:
+        self.features, self.labels, self.text = features, labels, text
+        self.sums, self.counts = class_sums(features, labels, len(text))
+
+    def weight(self, strength: float, without: Tensor | None = None) -> Tensor:
+        """(C, D), of all images or ``without`` some, of a class each; inf leaves the text out."""
+        sums, counts = self.sums, self.counts
+        if without is not None:
+            own = self.labels[without]
+            sums, counts = sums.clone(), counts.clone()
+            sums[own] -= self.features[without]
+            counts[own] -= 1
+        means = sums / counts.clamp_min(1)[:, None]
+        means[counts == 0] = 0  # not what rounding leaves
+        blend = means if strength == float("inf") else self.text + strength * means
+        return F.normalize(blend, dim=-1)
+
+    def held_out(self, strength: float, left_out: list[Tensor]) -> Tensor:
+        """(r, C) logits of images, by `rounds`."""
+        return torch.cat([self.features[f] @ self.weight(strength, f).T for f in left_out])
+
+
+class TextPrototype(contract.Head):
+    """``scale x·w`` with the strength that leave-one-out prefers; with one image a class it is 1.
+
+    At two images a class leave-one-out sees but one of them: the means are worth more than it
+    thinks. So the strength 1 is kept there, too, unless another is clearly better.
+    """
+
+    fitted = True
+    closed = "text and prototype, whose means are of the classes it was fitted on"
+    weight: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+        self.register_buffer("weight", torch.zeros(0, 0))  # (C, D)
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """What a model card says of it."""
+        return "class means of image features, added to the text's,"
+
+    def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
+        """Means, and their strength."""
+        support = evidence.support
+        own = Prototypes(support.features, support.labels, evidence.text)
+        left_out = rounds(support.labels, evidence.classes, settings.seed)
+        self.weight = own.weight(1.0)
+        if not left_out:
+            return None
+        labels = support.labels[torch.cat(left_out)]
+        found = {s: own.held_out(s, left_out) for s in STRENGTHS}
+        losses = {s: sharpness(logits, labels)[1] for s, logits in found.items()}
+        best = min(losses, key=lambda s: float(losses[s].mean()))
+        gain = losses[1.0] - losses[best]
+        if float(gain.mean()) <= float(gain.std(unbiased=False)) / len(labels) ** 0.5:
+            best = 1.0
+        self.weight = own.weight(best)
+        return HeldOut(self.scale * found[best], labels)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, C) logits of normalised features (B, D)."""
+        return self.scale * image @ self.weight.T
+
+    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
+        """A weight (C, D)."""
+        require_shapes(tensors, {"weight": (classes, dimension)}, where)
+        self.weight = tensors["weight"].float()
