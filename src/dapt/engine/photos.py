@@ -2,7 +2,8 @@
 
 Whatever compares images with images goes tile by tile: nothing here is as large as their square.
 
-Letters in shape comments: n images, D embedding dimension, C classes, r rows of a tile, m landmarks.
+Letters in shape comments: n images, D embedding dimension, C classes, r images of a tile, m
+landmarks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _COPY_COSINE, _COPY_PIXELS = 0.9, 0.001
 # Of the ridge regression behind `label_doubts`; chosen on the bundled task with swapped labels.
 _SHARPNESS, _RIDGE, _TEXT_HEAT, _COLD = 4.0, 0.3, 2.0, 4.0
 _LANDMARKS = 2000
+_DOUBT = 2.0  # times as likely as the label another class must be for an image to be told of
 _NEIGHBOURS, _FAR = 5, 4.0  # of outliers; in robust standard deviations below the median
 _SAME_TEXT, _SAME_IMAGES = 0.98, 0.25  # of classes: cosine; share of images nearer to the other
 _RIVALS = 20  # classes nearer to an image than its own that are counted
@@ -62,6 +64,16 @@ class Copy:
     def parts(self) -> tuple[str, str]:
         """Where the two are."""
         return self.first.part, self.second.part
+
+    @property
+    def leaks(self) -> bool:
+        """Whether one of the two is a test image, and the other is not."""
+        return self.parts.count("test") == 1
+
+    @property
+    def labels_differ(self) -> bool:
+        """Whether one of the two labels is wrong."""
+        return self.first.class_name != self.second.class_name
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ def _encode(backbone: Backbone, small: list[Tensor], views: Tensor) -> Tensor:
 def _copies(
     photos: Sequence[Photo], features: Tensor, small: Tensor, contents: Sequence[int], tell: Advance
 ) -> list[Copy]:
-    """Copies that lie in two parts first, then those under two labels, then by likeness."""
+    """Those that let test images be tuned on first, then by labels that differ and by likeness."""
     found = [
         Copy(kind, round(float(features[i] @ features[j]), 4), photos[j], photos[i])
         for i, j, kind in find_copies(features, small, contents, tell)
@@ -165,8 +177,13 @@ def _copies(
     kinds = ("same file", "near copy", "mirrored")
 
     def rank(copy: Copy) -> tuple[Any, ...]:
-        differ = copy.first.class_name != copy.second.class_name
-        return len(set(copy.parts)) == 1, not differ, kinds.index(copy.kind), -copy.cosine
+        return (
+            not copy.leaks,
+            len(set(copy.parts)) == 1,
+            not copy.labels_differ,
+            kinds.index(copy.kind),
+            -copy.cosine,
+        )
 
     return sorted(found, key=rank)
 
@@ -193,9 +210,7 @@ def find_copies(
     return found
 
 
-def _likest_earlier(
-    features: Tensor, small: Tensor, rows: slice
-) -> tuple[Tensor, Tensor, Tensor]:
+def _likest_earlier(features: Tensor, small: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """For each image of ``rows``: least mean square, the earlier image, whether it is mirrored."""
     count = rows.stop - rows.start
     least = torch.full((count,), torch.inf)
@@ -282,8 +297,7 @@ def _judge(
 class Doubts:
     """Of each image: -log of its label's probability, the likeliest other class, whether to tell.
 
-    That is where the other class is likelier than the label, and at least as likely as it is on
-    the mean over its own images: the threshold of Northcutt et al. (2021), eq. 2.
+    That is where the other class is more than twice as likely as the label.
     """
 
     score: Tensor  # (n,)
@@ -308,22 +322,19 @@ def label_doubts(features: Tensor, labels: Tensor, text: Tensor, scale: float) -
     ridge = _Ridge(features, labels, text.double(), scale / _TEXT_HEAT)
     tiles = [slice(i, i + _TILE) for i in range(0, len(labels), _TILE)]
     products = [((y * s).sum(), (s * s).sum()) for y, s in map(ridge.residuals, tiles)]
-    crossed, squared = map(sum, zip(*products, strict=True))
+    crossed, squared = (torch.stack(sums).sum() for sums in zip(*products, strict=True))
     weight = (crossed / squared).clamp(0, 1)
-    own, other, guess = [], [], []
-    mass = torch.zeros(len(text), dtype=torch.double)
+    own, other, guess = list[Tensor](), list[Tensor](), list[Tensor]()
     for rows in tiles:
         y, s = ridge.residuals(rows)
         target, of = ridge.targets(rows)[0], labels[rows, None]
         chances = (_COLD * (target - y + weight * s)).softmax(-1)  # (r, C)
-        mass.index_add_(0, labels[rows], (own_chance := chances.gather(1, of))[:, 0])
         best = chances.scatter(1, of, -1).max(1)
-        own.append(own_chance[:, 0])
+        own.append(chances.gather(1, of)[:, 0])
         other.append(best.values)
         guess.append(best.indices)
-    mine, rival, named = torch.cat(own), torch.cat(other), torch.cat(guess)
-    usual = mass / labels.bincount(minlength=len(text)).clamp(min=1)
-    return Doubts(-mine.log(), named, (rival > mine) & (rival >= usual[named]))
+    mine, rival = torch.cat(own), torch.cat(other)
+    return Doubts(-mine.log(), torch.cat(guess), rival > _DOUBT * mine)
 
 
 class _Ridge:
@@ -386,9 +397,7 @@ def classes_alike(
         for row, place in crossed.nonzero().tolist():
             one, two = sorted((int(own[row]), int(rivals[row, place])))
             crossings[one, two] += 1
-    shares = {
-        (a, b): crossings[a, b] / int(counts[a] + counts[b]) for a, b in crossings
-    }
+    shares = {(a, b): crossings[a, b] / int(counts[a] + counts[b]) for a, b in crossings}
     pairs = {pair for pair, share in shares.items() if share >= _SAME_IMAGES}
     for start in range(0, len(text), _TILE):
         close = (text[start : start + _TILE] @ text.T >= _SAME_TEXT).triu(1 + start)
