@@ -182,7 +182,7 @@ def _show_findings(dataset: str, found: Findings) -> None:
     """The first few of each kind, the worst first."""
     leaks = sum(copy.leaks for copy in found.copies)
     kinds: dict[str, list[str]] = {
-        f"copies: {len(found.copies):,}, of which {leaks:,} have one in test, one in train or val": [
+        f"copies: {len(found.copies):,}, {leaks:,} of them between test and train or val": [
             f"{one.kind}{' (labels differ)' if one.labels_differ else ''}: "
             f"{_of(one.first)} and {_of(one.second)}"
             for one in found.copies

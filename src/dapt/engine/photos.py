@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
-from dapt.data import ImageStore, Item, Task
+from dapt.data import ImageStore, Task
 from dapt.data.items import PARTS, content_groups
 from dapt.engine.classifier import Classifier
 from dapt.engine.features import encode_store
@@ -37,7 +37,7 @@ _COPY_COSINE, _COPY_PIXELS = 0.9, 0.001
 _SHARPNESS, _RIDGE, _TEXT_HEAT, _COLD = 4.0, 0.3, 2.0, 4.0
 _LANDMARKS = 2000
 _DOUBT = 2.0  # times as likely as the label another class must be for an image to be told of
-_NEIGHBOURS, _FAR = 5, 4.0  # of outliers; in robust standard deviations below the median
+_NEIGHBOURS, _FAR = 10, 2.5  # of outliers; in robust standard deviations below the median
 _SAME_TEXT, _SAME_IMAGES = 0.98, 0.25  # of classes: cosine; share of images nearer to the other
 _RIVALS = 20  # classes nearer to an image than its own that are counted
 
@@ -148,15 +148,17 @@ def look_at_photos(
     photos = [Photo(part, item.path, item.class_name) for part, item in listed]
     found = Findings(backbone.name, len(kept))
     found.skipped = [{"image": photos[i].path, "reason": bad[i]} for i in sorted(bad)]
-    with reporter.stage(f"{task.name}: compare images", len(kept)) as advance:
+    seen = [photos[i] for i in kept]
+    with reporter.stage(f"{task.name}: compare images", 2 * len(kept)) as advance:
         contents = content_groups([sources[i] for i in kept])
-        found.copies = _copies([photos[i] for i in kept], features, thumbnails, contents, advance)
-    found.outliers = _outliers([photos[i] for i in kept], features, found.notes)
+        found.copies = _copies(seen, features, thumbnails, contents, advance)
+        found.outliers = _outliers(seen, features, found.notes, advance)
     text = Classifier(backbone, task.class_names, template=task.template).text_features().cpu()
-    known = [place for place, i in enumerate(kept) if photos[i].part != "test"]
-    items = [listed[kept[place]][1] for place in known]
-    seen = [photos[kept[place]] for place in known]
-    _judge(found, task, seen, items, features[known], text, backbone.logit_scale)
+    known = [place for place, photo in enumerate(seen) if photo.part != "test"]
+    labels = torch.tensor([listed[kept[place]][1].label for place in known])
+    with reporter.stage(f"{task.name}: judge labels", None):
+        tuned = [seen[place] for place in known]
+        _judge(found, task, tuned, labels, features[known], text, backbone.logit_scale)
     return found
 
 
@@ -191,58 +193,54 @@ def _copies(
 def find_copies(
     features: Tensor, small: Tensor, contents: Sequence[int], advance: Advance = nothing
 ) -> list[tuple[int, int, str]]:
-    """Each image that has an earlier copy, with the likest of those, and what kind it is.
+    """Each image that has an earlier copy, with the earliest of those, and what kind it is.
 
-    So a group of k equal images gives k - 1 pairs. Features are (n, D), of length one, thumbnails
+    So a group of k equal images gives k - 1 pairs, and a test image that is in train is told with
+    that one, where test images come last. Features are (n, D), of length one, thumbnails
     (n, 3, S, S) uint8; ``contents`` gives each image the first one of the very same file.
     """
     found = []
     for start in range(0, len(features), _TILE):
         rows = slice(start, min(start + _TILE, len(features)))
-        least, partner, flipped = _likest_earlier(features, small, rows)
-        for i in range(rows.start, rows.stop):
-            if contents[i] < i:
-                found.append((i, contents[i], "same file"))
-            elif least[i - start] <= _COPY_PIXELS:
-                kind = "mirrored" if flipped[i - start] else "near copy"
-                found.append((i, int(partner[i - start]), kind))
+        for i, j, flipped in _earliest_alike(features, small, rows):
+            kind = "mirrored" if flipped else "near copy"
+            found.append((i, j, "same file" if contents[i] == contents[j] else kind))
         advance(rows.stop - rows.start)
     return found
 
 
-def _likest_earlier(features: Tensor, small: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """For each image of ``rows``: least mean square, the earlier image, whether it is mirrored."""
-    count = rows.stop - rows.start
-    least = torch.full((count,), torch.inf)
-    partner, flipped = torch.zeros(2, count, dtype=torch.long)
+def _earliest_alike(features: Tensor, small: Tensor, rows: slice) -> Iterator[tuple[int, int, int]]:
+    """Of ``rows`` each image that has an earlier one alike: both, and whether one is mirrored."""
     own, places = small[rows].flatten(1) / 255, torch.arange(rows.start, rows.stop)[:, None]
+    done = torch.zeros(len(own), dtype=torch.bool)
     for start in range(0, rows.stop, _TILE):
         others = slice(start, min(start + _TILE, rows.stop))
         near = features[rows] @ features[others].T >= _COPY_COSINE  # (r, r)
-        near &= torch.arange(others.start, others.stop) < places
+        near &= (torch.arange(others.start, others.stop) < places) & ~done[:, None]
         if not near.any():
             continue
         both = (small[others], small[others].flip(-1))
         apart = torch.stack([torch.cdist(own, t.flatten(1) / 255) for t in both])  # (2, r, r)
-        value, flip = (apart.square() / own.shape[1]).masked_fill(~near, torch.inf).min(0)
-        value, place = value.min(1)
-        better = value < least
-        least = torch.where(better, value, least)
-        partner = torch.where(better, place + start, partner)
-        flipped = torch.where(better, flip.gather(1, place[:, None])[:, 0], flipped)
-    return least, partner, flipped
+        least, flipped = (apart.square() / own.shape[1]).min(0)
+        alike, first = (near & (least <= _COPY_PIXELS)).max(1)
+        done |= alike
+        for row in alike.nonzero()[:, 0].tolist():
+            place = int(first[row])
+            yield rows.start + row, start + place, int(flipped[row, place])
 
 
-def _outliers(photos: Sequence[Photo], features: Tensor, notes: list[str]) -> list[Outlier]:
+def _outliers(
+    photos: Sequence[Photo], features: Tensor, notes: list[str], advance: Advance
+) -> list[Outlier]:
     if len(photos) <= 2 * _NEIGHBOURS:
         notes.append(f"outliers show among more than {2 * _NEIGHBOURS} images only")
         return []
-    near = nearness(features)
+    near = nearness(features, advance)
     found = [Outlier(photos[i], round(float(near[i]), 4)) for i in outlying(near)]
     return sorted(found, key=lambda outlier: outlier.cosine)
 
 
-def nearness(features: Tensor) -> Tensor:
+def nearness(features: Tensor, advance: Advance = nothing) -> Tensor:
     """(n,) mean cosines of features (n, D), of length one, with their nearest others."""
     found = []
     for start, rows in enumerate(features.split(_TILE)):
@@ -253,6 +251,7 @@ def nearness(features: Tensor) -> Tensor:
                 cosines.fill_diagonal_(-1)
             best = torch.cat([best, cosines], 1).topk(_NEIGHBOURS).values
         found.append(best.mean(1))
+        advance(len(rows))
     return torch.cat(found)
 
 
@@ -267,15 +266,15 @@ def _judge(
     found: Findings,
     task: Task,
     photos: Sequence[Photo],
-    items: Sequence[Item],
+    labels: Tensor,
     features: Tensor,
     text: Tensor,
     scale: float,
 ) -> None:
-    """Fill in the labels and classes that are in doubt, by labelled features (n, D)."""
-    names, labels = task.class_names, torch.tensor([item.label for item in items])
-    if len(names) < 2 or not items:
-        why = "there is one class" if items else "there are no readable train images"
+    """Fill in the labels and classes that are in doubt, by features (n, D) with labels (n,)."""
+    names = task.class_names
+    if len(names) < 2 or not photos:
+        why = "there is one class" if photos else "there are no readable train images"
         found.notes.append(f"labels and classes are not judged: {why}")
         return
     doubts, counts = label_doubts(features, labels, text, scale), labels.bincount()
