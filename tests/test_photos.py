@@ -63,39 +63,48 @@ def swapped(drawings, shots, seed):
 @pytest.mark.parametrize("shots", [16, 8])
 @pytest.mark.parametrize("names", ["meaningful", "shuffled"])
 def test_swapped_labels_come_first(drawings, backbone, shots, names):
-    text, told, false, count = drawings[3], 0, 0, 0
+    """A tenth of labels is wrong; the bar is lower for names that say nothing of the photos."""
+    text, told, false, count, least = drawings[3], 0, 0, 0, 0.7
     if names == "shuffled":
         text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
+        least = 0.6
     for seed in range(1, 6):
         features, labels, wrong = swapped(drawings, shots, seed)
         found = label_doubts(features, labels, text, backbone.logit_scale)
         first = found.score.argsort(descending=True)[: round(0.15 * len(labels))]
-        assert torch.isin(wrong, first).double().mean() >= 0.7, f"seed {seed}"
+        assert torch.isin(wrong, first).double().mean() >= least, f"seed {seed}"
         told += int(found.doubtful[wrong].sum())
         false += int(found.doubtful.sum()) - int(found.doubtful[wrong].sum())
         count += len(wrong)
     if names == "meaningful":
-        assert told > 0.7 * count > false
+        assert told > 0.7 * count
+        assert false < count, "a tenth of all"
 
 
 def test_left_out_in_closed_form_is_left_out(drawings, backbone, monkeypatch):
-    """An image's label says nothing on how likely each of the labels is for it."""
+    """Against a fit for each image without it; and with few landmarks, nearly the same."""
     features, labels, _ = swapped(drawings, 2, 1)
-    text = torch.zeros(34, 128)
-    text[:, 0] = 1  # says the same of all images
-    before = label_doubts(features, labels, text, 1.0)
-    changed = labels.clone()
-    changed[5] = before.guess[5]
-    after = label_doubts(features, changed, text, 1.0)
-    assert int(after.guess[5]) != int(before.guess[5])
-    assert after.score[5] < before.score[5]
-    changed[5] = (labels[5] + 1) % 34
-    if int(changed[5]) != int(before.guess[5]):
-        again = label_doubts(features, changed, text, 1.0)
-        assert again.guess[5] in (before.guess[5], labels[5])
+    x, text, scale = features.double(), drawings[3].double(), backbone.logit_scale
+    apart = torch.cdist(x, x).square()
+    kernel = (-photos._SHARPNESS / apart.median() * apart).exp()
+    one_hot = F.one_hot(labels, 34).double()
+    zero_shot = (scale / photos._TEXT_HEAT * x @ text.T).softmax(-1)
+    left = {}
+    for name, target in (("label", one_hot), ("text", zero_shot)):
+        rows = []
+        for i in range(len(x)):
+            others = [j for j in range(len(x)) if j != i]
+            inner = kernel[others][:, others] + photos._RIDGE * torch.eye(len(others))
+            rows.append(target[i] - kernel[i, others] @ torch.linalg.solve(inner, target[others]))
+        left[name] = torch.stack(rows)
+    weight = ((left["label"] * left["text"]).sum() / left["text"].square().sum()).clamp(0, 1)
+    made = one_hot - left["label"] + weight * left["text"]
+    expected = (photos._COLD * made).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    found = label_doubts(features, labels, drawings[3], scale)
+    torch.testing.assert_close(found.score, -expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(photos, "_LANDMARKS", 40)
-    few = label_doubts(features, labels, text, 1.0)
-    assert torch.corrcoef(torch.stack([few.score, before.score]))[0, 1] > 0.7
+    few = label_doubts(features, labels, drawings[3], scale)
+    assert torch.corrcoef(torch.stack([few.score, found.score]))[0, 1] > 0.7
 
 
 WAYS = {
@@ -135,16 +144,15 @@ def test_planted_copies_are_found(planted, backbone):
     for second, first in pairs.items():
         copy = copies.pop(second)
         assert copy.leaks
-        assert copy.parts == ("train", "test")
-        assert copy.first.class_name == copy.second.class_name
-        if copy.first.path == first.as_posix():
-            told = "same file" if "copied" in second else copy.kind
-            assert copy.kind == told
-            if "mirrored" not in second:
-                assert copy.kind != "mirrored"
+        assert copy.first.path == first.as_posix()
+        if copy.kind == "same file":
+            assert "copied" in second
+        else:
+            # What is like its own mirror image may be called either.
+            assert "copied" not in second
+            assert copy.kind == "near copy" or "mirrored" in second
     assert len(copies) <= 3, "false alarms"
-    kinds = {copy.kind for copy in found.copies}
-    assert kinds == {"same file", "near copy", "mirrored"}
+    assert {copy.kind for copy in found.copies} == {"same file", "near copy", "mirrored"}
 
 
 def test_false_alarms_are_few(backbone):
@@ -325,9 +333,10 @@ def run(request, tiny_weights, photo_folder, tmp_path_factory):
 def unlabelled(photo_folder, tmp_path_factory):
     """Three photos of a kind each, twenty copies of one of them, and one that cannot be read."""
     folder = tmp_path_factory.mktemp("unlabelled")
-    for number, source in enumerate(sorted((photo_folder / "test").glob("*/0*.png"))[:3]):
+    kinds = [sorted(place.glob("*.png"))[0] for place in sorted((photo_folder / "test").iterdir())]
+    for number, source in enumerate(kinds):
         shutil.copy(source, folder / f"kind {number}.png")
-    first = sorted((photo_folder / "test").glob("*/*.png"))[0]
+    first = kinds[0]
     for number in range(20):
         shutil.copy(first, folder / f"copy {number:02}.png")
     (folder / "bad.png").write_bytes(b"x")
@@ -341,16 +350,15 @@ def test_suggested_photos_are_unlike_and_told_with_a_reason(run, unlabelled):
     assert "1 of" in result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     files = [(unlabelled / row["path"]).read_bytes() for row in rows]
-    assert len(set(files)) == len(files) >= 2, "no photo twice"
+    assert len(set(files)) == len(files) == 3, "of each kind one"
     for row in rows:
         assert row["class"] in ("blue", "green thing", "red_thing")
         assert 1 / 3 <= row["probability"] <= 1
         assert row["reason"]
     assert dapt("suggest", run.path, unlabelled, "-n", 30, "-f", "json").stdout == result.stdout
     batched = dapt("suggest", run.path, unlabelled, "-n", 30, "-f", "json", "--batch-size", 5)
-    assert [json.loads(line)["path"] for line in batched.stdout.splitlines()] == [
-        row["path"] for row in rows
-    ]
+    again = [json.loads(line)["path"] for line in batched.stdout.splitlines()]
+    assert [(unlabelled / path).read_bytes() for path in again] == files
     lines = dapt("suggest", run.path, unlabelled, "-n", 2).stdout.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(rows[0]["path"])

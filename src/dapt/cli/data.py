@@ -15,7 +15,7 @@ from dapt.safe.files import to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
-    from dapt.engine.photos import Findings, Photo
+    from dapt.engine.photos import Findings
 
 _SHOWN = 10  # problems of a kind that are told one by one
 
@@ -183,16 +183,17 @@ def _show_findings(dataset: str, found: Findings) -> None:
     leaks = sum(copy.leaks for copy in found.copies)
     kinds: dict[str, list[str]] = {
         f"copies: {len(found.copies):,}, {leaks:,} of them between test and train or val": [
-            f"{one.kind}{' (labels differ)' if one.labels_differ else ''}: "
-            f"{_of(one.first)} and {_of(one.second)}"
+            f"{one.kind} in {' and '.join(dict.fromkeys(one.parts))}"
+            f"{', labels differ' if one.labels_differ else ''}: "
+            f"{one.first.path} and {one.second.path}"
             for one in found.copies
         ],
         f"labels that look wrong: {len(found.labels):,}": [
-            f"{_of(one.photo)}: rather '{one.guess}' than '{one.photo.class_name}'"
+            f"{one.photo.path}: rather '{one.guess}' than '{one.photo.class_name}'"
             for one in found.labels
         ],
         f"outliers: {len(found.outliers):,}": [
-            f"{_of(one.photo)}, of '{one.photo.class_name}'" for one in found.outliers
+            f"{one.photo.path}, of '{one.photo.class_name}'" for one in found.outliers
         ],
         f"classes hard to tell apart: {len(found.classes):,}": [
             f"'{one.classes[0]}' and '{one.classes[1]}': {one.confused:.0%} of their photos are "
@@ -211,10 +212,6 @@ def _show_findings(dataset: str, found: Findings) -> None:
             say(f"    {line}")
         if len(lines) > _SHOWN:
             say(f"    … {len(lines) - _SHOWN:,} more like this; --json lists all")
-
-
-def _of(photo: Photo) -> str:
-    return f"{photo.part} {photo.path}"
 
 
 def _show_checks(checks: list[Check]) -> None:

@@ -38,7 +38,7 @@ _SHARPNESS, _RIDGE, _TEXT_HEAT, _COLD = 4.0, 0.3, 2.0, 4.0
 _LANDMARKS = 2000
 _DOUBT = 2.0  # times as likely as the label another class must be for an image to be told of
 _NEIGHBOURS, _FAR = 10, 2.5  # of outliers; in robust standard deviations below the median
-_SAME_TEXT, _SAME_IMAGES = 0.98, 0.25  # of classes: cosine; share of images nearer to the other
+_SAME_TEXT, _SAME_IMAGES = 0.98, 0.3  # of classes: cosine; share of images nearer to the other
 _RIVALS = 20  # classes nearer to an image than its own that are counted
 
 
