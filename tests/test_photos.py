@@ -317,9 +317,14 @@ def test_options_of_check_go_together(tmp_path):
         result = dapt("data", "check", *options)
         assert result.exit_code == 2, result.output
         assert sentence in " ".join(result.stderr.split())
-    gone = dapt("data", "check", tmp_path / "none", "-b", "bundled", "--json")
-    assert gone.exit_code == 1
-    assert "photos" not in json.loads(gone.stdout)[0]
+    for part in ("train", "test"):
+        (tmp_path / "bad" / part / "a").mkdir(parents=True)
+        (tmp_path / "bad" / part / "a" / "1.png").write_bytes(b"x")
+    for folder in ("none", "bad"):
+        gone = dapt("data", "check", tmp_path / folder, "-b", "bundled", "--json")
+        assert gone.exit_code == 1
+        assert json.loads(gone.stdout)[0]["problems"]
+        assert "photos" not in json.loads(gone.stdout)[0]
 
 
 @pytest.fixture(scope="module", params=["zero-shot", "linear-probe", "tip-adapter-f", "dapt"])

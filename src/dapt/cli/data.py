@@ -161,13 +161,13 @@ def _look(
     report: Path | None,
     told: RichReporter,
 ) -> dict[str, Findings]:
-    """What a backbone finds, by the names of the datasets that can be opened."""
+    """What a backbone finds, by the names of the datasets that have images to see."""
     from dapt.clip.sources import load_backbone
     from dapt.data import open_task
     from dapt.engine.photos import look_at_photos
 
-    readable = [c.dataset for c in checks if all(p.kind != "layout" for p in c.problems)]
-    tasks = {name: open_task(name, **place) for name in readable}
+    seen = [c.dataset for c in checks if any(good for _, good, _ in c.parts.values())]
+    tasks = {name: open_task(name, **place) for name in seen}
     loaded = load_backbone(backbone, **model)
     found = {name: look_at_photos(task, loaded, told) for name, task in tasks.items()}
     if report is not None and found:
