@@ -15,6 +15,7 @@ from dapt.safe.files import to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.data.check import Check
+    from dapt.engine.photos import Findings
 
 _SHOWN = 10  # problems of a kind that are told one by one
 
@@ -84,14 +85,61 @@ def check(
     class_names: common.NamesOption = None,
     quick: Annotated[bool, Option("--quick", help="Look for files alone, not into them.")] = False,
     decode: Annotated[bool, Option("--decode", help="Decode images, not just their ends.")] = False,
+    backbone: common.BackboneOption = None,
+    pretrained: common.PretrainedOption = None,
+    device: common.DeviceOption = None,
+    report: Annotated[
+        Path | None, Option(help="HTML page of the photos it finds; with -b.")
+    ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Check a dataset's layout, counts and images; exit code 1 if anything is wrong."""
+    """Check a dataset's files and, with a backbone, its photos and labels.
+
+    The exit code is 1 if anything is wrong with the files; what the backbone finds is advice.
+    """
     from dapt.data import BENCHMARKS
     from dapt.data.check import check_dataset
 
     if quick and decode:
         raise UserError("--quick and --decode exclude each other; give one")
+    if backbone is None and (pretrained or device or report):
+        raise UserError("--pretrained, --device and --report go with --backbone; give one")
+    if report is not None:
+        from dapt.report.sheet import require_sheet
+
+        if dataset is None:
+            raise UserError("--report goes with one DATASET; give it")
+        require_sheet(report := user_path(report))
+    root, chosen = _chosen(dataset, root, domain, class_names)
+    level, told = "listed" if quick else "decoded" if decode else "whole", RichReporter()
+    place: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
+    checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
+    found: dict[str, Findings] = {}
+    if backbone is not None:
+        model = {"pretrained": pretrained, "device": device or "auto"}
+        found = _look(checks, place, backbone, model, report, told)
+    if as_json:
+        shown = [(c, found.get(c.dataset)) for c in checks]
+        echo(to_json([c.to_json() | ({"photos": f.to_json()} if f else {}) for c, f in shown]))
+    else:
+        _show_checks(checks)
+        for name, findings in found.items():
+            _show_findings(name, findings)
+        absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
+        if absent and dataset is None:
+            say(f"not below --root: {absent}")
+        if report is not None and found:
+            say(f"contact sheet: {report}")
+    if any(c.problems for c in checks):
+        raise Exit(1)
+
+
+def _chosen(
+    dataset: str | None, root: Path | None, domain: str | None, class_names: Path | None
+) -> tuple[Path | None, list[str]]:
+    """The folder of benchmarks, and the datasets to check."""
+    from dapt.data import BENCHMARKS
+
     if dataset is None and root is None:
         raise UserError("give a DATASET to check, or --root for all benchmarks below it")
     if dataset is None and (domain or class_names):
@@ -100,21 +148,70 @@ def check(
     if root is not None and not root.is_dir():
         raise UserError(f"--root {root} does not exist; give the folder of the benchmarks")
     below = [n for n, row in BENCHMARKS.items() if root and (root / row.folder).is_dir()]
-    chosen = [dataset] if dataset else below
-    if not chosen:
+    if not (chosen := [dataset] if dataset else below):
         raise UserError(f"--root {root} holds no benchmark's folder; see 'dapt data list'")
-    level, told = "listed" if quick else "decoded" if decode else "whole", RichReporter()
-    place: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
-    checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
-    if as_json:
-        echo(to_json([found.to_json() for found in checks]))
-    else:
-        _show_checks(checks)
-        absent = ", ".join(n for n in BENCHMARKS if n not in chosen)
-        if absent and dataset is None:
-            say(f"not below --root: {absent}")
-    if any(c.problems for c in checks):
-        raise Exit(1)
+    return root, chosen
+
+
+def _look(
+    checks: list[Check],
+    place: dict[str, Any],
+    backbone: str,
+    model: dict[str, Any],
+    report: Path | None,
+    told: RichReporter,
+) -> dict[str, Findings]:
+    """What a backbone finds, by the names of the datasets that have images to see."""
+    from dapt.clip.sources import load_backbone
+    from dapt.data import open_task
+    from dapt.engine.photos import look_at_photos
+
+    seen = [c.dataset for c in checks if any(good for _, good, _ in c.parts.values())]
+    tasks = {name: open_task(name, **place) for name in seen}
+    loaded = load_backbone(backbone, **model)
+    found = {name: look_at_photos(task, loaded, told) for name, task in tasks.items()}
+    if report is not None and found:
+        from dapt.report.sheet import write_sheet
+
+        for name, findings in found.items():
+            write_sheet(report, tasks[name], findings)
+    return found
+
+
+def _show_findings(dataset: str, found: Findings) -> None:
+    """The first few of each kind, the worst first."""
+    leaks = sum(copy.leaks for copy in found.copies)
+    kinds: dict[str, list[str]] = {
+        f"copies: {len(found.copies):,}, {leaks:,} of them between test and train or val": [
+            f"{one.kind} in {' and '.join(dict.fromkeys(one.parts))}"
+            f"{', labels differ' if one.labels_differ else ''}: "
+            f"{one.first.path} and {one.second.path}"
+            for one in found.copies
+        ],
+        f"labels that look wrong: {len(found.labels):,}": [
+            f"{one.photo.path}: rather '{one.guess}' than '{one.photo.class_name}'"
+            for one in found.labels
+        ],
+        f"outliers: {len(found.outliers):,}": [
+            f"{one.photo.path}, of '{one.photo.class_name}'" for one in found.outliers
+        ],
+        f"classes hard to tell apart: {len(found.classes):,}": [
+            f"'{one.classes[0]}' and '{one.classes[1]}': {one.confused:.0%} of their photos are "
+            f"nearer to the other; cosine of the names {one.text_cosine:.2f}"
+            for one in found.classes
+        ],
+    }
+    say(f"{dataset}: {found.images:,} photos, seen by {found.backbone}")
+    for note in found.notes:
+        say(f"  {note}")
+    if found.skipped:
+        say(f"  left out, as they cannot be read: {len(found.skipped):,}")
+    for title, lines in kinds.items():
+        say(f"  {title}")
+        for line in lines[:_SHOWN]:
+            say(f"    {line}")
+        if len(lines) > _SHOWN:
+            say(f"    … {len(lines) - _SHOWN:,} more like this; --json lists all")
 
 
 def _show_checks(checks: list[Check]) -> None:

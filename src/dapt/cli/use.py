@@ -173,6 +173,48 @@ def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
 FORMS = {"lines": _lines, "json": _json, "csv": _csv, "table": _table}
 
 
+@command("suggest")
+def suggest(
+    run: common.RunArgument,
+    images: Annotated[list[str], Argument(help="Files, folders, patterns.")],
+    count: Annotated[int, Option("--count", "-n", min=1, help="Photos to list.")] = 20,
+    form: Annotated[str, Option("--format", "-f", help="lines, json or csv.")] = "lines",
+    batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
+    device: common.DeviceOption = None,
+) -> None:
+    """Say which unlabelled photos to label next: unsure ones, unlike each other."""
+    from dapt.data import ImageStore
+    from dapt.engine.suggest import suggest
+    from dapt.predict import find_images
+    from dapt.run.directory import RunDirectory
+    from dapt.run.load import load_classifier
+
+    if form not in (forms := ("lines", "json", "csv")):
+        raise UserError(f"--format {form}{nearest(form, forms)}; use one of {', '.join(forms)}")
+    paths, bad = find_images(images), dict[int, str]()
+    classifier = load_classifier(RunDirectory(run), device=device)
+    store = ImageStore(paths, **classifier.backbone.preprocessing.of_views())
+    with RichReporter().stage("looking", len(paths)) as advance:
+        how: dict[str, Any] = {"batch_size": batch_size, "advance": advance, "unreadable": bad}
+        found = suggest(classifier, store, count, **how)
+    for reason in bad.values():
+        say_error(f"dapt: skipped: {reason}")
+    if form == "csv":
+        echo(_comma_separated("path", "class", "probability", "reason"))
+    for one in found:
+        path = os.fsencode(paths[one.place]).decode("utf-8", "replace")
+        if form == "lines":
+            echo(printable(f"{path}: {one.guess} {one.probability:.1%} ({one.reason})"))
+        elif form == "csv":
+            echo(_comma_separated(path, one.guess, f"{one.probability:.6f}", one.reason))
+        else:
+            value = {"path": path, "class": one.guess, "probability": one.probability}
+            echo(json.dumps({**value, "reason": one.reason}, ensure_ascii=False))
+    if bad:
+        say_error(f"dapt: {len(bad):,} of {len(paths):,} images could not be read and were skipped")
+        raise Exit(1)
+
+
 @command("serve")
 def serve(
     run: common.RunArgument,

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -276,6 +277,17 @@ def _digest(source: Any) -> bytes | None:
             return file_digest(source)
         return hashlib.sha256(read_picture(source).tobytes()).digest()
     return None
+
+
+def content_groups(sources: Sequence[Any]) -> list[int]:
+    """For each source of an image, as `Task.source` gives it, the first one of the same content."""
+    size = [file_size(s) if isinstance(s, str | Path) else None for s in sources]
+    often, first, found = Counter(size), dict[bytes, int](), []
+    for place, source in enumerate(sources):
+        lonely = size[place] is not None and often[size[place]] == 1
+        digest = None if lonely else _digest(source)
+        found.append(place if digest is None else first.setdefault(digest, place))
+    return found
 
 
 def load_support_set(path: Path, task: Task) -> SupportSet:

@@ -20,8 +20,8 @@ from dapt.progress import Reporter
 from dapt.report import comparison, figures, inside
 from dapt.report.collect import Run, collect
 from dapt.report.study import Block, Study, full_settings, row_of
-from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean, shown
-from dapt.safe.files import TEMPORARY, open_regular, read_json, write_atomic, write_json
+from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean, require_page, shown
+from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
 
@@ -74,12 +74,7 @@ def write_report(
             something else than a report.
     """
     reporter = reporter or Reporter()
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {out}: give a file that ends in .html")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist, or it is one; give a file")
-    if out.exists() and not _is_page(out):
-        raise UserError(f"--out {out} is there and not a report; choose another")
+    require_page(out, "--out", _GENERATOR)
     folder = out.with_name(f"{out.stem}-files")
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
@@ -98,14 +93,6 @@ def write_report(
     told = {"parts": parts, "report": written, "notes": notes, "features": features}
     write_atomic(out, _page(study, failures, **told))
     return written
-
-
-def _is_page(path: Path) -> bool:
-    try:
-        with open_regular(path) as file:
-            return _GENERATOR.encode() in file.read(1000)
-    except OSError:
-        return False
 
 
 def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None:

@@ -330,7 +330,7 @@ class _Look:
             worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
             paths = {i: self.task.image_path(self.items[i]) for i in worst}
             examples = [
-                (_thumbnail(path), self.shown[named[i]], float(confidence[i]))
+                (thumbnail(path), self.shown[named[i]], float(confidence[i]))
                 for i, path in paths.items()
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
@@ -357,8 +357,8 @@ class _Look:
             block.legend = block.legend or legend
 
 
-def _thumbnail(path: Path) -> str:
-    """A small copy of an image, which carries nothing of the original file but its pixels."""
+def thumbnail(path: Path) -> str:
+    """A small copy of an image as a data URI: nothing of the original file but its pixels."""
     image = open_image(path).convert("RGB")
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.LANCZOS)
     image.info.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 from scipy.stats import t as student
+
+from dapt.errors import UserError
+from dapt.safe.files import open_regular
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 CONFIDENCE = 0.95
@@ -246,3 +250,19 @@ TEMPLATES.filters |= {
     "markdown": lambda text: text.translate(str.maketrans(_MARKDOWN)),
     "latex": lambda text: text.translate(str.maketrans(_LATEX)),
 }
+
+
+def require_page(path: Path, option: str, generator: str) -> None:
+    """Refuse, as a `UserError`, a path that is no place for a page, or holds something else.
+
+    A page that may be replaced is known by ``generator``, an element of its head.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{option} {path}: give a file that ends in .html")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: its folder does not exist, or it is one; give a file")
+    known = False
+    with suppress(OSError), open_regular(path) as file:
+        known = generator.encode() in file.read(1000)
+    if path.exists() and not known:
+        raise UserError(f"{option} {path} is there and not a report; choose another")
