@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, refusing, shown
-from dapt.methods import METHODS, PartSettings, get_method
+from dapt.methods import METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST
 from dapt.methods.published import usual_settings
 from dapt.safe.files import parse_yaml, read_yaml, user_path
@@ -42,7 +42,7 @@ class Settings(BaseModel):
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
     classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
-    method: str = Field("dapt", description="row of the method table")
+    method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
     pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
@@ -108,7 +108,7 @@ def all_fields() -> dict[str, FieldInfo]:
 
 def idle_settings(method: str) -> frozenset[str]:
     """Settings that cannot change what a method finds; none of a method that is not known here."""
-    if (row := METHODS.get(method)) is None:
+    if (row := find_method(method)) is None:
         return frozenset()
     parts = frozenset().union(*(other.settings for other in METHODS.values()))
     idle = frozenset() if row.learns else TUNING
@@ -143,7 +143,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     """What is published for a dataset and number of shots, by the method if it has its own."""
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
-    row = METHODS.get(given.get("method", "dapt"))
+    row = find_method(str(given.get("method", "dapt")))
     return usual_settings(*asked) | (row.defaults(*asked) if row else {})
 
 

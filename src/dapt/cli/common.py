@@ -169,6 +169,16 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
     for name, change in result.dispersion.items():
         say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
     tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""
+    if (told := result.forecast) is not None:
+        between = f"between {100 * told.low:.0f} and {100 * told.high:.0f} %"
+        say(
+            f"expected on new photos like these: {100 * told.accuracy:.0f} % right, most likely "
+            f"{between} ({told.images:,} photos held out)"
+        )
+        for pair in told.confused[:3]:
+            one, other = pair.classes
+            say(f"most confused: '{one}' and '{other}' ({pair.images} of those)")
+        say(told.advice)
     say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
     return result
 

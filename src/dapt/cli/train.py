@@ -33,6 +33,9 @@ def train(
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Run directory to write.")] = None,
     method: common.MethodOption = None,
+    head: Annotated[
+        str | None, Option(help="Head of another method, fitted on what this one tunes.")
+    ] = None,
     shots: common.ShotsOption = None,
     seed: common.SeedOption = None,
     root: common.RootOption = None,
@@ -66,7 +69,10 @@ def train(
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-        final = _settings(given_settings(context, assignments=settings), config, run, resume)
+        said = given_settings(context, assignments=settings)
+        if head is not None:
+            said["method"] = f"{said.get('method', 'dapt')}+{head}"
+        final = _settings(said, config, run, resume)
         group = processes.join_processes()
         if group.first:
             training.check_output(run, final, **how)

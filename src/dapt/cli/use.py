@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.filesize import decimal
 from rich.table import Column, Table
@@ -19,9 +19,13 @@ from typer import Argument, Context, Exit, Option, echo
 
 from dapt.cli import common
 from dapt.cli.common import command, given_settings, say_error
-from dapt.errors import UserError, nearest, printable
+from dapt.errors import UserError, nearest, printable, refusing
 from dapt.progress import Reporter, RichReporter, cell, console, say
 from dapt.safe.files import to_json
+
+if TYPE_CHECKING:
+    from dapt.run.directory import RunDirectory
+    from dapt.run.records import ForecastRecord
 
 
 @command("eval")
@@ -61,7 +65,14 @@ def predict(
     form: Annotated[str, Option("--format", "-f", help="lines, json, csv or table.")] = "lines",
     as_json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
     unknown: Annotated[
-        float | None, Option(min=0, max=1, help="Less probable than this, an image is unknown.")
+        str | None, Option(help="Less probable than this, an image is unknown; or auto.")
+    ] = None,
+    known_share: Annotated[
+        float, Option(min=0, max=1, help="Share of known images that --unknown auto lets pass.")
+    ] = 0.95,
+    set_coverage: Annotated[
+        float | None,
+        Option(min=0, max=1, help="Name so many classes that the true one is so often among them."),
     ] = None,
     null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
@@ -75,6 +86,12 @@ def predict(
     form = "json" if as_json else form
     if form not in FORMS:
         raise UserError(f"--format {form}{nearest(form, [*FORMS])}; use one of {', '.join(FORMS)}")
+    limit = _limit(RunDirectory(run), unknown, known_share)
+    least = None
+    if set_coverage is not None:
+        if form not in ("lines", "json"):
+            raise UserError(f"--set-coverage names any number of classes; {form} has no room: json")
+        least = _forecast(RunDirectory(run), "--set-coverage").probability_of_sets(set_coverage)
     known = _listed(images, null=null)
     paths = named_in(sys.stdin.buffer, b"\0" if null else b"\n") if known is None else known
     classifier = load_classifier(RunDirectory(run), device=device)
@@ -86,7 +103,7 @@ def predict(
     def rows() -> Generator[Row, None, None]:
         nonlocal done, skipped
         with reporter.stage("predicting", None if known is None else len(known)) as advance:
-            for one in predict_each(classifier, paths, top=top, batch_size=batch_size):
+            for one in predict_each(classifier, paths, top=width, batch_size=batch_size):
                 done += 1
                 advance(1)
                 if isinstance(one, Unreadable):
@@ -94,11 +111,15 @@ def predict(
                     say_error(f"dapt: skipped: {one.reason}")
                 else:
                     path = os.fsencode(one.path).decode("utf-8", "replace")  # for any output
-                    yield path, one.classes, one.classes[0][1] < (unknown or 0)
+                    best, *others = one.classes
+                    if least is not None:
+                        others = [(name, p) for name, p in others if p >= least]
+                    yield path, (best, *others), best[1] < (limit or 0)
 
+    width = len(classifier.class_names)
+    width = width if least is not None else min(top, width)
     with closing(rows()) as found:
-        width = min(top, len(classifier.class_names))
-        for line in FORMS[form](found, width, unknown is not None):
+        for line in FORMS[form](found, width, limit is not None):
             out.write(f"{line}\n")
             out.flush()
     if not done:
@@ -106,6 +127,27 @@ def predict(
     if skipped:
         say_error(f"dapt: {skipped:,} of {done:,} images could not be read and were skipped")
         raise Exit(1)
+
+
+def _limit(run: RunDirectory, unknown: str | None, share: float) -> float | None:
+    """The probability below which an image is unknown; None where that is not asked."""
+    if unknown is None:
+        return None
+    if unknown == "auto":
+        return _forecast(run, "--unknown auto").probability_of_known(share)
+    with refusing(f"--unknown {unknown}", "give a number from 0 to 1, or auto", ValueError):
+        limit = float(unknown)
+        if not 0 <= limit <= 1:
+            raise ValueError("it is not from 0 to 1")
+        return limit
+
+
+def _forecast(run: RunDirectory, option: str) -> ForecastRecord:
+    """What the run held out; a `UserError` where it has nothing of the kind."""
+    if (found := run.read_metrics().forecast) is None:
+        way = "train with --method auto, and two photos or more in a class"
+        raise UserError(f"{option} needs a run that has tried held-out photos; {way}")
+    return found
 
 
 def _listed(images: list[str] | None, *, null: bool) -> list[Path] | None:

@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
         self.changes_images = bool(parts_of(self.parts, "image"))
         self.text_encoder: TextEncoder | None = None
-        if self.head.reads_text:
+        if self.head.reads_text or parts_of(self.parts, "text"):
             context = inside_of(self.parts, "text").tokens
             self.text_encoder = TextEncoder(
                 backbone,

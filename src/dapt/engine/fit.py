@@ -28,8 +28,9 @@ from dapt.engine.features import Shared, Support, backbone_of, chunks
 from dapt.engine.processes import join_processes, keep_freed_memory
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
 from dapt.errors import UserError
-from dapt.methods import Evidence, get_method
+from dapt.methods import Evidence, Head, get_method
 from dapt.methods.contract import Examples
+from dapt.methods.held_out import HeldOut
 from dapt.progress import Reporter
 from dapt.settings import Settings, loss_weights
 
@@ -87,6 +88,10 @@ class Tuned:
     skipped: list[dict[str, str]]
     seconds: float = 0.0  # of tuning, earlier sessions' included
     rose: dict[str, float] | None = None  # cross-entropy of first and last epoch, if it grew much
+    held_out: HeldOut | None = None  # what a head said of support images it was not fitted on
+    val: Examples | None = (
+        None  # where a head is fitted, the val images as the classifier sees them
+    )
 
 
 def fit(
@@ -128,20 +133,23 @@ def fit(
         reporter, journal = Reporter(), Journal()
     started, spent, rose = time.perf_counter(), 0.0, None
     if method.learns:
+        # What is tuned in the towers is tuned for cosines; a head that is fitted comes after.
+        head, classifier.head = classifier.head, Head(shared.backbone.logit_scale)
         spent = _Loop(tuned, journal, reporter).run()
+        classifier.head = head
         if rose := _rise(journal.rows):
             reporter.warn(
                 f"cross-entropy rose from {rose['first']:.2f} in the first epoch to "
                 f"{rose['last']:.2f} in the last: learning rate {settings.lr:g} may be too high; "
                 f"compare with a smaller --lr, such as {settings.lr / 10:g}"
             )
-    more = _fit_head(tuned, shared, reporter) if method.head.fitted else []
-    seconds = spent + time.perf_counter() - started
-    return replace(tuned, skipped=[*tuned.skipped, *more], seconds=seconds, rose=rose)
+    if method.head.fitted:
+        tuned = _fit_head(tuned, shared, reporter)
+    return replace(tuned, seconds=spent + time.perf_counter() - started, rose=rose)
 
 
-def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> list[dict[str, str]]:
-    """Fit what follows the towers; returns a record of the val images that could not be read."""
+def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> Tuned:
+    """Fit what follows the towers."""
     settings, classifier, support = tuned.settings, tuned.classifier, tuned.support
     store, task, val, skipped = support.store, tuned.data.task, None, list[dict[str, str]]()
     if items := support.drawn.val:
@@ -162,7 +170,7 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> list[dict[str
         text = classifier.text_features().cpu().clone()
     own = Examples(support.features_of(classifier, settings), support.labels)
     evidence = Evidence(own, val, text, classifier.backbone.logit_scale, train_views)
-    classifier.head.fit(evidence, settings)
+    held_out = classifier.head.fit(evidence, settings)
     head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
     with torch.inference_mode():
         text = text.to(device)
@@ -175,7 +183,7 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> list[dict[str
             f"what {get_method(settings.method).title} fits is no longer finite; give other values "
             f"of {names} ('dapt settings' says what they mean)"
         )
-    return skipped
+    return replace(tuned, skipped=[*tuned.skipped, *skipped], held_out=held_out, val=val)
 
 
 @dataclass

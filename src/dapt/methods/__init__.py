@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 from dapt.errors import UserError, nearest
 from dapt.methods import auto, ivlp, kernel_ridge, probe, prompts, prototypes, tip_adapter
 from dapt.methods.contract import (
@@ -18,7 +21,7 @@ from dapt.methods.contract import (
 from dapt.methods.losses import INTER, INTRA
 
 __all__ = ["METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
-           "PartSettings", "Step", "TowerPart", "get_method"]  # fmt: skip
+           "PartSettings", "Step", "TowerPart", "find_method", "get_method"]  # fmt: skip
 
 ZERO_SHOT = "zero-shot"
 
@@ -73,14 +76,43 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-    """Look a method up by its name in `METHODS`.
+    """Look a method up by its name in `METHODS`, or put one together: "dapt+kernel-ridge".
+
+    After a plus stands another row, whose head is fitted on what the first one tunes.
 
     Raises:
-        UserError: there is no such row.
+        UserError: there is no such row, or the second has no head to fit.
     """
+    first, plus, other = ("", "", "") if name in METHODS else name.partition("+")
+    if not plus:
+        return METHODS[_known(name)]
+    row, head = METHODS[_known(first)], METHODS[_known(other)]
+    if head.learns or not head.head.fitted:
+        heads = ", ".join(n for n, r in METHODS.items() if r.head.fitted and not r.learns)
+        raise UserError(f"method '{other}' fits no head, as {name} would need; use {heads}")
+    return _together(row, head)
+
+
+def find_method(name: str) -> Method | None:
+    """As `get_method`, or None where there is none of this name."""
+    try:
+        return get_method(name)
+    except UserError:
+        return None
+
+
+def _known(name: str) -> str:
     if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise UserError(
-            f"unknown method '{name}'{nearest(name, list(METHODS))}; use one of {known}"
-        )
-    return METHODS[name]
+        known, near = ", ".join(METHODS), nearest(name, list(METHODS))
+        raise UserError(f"unknown method '{name}'{near}; use one of {known}")
+    return name
+
+
+@cache
+def _together(row: Method, head: Method) -> Method:
+    return replace(
+        row, title=f"{row.title} + {head.title}", head=head.head, colour=None, shown=False,
+        defaults=lambda dataset, shots: (
+            head.defaults(dataset, shots) | row.defaults(dataset, shots)
+        ),
+    )  # fmt: skip

@@ -192,7 +192,7 @@ class Auto(contract.Head):
         if pieces.left_out:
             logits = torch.stack([amount * pieces.held_out(c) for c, amount in chosen]).sum(0)
             final = sharpness(logits, pieces.labels)[0]
-            held = HeldOut(final * logits, pieces.labels)
+            held = HeldOut(final * logits, pieces.labels, final)
         else:
             final = factor * spread(plain @ text.T) if meaning else SHARPNESS
         weight, values, width = pieces.merged(chosen)

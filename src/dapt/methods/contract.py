@@ -188,6 +188,7 @@ class Head(nn.Module):
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it needs class features at all
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
+    reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:

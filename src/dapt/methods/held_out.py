@@ -16,10 +16,14 @@ ROUNDS = 16
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Logits (r, C) of images that were left out for them, and their labels (r,)."""
+    """Logits (r, C) of images that were left out for them, and their labels (r,).
+
+    ``factor`` is what calibration has multiplied the logits by.
+    """
 
     logits: Tensor
     labels: Tensor
+    factor: float = 1.0
 
 
 def smoothed(plain: Tensor, views: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     places = [(labels == c).nonzero()[:, 0] for c in range(classes)]
     found: list[Tensor] = []
     places = [own[:ROUNDS] for own in places if len(own) > 1]
-    most = max(500, 2_000_000 // classes)
+    most = max(500, 1_000_000 // classes)
     if len(places) > most:
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
         places = [places[i] for i in order[:most].sort().values.tolist()]

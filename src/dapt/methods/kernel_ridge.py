@@ -112,7 +112,7 @@ class KernelRidge(contract.Head):
                 scored.append((float(losses.mean()), p, factor, logits))
             _, penalty, factor, logits = min(scored, key=lambda s: s[:2])
             self.sharpness = torch.tensor(factor)
-            held = HeldOut(factor * logits, labels)
+            held = HeldOut(factor * logits, labels, factor)
         self.keys, self.values = ridge.keys, ridge.values(penalty, 1.0)
         return held
 

@@ -24,7 +24,7 @@ class LinearProbe(Head):
     (too few images a class) a middle one is taken. A class without images never wins.
     """
 
-    fitted, reads_text = True, False
+    fitted, reads_text, reads_val = True, False, True
     closed = "a linear probe, which knows only the classes it was fitted on"
     weight: Tensor
     bias: Tensor

@@ -36,7 +36,7 @@ class TipAdapterF(contract.Head):
     """
 
     Settings = TipSettings
-    fitted = reads_views = True
+    fitted = reads_views = reads_val = True
     closed = "a Tip-Adapter, whose memory is of the classes it was fitted on"
     labels: Tensor
     alpha: Tensor

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -75,6 +76,36 @@ class Rise(Record):
     last: FiniteFloat
 
 
+class Confused(Record):
+    """Two classes that are taken for each other, and how many held-out images were."""
+
+    classes: list[str] = Field(min_length=2, max_length=2)
+    images: Count
+
+
+class ForecastRecord(Record):
+    """What new photos can be expected to give, as `dapt.engine.forecast.forecast` says."""
+
+    images: Count
+    accuracy: Share
+    low: Share
+    high: Share
+    ece: Change
+    confused: list[Confused] = []
+    advice: str = ""
+    true: list[Share] = Field(min_length=2)
+    best: list[Share] = Field(min_length=2)
+
+    def probability_of_known(self, share: float) -> float:
+        """What that share of known images reach with their best class."""
+        return float(np.interp(1 - share, np.linspace(0, 1, len(self.best)), self.best))
+
+    def probability_of_sets(self, coverage: float) -> float:
+        """What classes must reach, for the true one to be among them so often (Vovk, 2005)."""
+        place = max(0.0, 1 - coverage * (1 + 1 / self.images))  # for so few images, a little lower
+        return float(np.interp(place, np.linspace(0, 1, len(self.true)), self.true))
+
+
 class Metrics(Record):
     """metrics.json: how well a finished run does."""
 
@@ -89,6 +120,7 @@ class Metrics(Record):
     also_tested: list[dict[str, str]] | None = []
     rose: Rise | None = None
     dispersion: dict[str, Change]
+    forecast: ForecastRecord | None = None
     test: Test
 
 

@@ -1,0 +1,124 @@
+"""What new photos can be expected to give, told by images that a classifier was not fitted on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapt.engine.evaluate import calibration_error, logits_of
+from dapt.engine.fit import Tuned
+
+# Confused classes that are told, and quantiles of probabilities that are kept.
+_PAIRS, _QUANTILES = 5, 200
+# Cosine of two class features beyond which the names mean the same to the model.
+_SAME = 0.97
+
+
+def forecast(tuned: Tuned) -> dict[str, Any] | None:
+    """What support and val images, held out, say of new ones; None where there are none.
+
+    ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, classes weighed as often as
+    they are among all the task's images to tune on. ``ece`` is before and after the calibration of
+    the head. ``confused`` has pairs of classes; ``true`` and ``best`` are quantiles of the
+    probability of the true and of the best class, in even steps from 0 to 1.
+    """
+    held, val, classifier = tuned.held_out, tuned.val, tuned.classifier
+    logits, labels, raw = list[Tensor](), list[Tensor](), list[Tensor]()
+    if held is not None:
+        logits, labels, raw = [held.logits], [held.labels], [held.logits / held.factor]
+    if val is not None and not classifier.head.reads_val:
+        found = torch.cat(list(logits_of(classifier, val.features)))
+        logits, labels, raw = [*logits, found], [*labels, val.labels], [*raw, found]
+    if not logits:
+        return None
+    truth = torch.cat(labels).numpy()
+    probabilities = torch.cat(logits).double().softmax(-1)
+    best, predicted = (t.numpy() for t in probabilities.max(-1))
+    correct = predicted == truth
+    task = tuned.data.task
+    weights = frequencies(truth, [item.label for item in task.train], len(task.class_names))
+    accuracy = float((weights * correct).sum())
+    low, high = wilson(accuracy, float(1 / (weights**2).sum()))
+    true = probabilities[torch.arange(len(truth)), torch.from_numpy(truth)].numpy()
+    steps, before = np.linspace(0, 1, _QUANTILES + 1), torch.cat(raw).double().softmax(-1).max(-1)
+    uncalibrated = before.values.numpy(), before.indices.numpy() == truth
+    return {
+        "images": len(truth),
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "ece": {
+            "before": calibration_error(*uncalibrated),
+            "after": calibration_error(best, correct),
+        },
+        "confused": confused(task.class_names, truth, predicted),
+        "advice": _advice(tuned, truth, predicted, accuracy),
+        "true": np.quantile(true, steps).tolist(),
+        "best": np.quantile(best, steps).tolist(),
+    }
+
+
+def frequencies(truth: np.ndarray, everywhere: list[int], classes: int) -> np.ndarray:
+    """(n,) weights of images with labels ``truth`` that make classes as frequent as everywhere."""
+    here = np.bincount(truth, minlength=classes)
+    there = np.bincount(np.asarray(everywhere, dtype=int), minlength=classes)
+    weights = (there / np.maximum(here, 1))[truth].astype(float)
+    if not weights.sum():
+        weights = np.ones(len(truth))
+    return weights / weights.sum()
+
+
+def wilson(share: float, images: float, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share that so many images were counted for (Wilson, 1927); 95 % by itself."""
+    middle = share + z * z / (2 * images)
+    half = z * sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    whole = 1 + z * z / images
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+
+
+def confused(
+    names: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> list[dict[str, Any]]:
+    """Pairs of classes that are taken for each other most, either way, with numbers of images."""
+    pairs = Counter(
+        tuple(sorted(pair))
+        for pair in zip(truth.tolist(), predicted.tolist(), strict=True)
+        if pair[0] != pair[1]
+    )
+    return [
+        {"classes": [names[a], names[b]], "images": count}
+        for (a, b), count in pairs.most_common(_PAIRS)
+        if count > 1
+    ]
+
+
+def _advice(tuned: Tuned, truth: np.ndarray, predicted: np.ndarray, accuracy: float) -> str:
+    """One sentence on what would help most."""
+    task, classifier = tuned.data.task, tuned.classifier
+    names, counts = task.class_names, Counter(tuned.support.labels.tolist())
+    if lacking := [name for c, name in enumerate(names) if not counts[c]]:
+        return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
+    for pair in confused(names, truth, predicted):
+        a, b = (names.index(name) for name in pair["classes"])
+        text = classifier.text_features()
+        if text.shape[1] and float(text[a] @ text[b]) > _SAME:
+            return (
+                f"The names '{names[a]}' and '{names[b]}' mean the same to the model: give clearer "
+                "ones with --class-names."
+            )
+    shares = {c: float((predicted[truth == c] == c).mean()) for c in set(truth.tolist())}
+    worst = min(shares, key=lambda c: (shares[c], c))
+    if min(counts.values()) < 4:
+        return "More photos would help most: give each class at least four."
+    if accuracy < 0.5:
+        return "A better backbone would help most, such as -b ViT-B-16 --pretrained openai."
+    if shares[worst] < 0.75 * accuracy:
+        share = f"{shares[worst]:.0%} of its held-out photos are named right"
+        return f"More photos of '{names[worst]}' would help most: {share}."
+    return "More photos of every class would help; twice as many usually gain a few points."
