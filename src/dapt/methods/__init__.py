@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),
         defaults=lambda dataset, shots: ivlp.PUBLISHED,
     ),
+    "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -168,8 +169,14 @@ class Head(nn.Module):
     """How features become logits: by itself, cosines times the scale.
 
     Its buffers and parameters are what is fitted.
+
+    Attributes:
+        shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C classes, D
+            numbers of a feature, other letters for sizes that a file may choose, such as
+            ``{"keys": "nD", "labels": "n", "alpha": ""}``.
     """
 
+    shapes: ClassVar[dict[str, str]] = {}
     Settings: ClassVar[type[PartSettings]] = PartSettings
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it needs class features at all
@@ -179,6 +186,8 @@ class Head(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        for name in self.shapes:
+            self.register_buffer(name, torch.zeros(0))
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -197,8 +206,16 @@ class Head(nn.Module):
 
         What is not of this head, or of other shapes, is a `UserError` of ``where``.
         """
-        if tensors:
-            raise UserError(f"{where} holds '{min(tensors)}', which this method does not fit")
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        sizes = {"C": classes, "D": dimension}
+        for name, letters in self.shapes.items():  # other letters are what they are found to be
+            sizes = dict(zip(letters, found.get(name, ()), strict=False)) | sizes
+        needed = {n: tuple(sizes.get(x, 0) for x in letters) for n, letters in self.shapes.items()}
+        if found != needed or 0 in sizes.values():
+            what = f"for {classes} classes and features of {dimension} numbers"
+            raise UserError(f"{where} does not hold what this method fits {what}; train again")
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.float())
 
 
 class Finish:
