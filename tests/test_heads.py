@@ -1,5 +1,6 @@
 """Heads that are fitted on cached features: of any row, through the whole way of a run."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -86,6 +87,21 @@ def test_few_images_and_classes_without_any_are_fitted(method, val, labels, clas
     assert logits.isfinite().all()
     assert not logits.requires_grad
     assert logits.argmax(-1).eq(held_out.labels).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "gda", "lp++"])
+def test_held_out_images_decide_where_there_are_any(method):
+    """Even of images and texts that lie anywhere, more are right."""
+    generator, right = torch.Generator().manual_seed(2), []
+    anywhere = F.normalize(torch.randn(504, 16, generator=generator), dim=-1)
+    val = Examples(anywhere[4:], torch.randint(4, (500,), generator=generator))
+    evidence, _ = evidence_of([0, 1, 2, 3] * 4, 4)
+    for held_out in (None, val):
+        given = replace(evidence, val=held_out, text=anywhere[:4], scale=2.0)
+        head = METHODS[method].head(given.scale)
+        head.fit(given, settings_of(method))
+        right.append(head(val.features, given.text).argmax(-1).eq(val.labels).sum())
+    assert right[1] > right[0]
 
 
 @each

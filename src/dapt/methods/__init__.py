@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapt.errors import UserError, nearest
-from dapt.methods import ivlp, probe, prompts, tip_adapter
+from dapt.methods import clap, gda, ivlp, lp_plus, probe, prompts, ss_text, tip_adapter
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -64,6 +64,12 @@ METHODS: dict[str, Method] = {
     ),
     "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
+    "gda": Method("GDA", head=gda.Gda),
+    "clap": Method("CLAP", head=clap.Clap),
+    "zs-lp": Method("ZS-LP", head=clap.ZeroShotProbe),
+    "lp++": Method("LP++", head=lp_plus.LPPlus),
+    "ss-text": Method("SS-Text", head=ss_text.SSText),
+    "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
 }  # fmt: skip
 
 

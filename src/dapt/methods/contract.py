@@ -158,6 +158,7 @@ class Evidence:
     text: Tensor  # (C, D) normalised class features, (C, 0) where the head reads none
     scale: float  # exp(logit_scale) of the backbone
     views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
+    text_lengths: Tensor | float = 1.0  # (C, 1) of class features before they were normalised
 
     @property
     def classes(self) -> int:

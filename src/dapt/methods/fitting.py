@@ -11,6 +11,8 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
+WARMUP_LR = 1e-5
+
 
 def descend(
     optimizer: torch.optim.Optimizer, rates: Iterable[float], loss: Callable[[int], Tensor]
@@ -32,6 +34,14 @@ def descend(
 def cosine(lr: float, steps: int) -> list[float]:
     """A learning rate for each step: half a cosine, from ``lr`` to 0 after the last."""
     return [lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)]
+
+
+def warm_cosine(epoch: int, epochs: int, lr: float) -> float:
+    """CoOp's schedule: epoch 0 at a constant 1e-5, then half a cosine, stepped once an epoch.
+
+    It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
+    """
+    return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2 if epoch else WARMUP_LR
 
 
 def most_accurate(candidates: Iterable[tuple[Value, Tensor]], labels: Tensor) -> Value:
