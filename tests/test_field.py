@@ -14,10 +14,11 @@ from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner, learning_rate
 from dapt.methods.clap import Clap, ZeroShotProbe
 from dapt.methods.contract import Evidence, Examples
-from dapt.methods.fitting import warm_cosine
+from dapt.methods.fitting import cosine, warm_cosine
 from dapt.methods.gda import Gda, precision
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.lp_plus import LPPlus
+from dapt.methods.prolip import ProLIP
 from dapt.methods.ss_text import SSText, SSTextPlus
 from dapt.methods.tip_adapter import TipAdapter, TipAdapterF
 from dapt.settings import make_settings
@@ -201,3 +202,22 @@ def test_ss_text(name, kind):
     head.fit(Evidence(support, None, text, scale, lambda count: None), None)
     near(head.weight, record[f"{name}.prototypes"], 1e-5)
     near(head(record["query_features"], text), record[f"{name}.query_logits"], 1e-5)
+
+
+def test_prolip():
+    record, said = recording("prolip")
+    views, text, query = (record[f"{n}_features"] for n in ("support", "text", "query"))
+    labels, head = record["support_labels"], ProLIP(said["clip_scale"])
+    head.projection = record["init.proj"].clone()
+    near(head(views[1], text), record["first.logits"], 1e-5)
+    # Features of length one, as heads get them, are as good.
+    near(head(F.normalize(query, dim=-1), text), record["first.query_logits"], 1e-5)
+    rates, found = cosine(said["lr"], said["steps"]), []
+    assert rates == pytest.approx(record["lrs"].tolist(), rel=1e-9, abs=1e-12)
+    for loss, _ in head.tune(views, labels, text, said["lambda_value"], rates):
+        if not found:
+            near(head.projection.grad, record["grad1.proj"], 1e-4)
+        found.append(loss)
+    assert found == pytest.approx(record["losses"][:, 2].tolist(), rel=1e-3)
+    near(head.projection, record["final.proj"], 1e-3)
+    near(head(query, text), record["final.query_logits"], 1e-3)

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
+from test_towers import siglip
 
 from dapt.clip.sources import load_backbone
+from dapt.data import open_task
 from dapt.engine.data import open_data
 from dapt.engine.evaluate import evaluate_task
 from dapt.engine.features import Shared
@@ -60,6 +63,12 @@ def test_a_head_is_fitted_and_is_the_same_when_loaded(method, shots):
                 classifier_of(settings, odd, shared().backbone, data.task, "here")
 
 
+def head_of(method, scale=50.0):
+    """Not fitted yet, for features of 16 numbers."""
+    like = SimpleNamespace(logit_scale=scale, projection=torch.eye(16))
+    return METHODS[method].head.create(like)
+
+
 def evidence_of(labels, classes, dimension=16, val=False):
     generator = torch.Generator().manual_seed(0)
     centres, noise = (
@@ -80,7 +89,7 @@ def evidence_of(labels, classes, dimension=16, val=False):
 @pytest.mark.parametrize(("labels", "classes"), [([0, 1], 2), ([0, 1, 1, 0, 3, 3], 4)])
 def test_few_images_and_classes_without_any_are_fitted(method, val, labels, classes):
     evidence, held_out = evidence_of(labels, classes, val=val)
-    head = METHODS[method].head(evidence.scale)
+    head = head_of(method)
     head.fit(evidence, settings_of(method))
     logits = head(held_out.features, evidence.text)
     assert logits.shape == (len(labels), classes)
@@ -98,7 +107,7 @@ def test_held_out_images_decide_where_there_are_any(method):
     evidence, _ = evidence_of([0, 1, 2, 3] * 4, 4)
     for held_out in (None, val):
         given = replace(evidence, val=held_out, text=anywhere[:4], scale=2.0)
-        head = METHODS[method].head(given.scale)
+        head = head_of(method, given.scale)
         head.fit(given, settings_of(method))
         right.append(head(val.features, given.text).argmax(-1).eq(val.labels).sum())
     assert right[1] > right[0]
@@ -109,7 +118,7 @@ def test_a_head_is_the_same_for_the_same_seed(method):
     evidence, _ = evidence_of([0, 1, 2, 2, 1, 0], 3)
     states = []
     for seed in (1, 1):
-        head = METHODS[method].head(evidence.scale)
+        head = head_of(method)
         head.fit(evidence, settings_of(method, seed=seed))
         states.append(head.state_dict())
     for name, tensor in states[0].items():
@@ -123,3 +132,34 @@ def test_a_head_is_exported(method, photo_folder, tiny_weights, tmp_path):
     exported = export(run, tmp_path / "head.onnx", "onnx")
     assert exported.difference < 1e-4
     assert exported.agreement == 1
+
+
+def test_class_weights_start_at_the_length_of_the_text():
+    evidence, _ = evidence_of([0, 1], 2)
+    head, given = head_of("zs-lp"), replace(evidence, text_lengths=torch.tensor([[3.0], [7.0]]))
+    head.fit(given, settings_of("zs-lp", clap_epochs=0))
+    assert head.weight.norm(dim=-1).tolist() == pytest.approx([3, 7])
+    settings = settings_of("zs-lp", clap_epochs=1, shots=1)
+    head = fit(open_data(settings), settings, shared=shared()).classifier.head
+    assert head.weight.norm(dim=-1).min() > 5  # one step at 1e-5 from the encoder's own, not unit
+
+
+def test_a_tuned_projection_tells_other_classes_apart_and_starts_as_the_backbones(photo_folder):
+    settings = settings_of("prolip", shots=2, prolip_steps=0)
+    data = open_data(settings)
+    found, plain = (
+        evaluate_task(fit(data, s, shared=shared()).classifier, data.task, s, shared=shared())
+        for s in (settings, settings.model_copy(update={"method": "zero-shot"}))
+    )
+    assert found["accuracy"] == plain["accuracy"]
+    tensors = fit(data, settings_of("prolip", shots=2), shared=shared()).classifier.tensors()
+    other = open_task(str(photo_folder))
+    own = data.task.class_names
+    again = classifier_of(settings, tensors, shared().backbone, other, "here", own)
+    size = shared().backbone.preprocessing.size
+    assert again(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape == (1, 3)
+
+
+def test_a_tower_without_a_projection_is_told():
+    with pytest.raises(UserError, match="has no projection matrix at its end; use a method"):
+        METHODS["prolip"].head.create(siglip())

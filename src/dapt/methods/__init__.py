@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapt.errors import UserError, nearest
-from dapt.methods import clap, gda, ivlp, lp_plus, probe, prompts, ss_text, tip_adapter
+from dapt.methods import clap, gda, ivlp, lp_plus, probe, prolip, prompts, ss_text, tip_adapter
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "lp++": Method("LP++", head=lp_plus.LPPlus),
     "ss-text": Method("SS-Text", head=ss_text.SSText),
     "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
+    "prolip": Method("ProLIP", head=prolip.ProLIP),
 }  # fmt: skip
 
 

@@ -182,6 +182,7 @@ class Head(nn.Module):
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it needs class features at all
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
+    projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:
@@ -189,6 +190,11 @@ class Head(nn.Module):
         self.scale = scale
         for name in self.shapes:
             self.register_buffer(name, torch.zeros(0))
+
+    @classmethod
+    def create(cls, backbone: Backbone) -> Head:
+        """Not fitted yet; a `UserError` if the backbone has not what it needs."""
+        return cls(backbone.logit_scale)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
