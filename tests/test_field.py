@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from conftest import REPOSITORY
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
-from dapt.engine.step import Tuner, learning_rate
+from dapt.engine.step import Tuner
 from dapt.methods.clap import Clap, ZeroShotProbe
 from dapt.methods.contract import Evidence, Examples
-from dapt.methods.fitting import cosine, warm_cosine
+from dapt.methods.fitting import cosine, learning_rate
 from dapt.methods.gda import Gda, precision
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.lp_plus import LPPlus
@@ -153,7 +153,7 @@ def test_clap_and_its_probe(name, kind):
     pull = head.pull(features, labels, text)
     near(pull, record.get("multipliers", torch.zeros(said["n_cls"])), 1e-5)
     epochs, steps = said["epochs"], said["iterations_per_epoch"]
-    rates = [warm_cosine(i // steps, epochs, said["lr"]) for i in range(epochs * steps)]
+    rates = [learning_rate(i // steps, epochs, said["lr"]) for i in range(epochs * steps)]
     assert rates == pytest.approx(record["lrs"].tolist(), rel=1e-12)
     found = []
     for loss, _ in head.tune(features, labels, text, record["batches"], rates):

@@ -156,6 +156,9 @@ def test_a_tuned_projection_tells_other_classes_apart_and_starts_as_the_backbone
     other = open_task(str(photo_folder))
     own = data.task.class_names
     again = classifier_of(settings, tensors, shared().backbone, other, "here", own)
+    narrow = {"projection": tensors["projection"][:, 1:]}
+    with pytest.raises(UserError, match="here does not hold what fits the backbone's text"):
+        classifier_of(settings, narrow, shared().backbone, data.task, "here")
     size = shared().backbone.preprocessing.size
     assert again(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape == (1, 3)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dapt.methods import contract
 from dapt.methods.contract import LARGEST, Evidence, HasSettings
-from dapt.methods.fitting import descend, warm_cosine
+from dapt.methods.fitting import descend, learning_rate
 from dapt.methods.losses import class_prototypes
 
 
@@ -56,7 +56,8 @@ class ZeroShotProbe(contract.Head):
             for _ in range(own.clap_epochs)
         )
         batches = [part for order in orders for part in order.split(own.clap_batch)]
-        rates = (warm_cosine(i // steps, own.clap_epochs, own.clap_lr) for i in range(len(batches)))
+        epochs = (epoch for epoch in range(own.clap_epochs) for _ in range(steps))
+        rates = (learning_rate(epoch, own.clap_epochs, own.clap_lr) for epoch in epochs)
         text = evidence.text * evidence.text_lengths
         for _ in self.tune(features, labels, text, batches, rates):
             pass

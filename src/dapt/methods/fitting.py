@@ -36,7 +36,7 @@ def cosine(lr: float, steps: int) -> list[float]:
     return [lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)]
 
 
-def warm_cosine(epoch: int, epochs: int, lr: float) -> float:
+def learning_rate(epoch: int, epochs: int, lr: float) -> float:
     """CoOp's schedule: epoch 0 at a constant 1e-5, then half a cosine, stepped once an epoch.
 
     It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
