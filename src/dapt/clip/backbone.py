@@ -123,6 +123,15 @@ class Backbone(nn.Module):
         hint = "use a method without one (coop), or a ViT such as ViT-B-16"
         raise UserError(f"{what}, which takes no visual prompt; {hint}")
 
+    @property
+    def projection(self) -> Tensor:
+        """(W, D), in fp32: what the image tower multiplies its pooled output with at the end."""
+        found = self.visual.proj if isinstance(self.visual, VisionTransformer) else None
+        if found is None:
+            what = f"the image tower of '{self.name}' has no projection matrix at its end"
+            raise UserError(f"{what}; use a method that tunes none, or a ViT such as ViT-B-16")
+        return found.detach().float()
+
     def text_transformer(self) -> TextTransformer:
         """The text tower, where a context can be learned in front of the class name."""
         if not isinstance(self.text, TextTransformer):

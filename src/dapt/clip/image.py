@@ -23,18 +23,23 @@ from dapt.clip.inside import NOTHING, Inside
 
 
 def image_features(
-    backbone: Backbone, views: Tensor, inside: Inside = NOTHING, *, normalized: bool = True
-) -> Tensor:
+    backbone: Backbone, views: Tensor, inside: Inside = NOTHING, *,
+    normalized: bool = True, projected: bool = True,
+) -> Tensor:  # fmt: skip
     """(B, D) features, in fp32, of (B, 3, S, S) uint8 or normalised views."""
     if views.dtype == torch.uint8:
         views = backbone.normalize(views)
     views = views.to(backbone.device, backbone.dtype)
-    features = encode_image(backbone.visual, views, inside)
+    features = encode_image(backbone.visual, views, inside, projected)
     return F.normalize(features, dim=-1) if normalized else features
 
 
-def encode_image(visual: Any, images: Tensor, inside: Inside = NOTHING) -> Tensor:
+def encode_image(
+    visual: Any, images: Tensor, inside: Inside = NOTHING, projected: bool = True
+) -> Tensor:
     """(B, D) features, not normalised, in fp32, of (B, 3, S, S) images from `Backbone.normalize`.
+
+    Not ``projected``, they are (B, W), before the tower's projection (`Backbone.projection`).
 
     The tokens ``inside``, (N, W) for the whole batch or (B, N, W), enter after class embedding,
     positional embedding and ``ln_pre``, have no positional embedding, and are left out of pooling.
@@ -43,7 +48,8 @@ def encode_image(visual: Any, images: Tensor, inside: Inside = NOTHING) -> Tenso
     if tokens is not None:
         tokens = tokens.to(images.dtype).expand(images.shape[0], -1, -1)  # (B, N, W)
     if isinstance(visual, VisionTransformer):
-        return _encode_vit(visual, images, tokens, inside).float()
+        x = _encode_vit(visual, images, tokens, inside)  # (B, W)
+        return (x @ visual.proj if projected and visual.proj is not None else x).float()
     if tokens is None:
         return visual(images).float()
     return _encode_timm(visual, images, tokens, inside).float()
@@ -64,8 +70,7 @@ def _encode_vit(
         and visual.pool_type == "tok"
     ):
         x = tower.through(visual.transformer.resblocks, x, inside, start)
-        pooled = visual._pool(x[:, :start])[0]
-        return pooled if visual.proj is None else pooled @ visual.proj
+        return visual._pool(x[:, :start])[0]
     *layers, last = tower.unrolled(visual.transformer, inside)
     for layer in layers:
         if (entered := layer.enter(x, start)) is not x:
@@ -79,8 +84,7 @@ def _encode_vit(
         *(tower.split_heads(t, last.heads) for t in last.asked(x, first))
     )  # (B, 1, W)
     x = last.finish(x[first], mixed)[:, 0]  # (B, W)
-    x = tower.norm(visual.ln_post, x)
-    return x if visual.proj is None else x @ visual.proj
+    return tower.norm(visual.ln_post, x)
 
 
 def _encode_timm(visual: Any, images: Tensor, tokens: Tensor, inside: Inside) -> Tensor:

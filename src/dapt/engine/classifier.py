@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
         self.parts = nn.ModuleList(parts).to(backbone.device)
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
-        self.changes_images = bool(parts_of(self.parts, "image"))
+        self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoder: TextEncoder | None = None
         if self.head.reads_text or parts_of(self.parts, "text"):
             context = inside_of(self.parts, "text").tokens
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
                 text_memory,
                 class_contexts=context is not None and context.dim() == 3,
             )
-        self._fixed_text_features: Tensor | None = None
+        self._fixed_text: tuple[Tensor, Tensor] | None = None
 
     def _tokens(self, context: Tensor | None) -> ClassTokens:
         if context is None:
@@ -82,27 +82,35 @@ class Classifier(nn.Module):
 
         Computed once, unless gradients may reach what is learned in the text tower.
         """
+        return self._text()[0]
+
+    def text_lengths(self) -> Tensor:
+        """(C, 1) lengths of class features before they were normalised."""
+        return self._text()[1]
+
+    def _text(self) -> tuple[Tensor, Tensor]:
         if self.text_encoder is None:
-            return torch.zeros(len(self.class_names), 0, device=self.backbone.device)
+            empty = torch.zeros(len(self.class_names), 0, device=self.backbone.device)
+            return empty, empty.norm(dim=-1, keepdim=True)
         parts = parts_of(self.parts, "text")
         if any(p.requires_grad for part in parts for p in part.parameters()):
-            return F.normalize(self.text_encoder(inside_of(parts, "text")), dim=-1)
-        if self._fixed_text_features is None:
+            return _unit_and_length(self.text_encoder(inside_of(parts, "text")))
+        if self._fixed_text is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
-                features = self.text_encoder(inside_of(parts, "text"))
-                self._fixed_text_features = F.normalize(features, dim=-1)
-        return self._fixed_text_features
+                self._fixed_text = _unit_and_length(self.text_encoder(inside_of(parts, "text")))
+        return self._fixed_text
 
     def image_features(
         self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
     ) -> Tensor:
-        """(B, D) image features in fp32, of length one unless told otherwise.
+        """(B, D) image features in fp32, of length one unless told otherwise, for the head.
 
         Views (B, 3, S, S) are uint8 pixels, or floating point that is normalised already.
         """
         inside = inside_of(self.parts, "image", now)
-        return image_features(self.backbone, views, inside, normalized=normalized)
+        how = {"normalized": normalized, "projected": not self.head.projects}
+        return image_features(self.backbone, views, inside, **how)
 
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits of (B, 3, S, S) views."""
@@ -111,6 +119,10 @@ class Classifier(nn.Module):
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
         return self.head(image_features, text_features)
+
+
+def _unit_and_length(features: Tensor) -> tuple[Tensor, Tensor]:
+    return F.normalize(features, dim=-1), features.norm(dim=-1, keepdim=True)
 
 
 def parts_of(parts: Iterable[Any], tower: str) -> list[TowerPart]:
@@ -168,7 +180,7 @@ def new_classifier(
         backbone,
         names,
         parts,
-        method.head(backbone.logit_scale),
+        method.head.create(backbone),
         template=settings.template or template,
         text_memory=text_memory(settings),
     )

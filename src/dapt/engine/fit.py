@@ -167,9 +167,9 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> Tuned:
         return torch.cat(found).cpu().clone().unflatten(0, (count, len(store)))
 
     with torch.no_grad():  # not in inference mode: a head may need gradients of what it makes of it
-        text = classifier.text_features().cpu().clone()
+        text, lengths = classifier.text_features().cpu().clone(), classifier.text_lengths().cpu()
     own = Examples(support.features_of(classifier, settings), support.labels)
-    evidence = Evidence(own, val, text, classifier.backbone.logit_scale, train_views)
+    evidence = Evidence(own, val, text, classifier.backbone.logit_scale, train_views, lengths)
     held_out = classifier.head.fit(evidence, settings)
     head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
     with torch.inference_mode():

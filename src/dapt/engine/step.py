@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, pi
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,9 @@ from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import join_processes
 from dapt.methods import Step, get_method
+from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
+from dapt.methods.fitting import learning_rate as learning_rate
 from dapt.settings import Settings, loss_weights
-
-WARMUP_LR = 1e-5
-
-
-def learning_rate(epoch: int, epochs: int, lr: float) -> float:
-    """Published schedule: epoch 0 at a constant 1e-5, then a cosine, stepped once an epoch.
-
-    It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
-    """
-    return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2 if epoch else WARMUP_LR
 
 
 @dataclass(frozen=True)

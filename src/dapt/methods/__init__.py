@@ -6,7 +6,20 @@ from dataclasses import replace
 from functools import cache
 
 from dapt.errors import UserError, nearest
-from dapt.methods import auto, ivlp, kernel_ridge, probe, prompts, prototypes, tip_adapter
+from dapt.methods import (
+    auto,
+    clap,
+    gda,
+    ivlp,
+    kernel_ridge,
+    lp_plus,
+    probe,
+    prolip,
+    prompts,
+    prototypes,
+    ss_text,
+    tip_adapter,
+)
 from dapt.methods.contract import (
     Evidence,
     Finish,
@@ -67,7 +80,15 @@ METHODS: dict[str, Method] = {
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
+    "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
     "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
+    "gda": Method("GDA", head=gda.Gda),
+    "clap": Method("CLAP", head=clap.Clap),
+    "zs-lp": Method("ZS-LP", head=clap.ZeroShotProbe),
+    "lp++": Method("LP++", head=lp_plus.LPPlus),
+    "ss-text": Method("SS-Text", head=ss_text.SSText),
+    "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
+    "prolip": Method("ProLIP", head=prolip.ProLIP),
     "auto": Method(
         "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.7},
         colour=("#15803d", "#4ade80"), marker="*", shown=True,

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, log
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dapt.methods import contract
-from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
+from dapt.methods.contract import Evidence, HasSettings
 from dapt.methods.held_out import HeldOut, rounds, sharpness, smoothed, spread
 from dapt.methods.kernel_ridge import Ridge, similarity
 from dapt.methods.prototypes import Prototypes
@@ -160,17 +161,11 @@ class Auto(contract.Head):
     Settings = AutoSettings
     fitted = reads_views = True
     closed = "an automatic head, which knows only the classes it was fitted on"
+    shapes: ClassVar = {"weight": "CD", "keys": "mD", "values": "mC", "width": ""}
     weight: Tensor
     keys: Tensor
     values: Tensor
     width: Tensor
-
-    def __init__(self, scale: float) -> None:
-        super().__init__(scale)
-        self.register_buffer("weight", torch.zeros(0, 0))  # (C, D)
-        self.register_buffer("keys", torch.zeros(0, 0))  # (m, D)
-        self.register_buffer("values", torch.zeros(0, 0))  # (m, C)
-        self.register_buffer("width", torch.ones(()))
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -203,12 +198,3 @@ class Auto(contract.Head):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
         return image @ self.weight.T + similarity(image, self.keys, self.width) @ self.values
-
-    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
-        """A weight (C, D), keys (m, D), values (m, C) and a width."""
-        m = len(tensors.get("keys", ()))
-        needed = {"weight": (classes, dimension), "keys": (m, dimension), "values": (m, classes),
-                  "width": ()}  # fmt: skip
-        require_shapes(tensors, needed, where)
-        for name in needed:
-            setattr(self, name, tensors[name].float())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -158,6 +159,7 @@ class Evidence:
     text: Tensor  # (C, D) normalised class features, (C, 0) where the head reads none
     scale: float  # exp(logit_scale) of the backbone
     views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
+    text_lengths: Tensor | float = 1.0  # (C, 1) of class features before they were normalised
 
     @property
     def classes(self) -> int:
@@ -165,35 +167,36 @@ class Evidence:
         return len(self.text)
 
 
-def require_shapes(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """Raise a `UserError` of the file ``where`` unless tensors are those of a fitted head."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name, needed in shapes.items():
-        if (given := found.pop(name, None)) != needed or 0 in needed:
-            what = f"has '{name}' of shape {given}" if given else f"holds no '{name}'"
-            raise UserError(f"{where} {what}, and {needed} is needed; train again")
-    if found:
-        raise UserError(f"{where} holds '{min(found)}', which this method does not fit")
-
-
 class Head(nn.Module):
     """How features become logits: by itself, cosines times the scale.
 
     Its buffers and parameters are what is fitted.
+
+    Attributes:
+        shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C classes, D
+            numbers of a feature, other letters for sizes that a file may choose, such as
+            ``{"keys": "nD", "labels": "n", "alpha": ""}``.
     """
 
+    shapes: ClassVar[dict[str, str]] = {}
     Settings: ClassVar[type[PartSettings]] = PartSettings
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it needs class features at all
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
     reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
+    projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        for name in self.shapes:
+            self.register_buffer(name, torch.zeros(0))
+
+    @classmethod
+    def create(cls, backbone: Backbone) -> Head:
+        """Not fitted yet; a `UserError` if the backbone has not what it needs."""
+        return cls(backbone.logit_scale)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -213,8 +216,16 @@ class Head(nn.Module):
 
         What is not of this head, or of other shapes, is a `UserError` of ``where``.
         """
-        if tensors:
-            raise UserError(f"{where} holds '{min(tensors)}', which this method does not fit")
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        sizes = {"C": classes, "D": dimension}
+        for name, letters in self.shapes.items():  # other letters are what they are found to be
+            sizes = dict(zip(letters, found.get(name, ()), strict=False)) | sizes
+        needed = {n: tuple(sizes.get(x, 0) for x in letters) for n, letters in self.shapes.items()}
+        if found != needed or 0 in sizes.values():
+            what = f"for {classes} classes and features of {dimension} numbers"
+            raise UserError(f"{where} does not hold what this method fits {what}; train again")
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.float())
 
 
 class Finish:

@@ -31,12 +31,6 @@ def smoothed(plain: Tensor, views: Tensor) -> Tensor:
     return F.normalize(plain + F.normalize(views, dim=-1).sum(0), dim=-1)
 
 
-def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(C, D) sums of features (n, D) by label, and (C,) numbers of images."""
-    sums = features.new_zeros(classes, features.shape[1]).index_add(0, labels, features)
-    return sums, torch.bincount(labels, minlength=classes).to(features)
-
-
 def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     """Images to leave out together: one of each class that has more, and again, `ROUNDS` at most.
 

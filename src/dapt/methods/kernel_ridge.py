@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from dapt.methods import contract
-from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
-from dapt.methods.held_out import HeldOut, class_sums, rounds, sharpness
+from dapt.methods.contract import Evidence, HasSettings
+from dapt.methods.held_out import HeldOut, rounds, sharpness
+from dapt.methods.losses import class_sums
 
 # Images whose features are keys; of more, so many are drawn (Nyström's approximation).
 KEYS = 2000
@@ -43,7 +46,7 @@ class Ridge:
             mapped = similarity(features, self.keys, width).double() @ self.back
             self.strengths, turn = torch.linalg.eigh(mapped.T @ mapped)
             self.mapped, self.back = mapped @ turn, self.back @ turn
-        self.onehot = class_sums(self.mapped, labels, len(text))[0].T  # (k, C)
+        self.onehot = class_sums(self.mapped, labels, len(text)).T  # (k, C)
         self.by_text = (self.mapped.T @ features.double()).float() @ text.T  # (k, C)
 
     def _solved(self, penalty: float, text: float) -> Tensor:
@@ -83,15 +86,14 @@ class KernelRidge(contract.Head):
 
     fitted = True
     closed = "a kernel ridge regression, which knows only the classes it was fitted on"
+    shapes: ClassVar = {"keys": "mD", "values": "mC", "sharpness": ""}
     keys: Tensor
     values: Tensor
     sharpness: Tensor
 
     def __init__(self, scale: float) -> None:
         super().__init__(scale)
-        self.register_buffer("keys", torch.zeros(0, 0))  # (m, D)
-        self.register_buffer("values", torch.zeros(0, 0))  # (m, C)
-        self.register_buffer("sharpness", torch.tensor(scale))
+        self.sharpness = torch.tensor(scale)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -119,11 +121,3 @@ class KernelRidge(contract.Head):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
         return self.sharpness * (image @ text.T + similarity(image, self.keys, WIDTH) @ self.values)
-
-    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
-        """Keys (m, D), values (m, C) and a sharpness."""
-        count = len(tensors.get("values", ()))
-        needed = {"keys": (count, dimension), "values": (count, classes), "sharpness": ()}
-        require_shapes(tensors, needed, where)
-        for name in needed:
-            setattr(self, name, tensors[name].float())

@@ -57,10 +57,14 @@ def class_prototypes(image_features: Tensor, labels: Tensor, classes: int) -> Te
 
     Of (n, D) features with labels (n,); a class without images gets a zero row.
     """
-    sums = image_features.new_zeros(classes, image_features.shape[-1])
-    sums.index_add_(0, labels, image_features)
     counts = torch.bincount(labels, minlength=classes).clamp_min(1)
-    return sums / counts[:, None]
+    return class_sums(image_features, labels, classes) / counts[:, None]
+
+
+def class_sums(image_features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(C, D) sums of each class's (n, D) features with labels (n,)."""
+    sums = image_features.new_zeros(classes, image_features.shape[-1])
+    return sums.index_add_(0, labels, image_features)
 
 
 class IntraSettings(PartSettings):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dapt.errors import UserError
-from dapt.methods.contract import Evidence, HasSettings, Head, Tensors
+from dapt.methods.contract import Evidence, HasSettings, Head
 
 # Inverse regularisation strengths tried on held-out images. Features have length one, so useful
 # values lie higher than for CLIP's raw ones.
@@ -26,13 +25,9 @@ class LinearProbe(Head):
 
     fitted, reads_text, reads_val = True, False, True
     closed = "a linear probe, which knows only the classes it was fitted on"
+    shapes: ClassVar = {"weight": "CD", "bias": "C"}
     weight: Tensor
     bias: Tensor
-
-    def __init__(self, scale: float) -> None:
-        super().__init__(scale)
-        self.register_buffer("weight", torch.zeros(0, 0))
-        self.register_buffer("bias", torch.zeros(0))
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -74,16 +69,6 @@ class LinearProbe(Head):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
         return image @ self.weight.T + self.bias
-
-    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
-        """A weight (C, D) and a bias (C,)."""
-        own = tensors.keys() == {"weight", "bias"}
-        shapes = [tuple(tensors[n].shape) for n in ("weight", "bias")] if own else [(), ()]
-        if len(shapes[0]) != 2 or shapes[0][0] != classes or shapes[1] != (classes,):
-            raise UserError(f"{where} is no probe of {classes} classes; train again")
-        if shapes[0][1] != dimension:
-            raise UserError(f"{where} does not fit the backbone's features; train again")
-        self.weight, self.bias = tensors["weight"].float(), tensors["bias"].float()
 
 
 def _fit(x: np.ndarray, y: np.ndarray, strength: float, tolerance: float = 1e-4) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dapt.methods import contract
-from dapt.methods.contract import Evidence, HasSettings, Tensors, require_shapes
-from dapt.methods.held_out import HeldOut, class_sums, rounds, sharpness
+from dapt.methods.contract import Evidence, HasSettings
+from dapt.methods.held_out import HeldOut, rounds, sharpness
+from dapt.methods.losses import class_sums
 
 STRENGTHS = (0.3, 1.0, 3.0)
 
@@ -21,7 +24,8 @@ class Prototypes:
 
     def __init__(self, features: Tensor, labels: Tensor, text: Tensor) -> None:
         self.features, self.labels, self.text = features, labels, text
-        self.sums, self.counts = class_sums(features, labels, len(text))
+        self.sums = class_sums(features, labels, len(text))
+        self.counts = torch.bincount(labels, minlength=len(text))
 
     def weight(self, strength: float, without: Tensor | None = None) -> Tensor:
         """(C, D), of all images or ``without`` some, of a class each; inf leaves the text out."""
@@ -50,11 +54,8 @@ class TextPrototype(contract.Head):
 
     fitted = True
     closed = "text and prototype, whose means are of the classes it was fitted on"
+    shapes: ClassVar = {"weight": "CD"}
     weight: Tensor
-
-    def __init__(self, scale: float) -> None:
-        super().__init__(scale)
-        self.register_buffer("weight", torch.zeros(0, 0))  # (C, D)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -82,8 +83,3 @@ class TextPrototype(contract.Head):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
         return self.scale * image @ self.weight.T
-
-    def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
-        """A weight (C, D)."""
-        require_shapes(tensors, {"weight": (classes, dimension)}, where)
-        self.weight = tensors["weight"].float()

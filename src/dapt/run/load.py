@@ -8,7 +8,6 @@ from typing import cast
 import torch
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.image import image_features
 from dapt.data import SupportSet, Task, load_support_set, support_digest
 from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.features import backbone_of
@@ -76,7 +75,7 @@ def classifier_of(
     if head.fitted:
         size = backbone.preprocessing.size
         with torch.inference_mode():
-            seen = image_features(backbone, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            seen = classifier.image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         head.load(fitted, len(names), seen.shape[1], where)
         head.to(backbone.device)
     return classifier.requires_grad_(False)

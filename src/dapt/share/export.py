@@ -82,8 +82,8 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C) probabilities of (B, 3, S, S) normalised images."""
         inside = inside_of(self.parts, "image")
-        features = F.normalize(encode_image(self.visual, images, inside), dim=-1)
-        return self.head(features, self.text).softmax(-1)
+        features = encode_image(self.visual, images, inside, not self.head.projects)
+        return self.head(F.normalize(features, dim=-1), self.text).softmax(-1)
 
 
 def export(

@@ -1,0 +1,50 @@
+"""What heads share that are fitted by gradient descent, or choose on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import cos, pi
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+WARMUP_LR = 1e-5
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, rates: Iterable[float], loss: Callable[[int], Tensor]
+) -> Iterator[tuple[float, float]]:
+    """Take a step at each learning rate; yields the step's loss and rate.
+
+    ``loss`` is asked for that of the step of a number. Gradients of what the optimizer does not
+    hold are left to add up.
+    """
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(step)
+        value.backward()
+        optimizer.step()
+        yield value.item(), rate
+
+
+def cosine(lr: float, steps: int) -> list[float]:
+    """A learning rate for each step: half a cosine, from ``lr`` to 0 after the last."""
+    return [lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)]
+
+
+def learning_rate(epoch: int, epochs: int, lr: float) -> float:
+    """CoOp's schedule: epoch 0 at a constant 1e-5, then half a cosine, stepped once an epoch.
+
+    It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
+    """
+    return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2 if epoch else WARMUP_LR
+
+
+def most_accurate(candidates: Iterable[tuple[Value, Tensor]], labels: Tensor) -> Value:
+    """The first of (value, (n, C) logits) that is right most often of n labels."""
+    right = ((value, int(logits.argmax(-1).eq(labels).sum())) for value, logits in candidates)
+    return max(right, key=lambda pair: pair[1])[0]
