@@ -24,8 +24,9 @@ def dapt(*arguments):
 @pytest.fixture(scope="module")
 def options(photo_folder, tiny_weights):
     return [
-        photo_folder, "--backbone", tiny_weights, "--device", "cpu", "--shots", 4, "--epochs", 2,
-        "--lr", 0.1, "--set", "text_vectors=4", "--set", "visual-vectors=2",
+        photo_folder, "--backbone", tiny_weights, "--device", "cpu", "--method", "dapt",
+        "--shots", 4, "--epochs", 2, "--lr", 0.1, "--set", "text_vectors=4",
+        "--set", "visual-vectors=2",
     ]  # fmt: skip
 
 
@@ -58,9 +59,9 @@ def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
     monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
     worse = dapt("train", *options, "-o", tmp_path / "worse")
     assert "tuning made it worse; give more images a class" in worse.output
-    assert "try --tune-settings or --method linear-probe" in worse.output
+    assert "try --tune-settings or --method auto" in worse.output
     worse = dapt("train", *options, "--shots", 1, "-o", tmp_path / "one")  # none to hold out
-    assert "try --method linear-probe" in worse.output
+    assert "try --method auto" in worse.output
     monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 0.0})
     assert "worse" not in dapt("train", *options, "-o", tmp_path / "better").output
 

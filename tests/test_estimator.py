@@ -37,7 +37,8 @@ def new(tiny_weights):
     """Makes an estimator that a test has time for."""
 
     def make(**changes):
-        quick = {"shots": 3, "epochs": 2, "batch_size": 4, "text_vectors": 2, "visual_vectors": 2}
+        quick = {"method": "dapt", "shots": 3, "epochs": 2, "batch_size": 4,
+                 "text_vectors": 2, "visual_vectors": 2}  # fmt: skip
         return PromptClassifier(str(tiny_weights), **{**quick, **changes})
 
     return make
@@ -313,7 +314,7 @@ def test_scorers_find_each_class_in_its_column(new, photos, tmp_path):
 
 def test_added_classes_leave_no_metrics_of_fewer(photo_folder, tiny_weights, tmp_path):
     given = {"dataset": str(photo_folder), "backbone": str(tiny_weights), "epochs": 1, "shots": 2}
-    run = train(make_settings(given), tmp_path / "run")
+    run = train(make_settings({**given, "method": "dapt"}), tmp_path / "run")
     made = PromptClassifier.load(run.path).add_classes(["grey"])
     assert run.metrics_file.is_file()
     made.save(run.path, overwrite=True)

@@ -70,7 +70,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     backbone: str = "bundled"
     _: KW_ONLY
-    method: str = "dapt"
+    method: str = "auto"
     shots: int | None = 16
     pretrained: str | None = None
     class_names: Mapping[Any, str] | Sequence[str] | None = None
@@ -213,7 +213,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             moved = absolute_paths({"backbone": backbone})
             settings = settings.model_copy(update={**moved, "pretrained": None})
         values = settings.model_dump()
-        usual = make_settings({"dataset": FITTED, "shots": settings.shots}).model_dump()
+        same = {"dataset": FITTED, "shots": settings.shots, "method": settings.method}
+        usual = make_settings(same).model_dump()
         others = {name: values[name] for name in _free() if values[name] != usual[name]}
         own = {name: values[name] for name in _OWN} | {"device": device}
         found = cls(**own, settings=others or None)

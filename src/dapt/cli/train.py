@@ -95,7 +95,7 @@ def train(
                 search_too = "--tune-settings or " if final.shots > 1 else ""  # it holds images out
                 say(
                     f"tuning made it worse; give more images a class (it had {final.shots}), try "
-                    f"{search_too}--method linear-probe, or stay with --method zero-shot"
+                    f"{search_too}--method auto, or stay with --method zero-shot"
                 )
 
 
