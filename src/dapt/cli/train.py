@@ -57,7 +57,7 @@ def train(
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Tune prompts on a few labelled images, and evaluate them."""
+    """Make a classifier of a few labelled images, say what to expect of it, and evaluate it."""
     from dapt.engine import data, evaluate, features, processes, search
     from dapt.engine.fit import Interrupted
     from dapt.methods import get_method
@@ -169,7 +169,7 @@ def demo(
     epochs: Annotated[int | None, Option(min=1, help="Passes over the support set.")] = None,
     seed: Annotated[int, Option(min=0, help="Of support set, prompts and order.")] = 1,
 ) -> None:
-    """Compare zero-shot, a linear probe, CoOp, VPT, VLPT and DAPT on the bundled task."""
+    """Compare zero-shot, a linear probe, prompts and the automatic head on the bundled task."""
     from dapt.demo import run_demo
     from dapt.engine.fit import Interrupted
 

@@ -24,7 +24,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.sources import taken_for_granted
 from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.data import Data, tell_notes
-from dapt.engine.features import Shared, Support, backbone_of, chunks
+from dapt.engine.features import Shared, Support, backbone_of, chunks, encode_store
 from dapt.engine.processes import join_processes, keep_freed_memory
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
 from dapt.errors import UserError
@@ -166,10 +166,15 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> Tuned:
             ]
         return torch.cat(found).cpu().clone().unflatten(0, (count, len(store)))
 
+    def mirrored() -> Tensor:
+        size = settings.eval_batch_size
+        return encode_store(lambda v: classifier.image_features(v.flip(-1)), store, batch_size=size)
+
     with torch.no_grad():  # not in inference mode: a head may need gradients of what it makes of it
         text, lengths = classifier.text_features().cpu().clone(), classifier.text_lengths().cpu()
     own = Examples(support.features_of(classifier, settings), support.labels)
-    evidence = Evidence(own, val, text, classifier.backbone.logit_scale, train_views, lengths)
+    scale = classifier.backbone.logit_scale
+    evidence = Evidence(own, val, text, scale, train_views, lengths, mirrored)
     held_out = classifier.head.fit(evidence, settings)
     head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
     with torch.inference_mode():

@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
     "prolip": Method("ProLIP", head=prolip.ProLIP),
     "auto": Method(
-        "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.7},
+        "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.65},
         colour=("#15803d", "#4ade80"), marker="*", shown=True,
     ),
 }  # fmt: skip

@@ -15,12 +15,13 @@ from math import inf, log
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, HasSettings
-from dapt.methods.held_out import HeldOut, rounds, sharpness, smoothed, spread
+from dapt.methods.held_out import HeldOut, rounds, sharpness, spread
 from dapt.methods.kernel_ridge import Ridge, similarity
 from dapt.methods.prototypes import Prototypes
 
@@ -40,7 +41,9 @@ SHARPNESS = 3.0
 class AutoSettings(contract.PartSettings):
     """Of the automatic head."""
 
-    auto_views: int = Field(8, ge=0, le=1000, description="views averaged with the plain image")
+    auto_views: int = Field(
+        8, ge=0, le=1000, description="training views averaged with the image itself"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,21 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
     return chosen
 
 
+def smoothed(evidence: Evidence, count: int) -> Tensor:
+    """(n, D) support features: half the plain and the mirrored image's, half some views'."""
+    whole = evidence.support.features
+    if evidence.mirrored is not None:
+        whole = (whole + evidence.mirrored()) / 2
+    if count:
+        whole = whole + F.normalize(evidence.views(count), dim=-1).mean(0)
+    return F.normalize(whole, dim=-1)
+
+
 class Auto(contract.Head):
     """``x·weight + exp(-width |x - keys|²) values``, of everything that `weigh` finds good.
 
-    Support features are averaged over the plain image and some training views. The sum is
-    calibrated by one factor, fitted on what was held out.
+    Support features are averaged over the plain and the mirrored image and some training views. The
+    sum is calibrated by one factor, fitted on what was held out.
     """
 
     Settings = AutoSettings
@@ -176,8 +189,8 @@ class Auto(contract.Head):
         """Choose, put together, calibrate."""
         own: AutoSettings = settings.of(AutoSettings)
         labels, text = evidence.support.labels, evidence.text
-        plain, count = evidence.support.features, own.auto_views
-        x = smoothed(plain, evidence.views(count)) if count else plain
+        plain = evidence.support.features
+        x = smoothed(evidence, own.auto_views)
         counts = torch.bincount(labels, minlength=len(text))
         factor, losses = sharpness(plain @ text.T, labels)
         meaning = len(labels) * log(len(text)) - float(losses.sum()) > MEANING

@@ -160,6 +160,9 @@ class Evidence:
     scale: float  # exp(logit_scale) of the backbone
     views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
     text_lengths: Tensor | float = 1.0  # (C, 1) of class features before they were normalised
+    mirrored: Callable[[], Tensor] | None = (
+        None  # (n, D) normalised, of the support's mirror images
+    )
 
     @property
     def classes(self) -> int:

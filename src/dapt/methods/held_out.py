@@ -26,11 +26,6 @@ class HeldOut:
     factor: float = 1.0
 
 
-def smoothed(plain: Tensor, views: Tensor) -> Tensor:
-    """(n, D) normalised means of plain features (n, D) and those of views (V, n, D)."""
-    return F.normalize(plain + F.normalize(views, dim=-1).sum(0), dim=-1)
-
-
 def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     """Images to leave out together: one of each class that has more, and again, `ROUNDS` at most.
 
