@@ -87,15 +87,20 @@ def train(
         if not group.first:
             return
         tuned = show_run(run).test.accuracy
-        learns = not get_method(final.method).still
-        if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
+        row = get_method(final.method)
+        learns = row.learns
+        if images and shared and not row.still and len(images.task.test) <= COMPARED_IMAGES:
             zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
             say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
             if tuned < zero:
-                search_too = "--tune-settings or " if final.shots > 1 else ""  # it holds images out
+                ways = (
+                    ["--tune-settings"] if learns and final.shots > 1 else []
+                )  # it holds some out
+                ways += ["--method auto"] if final.method != "auto" else []
+                tried = f"try {' or '.join(ways)}, or " if ways else ""
                 say(
-                    f"tuning made it worse; give more images a class (it had {final.shots}), try "
-                    f"{search_too}--method auto, or stay with --method zero-shot"
+                    f"tuning made it worse; give more images a class (it had {final.shots}), "
+                    f"{tried}stay with --method zero-shot"
                 )
 
 
