@@ -88,14 +88,12 @@ def train(
             return
         tuned = show_run(run).test.accuracy
         row = get_method(final.method)
-        learns = row.learns
         if images and shared and not row.still and len(images.task.test) <= COMPARED_IMAGES:
             zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
             say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
             if tuned < zero:
-                ways = (
-                    ["--tune-settings"] if learns and final.shots > 1 else []
-                )  # it holds some out
+                # A search holds images out: it needs two in a class.
+                ways = ["--tune-settings"] if row.learns and final.shots > 1 else []
                 ways += ["--method auto"] if final.method != "auto" else []
                 tried = f"try {' or '.join(ways)}, or " if ways else ""
                 say(
