@@ -28,7 +28,7 @@ from dapt.methods.held_out import rounds, sharpness
 from dapt.methods.kernel_ridge import Ridge
 from dapt.methods.prototypes import Prototypes
 from dapt.progress import Reporter
-from dapt.settings import default_settings, make_settings
+from dapt.settings import make_settings
 
 
 @lru_cache
@@ -161,10 +161,16 @@ def test_a_class_without_images_is_told_by_its_name():
     assert int(head(text[3:], text).argmax()) == 3
 
 
-def test_data_of_ones_own_gets_auto_and_named_tasks_the_papers_method(tmp_path):
-    assert default_settings({"dataset": str(tmp_path)})["method"] == "auto"
-    assert default_settings({"dataset": "bundled"})["method"] == "dapt"
-    assert default_settings({"dataset": "caltech101"})["method"] == "dapt"
+def test_data_of_ones_own_gets_auto_and_named_tasks_the_papers_method(
+    photo_folder, tiny_weights, tmp_path
+):
+    run = tmp_path / "run"
+    command = ["train", str(photo_folder), "-b", str(tiny_weights), "--device", "cpu"]
+    made = CliRunner().invoke(app, [*command, "-o", str(run)])
+    assert made.exit_code == 0, made.output
+    assert json.loads((run / "settings.json").read_text())["method"] == "auto"
+    assert make_settings({"dataset": "bundled"}).method == "dapt"
+    assert make_settings({"dataset": "caltech101"}).method == "dapt"
     assert PromptClassifier().method == "auto"
 
 

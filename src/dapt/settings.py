@@ -140,18 +140,11 @@ def make_settings(given: dict[str, Any]) -> Settings:
 
 
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """What is published for a dataset and number of shots, by the method if it has its own.
-
-    For data of one's own the method is the automatic head, for others the paper's.
-    """
-    from dapt.data import BENCHMARKS
-
+    """What is published for a dataset and number of shots, by the method if it has its own."""
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
-    usual = "dapt" if dataset in ("", "bundled", *BENCHMARKS) else "auto"
-    method = str(given.get("method", usual))
-    row = find_method(method)
-    return {"method": method} | usual_settings(*asked) | (row.defaults(*asked) if row else {})
+    row = find_method(str(given.get("method", "dapt")))
+    return usual_settings(*asked) | (row.defaults(*asked) if row else {})
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

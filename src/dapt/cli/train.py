@@ -106,6 +106,7 @@ def _settings(
     said: dict[str, Any], config: Path | None, run: RunDirectory, resume: bool
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
+    from dapt.data import BENCHMARKS
     from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
@@ -116,6 +117,8 @@ def _settings(
         raise UserError(
             f"{missing} dataset is given; name one, such as: dapt train bundled -o {run.path}"
         )
+    if given["dataset"] not in ("bundled", *BENCHMARKS):  # of one's own: the best, not the paper's
+        given.setdefault("method", "auto")
     if given.get("support_set"):
         drawn = read_json(Path(given["support_set"]), "support set file")
         if isinstance(drawn, dict):  # what else it holds is checked later
