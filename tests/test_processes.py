@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 def options(photo_folder, tiny_weights):
     """Batches of 5, which two processes cannot divide evenly, and dropout."""
     return {
-        "dataset": str(photo_folder), "backbone": str(tiny_weights), "device": "cpu", "shots": 4,
-        "batch_size": 5, "epochs": 6, "text_vectors": 4, "visual_vectors": 2, "lr": 0.02,
-        "visual_dropout": 0.2, "beta_text": 1.0,
+        "dataset": str(photo_folder), "backbone": str(tiny_weights), "device": "cpu",
+        "method": "dapt", "shots": 4, "batch_size": 5, "epochs": 6, "text_vectors": 4,
+        "visual_vectors": 2, "lr": 0.02, "visual_dropout": 0.2, "beta_text": 1.0,
     }  # fmt: skip
 
 

@@ -662,8 +662,9 @@ def tuned(photo_folder, tiny_weights, tmp_path_factory):
     root = tmp_path_factory.mktemp("tuned")
     photos = root / "photos"
     shutil.copytree(photo_folder, photos)
-    options = [photos, "--backbone", tiny_weights, "--device", "cpu", "--shots", 2, "--epochs", 1,
-               "--lr", 0.1, "--set", "text_vectors=2", "--set", "visual_vectors=2"]  # fmt: skip
+    options = [photos, "--backbone", tiny_weights, "--device", "cpu", "--method", "dapt",
+               "--shots", 2, "--epochs", 1, "--lr", 0.1, "--set", "text_vectors=2",
+               "--set", "visual_vectors=2"]  # fmt: skip
     result = runner.invoke(app, ["train", *map(str, options), "-o", str(root / "run")])
     assert result.exit_code == 0, result.output
     return root / "run", photos
