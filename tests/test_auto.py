@@ -191,6 +191,18 @@ def test_a_head_goes_on_any_methods_features(photo_folder, tiny_weights):
             get_method(name)
 
 
+def test_the_head_goes_on_the_method_of_a_settings_file(photo_folder, tiny_weights, tmp_path):
+    config, run = tmp_path / "mine.yaml", tmp_path / "run"
+    config.write_text("method: coop\nepochs: 1\ntext_vectors: 2\nshots: 2\n")
+    command = ["train", str(photo_folder), "-b", str(tiny_weights), "--device", "cpu"]
+    more = ["-c", str(config), "--head", "text-prototype", "-o", str(run)]
+    made = CliRunner().invoke(app, [*command, *more])
+    assert made.exit_code == 0, made.output
+    assert json.loads((run / "settings.json").read_text())["method"] == "coop+text-prototype"
+    again = CliRunner().invoke(app, ["train", "-o", str(run), "--resume"])
+    assert again.exit_code == 0, again.output
+
+
 def test_classes_weigh_as_often_as_they_are_everywhere():
     weights = frequencies(np.array([0, 0, 1]), [0, 1, 1, 1], 2)
     assert weights.sum() == pytest.approx(1)

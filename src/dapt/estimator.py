@@ -49,7 +49,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         backbone: 'bundled', an open_clip name, a hub id, or a file.
-        method: a row of the method table, such as dapt, coop, vpt, linear-probe, zero-shot.
+        method: a row of the method table, such as auto, dapt, coop, vpt, linear-probe, zero-shot.
         shots: at most this many images a class are tuned on, drawn by ``seed``; None takes all.
         pretrained: open_clip tag, weights file, or 'random'.
         class_names: what prompts call the classes, where labels are not their names: a mapping

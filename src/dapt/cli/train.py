@@ -69,10 +69,7 @@ def train(
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-        said = given_settings(context, assignments=settings)
-        if head is not None:
-            said["method"] = f"{said.get('method', 'dapt')}+{head}"
-        final = _settings(said, config, run, resume)
+        final = _settings(given_settings(context, assignments=settings), config, head, run, resume)
         group = processes.join_processes()
         if group.first:
             training.check_output(run, final, **how)
@@ -87,29 +84,39 @@ def train(
         if not group.first:
             return
         tuned = show_run(run).test.accuracy
-        row = get_method(final.method)
-        if images and shared and not row.still and len(images.task.test) <= COMPARED_IMAGES:
+        learns = not get_method(final.method).still
+        if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
             zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
             say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
             if tuned < zero:
-                # A search holds images out: it needs two in a class.
-                ways = ["--tune-settings"] if row.learns and final.shots > 1 else []
-                ways += ["--method auto"] if final.method != "auto" else []
-                tried = f"try {' or '.join(ways)}, or " if ways else ""
-                say(
-                    f"tuning made it worse; give more images a class (it had {final.shots}), "
-                    f"{tried}stay with --method zero-shot"
-                )
+                _say_what_else(final)
+
+
+def _say_what_else(settings: Settings) -> None:
+    """What to do about a run that is worse than no tuning."""
+    from dapt.methods import get_method
+
+    # A search holds images out: it needs two in a class.
+    searches = get_method(settings.method).learns and settings.shots > 1
+    ways = ["--tune-settings"] if searches else []
+    ways += ["--method auto"] if settings.method != "auto" else []
+    tried = f"try {' or '.join(ways)}, or " if ways else ""
+    say(
+        f"tuning made it worse; give more images a class (it had {settings.shots}), "
+        f"{tried}stay with --method zero-shot"
+    )
 
 
 def _settings(
-    said: dict[str, Any], config: Path | None, run: RunDirectory, resume: bool
+    said: dict[str, Any], config: Path | None, head: str | None, run: RunDirectory, resume: bool
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.data import BENCHMARKS
     from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
+    if head is not None:
+        given["method"] = f"{given.get('method', 'dapt')}+{head}"
     if resume and run.exists:
         given = {**run.read_settings().model_dump(), **given}
     if "dataset" not in given:

@@ -86,15 +86,11 @@ def predict(
     form = "json" if as_json else form
     if form not in FORMS:
         raise UserError(f"--format {form}{nearest(form, [*FORMS])}; use one of {', '.join(FORMS)}")
-    limit = _limit(RunDirectory(run), unknown, known_share)
-    least = None
-    if set_coverage is not None:
-        if form not in ("lines", "json"):
-            raise UserError(f"--set-coverage names any number of classes; {form} has no room: json")
-        least = _forecast(RunDirectory(run), "--set-coverage").probability_of_sets(set_coverage)
+    directory = RunDirectory(run)
+    limit, least = _limit(directory, unknown, known_share), _least(directory, set_coverage, form)
     known = _listed(images, null=null)
     paths = named_in(sys.stdin.buffer, b"\0" if null else b"\n") if known is None else known
-    classifier = load_classifier(RunDirectory(run), device=device)
+    classifier = load_classifier(directory, device=device)
     # The progress bar takes sys.stdout over while it shows; on a terminal, the predictions
     # themselves show how far it is.
     out, done, skipped = sys.stdout, 0, 0
@@ -140,6 +136,15 @@ def _limit(run: RunDirectory, unknown: str | None, share: float) -> float | None
         if not 0 <= limit <= 1:
             raise ValueError("it is not from 0 to 1")
         return limit
+
+
+def _least(run: RunDirectory, coverage: float | None, form: str) -> float | None:
+    """The probability that classes of a set reach; None where no sets are asked for."""
+    if coverage is None:
+        return None
+    if form not in ("lines", "json"):
+        raise UserError(f"--set-coverage names any number of classes; {form} has no room: json")
+    return _forecast(run, "--set-coverage").probability_of_sets(coverage)
 
 
 def _forecast(run: RunDirectory, option: str) -> ForecastRecord:

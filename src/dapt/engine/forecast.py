@@ -48,6 +48,7 @@ def forecast(tuned: Tuned) -> dict[str, Any] | None:
     true = probabilities[torch.arange(len(truth)), torch.from_numpy(truth)].numpy()
     steps, before = np.linspace(0, 1, _QUANTILES + 1), torch.cat(raw).double().softmax(-1).max(-1)
     uncalibrated = before.values.numpy(), before.indices.numpy() == truth
+    pairs, names = confused(truth, predicted), task.class_names
     return {
         "images": len(truth),
         "accuracy": accuracy,
@@ -57,8 +58,8 @@ def forecast(tuned: Tuned) -> dict[str, Any] | None:
             "before": calibration_error(*uncalibrated),
             "after": calibration_error(best, correct),
         },
-        "confused": confused(task.class_names, truth, predicted),
-        "advice": _advice(tuned, truth, predicted, accuracy),
+        "confused": [{"classes": [names[a], names[b]], "images": n} for a, b, n in pairs],
+        "advice": _advice(tuned, truth, predicted, accuracy, pairs),
         "true": np.quantile(true, steps).tolist(),
         "best": np.quantile(best, steps).tolist(),
     }
@@ -82,42 +83,40 @@ def wilson(share: float, images: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
-def confused(
-    names: Sequence[str], truth: np.ndarray, predicted: np.ndarray
-) -> list[dict[str, Any]]:
-    """Pairs of classes that are taken for each other most, either way, with numbers of images."""
+def confused(truth: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
+    """Labels of classes taken for each other most, either way, and how many images were."""
+    wrong = truth != predicted
     pairs = Counter(
-        tuple(sorted(pair))
-        for pair in zip(truth.tolist(), predicted.tolist(), strict=True)
-        if pair[0] != pair[1]
+        (min(pair), max(pair))
+        for pair in zip(truth[wrong].tolist(), predicted[wrong].tolist(), strict=True)
     )
-    return [
-        {"classes": [names[a], names[b]], "images": count}
-        for (a, b), count in pairs.most_common(_PAIRS)
-        if count > 1
-    ]
+    return [(a, b, count) for (a, b), count in pairs.most_common(_PAIRS) if count > 1]
 
 
-def _advice(tuned: Tuned, truth: np.ndarray, predicted: np.ndarray, accuracy: float) -> str:
+def _advice(
+    tuned: Tuned,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    accuracy: float,
+    pairs: Sequence[tuple[int, int, int]],
+) -> str:
     """One sentence on what would help most."""
-    task, classifier = tuned.data.task, tuned.classifier
-    names, counts = task.class_names, Counter(tuned.support.labels.tolist())
+    names, text = tuned.data.task.class_names, tuned.classifier.text_features()
+    counts = Counter(tuned.support.labels.tolist())
     if lacking := [name for c, name in enumerate(names) if not counts[c]]:
         return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
-    for pair in confused(names, truth, predicted):
-        a, b = (names.index(name) for name in pair["classes"])
-        text = classifier.text_features()
-        if text.shape[1] and float(text[a] @ text[b]) > _SAME:
+    for a, b, _ in pairs if text.shape[1] else ():
+        if float(text[a] @ text[b]) > _SAME:
             return (
                 f"The names '{names[a]}' and '{names[b]}' mean the same to the model: give clearer "
                 "ones with --class-names."
             )
-    shares = {c: float((predicted[truth == c] == c).mean()) for c in set(truth.tolist())}
-    worst = min(shares, key=lambda c: (shares[c], c))
     if min(counts.values()) < 4:
         return "More photos would help most: give each class at least four."
     if accuracy < 0.5:
         return "A better backbone would help most, such as -b ViT-B-16 --pretrained openai."
+    shares = {c: float((predicted[truth == c] == c).mean()) for c in set(truth.tolist())}
+    worst = min(shares, key=lambda c: (shares[c], c))
     if shares[worst] < 0.75 * accuracy:
         share = f"{shares[worst]:.0%} of its held-out photos are named right"
         return f"More photos of '{names[worst]}' would help most: {share}."

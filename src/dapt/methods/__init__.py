@@ -104,10 +104,10 @@ def get_method(name: str) -> Method:
     Raises:
         UserError: there is no such row, or the second has no head to fit.
     """
-    first, plus, other = ("", "", "") if name in METHODS else name.partition("+")
-    if not plus:
-        return METHODS[_known(name)]
-    row, head = METHODS[_known(first)], METHODS[_known(other)]
+    if name in METHODS:  # some of its own names hold a plus
+        return METHODS[name]
+    first, _, other = name.partition("+")
+    row, head = _row(first), _row(other)
     if head.learns or not head.head.fitted:
         heads = ", ".join(n for n, r in METHODS.items() if r.head.fitted and not r.learns)
         raise UserError(f"method '{other}' fits no head, as {name} would need; use {heads}")
@@ -122,11 +122,11 @@ def find_method(name: str) -> Method | None:
         return None
 
 
-def _known(name: str) -> str:
+def _row(name: str) -> Method:
     if name not in METHODS:
         known, near = ", ".join(METHODS), nearest(name, list(METHODS))
         raise UserError(f"unknown method '{name}'{near}; use one of {known}")
-    return name
+    return METHODS[name]
 
 
 @cache

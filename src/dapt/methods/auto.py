@@ -130,10 +130,9 @@ class Pieces:
 
 def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
     """Candidates of one width with what each is multiplied by: its share times its sharpness."""
-    known, factors, losses = list(candidates(meaning)), [], []
     if not pieces.left_out:
         return [(Candidate(*c), 1 / len(ALONE[meaning])) for c in ALONE[meaning]]
-    factor = 1.0
+    known, factors, losses, factor = list(candidates(meaning)), [], [], 1.0
     for c in known:  # neighbours are alike: each starts where the last ended
         factor, loss = sharpness(pieces.held_out(c), pieces.labels, max(factor, 0.1))
         factors.append(factor)
@@ -146,12 +145,11 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
     totals = {w: sum(s for c, s in zip(known, shares, strict=True) if c.width == w)
               for w in PENALTIES}  # fmt: skip
     kept = {0.0, max(totals, key=lambda w: totals[w])}
-    chosen = [
+    return [
         (c, share * factor)
         for c, share, factor in zip(known, shares, factors, strict=True)
         if c.width in kept and share > 1e-4
     ]
-    return chosen
 
 
 def smoothed(evidence: Evidence, count: int) -> Tensor:

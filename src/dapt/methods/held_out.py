@@ -32,9 +32,8 @@ def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     Left out alone, an image's class would be an image short of all others, and look worse than it
     is. Of very many classes, some are drawn: more would say little, and cost memory.
     """
-    places = [(labels == c).nonzero()[:, 0] for c in range(classes)]
-    found: list[Tensor] = []
-    places = [own[:ROUNDS] for own in places if len(own) > 1]
+    by_class = labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())
+    places, found = [own[:ROUNDS] for own in by_class if len(own) > 1], list[Tensor]()
     most = max(500, 1_000_000 // classes)
     if len(places) > most:
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))

@@ -49,10 +49,14 @@ class Ridge:
         self.onehot = class_sums(self.mapped, labels, len(text)).T  # (k, C)
         self.by_text = (self.mapped.T @ features.double()).float() @ text.T  # (k, C)
 
+    def _damped(self, penalty: float) -> Tensor:
+        """(k,) what each of the kernel's own axes is divided by."""
+        return self.strengths.clamp_min(0) + penalty
+
     def _solved(self, penalty: float, text: float) -> Tensor:
         """(k, C) in the kernel's own axes."""
         target = self.onehot - text * self.by_text if text else self.onehot
-        return target / (self.strengths.clamp_min(0) + penalty)[:, None]
+        return target / self._damped(penalty)[:, None]
 
     def values(self, penalty: float, text: float) -> Tensor:
         """(m, C)."""
@@ -65,7 +69,7 @@ class Ridge:
         they are with them, H the round's part of the hat matrix.
         """
         solved, found = self._solved(penalty, text), []
-        shrunk = 1 / (self.strengths.clamp_min(0) + penalty)
+        shrunk = 1 / self._damped(penalty)
         for images in left_out:
             mapped, size = self.mapped[images], len(images)
             answers = mapped @ solved  # (r, C)
@@ -81,7 +85,7 @@ class Ridge:
 class KernelRidge(contract.Head):
     """``sharpness (x·tᵀ + exp(-|x - X|²) (K + penalty I)⁻¹ (onehot(y) - X·tᵀ))``.
 
-    The penalty is chosen, and the sharpness fitted, by leave-one-out in closed form.
+    The penalty is chosen, and the sharpness fitted, on held-out images, in closed form.
     """
 
     fitted = True

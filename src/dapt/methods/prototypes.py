@@ -46,10 +46,10 @@ class Prototypes:
 
 
 class TextPrototype(contract.Head):
-    """``scale x·w`` with the strength that leave-one-out prefers; with one image a class it is 1.
+    """``scale x·w`` with the strength that held-out images prefer; with one image a class it is 1.
 
-    At two images a class leave-one-out sees but one of them: the means are worth more than it
-    thinks. So the strength 1 is kept there, too, unless another is clearly better.
+    At two images a class, a mean without the held-out one is of one image: the means are worth more
+    than that shows. So the strength stays 1, unless another is clearly better.
     """
 
     fitted = True

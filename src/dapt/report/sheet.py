@@ -36,7 +36,7 @@ def write_sheet(path: Path, task: Task, found: Findings) -> None:
         most=_SHOWN,
         picture=cache(partial(_picture, task)),
         side=THUMBNAIL,
-        palette=figures.PALETTE,
+        figures=figures,
         generator=_GENERATOR,
     )
     write_atomic(path, page)
