@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dapt.data import ImageStore, has_image_name, images_below, open_image
+from dapt.data.spellings import is_service
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
 from dapt.safe.files import user_path
@@ -77,7 +78,8 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
 
     A pattern is one of `glob`, with ``**`` for any folders, in which links are followed to folders
     that were not yet searched; a file of that very name goes first.
-    Each argument's images are in sorted order; hidden ones in folders are left out. What has an
+    Each argument's images are in sorted order; hidden ones in folders, and those in folders that
+    systems keep for themselves (thumbnails of a NAS), are left out. What has an
     image's name and is none comes along: that it cannot be read is told, not passed over. A
     `UserError` says that a path does not exist, or that there is no image where it leads.
     """
@@ -121,7 +123,7 @@ def _folders_below(top: str) -> Iterator[str]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(n for n in folders if n[0] != "." and not is_service(n))
             links += [link for n in folders if os.path.islink(link := os.path.join(place, n))]
             yield place
 

@@ -226,6 +226,8 @@ def _show_checks(checks: list[Check]) -> None:
         made.add_row(cell(found.dataset), classes, *cells, problems)
     console.print(made)
     for found in checks:
+        for note in found.notes:
+            say(f"{found.dataset}: {note}")
         for kind in dict.fromkeys(problem.kind for problem in found.problems):
             alike = [problem for problem in found.problems if problem.kind == kind]
             for problem in alike[:_SHOWN]:

@@ -1,6 +1,7 @@
 """Tasks (bundled, benchmarks, folders, tables, packed), support sets, and images."""
 # ruff: noqa: F401
 
+from dapt.data.folders import images_below
 from dapt.data.images import (
     Allowance,
     BadImage,
@@ -21,4 +22,4 @@ from dapt.data.items import (
     subset_classes,
     support_digest,
 )
-from dapt.data.tasks import BENCHMARKS, bundled_domains, images_below, open_task, read_split
+from dapt.data.tasks import BENCHMARKS, bundled_domains, open_task, read_split

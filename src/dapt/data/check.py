@@ -45,6 +45,8 @@ class Check:
     # of each part the images: listed, there and not found bad, published or None
     parts: dict[str, tuple[int, int, int | None]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)  # of a kind, in the listing's order
+    left_out: dict[str, int] = field(default_factory=dict)  # reasons, and how much was not read
+    notes: list[str] = field(default_factory=list)  # sentences on that, and on whatever is odd
 
     to_json = asdict
 
@@ -76,6 +78,7 @@ def check_dataset(
         hint = f"; the layout is described at {LAYOUT}" if dataset in BENCHMARKS else ""
         check.problems.append(Problem("layout", dataset, f"{error}{hint}"))
         return check
+    check.left_out, check.notes = dict(task.left_out), [*task.notes]
     bad: dict[str, Problem] = {}
 
     def examine(title: str, lots: list[list[Item]], look: _Look) -> None:

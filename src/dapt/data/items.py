@@ -49,6 +49,7 @@ class Task:
     template: str = DEFAULT_TEMPLATE  # {} is the class name, in text prompts that are not learned
     source_sha256: str | None = None  # of the files that images were unpacked from
     notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
+    left_out: tuple[tuple[str, int], ...] = ()  # reasons, and how much was not read for each
     part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
     # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
     # number among them, or the absolute path of a file.
@@ -105,16 +106,17 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list
 def subset_classes(task: Task, which: str) -> Task:
     """A task's first half of classes by label (``base``, the larger), the other (``new``), or all.
 
-    Labels are counted anew from 0; a `UserError` where there is one class.
+    Labels are counted anew from 0; a `UserError` where one class is left.
     """
     if which == "all":
         return task
     if which not in ("base", "new"):
         raise UserError(f"classes '{which}' must be all, base or new")
-    if (count := len(task.class_names)) < 2:
-        raise UserError(f"dataset '{task.name}' has one class; base and new classes need two")
-    half = (count + 1) // 2
+    half = ((count := len(task.class_names)) + 1) // 2
     labels = range(half) if which == "base" else range(half, count)
+    if len(labels) < 2:
+        has = "one class" if count == 1 else f"{count} classes, of which {which} ones are one"
+        raise UserError(f"dataset '{task.name}' has {has}; base and new classes need two each")
     names = task.class_names[labels.start : labels.stop]
     return _subset(task, labels, class_names=names, part_of=(task, labels))
 
@@ -174,6 +176,9 @@ def make_task(
         if odd := next((item for item in parts[part] if item.label not in taught), None):
             what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
             raise UserError(f"{where}: {what}; add some, or take the class out")
+    if len(names) == 1:
+        what = f"{where} has one class, '{next(iter(names.values()))}'"
+        raise UserError(f"{what}, and one class leaves nothing to tell apart; add another")
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
 
 

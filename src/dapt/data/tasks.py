@@ -6,37 +6,32 @@ Every reader finds the same order on every file system.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dapt.data import items
+from dapt.data.folders import read_folder
 from dapt.data.images import has_image_name
 from dapt.data.items import (
     PARTS,
     check_class_names,
     check_path,
     make_task,
-    refusing,
     subfolders,
     text_of,
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
+from dapt.data.tables import TABLES, read_table, text_lines
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
 LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
-TABLES = (".csv", ".jsonl")
 _CLASS_NAMES = "classnames.txt"
-# Names of parts that others give, in lower case.
-_PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 def open_task(
@@ -94,7 +89,7 @@ def open_task(
         what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
         such = f"(such as '{names[other]}', label {other}, that of label {one})"
         hint = "text prompts cannot tell apart; better names can be given with --class-names"
-        return replace(task, notes=(f"{what} {such}, which {hint}",))
+        return replace(task, notes=(*task.notes, f"{what} {such}, which {hint}"))
     return task
 
 
@@ -115,119 +110,11 @@ def _read_bundled(domain: str | None) -> items.Task:
     return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
-def read_folder(folder: Path, split: items.Split) -> items.Task:
-    """Read a tree of images, class by class folder, labelled in the order of folder names.
-
-    Class folders lie in train/, test/ (and val/), or else are split. Images may lie deeper in them.
-    """
-    places, classes = {"": folder}, subfolders(folder)
-    # A class may be called "train": a split tree's train/ holds folders.
-    if "train" in classes and (tuned := subfolders(folder / "train")):
-        places = {part: folder / part for part in PARTS if part in classes}
-        if "test" not in places:
-            hint = f"rename {folder / 'val'} to test" if "val" in places else "add one"
-            raise UserError(f"folder {folder} has train/ but no test/; {hint}")
-        classes = tuned
-    elif not classes:
-        raise UserError(f"folder {folder} holds no class folders; give each class one of its own")
-    # Only Training/<class>/ and the like hold folders: a class's images lie right inside.
-    elif all(c.casefold() in _PART_NAMES and subfolders(folder / c) for c in classes):
-        what = f"folder {folder} holds {'/, '.join(classes)}/, which are parts, not classes"
-        raise UserError(f"{what}; rename them train/ and test/ (and val/)")
-    order, rows, left = items.label_order(set(classes)), list[items.Row](), list[str]()
-    for part, place in places.items():
-        there = set(subfolders(place))
-        if unknown := sorted(there.difference(classes)):
-            raise UserError(f"class folder {place / unknown[0]} has none in train/ like it; add it")
-        for name in [name for name in order if name in there]:
-            inside, others = (place / name).relative_to(folder).as_posix(), list[str]()
-            found = images_below(place / name, others)
-            if not found:
-                named = f" (by its name, {inside}/{min(others)} is none)" if others else ""
-                raise UserError(f"class folder {place / name} holds no images{named}; add some")
-            rows += [(part, f"{inside}/{path}", name) for path in sorted(found)]
-            left += [f"{inside}/{path}" for path in sorted(others)]
-    facts: dict[str, Any] = {"split": split}
-    if left:
-        what = f"{len(left):,} files in the class folders of {folder} have no image's name"
-        hint = "convert them, or give them the extension that they should have"
-        facts["notes"] = (f"{what} and are left out (such as {left[0]}); {hint}",)
-    return make_task(folder.resolve().name, folder, rows, f"folder {folder}", **facts)
-
-
-def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
-    """What has an image's name below ``folder``, hidden ones left out; others go to ``others``."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        if not folders and not names and has_image_name(inside.name):
-            found.append(inside.as_posix())  # an empty folder, which is no image when read
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if has_image_name(name):
-                found.append((inside / name).as_posix())
-            elif others is not None and not name.startswith("."):
-                others.append((inside / name).as_posix())
-    return found
-
-
-def read_table(file: Path, split: items.Split) -> items.Task:
-    """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``."""
-    rows, seen = list[items.Row](), dict[str, str]()
-    for where, record in _records(file):
-        path, label, part = (record.get(key) for key in ("path", "label", "split"))
-        if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
-            label = str(label)
-        if not (isinstance(path, str) and isinstance(label, str) and path and label.strip()):
-            raise UserError(f"{where}: needs a path and a label, both text")
-        if not isinstance(part, str | None):
-            raise UserError(f"{where}: split must be train, val or test")
-        path, part = check_path(path.strip(), where), (part or "").strip()
-        if part not in (*PARTS, ""):
-            raise UserError(f"{where}: split '{part}' is none of train, val, test")
-        if (first := seen.setdefault(path, where)) != where:
-            line = first.rpartition(", ")[2]
-            raise UserError(f"{where}: {path} is on {line} already; take one out")
-        rows.append((part, path, label.strip()))
-        if bool(part) != bool(rows[0][0]):
-            raise UserError(f"{where}: either every line has a split, or none")
-    if not rows:
-        raise UserError(f"{file} names no images; add a line for each")
-    return make_task(file.stem, file.parent, rows, str(file), split=split)
-
-
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """A text file's lines that are not blank, each after where it is."""
+    """A benchmark's text file's lines that are not blank, each after where it is."""
     if not file.exists():
         raise UserError(f"index file {file} does not exist; put the published one there")
-    if not (text := text_of(file)).strip():
-        raise UserError(f"{file} is empty and names no images; put the whole one there")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{file}, line {number}", line.strip()
-
-
-def _records(file: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """The rows of a table, each after where it is."""
-    if file.suffix.lower() == ".jsonl":
-        for where, line in _lines(file):
-            with refusing(f"{where}: malformed JSON", "mend it", ValueError, RecursionError):
-                record = files.parse_json(line)
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: must be an object with path and label")
-            yield where, record
-        return
-    reader = csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True)
-    try:
-        columns = reader.fieldnames or []
-        if not {"path", "label"} <= set(columns):
-            what = (
-                f"the header must name the columns path and label, not {','.join(columns)[:80]!r}"
-            )
-            raise UserError(f"{file}, line 1: {what}")
-        yield from ((f"{file}, line {reader.line_num}", record) for record in reader)
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: malformed CSV ({error})") from error
+    return text_lines(text_of(file), file)
 
 
 def read_class_names(file: Path) -> list[str] | dict[str, str]:

@@ -117,6 +117,7 @@ class Metrics(Record):
     support_images: Count = 0
     support_sha256: str | None = None
     skipped: list[dict[str, str]] = []
+    left_out: dict[str, Count] = {}
     also_tested: list[dict[str, str]] | None = []
     rose: Rise | None = None
     dispersion: dict[str, Change]

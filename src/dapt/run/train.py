@@ -216,6 +216,7 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
         "support_images": len(tuned.support.store),
         "support_sha256": support_digest(task, tuned.data.support), "skipped": tuned.skipped,
         "also_tested": journal.twice, "rose": tuned.rose, "dispersion": spread,
+        **({"left_out": dict(task.left_out)} if task.left_out else {}),
         **({} if expected is None else {"forecast": expected}), "test": test,
     })  # fmt: skip
 
