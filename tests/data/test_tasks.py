@@ -425,7 +425,7 @@ def test_unknown_datasets(tmp_path):
     refused(f"dataset {tmp_path / 'none'} does not exist", tmp_path / "none")
     refused("dataset none.csv does not exist", "none.csv")
     (tmp_path / "a.txt").write_text("")
-    refused("must be a .csv, .jsonl or .tar file, or a folder", tmp_path / "a.txt")
+    refused("must be a .csv, .tsv, .jsonl, .json, .parquet or .tar file", tmp_path / "a.txt")
 
 
 def test_domains_of_a_bundled_task(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dapt.data.images import first_of
 from dapt.data.spellings import INDEX_COLUMNS, column_key
 from dapt.errors import UserError, refusing
 
@@ -87,7 +88,8 @@ def label_studio(value: list[Any], file: Path) -> Iterator[Labelled]:
         where, chosen = f"{file}, task {number}", _Names()
         with refusing(f"{where} is damaged", "export it anew", *_DAMAGED):
             given = task["data"]
-            path = next(given[k] for k in ("image", "img", "photo", *given) if k in given)
+            key = first_of(("image", "img", "photo", *given), given)
+            path = given[key or "image"]
             for annotation in task["annotations"]:
                 if not annotation.get("was_cancelled"):
                     for result in annotation["result"]:

@@ -13,7 +13,14 @@ from dapt.data import items
 from dapt.data.images import has_image_name
 from dapt.data.items import PARTS, make_task, refusing
 from dapt.data.left_out import LeftOut
-from dapt.data.spellings import TABLE_NAMES, is_service, may_be_class, part_of, plain_part
+from dapt.data.spellings import (
+    TABLE_NAMES,
+    UNSORTED,
+    is_service,
+    may_be_class,
+    part_of,
+    plain_part,
+)
 from dapt.data.tables import TABLES, has_labels, read_tables
 from dapt.errors import UserError
 
@@ -114,7 +121,8 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
     if parts := _parts_among(folder, level.folders):
         places = _places_in(folder, parts, left, notes)
         for beside in {*level.folders}.difference(parts.values()):
-            left.add("beside the parts", (f"{beside}/{i}" for i in _all_images(folder / beside)))
+            images = (normpath(join(beside, image)) for image in _all_images(folder / beside))
+            left.add("beside the parts", images)
     elif (problem := _problem(folder, level, notes)) is None:
         places = [Place("", name, name) for name in level.folders]
     elif (task := _of_tables(folder, level, split)) is not None:
@@ -123,6 +131,8 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
         what, hint = problem
         raise UserError(f"{what}{_meant(folder, level)}; {hint}")
     left.add("in no class folder", level.images)
+    for name in sorted({place.name for place in places if place.name.casefold() in UNSORTED}):
+        notes.append(f"folder '{name}' is taken for a class of {folder}; move it out if it is none")
     _check_links(folder, [*parts.values(), *(place.inside for place in places)])
     found = {place: _images_of(folder, place, left) for place in places}
     if not parts:
@@ -214,9 +224,10 @@ def _problem(folder: Path, level: Level, notes: list[str]) -> tuple[str, str] | 
         what = f"{said} {'/, '.join(names)}/, which are parts, not classes"
         if any(look(folder / name).folders for name in names):
             return f"{what}, and none is to tune on", "call that one train/"
-        return f"{what}, and their images are in no class folders", "give each class one in them"
+        way = "give each class one in them, or make a table with path, label and split"
+        return f"{what}, and their images are in no class folders", way
     if sure:
-        what = f"{said} {'/, '.join(sure)}/ beside class folders, which is no name of a class"
+        what = f"{said} {'/, '.join(sure)}/ beside class folders, which names a part, not a class"
         return what, "put class folders into train/ and test/, or rename it"
     for name in parts:
         notes.append(f"folder {folder / name} is called like a part, and is taken for a class")
@@ -325,7 +336,8 @@ def _meant(folder: Path, level: Level) -> str:
         for name in level.folders:
             there = _known_tables(look(folder / name), plain_part(name))
             found += [f for n in there if has_labels(f := folder / name / n)]
-    ahead, looked = deque((folder / name, 1) for name in level.folders), 0
+    whole = [n for n in level.folders if len(level.folders) == 1 or not plain_part(n)]
+    ahead, looked = deque((folder / name, 1) for name in whole), 0
     while ahead and looked < _MOST and len(found) < _NAMED:
         place, depth = ahead.popleft()
         looked += 1

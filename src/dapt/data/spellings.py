@@ -28,6 +28,9 @@ SERVICE = {
 }  # fmt: skip
 _SERVICE_WITHIN = SERVICE | {"thumbs", "thumb"}  # which may be a class of gestures
 
+# Folders of images that have no class yet, in lower case.
+UNSORTED = {"unlabelled", "unlabeled", "unsorted", "unannotated", "unsup", "no label", "no_label"}
+
 # Columns of tables, the usual ones first; read without regard to case, spaces and hyphens.
 PATH_COLUMNS = (
     "path", "filename", "file_name", "filepath", "file_path", "filepaths", "file", "image",
@@ -39,10 +42,19 @@ LABEL_COLUMNS = (
     "labels", "classes", "target", "choice", "species", "breed", "cls", "fine_label",
 )  # fmt: skip
 SPLIT_COLUMNS = ("split", "data_set", "dataset", "subset", "set", "partition", "part")
+BOX_COLUMNS = {"xmin", "x_min", "bbox"}  # a line each for what is seen in an image
 INDEX_COLUMNS = ("", "unnamed:_0", "index")  # that pandas writes: no class of one-hot columns
 
 # Tables that lie beside images, by their names without the suffix.
-TABLE_NAMES = ("metadata", "_classes", "labels", "_annotations.coco", "annotations", "label")
+TABLE_NAMES = (
+    "metadata",
+    "_classes",
+    "labels",
+    "_annotations.coco",
+    "_annotations",
+    "annotations",
+    "label",
+)
 
 
 def part_of(name: str) -> tuple[str, tuple[str, ...]] | None:

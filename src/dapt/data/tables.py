@@ -22,6 +22,7 @@ from dapt.data.exports import classes_in_cell, coco, is_coco, is_label_studio, l
 from dapt.data.items import PARTS, check_path, make_task, refusing, subfolders
 from dapt.data.left_out import LeftOut
 from dapt.data.spellings import (
+    BOX_COLUMNS,
     LABEL_COLUMNS,
     PATH_COLUMNS,
     SPLIT_COLUMNS,
@@ -44,6 +45,8 @@ _BOMS = (  # UTF-32's begins with UTF-16's
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".JPG")  # what paths without one may lack
 _SAMPLED = 8  # paths of a table that are looked for, to tell where its images lie
 _HEADER = "the header must name the columns path and label"
+_ABSOLUTE, _STEP = re.compile(r"[/\\]|[A-Za-z]:[/\\]"), re.compile("/+")
+_LEADS_OUT = re.compile(r"(^|/)\.\.(/|$)")
 # Where Label Studio serves an image from, and the mark that it puts before an upload's name.
 _SERVED, _UPLOADED, _MARK = "/data/local-files/?d=", "/data/upload/", re.compile("^[0-9a-f]{8}-")
 
@@ -74,6 +77,7 @@ class Line(NamedTuple):
     path: Any
     classes: Any
     splits: dict[str, Any]
+    box: bool = False  # whether it is of a box in the image, of which there may be more
 
 
 def read_table(file: Path, split: items.Split) -> items.Task:
@@ -117,21 +121,28 @@ def has_labels(file: Path) -> bool:
 
 def _rows(file: Path, root: Path, part: str, left: LeftOut, notes: list[str]) -> list[items.Row]:
     """The rows of one table, whose paths are below its own folder."""
-    found, seen = list[tuple[Line, str, str]](), dict[str, str]()
-    unlabelled = list[str]()
-    for line in _lines_of(file, notes):
+    found, unlabelled = list[tuple[Line, str, str]](), list[str]()
+    seen = dict[str, tuple[str, str]]()  # where a path was before, and its class there
+    lines = [*_lines_of(file, notes)]
+    base = _foreign_base(lines, file, notes)
+    for line in lines:
         classes = classes_in_cell(line.classes)
         good = isinstance(line.path, str) and line.path and classes is not None
         if not good or any(not name.strip() for name in classes or ()):
             raise UserError(f"{line.where}: needs a path and a label, both text")
-        path = _below(line.path.strip(), file.parent, line.where)
+        path = _below(line.path.strip().removeprefix(base), file.parent, line.where)
         if not classes:
             unlabelled.append(path)
             continue
-        if (first := seen.setdefault(path, line.where)) != line.where:
-            on = first.rpartition(", ")[2]
+        label = one_class(classes, line.where)
+        before, known = seen.setdefault(path, (line.where, label))
+        if before == line.where:
+            found.append((line, path, label))
+        elif line.box:
+            one_class([known, label], line.where)
+        else:
+            on = before.rpartition(", ")[2]
             raise UserError(f"{line.where}: {path} is on {on} already; take one out")
-        found.append((line, path, one_class(classes, line.where)))
     parts = [part] * len(found) if part else _parts([line for line, *_ in found], notes)
     inside = file.parent.relative_to(root).as_posix()
     before, after = _place([path for _, path, _ in found] or unlabelled, file, notes)
@@ -202,6 +213,21 @@ def _below(text: str, folder: Path, where: str) -> str:
     return text
 
 
+def _foreign_base(lines: list[Line], file: Path, notes: list[str]) -> str:
+    """The folder of another machine that the first absolute path has before what is here, or ""."""
+    folder, paths = file.parent, (line.path.strip() for line in lines if isinstance(line.path, str))
+    served = (_SERVED, _UPLOADED)
+    first = next((p for p in paths if _ABSOLUTE.match(p) and not p.startswith(served)), "")
+    plain = first.replace("\\", "/")
+    own = any(Path(first).is_relative_to(base) for base in (folder.absolute(), folder.resolve()))
+    for mark in () if own or _LEADS_OUT.search(plain) else _STEP.finditer(plain):
+        if (rest := plain[mark.end() :]) and os.path.exists(folder / rest):
+            what = f"{file} has absolute paths, which are taken from its own folder"
+            notes.append(f"{what} instead ({first} as {rest})")
+            return first[: mark.end()]
+    return ""
+
+
 def _uploaded(text: str, folder: Path) -> str:
     """What an upload to Label Studio is called below a folder: there may be a mark before it."""
     inside = check_path(text.removeprefix("/data/"), text)
@@ -217,7 +243,7 @@ def _place(paths: list[str], file: Path, notes: list[str]) -> tuple[str, str]:
     """What stands before and after all paths of a table, if its images lie in a folder beside it.
 
     Only where none of the first is found as it stands, and they are in one folder alone, or in that
-    called like the table.
+    called like the table (of another name, train).
     """
     folder, sample = file.parent, paths[:_SAMPLED]
     if not sample or any(os.path.exists(folder / path) for path in sample):
@@ -229,8 +255,8 @@ def _place(paths: list[str], file: Path, notes: list[str]) -> tuple[str, str]:
         for after in _ENDINGS
         if any(os.path.exists(folder / f"{before}{path}{after}") for path in sample)
     ]
-    own = plain_part(file.stem)
-    named = [b for b in found if b[0][:-1] == file.stem or (own and plain_part(b[0][:-1]) == own)]
+    own = plain_part(file.stem) or "train"
+    named = [b for b in found if b[0][:-1] == file.stem or plain_part(b[0][:-1]) == own]
     if len(found) != 1 and len(named) != 1:
         return "", ""
     before, after = found[0] if len(found) == 1 else named[0]
@@ -284,7 +310,8 @@ def _as_lines(records: Iterator[tuple[str, Any]]) -> Iterator[Line]:
         if columns.one_hot:
             yield Line(where, path, one_hot(record, columns.rest, where), splits)
         else:
-            yield Line(where, path, record.get(columns.label or ""), splits)
+            label = record.get(columns.label or "")
+            yield Line(where, path, label, splits, not BOX_COLUMNS.isdisjoint(columns.rest))
 
 
 def text_lines(text: str, file: Path) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ from dapt.safe import files
 LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _CLASS_NAMES = "classnames.txt"
 
 
@@ -73,7 +74,9 @@ def open_task(
     elif path.suffix.lower() in TABLES and path.is_file():
         task = read_table(path, split)
     elif path.is_file():
-        raise UserError(f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder")
+        if path.suffix.lower() in _ARCHIVES:
+            raise UserError(f"dataset {path} is an archive; unpack it and give the folder")
+        raise UserError(f"dataset {path} must be a {', '.join(TABLES)} or .tar file, or a folder")
     elif path.suffix.lower() in TABLES or len(path.parts) > 1:
         raise UserError(f"dataset {path} does not exist; check the path")
     else:
