@@ -114,7 +114,7 @@ def split(content, place):
     item = Item("a.png", 0, "a")
     with read_or_refused():
         load_support_set(file, Task("a", place, ("a",), (item,), (), (item,)))
-    for name in ("a.csv", "a.jsonl"):
+    for name in ("a.csv", "a.tsv", "a.jsonl", "a.json"):
         with read_or_refused():
             open_task(str(put(place, name, content)))
 

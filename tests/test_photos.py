@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.clip.image import image_features
 from dapt.clip.sources import load_backbone
-from dapt.data import ImageStore, draw_support_set, open_task
+from dapt.data import ImageStore, Item, Task, draw_support_set, open_task
 from dapt.engine import photos
 from dapt.engine.classifier import Classifier
 from dapt.engine.features import encode_store
@@ -288,11 +288,12 @@ def test_small_and_strange_folders(tmp_path):
         put(tmp_path / "equal" / f"class {number % 2}" / f"{number}.png", (0, 60, 60))
     for name, place in (("train", "alone/train/a"), ("test", "alone/test/a")):
         put(tmp_path / place / f"{name}.png", (9, 9, 200) if name == "test" else (200, 9, 9))
-    one = photos_of(tmp_path / "one")
-    assert (one["labels"], one["classes"]) == ([], [])
-    assert any("there is one class" in note for note in one["notes"])
+    one = dapt("data", "check", tmp_path / "one", "-b", "bundled", "--json")
+    assert one.exit_code == 1
+    assert "one class folder, only/" in json.loads(one.stdout)[0]["problems"][0]["text"]
+    put(tmp_path / "alone" / "train" / "b" / "other.png", (9, 200, 9))
     alone = photos_of(tmp_path / "alone")
-    assert alone["images"] == 2
+    assert alone["images"] == 3
     assert alone["copies"] == []
     equal = photos_of(tmp_path / "equal")
     assert [copy["kind"] for copy in equal["copies"]] == ["same file"] * 3
@@ -304,6 +305,16 @@ def test_small_and_strange_folders(tmp_path):
     test_only = dapt("data", "check", "bundled", "--domain", "streamline-emojis", "-b", "bundled")
     assert test_only.exit_code == 0
     assert "no readable train images" in test_only.stdout
+
+
+def test_labels_of_one_class_are_not_judged(tmp_path, backbone):
+    """Such a task can only be made in Python."""
+    for number in range(4):
+        put(tmp_path / f"{number}.png", (200, 60, 60), number)
+    items = tuple(Item(f"{number}.png", 0, "only") for number in range(4))
+    found = look_at_photos(Task("one", tmp_path, ("only",), items, (), ()), backbone)
+    assert (found.labels, found.classes) == ([], [])
+    assert any("there is one class" in note for note in found.notes)
 
 
 def test_options_of_check_go_together(tmp_path):

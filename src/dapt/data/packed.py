@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from dapt.data import items
 from dapt.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
 from dapt.data.items import check_path, make_task
+from dapt.data.spellings import is_service
 from dapt.errors import UserError, refusing
 from dapt.safe import files
 
@@ -49,7 +50,8 @@ def is_webdataset(path: Path) -> bool:
         return path.suffix.lower() == ".tar" and path.is_file()
     shards = _shards(path)
     places = {path, *(shard.parent for shard in shards)}
-    folders = {d for p in places for d in p.iterdir() if d.is_dir() and d.name[0] != "."}
+    found = (d for p in places for d in p.iterdir() if d.is_dir())
+    folders = {d for d in found if d.name[0] != "." and not is_service(d.name)}
     return bool(shards) and folders <= places
 
 
