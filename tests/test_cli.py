@@ -90,10 +90,13 @@ def test_eval(run, tmp_path, photo_folder):
     own = json.loads(dapt("eval", run, "--json").stdout)
     assert own == json.loads((run / "metrics.json").read_text())["test"]
     # Other classes, and nothing to tune on: test images alone are enough.
-    (photo_folder / "other.csv").write_text("path,label,split\ntest/blue/1.png,sky,test\n")
+    sky = "path,label,split\ntest/blue/1.png,sky,test\n"
+    (photo_folder / "other.csv").write_text(sky + "test/green thing/1.png,grass,test\n")
     other = dapt("eval", run, "--dataset", photo_folder / "other.csv", "--json")
-    assert json.loads(other.stdout)["images"] == 1
-    assert json.loads((run / "eval-other.json").read_text())["test"]["images"] == 1
+    assert json.loads(other.stdout)["images"] == 2
+    assert json.loads((run / "eval-other.json").read_text())["test"]["images"] == 2
+    (photo_folder / "one.csv").write_text(sky)  # whatever is said of it would be right
+    fails("has one class, 'sky'", "eval", run, "--dataset", photo_folder / "one.csv")
     whole = dapt("eval", run, "--dataset", photo_folder / "test", "--json")
     assert json.loads(whole.stdout)["images"] == 12  # an unsplit tree is taken whole
     fails("none does not exist", "eval", run, "--dataset", "dtd", "--root", tmp_path / "none")

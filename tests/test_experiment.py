@@ -275,9 +275,9 @@ def test_a_missing_dataset_stops_only_its_runs(grid, tmp_path, photo_folder):
 
 def test_evaluations_follow_a_run(grid, tmp_path, photo_folder):
     other = tmp_path / "other.csv"
-    rows = [f"{photo_folder}/test/blue/{i}.png" for i in range(3)]
     shutil.copytree(photo_folder / "test", tmp_path / "test")
-    other.write_text("path,label\n" + "".join(f"test/blue/{i}.png,sky\n" for i in range(len(rows))))
+    rows = "test/blue/0.png,sky\ntest/blue/1.png,sky\ntest/green thing/0.png,grass\n"
+    other.write_text("path,label\n" + rows)
     evaluations = [{"dataset": str(other)}, {"dataset": str(photo_folder)}]
     file = grid("elsewhere", shots=[1], evaluations=evaluations)
     plan = plan_of(file, tmp_path)
@@ -345,17 +345,14 @@ def test_domain_generalization_on_the_benchmarks(tiny_weights, tmp_path):
 def test_two_evaluations_of_one_name_are_kept_apart(undisturbed, tmp_path, photo_folder):
     run = tmp_path / "run"
     shutil.copytree(next(undisturbed.rglob("coop/1shots-seed1")), run)
-    images = sorted((photo_folder / "test" / "blue").glob("*.png"))
     for folder, count in (("a", 1), ("b", 2)):
-        (tmp_path / folder).mkdir()
-        for image in images[:count]:
-            shutil.copy(image, tmp_path / folder)
-        rows = "".join(f"{image.name},blue\n" for image in images[:count])
-        (tmp_path / folder / "other.csv").write_text("path,label\n" + rows)
+        shutil.copytree(photo_folder / "test", tmp_path / folder)
+        names = [f"{name}/{i}.png,{name}\n" for name in ("blue", "red_thing") for i in range(count)]
+        (tmp_path / folder / "other.csv").write_text("path,label\n" + "".join(names))
     for folder in "aba":
         assert dapt("eval", run, "--dataset", tmp_path / folder / "other.csv").exit_code == 0
     found = {f.name: json.loads(f.read_text())["test"]["images"] for f in run.glob("eval-*")}
-    assert found == {"eval-other.json": 1, "eval-other-2.json": 2}
+    assert found == {"eval-other.json": 2, "eval-other-2.json": 4}
 
 
 def test_a_probe_goes_where_the_classes_are_its_own(tiny_weights, tmp_path):

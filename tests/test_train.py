@@ -520,13 +520,13 @@ def test_support_images_that_are_tested_too_are_told(given, tmp_path, photo_fold
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_few_classes_and_few_images(given, tmp_path, photo_folder, method):
-    """One class; classes of one image; a class that is never tested."""
+    """One class is refused; classes of one image; a class that is never tested."""
     photos = tmp_path / "one"
     for part in ("train", "test"):
         shutil.copytree(photo_folder / part / "blue", photos / part / "blue")
     settings = make_settings({**given, "dataset": str(photos), "method": method, "epochs": 2})
-    metrics = json.loads(train(settings, tmp_path / "a").metrics_file.read_text())
-    assert metrics["test"]["accuracy"] == 1
+    with pytest.raises(UserError, match="has one class, 'blue'"):
+        train(settings, tmp_path / "a")
     shutil.copytree(photo_folder / "train" / "green thing", photos / "train" / "green thing")
     for name in ("blue", "green thing"):
         for i in range(1, 6):

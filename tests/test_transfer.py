@@ -71,7 +71,8 @@ def test_a_grid_tells_what_was_odd(run, photos):
 def test_two_at_once_take_two_names(run, photos):
     places = [photos / part / "other.csv" for part in ("train", "test")]
     for place in places:
-        place.write_text("path,label,split\nblue/1.png,sky,test\n")
+        rows = "blue/1.png,sky,test\ngreen thing/1.png,grass,test\n"
+        place.write_text(f"path,label,split\n{rows}")
     together = threading.Barrier(2)
 
     def open_together(settings, *, evaluate):
