@@ -53,7 +53,7 @@ def predict_each(
 
     store = ImageStore(
         range(sys.maxsize),
-        read=lambda index: open_image(ahead[index]),
+        read=lambda index: open_image(ahead[index], classifier.grey),
         **classifier.backbone.preprocessing.of_views(),
     )
     for views in store.batches(batches(), unreadable=reasons):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from dapt.data import items
-from dapt.data.images import has_image_name
 from dapt.data.items import (
     PARTS,
     check_class_names,
@@ -27,6 +26,7 @@ from dapt.data.items import (
     text_of,
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
+from dapt.data.pictures import has_image_name
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
