@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dapt.data import ImageStore, has_image_name, images_below, open_image
+from dapt.data.pictures import missing_extras
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
 from dapt.safe.files import user_path
@@ -85,8 +86,9 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     for argument in arguments:
         path = user_path(argument)
         if path.is_dir():
-            if not (names := images_below(path)):
-                raise UserError(f"folder {path} holds no images; give one that does")
+            if not (names := images_below(path, others := list[str]())):
+                hint = missing_extras(others) or "give one that does"
+                raise UserError(f"folder {path} holds no images; {hint}")
             found += sorted(path / name for name in names)
         elif path.exists():
             found.append(path)

@@ -111,7 +111,9 @@ def test_grey_of_every_depth(tmp_path):
 def test_grey_without_numbers_is_refused(tmp_path):
     for value in (np.nan, np.inf):
         Image.fromarray(np.full((4, 4), value, dtype=np.float32)).save(tmp_path / "f.tif")
-        with pytest.raises(UserError, match=r"f\.tif cannot be read: it has values that are no num"):
+        with pytest.raises(
+            UserError, match=r"f\.tif cannot be read: it has values that are no num"
+        ):
             open_image(tmp_path / "f.tif")
 
 
@@ -338,7 +340,7 @@ def test_global_generators_are_left_alone(photos):
 def test_memory_budget(photos, monkeypatch):
     opened = []
     reader = images_module.open_image
-    monkeypatch.setattr(images_module, "open_image", lambda p: opened.append(p) or reader(p))
+    monkeypatch.setattr(images_module, "open_image", lambda p, _: opened.append(p) or reader(p))
     sizes = [4 * np.prod(Image.open(p).size) for p in photos]
     allowance = Allowance(int(sum(sizes[:4])))
     store = ImageStore(photos, size=8, allowance=allowance, threads=1)

@@ -8,8 +8,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-_NEEDED = "DICOM is read where pydicom is installed: pip install 'dapt[dicom]'"
-
 
 def is_dicom(file: BinaryIO) -> bool:
     """Whether a file begins as DICOM does; it is at its beginning afterwards."""
@@ -25,11 +23,9 @@ def first_frame(file: BinaryIO, check: Callable[[tuple[int, int]], None]) -> Ima
     A larger value is always brighter. ``check`` is told width and height before pixels are read,
     and may refuse. A `ModuleNotFoundError` where pydicom is missing; else it fails as pydicom does.
     """
-    try:
-        import pydicom
-        from pydicom.pixels import apply_rescale, pixel_array
-    except ImportError as error:
-        raise ModuleNotFoundError(_NEEDED, name="pydicom") from error
+    import pydicom
+    from pydicom.pixels import apply_rescale, pixel_array
+
     about = pydicom.dcmread(file, stop_before_pixels=True)
     if "Rows" not in about or "Columns" not in about:
         raise ValueError("it holds no picture")

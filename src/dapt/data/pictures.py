@@ -6,9 +6,10 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,8 +25,12 @@ from dapt.safe.pictures import EXIF, bounded
 # PIL would start Ghostscript for EPS; the others it recognises but cannot decode by itself.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-# What is read where an extra is installed, and named where it is not: phones and clinics have them.
-_HEIF_NAMES, _DICOM_NAMES = {".heic", ".heif", ".hif"}, {".dcm", ".dicom"}
+# Pictures of phones and of clinics, which are read where an extra is installed: its module, what
+# to install, and names.
+_EXTRAS = {
+    "HEIC": ("pillow_heif", "pip install 'dapt[heic]'", (".heic", ".heif", ".hif")),
+    "DICOM": ("pydicom", "pip install 'dapt[dicom]'", (".dcm", ".dicom")),
+}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What undoes each EXIF orientation, from 2 on. (PIL's `exif_transpose` also writes the block anew,
@@ -35,7 +40,8 @@ _UPRIGHT = {number: Image.Transpose[way] for number, way in enumerate(_WAYS.spli
 
 MAX_PIXELS = 2**27  # of the largest cameras; transparency and turning may take 2 GB
 _LARGE = 2**24  # of images of more pixels, one is decoded at a time, whatever the threads
-_one_large = threading.Lock()
+# Held meanwhile; programs that decode in several processes put one of theirs here.
+one_large: AbstractContextManager[Any] = threading.Lock()
 
 # Faults of the machine, not of an image: another may do no better.
 _MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -63,9 +69,25 @@ def _formats() -> tuple[str, ...]:
 
 def has_image_name(name: str) -> bool:
     """Whether a file's name has the extension of an image, in any case, and is not hidden."""
-    if (extension := os.path.splitext(name)[1].lower()) in _HEIF_NAMES | _DICOM_NAMES:
-        return name[:1] != "."
-    return name[:1] != "." and Image.registered_extensions().get(extension) in _formats()
+    known, extension = _formats(), os.path.splitext(name)[1].lower()
+    good = Image.registered_extensions().get(extension) in known or extension in _dicom_names()
+    return name[:1] != "." and good
+
+
+@cache
+def _dicom_names() -> tuple[str, ...]:
+    module, _, names = _EXTRAS["DICOM"]
+    return names if find_spec(module) else ()
+
+
+def missing_extras(names: Iterable[str]) -> str:
+    """What of these files' names needs an extra that is not installed, in words; or nothing."""
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+    return " and ".join(
+        f"{kind} is read after {install}"
+        for kind, (module, install, own) in _EXTRAS.items()
+        if endings.intersection(own) and not find_spec(module)
+    )
 
 
 def open_image(path: Path | str, grey: Scale | None = None) -> Image.Image:
@@ -142,7 +164,7 @@ def _decoded(
             check(image.size)
             check((tags.get(322, 0), tags.get(323, 0)), "a tile of ")
             image.info.update(picture.info)
-            with _one_large if image.width * image.height > _LARGE else nullcontext():
+            with one_large if image.width * image.height > _LARGE else nullcontext():
                 return make(image)
     except (UserError, MemoryError):
         raise
@@ -152,8 +174,9 @@ def _decoded(
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
         reason = reason_of(error)
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            raise BadImage(f"image {name} cannot be read: {reason}") from error
+        if isinstance(error, ModuleNotFoundError):
+            said = f"image {name} cannot be read: DICOM is read after {_EXTRAS['DICOM'][1]}"
+            raise BadImage(f"{said}; or save it as PNG") from error
         if isinstance(error, UnidentifiedImageError):
             reason = _unknown(file, name)
         raise BadImage(f"image {name} cannot be read: {reason}; replace it") from error
@@ -164,8 +187,8 @@ def _unknown(file: BinaryIO, name: str) -> str:
     file.seek(0)
     head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS and "HEIF" not in _formats():
-        said = "HEIC is read where pillow-heif is installed: pip install 'dapt[heic]'"
-        raise BadImage(f"image {name} cannot be read: {said}, or save it as JPEG")
+        said = f"image {name} cannot be read: HEIC is read after {_EXTRAS['HEIC'][1]}"
+        raise BadImage(f"{said}; or save it as JPEG")
     return "not an image in a known format" if head else "the file is empty"
 
 

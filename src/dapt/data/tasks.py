@@ -26,7 +26,7 @@ from dapt.data.items import (
     text_of,
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
-from dapt.data.pictures import has_image_name
+from dapt.data.pictures import has_image_name, missing_extras
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
@@ -151,6 +151,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
     if left:
         what = f"{len(left):,} files in the class folders of {folder} have no image's name"
         hint = "convert them, or give them the extension that they should have"
+        hint = "; or ".join(filter(None, (missing_extras(left), hint)))
         facts["notes"] = (f"{what} and are left out (such as {left[0]}); {hint}",)
     return make_task(folder.resolve().name, folder, rows, f"folder {folder}", **facts)
 
