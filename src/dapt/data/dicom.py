@@ -37,8 +37,11 @@ def first_frame(file: BinaryIO, check: Callable[[tuple[int, int]], None]) -> Ima
         return Image.fromarray((values >> max(0, bits - 8)).astype(np.uint8))
     if about.PhotometricInterpretation == "MONOCHROME1":  # where larger is darker
         signed = int(about.PixelRepresentation) == 1
-        values = (-1 if signed else 2 ** int(about.BitsStored) - 1) - values.astype(np.int64)
+        values = (-1 if signed else 2 ** int(about.BitsStored) - 1) - values.astype(np.int32)
+        values = values.astype(np.uint8) if about.BitsStored <= 8 and not signed else values
     values = apply_rescale(values, about)
+    if values.dtype == np.uint8:
+        return Image.fromarray(values)
     # Whole numbers stay such: their scale goes by bits.
     whole = values.dtype.kind != "f" or bool((values == np.rint(values)).all())
     return Image.fromarray(values.astype(np.int32 if whole else np.float32))

@@ -13,14 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dapt.errors import PictureWarning
+
 Scale = tuple[float, float]  # the value that becomes black, and the one that becomes white
 
 _WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of whole numbers
 _FRACTIONS = (1, 255)  # of others
-
-
-class GreyWarning(UserWarning):
-    """Grey values were scaled by a guess, or do not fit the scale."""
 
 
 class Extent(NamedTuple):
@@ -95,4 +93,4 @@ def to_8_bits(image: Image.Image, scale: Scale | None) -> Image.Image:
 
 
 def _tell(sentence: str) -> None:
-    warnings.warn(sentence, GreyWarning, stacklevel=2)
+    warnings.warn(sentence, PictureWarning, stacklevel=2)

@@ -28,8 +28,8 @@ _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Pictures of phones and of clinics, which are read where an extra is installed: its module, what
 # to install, and names.
 _EXTRAS = {
-    "HEIC": ("pillow_heif", "pip install 'dapt[heic]'", (".heic", ".heif", ".hif")),
-    "DICOM": ("pydicom", "pip install 'dapt[dicom]'", (".dcm", ".dicom")),
+    "HEIC": ("pillow_heif", "pillow-heif: pip install 'dapt[heic]'", (".heic", ".heif", ".hif")),
+    "DICOM": ("pydicom", "pydicom: pip install 'dapt[dicom]'", (".dcm", ".dicom")),
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -84,7 +84,7 @@ def missing_extras(names: Iterable[str]) -> str:
     """What of these files' names needs an extra that is not installed, in words; or nothing."""
     endings = {os.path.splitext(name)[1].lower() for name in names}
     return " and ".join(
-        f"{kind} is read after {install}"
+        f"{kind} needs {install}"
         for kind, (module, install, own) in _EXTRAS.items()
         if endings.intersection(own) and not find_spec(module)
     )
@@ -175,7 +175,7 @@ def _decoded(
             raise
         reason = reason_of(error)
         if isinstance(error, ModuleNotFoundError):
-            said = f"image {name} cannot be read: DICOM is read after {_EXTRAS['DICOM'][1]}"
+            said = f"image {name} cannot be read: DICOM needs {_EXTRAS['DICOM'][1]}"
             raise BadImage(f"{said}; or save it as PNG") from error
         if isinstance(error, UnidentifiedImageError):
             reason = _unknown(file, name)
@@ -187,7 +187,7 @@ def _unknown(file: BinaryIO, name: str) -> str:
     file.seek(0)
     head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS and "HEIF" not in _formats():
-        said = f"image {name} cannot be read: HEIC is read after {_EXTRAS['HEIC'][1]}"
+        said = f"image {name} cannot be read: HEIC needs {_EXTRAS['HEIC'][1]}"
         raise BadImage(f"{said}; or save it as JPEG")
     return "not an image in a known format" if head else "the file is empty"
 

@@ -33,10 +33,8 @@ _MOST_JPEG_BYTES = 2**28
 _TABLES = 2**17  # bytes of a JPEG's quantisation and Huffman tables; a few hundred are usual
 # A progressive JPEG is decoded scan by scan over all its pixels, and a scan may take a few bytes.
 _MOST_SCANS = 256  # encoders write about ten; PIL sets no limit
-_USUAL_SCANS, _MORE_PIXELS = (
-    32,
-    2**27,
-)  # pixels that scans beyond the usual ones may go over, in all
+_USUAL_SCANS = 32
+_MORE_PIXELS = 2**30  # that all scans beyond those may go over: a second
 
 
 @dataclass(frozen=True)
@@ -237,6 +235,17 @@ def _gif(file: BinaryIO, size: int) -> Bounded | None:
 # ------------------------------------------------------------------------ chunks, boxes and tags
 
 
+_RUNS = 2**23  # pixels, or bytes, of a run-length encoded BMP, which PIL decodes in Python
+
+
+def _bmp(file: BinaryIO, size: int) -> None:
+    head = file.read(34)
+    if len(head) == 34 and int.from_bytes(head[14:18], "little") >= 40 and head[30] in (1, 2):
+        width, height = struct.unpack("<ii", head[18:26])
+        if max(abs(width * height), size) > _RUNS:
+            raise ValueError(f"it is run-length encoded, and over {_RUNS:,} pixels or bytes")
+
+
 def _webp(file: BinaryIO, size: int) -> None:
     at = 12
     for _ in range(_PIECES):
@@ -323,6 +332,7 @@ _LOOKS: dict[bytes, Callable[[BinaryIO, int], Bounded | None]] = {
     b"\xff\xd8\xff": _jpeg,
     b"\x89PNG\r\n\x1a\n": _png,
     b"GIF8": _gif,
+    b"BM": _bmp,
     b"RIFF": _webp,
     b"ftyp": _boxes,
     b"jP  ": _boxes,

@@ -78,6 +78,8 @@ class Decoders:
         content = file.read()
         with self._lock:
             process = self._idle.pop() if self._idle else self._new()
+            if process.poll() is not None:  # something else has ended it
+                process = self._new()
             self._busy[process] = time.monotonic()
         try:
             answer, view = self._ask(process, {**self._asked, "name": name}, content)
