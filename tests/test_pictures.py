@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from conftest import jpeg_of_scans
 from dapt.cli import app
-from dapt.data import ImageStore, decode_image, has_image_name, open_image, open_task
+from dapt.data import ImageStore, Item, Task, decode_image, has_image_name, open_image, open_task
 from dapt.data.grey import Extent, scale_for
 from dapt.data.images import read_picture, sampled_grey
-from dapt.engine.data import task_of
+from dapt.engine.data import grey_of, task_of
 from dapt.errors import PictureWarning, UserError
 from dapt.estimator import PromptClassifier
 from dapt.predict import predict_each
@@ -205,8 +205,9 @@ def test_pictures_in_memory_have_one_scale_too(tiny_weights):
 def test_a_sample_opens_few_files(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("dapt.data.images.grey_extent", lambda path: opened.append(path))
-    assert sampled_grey([str(i) for i in range(10_000)]) is None
-    assert len(opened) <= 64
+    items = tuple(Item(str(i), 0, "a") for i in range(10_000))
+    assert grey_of(Task("a", tmp_path, ("a",), items, (), ())) is None
+    assert 32 < len(opened) <= 64
 
 
 # -- what lies beside the pixels ---------------------------------------------------------------

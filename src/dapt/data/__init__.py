@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dapt.data.images import Allowance, ImageStore, sampled_grey
+    from dapt.data.images import Allowance, ImageStore, sampled_grey, spread
     from dapt.data.items import (
         Item,
         SupportSet,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dapt.data.views import centre_view
 
 _NAMES = {
-    "images": ("Allowance", "ImageStore", "sampled_grey"),
+    "images": ("Allowance", "ImageStore", "sampled_grey", "spread"),
     "items": ("Item", "SupportSet", "Task", "draw_support_set", "images_in_both",
               "load_support_set", "subset_classes", "support_digest"),
     "pictures": ("BadImage", "TooManyPixels", "decode_image", "has_image_name", "open_image"),

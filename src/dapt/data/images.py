@@ -84,6 +84,11 @@ def _picked(value: Any) -> Any:
     return _picked(value[0]) if isinstance(value, tuple) and len(value) == 2 else value
 
 
+def spread(listed: Sequence[Any]) -> list[Any]:
+    """Some of a list, evenly spread over it; of others, a lazy dataset makes nothing."""
+    return [listed[i] for i in range(0, len(listed), max(1, -(-len(listed) // _SAMPLE)))]
+
+
 def sampled_grey(sources: Sequence[Any]) -> Scale | None:
     """What of grey of more than 8 bits is to be black and white, for all of a dataset's images.
 
@@ -91,10 +96,10 @@ def sampled_grey(sources: Sequence[Any]) -> Scale | None:
     are such; their values say how far they go (see `scale_for`). None where none of them is.
     """
     found = []
-    for place in range(0, len(sources), max(1, -(-len(sources) // _SAMPLE))):
+    for source in spread(sources):
         # What cannot be read is told where it is used.
         with suppress(UserError, OSError, ValueError):
-            value = _picked(sources[place])
+            value = _picked(source)
             if isinstance(value, Image.Image):
                 found.append(extent_of(value) if is_deep(value) else None)
             elif isinstance(value, (str, bytes, os.PathLike)):

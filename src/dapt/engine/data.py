@@ -56,7 +56,7 @@ def with_grey(task: Task, settings: Settings) -> Task:
 
 def grey_of(task: Task) -> Scale | None:
     """The scale that a sample of train images uses, None where none is deep; see `scale_for`."""
-    return images.sampled_grey([task.source(item) for item in task.train])
+    return images.sampled_grey([task.source(item) for item in images.spread(task.train)])
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:
