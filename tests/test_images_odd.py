@@ -188,25 +188,25 @@ def test_the_machine_is_not_taken_for_a_damaged_image(given, tmp_path, monkeypat
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(f"dapt.data.images.{where}", fail)
+    monkeypatch.setattr(f"dapt.data.pictures.{where}", fail)
     with pytest.raises(type(error)):
         train(make_settings(settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("dapt.data.images._LARGE", 100)
+    monkeypatch.setattr("dapt.data.pictures._LARGE", 100)
     place, inside, most = tmp_path / "a.png", [0], [0]
     noise().save(place)
 
-    def slow(image):
+    def slow(image, _grey):
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         time.sleep(0.05)
         inside[0] -= 1
         return image.copy()
 
-    monkeypatch.setattr("dapt.data.images.upright_rgb", slow)
+    monkeypatch.setattr("dapt.data.pictures.upright_rgb", slow)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(open_image, [place] * 4))
     assert most[0] == 1

@@ -31,7 +31,7 @@ from dapt.cli import app
 from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
 from dapt.run.train import train
-from dapt.serve import server
+from dapt.serve import decoders, server
 from dapt.serve.app import Limits, create_app
 from dapt.serve.served import Served, load_served
 from dapt.settings import make_settings
@@ -411,6 +411,40 @@ def test_a_model_that_fails_once(served, pictures, capfd):
     assert "RuntimeError" in capfd.readouterr().err, "it is in the log"
 
 
+def test_a_stuck_decoder_shows_and_is_ended(served, pictures, monkeypatch):
+    """Where all are stuck, the server does not call itself well."""
+    monkeypatch.setattr(decoders, "_STUCK", 0.3)
+    with monkeypatch.context() as stuck:
+        stuck.setattr(decoders, "_START", "import time; time.sleep(100)")
+        with running(served, Limits(timeout=4)) as client:
+            count = min(4, os.cpu_count())
+            threads, found = together(*[lambda: client.predict(pictures[0])] * count)
+            until(lambda: client.get("/healthz").status == 503)
+            told = {"status": "stuck", "stuck_decoders": count, "decoders": count}
+            assert client.get("/healthz").json == told
+            assert client.metric("dapt_decoders_busy") == count
+            assert client.metric("dapt_decoder_longest_seconds") > 0.3
+            stuck.undo()
+            for thread in threads:
+                thread.join()
+            for one in found:
+                assert one.status in (400, 503)
+            until(lambda: client.metric("dapt_decoders_ended_total") == count)
+            assert client.get("/healthz").json == {"status": "ok"}
+            assert client.metric("dapt_decoders_busy") == 0
+            assert client.predict(pictures[0]).status == 200
+
+
+def test_a_decoder_computes_for_so_long_and_no_longer(served, pictures, monkeypatch):
+    code = "import sys; sys.argv[1:] = [sys.argv[1]]; from dapt.serve import decoder; "
+    spin = "decoder.pictures.decode_image = lambda *_, **__: [0 for _ in iter(int, 1)]; "
+    monkeypatch.setattr(decoders, "_START", f"{code}{spin}decoder.main()")
+    with running(served, Limits(decode=0.5)) as client:
+        found = client.predict(pictures[0])
+        assert found.status == 400
+        assert "0.png takes too long to decode" in found.detail
+
+
 def test_slow_clients(served, pictures, monkeypatch):
     monkeypatch.setattr(server, "_HEADER_SECONDS", 0.5)
     with running(served, Limits(timeout=1.0)) as client:
@@ -669,6 +703,72 @@ def test_what_cannot_be_served_is_said_in_a_sentence(run, tmp_path, monkeypatch)
     result = runner.invoke(app, ["serve", str(run.path)])
     assert result.exit_code == 2
     assert "serving needs uvicorn: pip install 'dapt[serve]'" in " ".join(result.stderr.split())
+
+
+def decoders_of(process):
+    """Numbers of a server's decoder processes, once they are there."""
+    found = []
+
+    def there():
+        found[:] = []
+        for folder in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if folder.isdecimal():
+                    with open(f"/proc/{folder}/stat") as file:
+                        parent = int(file.read().rpartition(") ")[2].split()[1])
+                    found.extend([int(folder)] * (parent == process.pid))
+        return len(found) == min(4, os.cpu_count())
+
+    until(there)
+    return found
+
+
+def begun(client, data):
+    """A request that waits for its answer, in a thread of its own."""
+
+    def ask():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            client.predict(data)
+
+    threading.Thread(target=ask, daemon=True).start()
+    until(lambda: client.metric("dapt_decoders_busy") == 1)
+
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+@on_linux
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT] * 2])
+def test_a_stuck_decoder_holds_up_no_exit(run, pictures, signals):
+    with command(run) as (process, client):
+        children = decoders_of(process)
+        for child in children:
+            os.kill(child, signal.SIGSTOP)
+        begun(client, pictures[0].read_bytes())
+        assert client.get("/healthz").status == 200
+        started = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.wait(15) == (0 if len(signals) == 1 else -signal.SIGINT)
+        assert time.monotonic() - started < (15 if len(signals) == 1 else 5)
+        until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
+
+
+@on_linux
+def test_a_decoder_that_was_ended_is_replaced(run, pictures):
+    with command(run) as (process, client):
+        for child in decoders_of(process):
+            os.kill(child, signal.SIGKILL)
+        for _ in range(4):
+            assert client.predict(pictures[0]).status == 200
+        for child in decoders_of(process):
+            os.kill(child, signal.SIGSTOP)
+        begun(client, pictures[0].read_bytes())
+        for child in decoders_of(process):
+            os.kill(child, signal.SIGKILL)
+        until(lambda: client.metric("dapt_decoders_ended_total") == 1)
+        assert client.predict(pictures[0]).status == 200
 
 
 # -- the page ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
 from dapt.data.images import InputError, as_sequence, labels_of
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
-from dapt.engine.data import Data
+from dapt.engine.data import Data, with_grey
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
@@ -112,7 +112,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
         # Each item's path is its image's place, until it is known which are files.
         items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
-        task = Task(FITTED, Path(), names, items, (), (), pictures=images)
+        task = with_grey(Task(FITTED, Path(), names, items, (), (), pictures=images), settings)
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
@@ -142,7 +142,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         images = as_sequence(X)
         if not hasattr(self, "_classifier"):  # it is not pickled
             self._classifier = self._built(self.files_)
-        store = ImageStore(images, **self._classifier.backbone.preprocessing.of_views())
+        store = ImageStore(images, **self._classifier.of_views())
         try:
             logits = classify(self._classifier, store)
         except BadImage as error:

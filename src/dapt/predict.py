@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from dapt.data import ImageStore, has_image_name, images_below, open_image
+from dapt.data.left_out import LeftOut
+from dapt.data.pictures import missing_extras
 from dapt.data.spellings import is_service
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
@@ -54,7 +56,7 @@ def predict_each(
 
     store = ImageStore(
         range(sys.maxsize),
-        read=lambda index: open_image(ahead[index]),
+        read=lambda index: open_image(ahead[index], classifier.grey),
         **classifier.backbone.preprocessing.of_views(),
     )
     for views in store.batches(batches(), unreadable=reasons):
@@ -87,8 +89,9 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
     for argument in arguments:
         path = user_path(argument)
         if path.is_dir():
-            if not (names := images_below(path)):
-                raise UserError(f"folder {path} holds no images; give one that does")
+            if not (names := images_below(path, left=(left := LeftOut()))):
+                hint = missing_extras(left.found.get("no image's name", ())) or "give one that does"
+                raise UserError(f"folder {path} holds no images; {hint}")
             found += sorted(path / name for name in names)
         elif path.exists():
             found.append(path)

@@ -64,6 +64,9 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(4.0, gt=0, le=2**20, description="GiB of text activations in a step")
+    grey_range: tuple[float, float] | None = Field(
+        None, description="grey of over 8 bits seen as black and white; by default what images use"
+    )
     strict: bool = Field(False, description="an unreadable image is an error, not left out")
     memory_budget: float = Field(2.0, gt=0, le=2**20, description="GiB of decoded images in memory")
 
@@ -74,6 +77,19 @@ class Settings(BaseModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool:
             raise PydanticCustomError("truth", "input should not be true or false")
+        return value
+
+    @pydantic.field_validator("grey_range", mode="before")
+    @classmethod
+    def _two_numbers(cls, value: Any) -> Any:
+        """Of the command line, "0,4095" is as good as "[0, 4095]"."""
+        return value.split(",") if isinstance(value, str) else value
+
+    @pydantic.field_validator("grey_range")
+    @classmethod
+    def _black_below_white(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise PydanticCustomError("range", "the first number must be below the second")
         return value
 
     def of(self, kind: type[Part]) -> Part:

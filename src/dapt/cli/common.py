@@ -17,7 +17,7 @@ from rich.table import Table
 from typer import Argument, Context, Exit, Option, Typer, echo
 
 import dapt
-from dapt.errors import UserError
+from dapt.errors import PictureWarning, UserError
 from dapt.progress import console, errors, say, table
 
 if TYPE_CHECKING:
@@ -147,7 +147,16 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A class name may hold what the terminal's encoding has not.
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     app()
+
+
+def _show_warning(usual: Callable[..., None], message: Any, category: Any, *where: Any) -> None:
+    """Tell one of ours as any other warning of a command, not as a line of code."""
+    if issubclass(category, PictureWarning):
+        say_error(f"dapt: warning: {message}")
+    else:
+        usual(message, category, *where)
 
 
 def show_run(run: RunDirectory, *notes: str) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,10 +165,12 @@ def _look(
     """What a backbone finds, by the names of the datasets that have images to see."""
     from dapt.clip.sources import load_backbone
     from dapt.data import open_task
+    from dapt.engine.data import grey_of
     from dapt.engine.photos import look_at_photos
 
     seen = [c.dataset for c in checks if any(good for _, good, _ in c.parts.values())]
-    tasks = {name: open_task(name, **place) for name in seen}
+    opened = {name: open_task(name, **place) for name in seen}
+    tasks = {name: replace(task, grey=grey_of(task)) for name, task in opened.items()}
     loaded = load_backbone(backbone, **model)
     found = {name: look_at_photos(task, loaded, told) for name, task in tasks.items()}
     if report is not None and found:

@@ -240,7 +240,7 @@ def suggest(
         raise UserError(f"--format {form}{nearest(form, forms)}; use one of {', '.join(forms)}")
     paths, bad = find_images(images), dict[int, str]()
     classifier = load_classifier(RunDirectory(run), device=device)
-    store = ImageStore(paths, **classifier.backbone.preprocessing.of_views())
+    store = ImageStore(paths, **classifier.of_views())
     with RichReporter().stage("looking", len(paths)) as advance:
         how: dict[str, Any] = {"batch_size": batch_size, "advance": advance, "unreadable": bad}
         found = suggest(classifier, store, count, **how)

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dapt.data.images import open_image
 from dapt.data.items import PARTS, Item, Task, grouped
+from dapt.data.pictures import open_image
 from dapt.data.tasks import BENCHMARKS, LAYOUT, open_task
 from dapt.errors import UserError
 from dapt.progress import Reporter

@@ -10,9 +10,9 @@ from posixpath import join, normpath
 from typing import NamedTuple
 
 from dapt.data import items
-from dapt.data.images import has_image_name
 from dapt.data.items import PARTS, make_task, refusing
 from dapt.data.left_out import LeftOut
+from dapt.data.pictures import has_image_name
 from dapt.data.spellings import (
     TABLE_NAMES,
     UNSORTED,

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dapt.data.grey import Scale
 from dapt.data.images import read_picture
 from dapt.errors import UserError, nearest, refusing
 from dapt.safe.files import file_digest, file_size, read_json, read_text, write_json
@@ -50,6 +51,7 @@ class Task:
     source_sha256: str | None = None  # of the files that images were unpacked from
     notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
     left_out: tuple[tuple[str, int], ...] = ()  # reasons, and how much was not read for each
+    grey: Scale | None = None  # what of grey of more than 8 bits is black and white, of all images
     part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
     # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
     # number among them, or the absolute path of a file.
@@ -269,18 +271,18 @@ def support_digest(task: Task, support: SupportSet) -> str | None:
     """
     whole = hashlib.sha256()
     for item in support.train:
-        if (digest := _digest(task.source(item))) is None:
+        if (digest := _digest(task.source(item), task.grey)) is None:
             return None
         whole.update(digest)
     return whole.hexdigest()
 
 
-def _digest(source: Any) -> bytes | None:
+def _digest(source: Any, grey: Scale | None = None) -> bytes | None:
     """SHA-256 of a file's content or a picture's pixels; None where it cannot be read."""
     with suppress(OSError, UserError):
         if isinstance(source, str | Path):
             return file_digest(source)
-        return hashlib.sha256(read_picture(source).tobytes()).digest()
+        return hashlib.sha256(read_picture(source, grey).tobytes()).digest()
     return None
 
 

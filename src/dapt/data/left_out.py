@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dapt.data.pictures import missing_extras
+
 # reason: what is told of so many, and the way out
 REASONS = {
     "no image's name": (
@@ -65,6 +67,8 @@ class LeftOut:
         told = list(notes)
         for reason, paths in found.items():
             what, hint = REASONS[reason]
+            if reason == "no image's name":
+                hint = "; or ".join(filter(None, (missing_extras(paths), hint)))
             told.append(f"{len(paths):,} {what.format(where=where)} (such as {min(paths)}); {hint}")
         counts = tuple((reason, len(paths)) for reason, paths in found.items())
         return {"notes": tuple(told), "left_out": counts}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from dapt.data import items
 from dapt.data.folders import read_folder
-from dapt.data.images import has_image_name
 from dapt.data.items import (
     PARTS,
     check_class_names,
@@ -24,6 +23,7 @@ from dapt.data.items import (
     text_of,
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
+from dapt.data.pictures import has_image_name
 from dapt.data.tables import TABLES, read_table, text_lines
 from dapt.errors import UserError, nearest
 from dapt.safe import files

@@ -13,6 +13,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
+from dapt.data.grey import Scale
 from dapt.data.items import DEFAULT_TEMPLATE
 from dapt.errors import UserError
 from dapt.methods import Head, Method, TowerPart
@@ -44,6 +45,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
+        self.grey: Scale | None = None  # of grey images of more than 8 bits; as `Task.grey`
         self.parts = nn.ModuleList(parts).to(backbone.device)
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
@@ -63,6 +65,10 @@ class Classifier(nn.Module):
             return ClassTokens.for_template(self.backbone, self.class_names, self.template)
         after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
         return ClassTokens.for_context(self.backbone, self.class_names, context.shape[-2], after)
+
+    def of_views(self) -> dict[str, Any]:
+        """What decides how an image is seen, by the names that `ImageStore` gives it."""
+        return {**self.backbone.preprocessing.of_views(), "grey": self.grey}
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What gradient descent changes, by the names it has in a run's files."""

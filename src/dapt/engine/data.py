@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dapt import data as images
 from dapt.data import SupportSet, Task
+from dapt.data.grey import Scale, in_words
 from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.settings import WITHOUT_DATASET, Settings
@@ -42,7 +43,20 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
     )
-    return images.subset_classes(task, settings.classes)
+    return images.subset_classes(with_grey(task, settings), settings.classes)
+
+
+def with_grey(task: Task, settings: Settings) -> Task:
+    """A task with one scale for its grey images of more than 8 bits, for whoever looks at them.
+
+    It is the settings' or, without, what a sample of train images uses.
+    """
+    return replace(task, grey=settings.grey_range or grey_of(task))
+
+
+def grey_of(task: Task) -> Scale | None:
+    """The scale that a sample of train images uses, None where none is deep; see `scale_for`."""
+    return images.sampled_grey([task.source(item) for item in images.spread(task.train)])
 
 
 def support_of(settings: Settings, task: Task) -> SupportSet:
@@ -62,9 +76,12 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
 
 
 def tell_notes(task: Task, reporter: Reporter) -> None:
-    """Warn of what its reader found odd in a task."""
+    """Warn of what its reader found odd in a task, and of a scale of grey that is not 16 bits."""
     for note in task.notes:
         reporter.warn(note)
+    if task.grey not in (None, (0, 65535)):
+        said = f"grey images of more than 8 bits are seen from {in_words(task.grey)}"
+        reporter.warn(f"{said} (what train images use, or the setting grey_range=[low,high])")
 
 
 def tell_of_overlap(data: Data, tested: Task, reporter: Reporter) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,10 +206,11 @@ class Shared:
         allowance, crop_min = self._allowance, settings.crop_min
         allowance.limit = int(settings.memory_budget * 2**30)
         # Of a picture in memory, that very object is meant, which may not be hashable.
-        key = (tuple(s if isinstance(s, Path) else id(s) for s in sources), crop_min)
+        own: dict[str, Any] = {"crop_min": crop_min, "grey": task.grey}
+        key = (tuple(s if isinstance(s, Path) else id(s) for s in sources), *own.values())
         if (wanted := self._known.pop(key, None)) is None:
             views = self.backbone.preprocessing.of_views()
-            wanted = _Images(ImageStore(sources, **views, crop_min=crop_min, allowance=allowance))
+            wanted = _Images(ImageStore(sources, **views, **own, allowance=allowance))
         self._known[key] = wanted
         # Those wanted now get at least half; the oldest go first. Features are small and stay.
         for known in self._known.values():

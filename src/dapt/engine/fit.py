@@ -121,6 +121,7 @@ def fit(
     shared = shared or Shared(backbone_of(settings, device=processes.device(settings.device)))
     method, task = get_method(settings.method), data.task
     classifier = new_classifier(shared.backbone, task.class_names, task.template, method, settings)
+    classifier.grey = task.grey
     support = shared.support(data, settings, reporter)
     data = replace(data, support=support.drawn)
     tuned = Tuned(settings, data, support, classifier, support.skipped)

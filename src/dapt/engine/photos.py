@@ -136,7 +136,7 @@ def look_at_photos(
     reporter = reporter or Reporter()
     listed = [(part, item) for part in PARTS for item in getattr(task, part)]
     sources, bad = [task.source(item) for _, item in listed], dict[int, str]()
-    store = ImageStore(sources, **backbone.preprocessing.of_views())
+    store = ImageStore(sources, **backbone.preprocessing.of_views(), grey=task.grey)
     small: list[Tensor] = []
     with reporter.stage(f"{task.name}: encode images", len(store)) as advance:
         how: dict[str, Any] = {"batch_size": batch_size, "advance": advance, "unreadable": bad}

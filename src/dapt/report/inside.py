@@ -12,6 +12,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from dapt.data import open_image
+from dapt.data.grey import Scale
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import task_of
 from dapt.engine.evaluate import ECE_BINS, logits_of
@@ -278,7 +280,7 @@ class _Look:
 
     def see(self, *, examples: bool) -> None:
         """Encode the test images; a `UserError` or `OSError` where they cannot be had."""
-        self.task = task = task_of(self.settings)
+        self.task = task = replace(task_of(self.settings), grey=self.classifier.grey)
         if task.class_names != self.names:
             raise UserError("its classes are no longer those that the run was tuned on")
         self.hard = self.hardest() if examples else {}
@@ -330,7 +332,7 @@ class _Look:
             worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:EXAMPLES]
             paths = {i: self.task.image_path(self.items[i]) for i in worst}
             examples = [
-                (thumbnail(path), self.shown[named[i]], float(confidence[i]))
+                (thumbnail(path, self.task.grey), self.shown[named[i]], float(confidence[i]))
                 for i, path in paths.items()
                 # What a link in someone's dataset leads to is not his to show.
                 if path.resolve().is_relative_to(root)
@@ -357,9 +359,9 @@ class _Look:
             block.legend = block.legend or legend
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(path: Path, grey: Scale | None = None) -> str:
     """A small copy of an image as a data URI: nothing of the original file but its pixels."""
-    image = open_image(path).convert("RGB")
+    image = open_image(path, grey).convert("RGB")
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.LANCZOS)
     image.info.clear()
     file = io.BytesIO()

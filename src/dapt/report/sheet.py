@@ -45,6 +45,6 @@ def write_sheet(path: Path, task: Task, found: Findings) -> None:
 def _picture(task: Task, photo: Photo) -> str:
     """A small copy as a data URI; nothing where the file has gone since."""
     try:
-        return thumbnail(task.root / photo.path)
+        return thumbnail(task.root / photo.path, task.grey)
     except UserError:
         return ""

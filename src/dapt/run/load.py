@@ -40,7 +40,9 @@ def load_classifier(
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     where = str(run.prompts_file)
-    return classifier_of(settings, tensors, backbone, task or own, where, own.class_names)
+    found = classifier_of(settings, tensors, backbone, task or own, where, own.class_names)
+    found.grey = own.grey  # whatever the images, they are seen as those it was tuned on
+    return found
 
 
 def classifier_of(
@@ -65,7 +67,7 @@ def classifier_of(
     if method.head.closed and own_names is not None and list(names) != list(own_names):
         raise UserError(f"{where} is of {method.head.closed}; use a prompt method for others")
     classifier = new_classifier(backbone, names, task.template, method, settings)
-    learned, head = classifier.learned(), classifier.head
+    learned, head, classifier.grey = classifier.learned(), classifier.head, task.grey
     fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
     if not learned.keys() <= tensors.keys() or (fitted and not head.fitted):
         what = f"what method '{settings.method}' learns"

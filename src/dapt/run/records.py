@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
+from dapt.data.grey import Scale
 from dapt.data.items import check_class_names
 from dapt.errors import UserError
 from dapt.safe.files import read_json, to_json
@@ -143,9 +144,17 @@ class TaskRecord(Record):
     template: str
     class_names: list[str] = Field(min_length=1)
     source_sha256: str | None = None
+    grey_range: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
+
+    @property
+    def grey(self) -> Scale | None:
+        """As of a `Task`."""
+        return None if self.grey_range is None else (self.grey_range[0], self.grey_range[1])
 
     @model_validator(mode="after")
     def _can_be_read(self) -> TaskRecord:
+        if self.grey is not None and not self.grey[0] < self.grey[1]:
+            raise ValueError("its grey_range must rise")
         if self.template.count("{}") != 1:
             raise ValueError("its template must hold {} once")
         try:
@@ -236,7 +245,9 @@ def made_of(
 def task_record(task: Task) -> dict[str, Any]:
     """What task.json keeps of a task."""
     found = {"dataset": task.name, "template": task.template, "class_names": list(task.class_names)}
-    return found if task.source_sha256 is None else found | {"source_sha256": task.source_sha256}
+    grey = None if task.grey is None else list(task.grey)
+    known = {"source_sha256": task.source_sha256, "grey_range": grey}
+    return found | {name: value for name, value in known.items() if value is not None}
 
 
 def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:

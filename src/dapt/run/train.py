@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -329,6 +329,7 @@ def evaluate_run(
     task = open_task(settings, evaluate=target.dataset is not None)
     backbone = shared.backbone if shared else None
     classifier = load_classifier(run, task, backbone=backbone, device=device)
+    task = replace(task, grey=classifier.grey or task.grey)  # the scale goes with the run
     tell_notes(task, reporter)
     settings = settings.model_copy(update={"strict": strict or settings.strict})
     result = evaluate_task(classifier, task, settings, reporter, shared)

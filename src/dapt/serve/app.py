@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -28,6 +27,7 @@ from dapt import __version__
 from dapt.data import TooManyPixels
 from dapt.errors import UserError, printable
 from dapt.predict import best
+from dapt.serve.decoders import Decoders
 from dapt.serve.served import Answer, Served
 
 _STATIC = Path(__file__).with_name("static")
@@ -47,6 +47,7 @@ class Limits:
     batch: int = 32  # images that the model takes at a time
     timeout: float = 30.0  # seconds that a request may take in all
     connections: int = 128  # clients at a time
+    decode: float = 10.0  # seconds of computing that an image may take to decode
 
 
 @asynccontextmanager
@@ -170,20 +171,23 @@ def create_app(
     batcher = Batcher(served, limits, registry)
     about = "Images received, by what came of them."
     counted = Counter("dapt_images", about, ("result",), registry=registry)
-    decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "dapt-images")
+    times = {"seconds": limits.decode, "patience": limits.timeout}
+    decoders = Decoders(served.classifier.of_views(), limits.pixels, registry, **times)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        decoders.start()
         model = asyncio.create_task(batcher.run())
         ready()
         yield
-        decoders.shutdown(wait=True, cancel_futures=True)
+        decoders.close()
         model.cancel()
 
     about = f"Classifies images into the {len(served.class_names):,} classes of the run"
     info = {"title": "dapt", "version": __version__, "description": f"{about} '{served.name}'."}
     described = {"info": info, **yaml.safe_load(_STATIC.with_name("api.yaml").read_text("utf-8"))}
     app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.decoders = decoders
     app.openapi = lambda: described  # type: ignore[method-assign]
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
@@ -191,7 +195,7 @@ def create_app(
         name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
-            view = await loop.run_in_executor(decoders, served.view, file.file, name, limits.pixels)
+            view = await loop.run_in_executor(decoders.threads, decoders.view, file.file, name)
             probabilities, cosines = await batcher.answer(view)
         except UserError as error:
             counted.labels("error").inc()
@@ -239,8 +243,11 @@ def create_app(
         return Response(pictures[number], media_type="image/jpeg")
 
     @app.get("/healthz")
-    async def healthz() -> _Json:
-        return {"status": "ok"}
+    async def healthz(response: Response) -> _Json:
+        if not (stuck := decoders.stuck):
+            return {"status": "ok"}
+        response.status_code = 503 if stuck == decoders.count else 200  # nobody else is answered
+        return {"status": "stuck", "stuck_decoders": stuck, "decoders": decoders.count}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dapt.data import ImageStore, centre_view, decode_image
+from dapt.data import ImageStore
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import task_of
 from dapt.engine.evaluate import encode_store
@@ -21,10 +20,6 @@ from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.run.load import known_support, load_classifier
 from dapt.settings import backbone_name
-
-# What cameras, phones and browsers write. PIL reads more, but a server should not for strangers: of
-# a TIFF, libtiff decodes tiles of any size, which tags that PIL does not understand can tell it.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 
 # What the model makes of a view: probabilities (C,), and cosines with the n support images (n,).
 Answer = tuple[Tensor, Tensor]
@@ -53,15 +48,6 @@ class Served:
     def class_names(self) -> tuple[str, ...]:
         """In label order."""
         return self.classifier.class_names
-
-    def view(self, file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
-        """(S, S, 3) uint8 of an image file, as the model wants to see it.
-
-        A `UserError`, which calls it ``name``, where it cannot be read: `TooManyPixels` where its
-        header tells of more, and nothing was decoded.
-        """
-        image = decode_image(file, name, formats=FORMATS, max_pixels=max_pixels)
-        return np.asarray(centre_view(image, **self.classifier.backbone.preprocessing.of_views()))
 
     def answers(self, views: Sequence[np.ndarray]) -> list[Answer]:
         """Classify views (S, S, 3) in one batch."""
@@ -116,7 +102,7 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
             pictures.append(file.getvalue())
         return classifier.image_features(views)
 
-    paths, how = map(task.image_path, items), classifier.backbone.preprocessing.of_views()
+    paths, how = map(task.image_path, items), classifier.of_views()
     with reporter.stage("support images", len(items)) as advance:
         store = ImageStore([*paths], **how)
         features = encode_store(encode, store, batch_size=32, advance=advance)

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dapt.errors import UserError
 from dapt.serve.app import Limits, create_app
+from dapt.serve.decoders import Decoders
 from dapt.serve.served import Served
 
 # Seconds in which a client that has connected, or has had its answer, must send a whole header.
@@ -88,17 +89,24 @@ def make_server(
         h11_max_incomplete_event_size=16 * 2**10,  # of a header
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
-    return _Server(config)
+    return _Server(config, app.state.decoders)
 
 
 class _Server(uvicorn.Server):
     """Ends in order on a signal; uvicorn's own would have the signal kill the process after."""
 
+    def __init__(self, config: uvicorn.Config, decoders: Decoders) -> None:
+        super().__init__(config)
+        self.decoders = decoders
+
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A first signal ends it in order, a second SIGINT at once."""
+        """A first signal ends it in order, a second SIGINT at once, whatever threads are at."""
         if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+            self.decoders.kill()
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         self.should_exit = True
+        self.decoders.hurry()
 
 
 class _Protocol(H11Protocol):

@@ -186,7 +186,7 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (4, 3, size, size), generator=generator, dtype=torch.uint8)
     try:
-        task = task_of(settings)
+        task = replace(task_of(settings), grey=classifier.grey)
         items = task.test[:: max(1, len(task.test) // _COMPARED)][:_COMPARED]
         store = Shared(classifier.backbone).store(task, items, settings)
         views = store.test_views(range(len(items)))
@@ -204,6 +204,8 @@ def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, s
         "backbone_sha256": backbone.fingerprint, "int8": int8,
     }  # fmt: skip
     seen = asdict(backbone.preprocessing)
+    if classifier.grey is not None:  # of images of more than 8 bits, what is black and white
+        seen["grey_range"] = classifier.grey
     values = {"labels": task.class_names, "preprocessing": seen, "provenance": made}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
