@@ -21,4 +21,11 @@ from dapt.data.items import (
     subset_classes,
     support_digest,
 )
-from dapt.data.tasks import BENCHMARKS, bundled_domains, images_below, open_task, read_split
+from dapt.data.tasks import (
+    BENCHMARKS,
+    bundled_domains,
+    images_below,
+    open_task,
+    read_split,
+    usual_template,
+)
