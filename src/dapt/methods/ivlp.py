@@ -7,7 +7,7 @@ tokens flow on. Learned with one rate and cross-entropy alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass, norm
 from dapt.errors import UserError
+from dapt.methods import published
 from dapt.methods.contract import HasSettings, PartSettings
 from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
 PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,
              "batch_size": 4, "epochs": 5}  # fmt: skip
+# Of one image a class of own data, which says little (judged as the others in published.yaml).
+ALONE = {"lr": 0.001}
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: the published ones, but for one image a class of own data."""
+    return PUBLISHED | (ALONE if shots == 1 and dataset not in published.PUBLISHED else {})
 
 
 class DeepContextSettings(ContextSettings):
