@@ -25,13 +25,14 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
 PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,
              "batch_size": 4, "epochs": 5}  # fmt: skip
-# Of one image a class of own data, which says little (judged as the others in published.yaml).
-ALONE = {"lr": 0.0003}
+# Of few images of own data, which say little (judged as the others in published.yaml).
+FEW = {"lr": 0.0003}
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: the published ones, but for one image a class of own data."""
-    return PUBLISHED | (ALONE if shots == 1 and dataset not in published.PUBLISHED else {})
+    """Settings of its own: the published ones, with another rate on few images of own data."""
+    few = dataset not in published.PUBLISHED and shots <= max(published.FEW)
+    return PUBLISHED | (FEW if few else {})
 
 
 class DeepContextSettings(ContextSettings):
