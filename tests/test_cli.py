@@ -57,6 +57,10 @@ def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
     tuned = dapt("train", *options, "-o", tmp_path / "tuned")
     assert f"zero-shot, which learns nothing: {100 * value:.1f} % on the same" in tuned.output
     monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
+    far = dapt("train", *options, "-o", tmp_path / "far")
+    assert "dapt is " in far.output
+    assert "points below zero-shot with 4 images a class; use --method auto" in far.output
+    monkeypatch.setattr("dapt.cli.train.FAR_BELOW", 200)
     worse = dapt("train", *options, "-o", tmp_path / "worse")
     assert "tuning made it worse; give more images a class" in worse.output
     assert "try --tune-settings or --method auto" in worse.output

@@ -219,6 +219,8 @@ def test_load_takes_what_dapt_train_wrote(new, photos, photo_folder, tiny_weight
     metrics = json.loads(RunDirectory(tmp_path / "run").metrics_file.read_text())
     assert made.score(photos[2], photos[3]) == metrics["test"]["accuracy"]
     clone(made).fit(photos[0], photos[1])
+    # The number of vectors is a parameter, which by itself would start them at random.
+    assert made.settings["text_init"] == "a photo of a"
     # What is the protocol's default, but not that of own data, is kept too.
     made = new(settings={"crop_min": 0.08, "momentum": 0.5}).fit(photos[0], photos[1])
     again = PromptClassifier.load(made.save(tmp_path / "mine"))

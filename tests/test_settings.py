@@ -2,6 +2,7 @@
 
 import pytest
 
+from dapt.data import open_task
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.methods.published import PUBLISHED
@@ -21,6 +22,53 @@ def test_published_settings_are_the_default(dataset):
 def test_epochs_follow_shots_except_on_imagenet(shots, epochs):
     assert make_settings({"dataset": "dtd", "shots": shots}).epochs == epochs
     assert make_settings({"dataset": "imagenet", "shots": shots}).epochs == 50
+
+
+FEW = ("lr", "epochs", "text_init", "text_vectors", "visual_vectors")
+
+
+def of_few(**given):
+    settings = make_settings(given)
+    return tuple(getattr(settings, name) for name in FEW)
+
+
+def test_few_images_of_ones_own_start_from_the_templates_words():
+    for shots in (1, 2):
+        lr, epochs, *start = of_few(dataset="bundled", shots=shots)
+        assert lr < 0.1
+        assert epochs < 50
+        assert start == ["a drawing of a", 4, 4]
+        assert open_task("bundled").template == "a drawing of a {}."
+        assert of_few(dataset="photos/mine", shots=shots)[2:] == ("a photo of a", 4, 4)
+        assert of_few(dataset="bundled", shots=shots, template="{} texture.")[2:] == (None, 16, 4)
+        # How many tokens the user's words are, only a tokenizer knows: there is room.
+        own = of_few(dataset="bundled", shots=shots, template="a dermatoscopic image of a {}.")
+        assert own[2:] == ("a dermatoscopic image of a", 16, 4)
+
+
+def test_few_images_change_nothing_published_and_nothing_of_more_images():
+    for dataset in PUBLISHED:
+        for shots in (1, 2, 4):
+            epochs = 50 if shots == 1 or dataset.startswith("imagenet") else 100
+            assert of_few(dataset=dataset, shots=shots) == (
+                PUBLISHED[dataset][0], epochs, None, 16, 16)  # fmt: skip
+    assert of_few(dataset="bundled", shots=16) == (8, 200, None, 16, 16)
+
+
+def test_ivlp_is_slower_with_few_images_of_ones_own_alone():
+    def rate(dataset, shots, **given):
+        return make_settings({"dataset": dataset, "shots": shots, "method": "ivlp", **given}).lr
+
+    assert rate("photos/mine", 2) < rate("photos/mine", 4) == rate("dtd", 1) == 0.0035
+    assert rate("photos/mine", 1, lr=0.5) == 0.5
+
+
+def test_what_is_given_wins_with_few_images_too():
+    few = {"dataset": "bundled", "shots": 1}
+    given = {"lr": 3, "epochs": 7, "text_init": "one of", "text_vectors": 5, "visual_vectors": 2}
+    assert of_few(**few, **given) == (3, 7, "one of", 5, 2)
+    assert of_few(**few, text_vectors=2)[2:] == (None, 2, 4)  # fewer than the template's words
+    assert of_few(**few, text_init="of")[2:] == ("of", 16, 4)
 
 
 def test_what_is_given_wins():

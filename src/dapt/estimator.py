@@ -213,10 +213,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             moved = absolute_paths({"backbone": backbone})
             settings = settings.model_copy(update={**moved, "pretrained": None})
         values = settings.model_dump()
-        same = {"dataset": FITTED, "shots": settings.shots, "method": settings.method}
-        usual = make_settings(same).model_dump()
+        own = {name: values[name] for name in _OWN}
+        usual = make_settings(own | {"dataset": FITTED}).model_dump()
         others = {name: values[name] for name in _free() if values[name] != usual[name]}
-        own = {name: values[name] for name in _OWN} | {"device": device}
+        own["device"] = device
         found = cls(**own, settings=others or None)
         names = run.read_task().class_names
         labels: Any = run.read_environment().labels

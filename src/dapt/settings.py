@@ -156,11 +156,23 @@ def make_settings(given: dict[str, Any]) -> Settings:
 
 
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """What is published for a dataset and number of shots, by the method if it has its own."""
+    """What is published for a dataset and number of shots, by the method if it has its own.
+
+    Who gives the text prompt's start or length gets no other part of it from here.
+    """
+    from dapt.data import usual_template
+
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
     row = find_method(str(given.get("method", "dapt")))
-    return usual_settings(*asked) | (row.defaults(*asked) if row else {})
+    own = given.get("template")
+    usual = usual_settings(*asked, str(own or usual_template(dataset)))
+    start = ("text_init", "text_vectors")
+    if any(given.get(name) is not None for name in start):
+        usual = {name: value for name, value in usual.items() if name not in start}
+    elif own:  # its words may be more tokens than there are words
+        usual.pop("text_vectors", None)
+    return usual | (row.defaults(*asked) if row else {})
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

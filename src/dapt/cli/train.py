@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what only some commands need, they import
 
 # Test images up to which a run is compared with zero-shot: beyond, it takes long to do unasked.
 COMPARED_IMAGES = 2000
+# Points below zero-shot from which tuned prompts are not worth another try.
+FAR_BELOW = 3.0
 
 
 @command("train")
@@ -89,13 +91,19 @@ def train(
             zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
             say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
             if tuned < zero:
-                _say_what_else(final)
+                _say_what_else(final, 100 * (zero - tuned))
 
 
-def _say_what_else(settings: Settings) -> None:
-    """What to do about a run that is worse than no tuning."""
+def _say_what_else(settings: Settings, points: float) -> None:
+    """What to do about a run that is so many points worse than no tuning."""
     from dapt.methods import get_method
 
+    if get_method(settings.method).learns and points > FAR_BELOW:
+        say(
+            f"{settings.method} is {points:.1f} points below zero-shot with {settings.shots} "
+            "images a class; use --method auto instead, or give more images"
+        )
+        return
     # A search holds images out: it needs two in a class.
     searches = get_method(settings.method).learns and settings.shots > 1
     ways = ["--tune-settings"] if searches else []

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         has_image_name,
         open_image,
     )
-    from dapt.data.tasks import BENCHMARKS, bundled_domains, open_task, read_split
+    from dapt.data.tasks import BENCHMARKS, bundled_domains, open_task, read_split, usual_template
     from dapt.data.views import centre_view
 
 _NAMES = {
@@ -39,7 +39,8 @@ _NAMES = {
     "items": ("Item", "SupportSet", "Task", "draw_support_set", "images_in_both",
               "load_support_set", "subset_classes", "support_digest"),
     "pictures": ("BadImage", "TooManyPixels", "decode_image", "has_image_name", "open_image"),
-    "tasks": ("BENCHMARKS", "bundled_domains", "open_task", "read_split"),
+    "tasks": ("BENCHMARKS", "bundled_domains", "open_task", "read_split",
+              "usual_template"),
     "views": ("centre_view",),
 }  # fmt: skip
 _ROOMS = {name: room for room, names in _NAMES.items() for name in names}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from dapt.data import items
@@ -98,11 +98,24 @@ def open_task(
 
 def bundled_domains() -> tuple[str, ...]:
     """Styles of the bundled task, the source domain first."""
-    return tuple(files.read_json(BUNDLED_ROOT / "task.json", "bundled task")["domains"])
+    return tuple(_bundled()["domains"])
+
+
+@cache
+def _bundled() -> Any:
+    return files.read_json(BUNDLED_ROOT / "task.json", "bundled task")
+
+
+def usual_template(dataset: str) -> str:
+    """The template of a task of this name or path, which is not opened."""
+    if dataset == BUNDLED:
+        return str(_bundled()["template"])
+    row = BENCHMARKS.get(dataset)
+    return row.template if row else items.DEFAULT_TEMPLATE
 
 
 def _read_bundled(domain: str | None) -> items.Task:
-    data, domains = files.read_json(BUNDLED_ROOT / "task.json", "bundled task"), bundled_domains()
+    data, domains = _bundled(), bundled_domains()
     names, chosen = tuple(data["class_names"]), domains[0] if domain is None else domain
     if chosen not in domains:
         what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"

@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),
-        defaults=lambda dataset, shots: ivlp.PUBLISHED,
+        defaults=ivlp.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

@@ -7,7 +7,7 @@ tokens flow on. Learned with one rate and cross-entropy alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass, norm
 from dapt.errors import UserError
+from dapt.methods import published
 from dapt.methods.contract import HasSettings, PartSettings
 from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
 
@@ -24,6 +25,14 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
 PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,
              "batch_size": 4, "epochs": 5}  # fmt: skip
+# Of few images of own data, which say little (judged as the others in published.yaml).
+FEW = {"lr": 0.0003}
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: the published ones, with another rate on few images of own data."""
+    few = dataset not in published.PUBLISHED and shots <= max(published.FEW)
+    return PUBLISHED | (FEW if few else {})
 
 
 class DeepContextSettings(ContextSettings):

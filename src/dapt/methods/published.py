@@ -9,18 +9,28 @@ from dapt.safe.files import read_yaml
 
 _FILE = read_yaml(Path(__file__).with_suffix(".yaml"), "published settings")
 OWN_DATA: dict[str, Any] = _FILE["own data"]
+FEW: dict[int, dict[str, Any]] = _FILE["few images"]  # up to so many images a class
 # dataset -> learning rate, beta_visual, beta_text of DAPT.
 PUBLISHED = {dataset: tuple(values) for dataset, values in _FILE["dapt"].items()}
 
 
-def usual_settings(dataset: str, shots: int) -> dict[str, Any]:
+def usual_settings(dataset: str, shots: int, template: str) -> dict[str, Any]:
     """Learning rate, loss weights and epochs of DAPT's protocol, or those for own data.
 
-    Epochs are 50, 100 or 200 by shots, and always 50 on ImageNet. They are every method's, unless
-    its row has others.
+    Epochs are 50, 100 or 200 by shots, and always 50 on ImageNet; own data has others where images
+    are few, and there the text prompt starts as the template's words before the class name. They
+    are every method's, unless its row has others.
     """
-    values = dict(OWN_DATA)
-    if dataset in PUBLISHED:
-        values = dict(zip(("lr", "beta_visual", "beta_text"), PUBLISHED[dataset], strict=True))
     few = shots <= 1 or dataset.startswith("imagenet")
-    return {**values, "epochs": 50 if few else 100 if shots <= 4 else 200}
+    epochs = {"epochs": 50 if few else 100 if shots <= 4 else 200}
+    if dataset in PUBLISHED:
+        values = zip(("lr", "beta_visual", "beta_text"), PUBLISHED[dataset], strict=True)
+        return dict(values) | epochs
+    own = next((row | _start(template) for most, row in FEW.items() if shots <= most), {})
+    return OWN_DATA | epochs | own
+
+
+def _start(template: str) -> dict[str, Any]:
+    """A text prompt of the words before the class name; nothing where there are none."""
+    words = template.partition("{}")[0].strip()
+    return {"text_init": words, "text_vectors": len(words.split())} if words else {}
