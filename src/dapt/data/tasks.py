@@ -48,6 +48,7 @@ def open_task(
     test_fraction: float = 0.5,
     split_seed: int = 0,
     evaluate: bool = False,
+    multi_label: bool | None = None,
 ) -> items.Task:
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
@@ -60,6 +61,8 @@ def open_task(
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
             that split, where nothing is split yet.
         evaluate: the task is only evaluated on: an unsplit source is all test images.
+        multi_label: whether images may have several labels. A table tells by itself if this is not
+            given; one file of a folder then has the labels of all class folders that it lies in.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
@@ -74,9 +77,9 @@ def open_task(
     elif is_hugging_face(path) or is_webdataset(path):
         task = read_packed(path, split)
     elif path.is_dir():
-        task = read_folder(path, split)
+        task = read_folder(path, split, several=bool(multi_label))
     elif path.suffix.lower() in TABLES and path.is_file():
-        task = read_table(path, split)
+        task = read_table(path, split, multi_label)
     elif path.is_file():
         raise UserError(f"dataset {path} must be a .csv, .jsonl or .tar file, or a folder")
     elif path.suffix.lower() in TABLES or len(path.parts) > 1:
@@ -85,6 +88,8 @@ def open_task(
         known = (BUNDLED, *BENCHMARKS)
         hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
         raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
+    if multi_label:
+        task = replace(task, multilabel=True)
     if class_names is not None:
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:
@@ -115,10 +120,11 @@ def _read_bundled(domain: str | None) -> items.Task:
     return items.Task(name, BUNDLED_ROOT, names, train, val, test, data["template"])
 
 
-def read_folder(folder: Path, split: items.Split) -> items.Task:
+def read_folder(folder: Path, split: items.Split, *, several: bool = False) -> items.Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
     Class folders lie in train/, test/ (and val/), or else are split. Images may lie deeper in them.
+    If there may be ``several`` labels, equal files of a part are one image with all their labels.
     """
     places, classes = {"": folder}, subfolders(folder)
     # A class may be called "train": a split tree's train/ holds folders.
@@ -152,7 +158,18 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
         what = f"{len(left):,} files in the class folders of {folder} have no image's name"
         hint = "convert them, or give them the extension that they should have"
         facts["notes"] = (f"{what} and are left out (such as {left[0]}); {hint}",)
+    if several:
+        rows, facts["multilabel"] = _merged(folder, rows), True
     return make_task(folder.resolve().name, folder, rows, f"folder {folder}", **facts)
+
+
+def _merged(folder: Path, rows: list[items.Row]) -> list[items.Row]:
+    """Rows of equal files as one, which has all their classes."""
+    first = items.content_groups([folder / path for _, path, _ in rows])
+    found: dict[tuple[str, int], list[items.Row]] = {}
+    for place, row in zip(first, rows, strict=True):
+        found.setdefault((row[0], place), []).append(row)
+    return [(*same[0][:2], tuple(key for *_, key in same)) for same in found.values()]
 
 
 def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
@@ -171,15 +188,19 @@ def images_below(folder: Path, others: list[str] | None = None) -> list[str]:
     return found
 
 
-def read_table(file: Path, split: items.Split) -> items.Task:
-    """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``."""
-    rows, seen = list[items.Row](), dict[str, str]()
+def read_table(file: Path, split: items.Split, multi_label: bool | None = None) -> items.Task:
+    """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``.
+
+    Several labels are a list, or stand in one cell with ``|`` between, unless ``multi_label`` is
+    false; without any, images have one label each, unless it is true.
+    """
+    rows, seen, several = list[items.Row](), dict[str, str](), bool(multi_label)
     for where, record in _records(file):
         path, label, part = (record.get(key) for key in ("path", "label", "split"))
-        if type(label) is int:  # JSON's 3 is the class "3", as it is in CSV
-            label = str(label)
-        if not (isinstance(path, str) and isinstance(label, str) and path and label.strip()):
+        labels = _labels(label, multi_label is not False)
+        if not (isinstance(path, str) and path and labels):
             raise UserError(f"{where}: needs a path and a label, both text")
+        several |= isinstance(label, list) or len(labels) > 1
         if not isinstance(part, str | None):
             raise UserError(f"{where}: split must be train, val or test")
         path, part = check_path(path.strip(), where), (part or "").strip()
@@ -188,12 +209,25 @@ def read_table(file: Path, split: items.Split) -> items.Task:
         if (first := seen.setdefault(path, where)) != where:
             line = first.rpartition(", ")[2]
             raise UserError(f"{where}: {path} is on {line} already; take one out")
-        rows.append((part, path, label.strip()))
+        rows.append((part, path, labels))
         if bool(part) != bool(rows[0][0]):
             raise UserError(f"{where}: either every line has a split, or none")
     if not rows:
         raise UserError(f"{file} names no images; add a line for each")
-    return make_task(file.stem, file.parent, rows, str(file), split=split)
+    if not several:
+        rows = [(part, path, key) for part, path, (key,) in rows]
+    return make_task(file.stem, file.parent, rows, str(file), split=split, multilabel=several)
+
+
+def _labels(given: Any, several: bool) -> tuple[str, ...]:
+    """Names that a table's cell or list holds; none where it is no such thing, or one is blank."""
+    found = given if several and isinstance(given, list) else [given]
+    if isinstance(given, str) and several:
+        found = given.split("|")
+    # JSON's 3 is the class "3", as it is in CSV
+    names = [str(one) if type(one) is int else one for one in found]
+    fit = all(isinstance(name, str) and name.strip() for name in names)
+    return tuple(name.strip() for name in names) if fit else ()
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:

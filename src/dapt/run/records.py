@@ -39,6 +39,7 @@ class ClassScore(Record):
     name: str = Field(alias="class")
     images: Count
     accuracy: Share | None
+    ap: Share | None = None  # average precision, of several labels an image
 
 
 class Confusion(Record):
@@ -50,10 +51,16 @@ class Confusion(Record):
 
 
 class Test(Record):
-    """Figures of an evaluation; all but images are fractions."""
+    """Figures of an evaluation; all but images are fractions.
+
+    Where images have several labels, accuracy is the share of images of which exactly the true ones
+    were named, and ``map`` (mean average precision) and ``micro_f1`` are there.
+    """
 
     images: Count
     accuracy: Share
+    map: Share | None = None
+    micro_f1: Share | None = None
     top5: Share | None = None
     macro_f1: Share | None = None
     ece: Share | None = None
@@ -106,6 +113,16 @@ class ForecastRecord(Record):
         return float(np.interp(place, np.linspace(0, 1, len(self.true)), self.true))
 
 
+class MapForecast(Record):
+    """The same of several labels an image: mean average precision, as `forecast_map` says."""
+
+    images: Count
+    map: Share
+    low: Share
+    high: Share
+    advice: str = ""
+
+
 class Metrics(Record):
     """metrics.json: how well a finished run does."""
 
@@ -121,6 +138,7 @@ class Metrics(Record):
     rose: Rise | None = None
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
+    map_forecast: MapForecast | None = None
     test: Test
 
 
@@ -142,6 +160,7 @@ class TaskRecord(Record):
     template: str
     class_names: list[str] = Field(min_length=1)
     source_sha256: str | None = None
+    multilabel: bool = False
 
     @model_validator(mode="after")
     def _can_be_read(self) -> TaskRecord:
@@ -173,6 +192,7 @@ class SupportImage(Record):
     path: str
     label: Count
     class_name: str
+    others: list[Count] = []
 
 
 class SupportRecord(Record):
@@ -235,7 +255,8 @@ def made_of(
 def task_record(task: Task) -> dict[str, Any]:
     """What task.json keeps of a task."""
     found = {"dataset": task.name, "template": task.template, "class_names": list(task.class_names)}
-    return found if task.source_sha256 is None else found | {"source_sha256": task.source_sha256}
+    more = {"source_sha256": task.source_sha256, "multilabel": task.multilabel or None}
+    return found | {name: value for name, value in more.items() if value is not None}
 
 
 def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
