@@ -132,8 +132,8 @@ def _gives_several(run: RunDirectory, options: Mapping[str, Any]) -> bool:
     run.require()
     several = run.read_task().multilabel
     if odd := next((name for name, given in options.items() if several and given), None):
-        what = f"{odd} is for runs with one label an image; {run.path} names several"
-        raise UserError(f"{what}, those that reach their thresholds: leave it out")
+        way = "'dapt predict' names all that reach their thresholds"
+        raise UserError(f"{odd} is for one label an image, and {run.path} gives several; {way}")
     return several
 
 

@@ -278,7 +278,7 @@ def _judge(
     names = task.class_names
     if len(names) < 2 or not photos or task.multilabel:
         why = "there is one class" if photos else "there are no readable train images"
-        why = "images have several" if task.multilabel and photos else why
+        why = "images have several labels" if task.multilabel and photos else why
         found.notes.append(f"labels and classes are not judged: {why}")
         return
     doubts, counts = label_doubts(features, labels, text, scale), labels.bincount()
