@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
+from conftest import REPOSITORY
 from dapt import PromptClassifier
 from dapt.cli import app
 from dapt.data import draw_support_set, load_support_set, open_task
@@ -484,3 +485,12 @@ def test_the_estimator_refuses_what_is_no_list(table, tiny_weights, bad):
         PromptClassifier(str(tiny_weights)).fit(paths, [["red"], bad, ["blue", "red"]])
     with pytest.raises(ValueError, match="3 images, but 2 lists"):
         PromptClassifier(str(tiny_weights)).fit(paths, [["red"], ["blue", "red"]])
+
+
+def test_the_tables_of_the_documentation_are_read(tmp_path):
+    blocks = (REPOSITORY / "docs" / "multi-label.md").read_text().split("```\n")
+    text = next(block for block in blocks if block.startswith("path,label"))
+    found = labels_by_path(open_task(str(listed(tmp_path, text))))
+    line = next(block for block in blocks if block.startswith("{"))
+    first = json.loads(line)
+    assert found[first["path"]] == set(first["label"]) == {"dog", "sea"}
