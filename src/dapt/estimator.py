@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +45,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     in 0 .. 1), or a torch or Hugging Face dataset. Labels are class names, or anything else with
     ``class_names``; they may be left out for datasets, rows and pairs that have them. (Model
     selection picks rows as of an array, which a Hugging Face dataset is not: give it
-    ``dataset["image"]`` and ``dataset["label"]``.)
+    ``dataset["image"]`` and ``dataset["label"]``.) Where each has a list of labels, `predict` gives
+    lists, and `predict_proba` the probability of each class by itself.
 
     Args:
         backbone: 'bundled', an open_clip name, a hub id, or a file.
@@ -101,9 +102,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         What cannot be used is a `UserError`, a ValueError too where ``X`` or ``y`` is to blame.
         """
         images = as_sequence(X)
-        classes, codes = _classes(labels_of(images) if y is None else y, len(images))
+        labels = labels_of(images) if y is None else y
+        several = _are_lists(labels)
+        classes, codes = (_classes_of_lists if several else _classes)(labels, len(images))
         names = _names(self.class_names, classes)
-        shots = int(np.bincount(codes).max()) if self.shots is None else self.shots
+        most = int(np.bincount([code for own in codes for code in own]).max())
+        shots = most if self.shots is None else self.shots
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
         if numbers and self.class_names is None and get_method(settings.method).head.reads_text:
@@ -111,8 +115,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             hint = "give class_names, such as {0: 'cat', 1: 'dog'}"
             warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
         # Each item's path is its image's place, until it is known which are files.
-        items = tuple(Item(str(i), c, names[c]) for i, c in enumerate(codes.tolist()))
-        task = with_grey(Task(FITTED, Path(), names, items, (), (), pictures=images), settings)
+        items = tuple(
+            Item(str(i), first, names[first], tuple(others))
+            for i, (first, *others) in enumerate(codes)
+        )
+        task = Task(FITTED, Path(), names, items, (), (), multilabel=several, pictures=images)
+        task = with_grey(task, settings)
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
@@ -129,9 +137,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """(n,) labels of n images."""
-        places = self.predict_proba(X).argmax(-1)  # which also says if nothing was fitted
-        return self.classes_[places]
+        """(n,) labels of n images, or lists of those that reach their thresholds."""
+        found = self.predict_proba(X)  # which also says if nothing was fitted
+        if (thresholds := self._classifier.thresholds) is None:
+            return self.classes_[found.argmax(-1)]
+        lists = np.empty(len(found), dtype=object)
+        for place, row in enumerate(found >= thresholds.numpy()[self._places]):
+            lists[place] = self.classes_[row].tolist()
+        return lists
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """(n, C) probabilities of n images, columns in the order of ``classes_``.
@@ -147,12 +160,19 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             logits = classify(self._classifier, store)
         except BadImage as error:
             raise InputError(str(error)) from error
-        return logits.double().softmax(-1).numpy()[:, self._places]
+        return self._classifier.probabilities(logits.double()).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
+        """Accuracy on images and labels; without labels, on those of the dataset ``X``.
+
+        Of lists of labels, it is the share of images that have exactly the labels predicted.
+        """
         if y is None:
             y = labels_of(X := as_sequence(X))
+        if _are_lists(y):
+            pairs = zip(y, self.predict(X), strict=True)
+            right = [set(own) == set(found) for own, found in pairs]
+            return float(np.average(right, weights=sample_weight))
         return float(super().score(X, y, sample_weight))
 
     def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
@@ -261,7 +281,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         same = hasattr(self, "_classifier")
         backbone = self._classifier.backbone if same else self._backbone(settings)
         tensors, where = load(files["prompts.safetensors"]), "what was fitted"
-        return classifier_of(settings, tensors, backbone, task, where, own_names)
+        parts = (settings, tensors, backbone, task, where, own_names)
+        return classifier_of(*parts, multilabel=task.multilabel)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and the run's files; the backbone is loaded again, not pickled."""
@@ -276,13 +297,35 @@ _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", 
 
 def _free() -> frozenset[str]:
     """Other settings, that the way images are given leaves open."""
-    given = {"dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget",
-             "strict"}  # fmt: skip
+    given = {"dataset", "root", "domain", "class_names", "classes", "multi_label", "support_set",
+             "memory_budget", "strict"}  # fmt: skip
     return frozenset(all_fields()) - _OWN - given
 
 
-def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct labels in sorted order, and the place of each image's among them."""
+def _are_lists(y: Any) -> bool:
+    """Whether images have several labels each."""
+    if not isinstance(y, Iterable) or (isinstance(y, np.ndarray) and y.dtype != object):
+        return False
+    return any(isinstance(own, list | tuple | set) for own in y)
+
+
+def _classes_of_lists(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
+    """As `_classes`, of a list of labels for each image."""
+    if odd := [own for own in y if not isinstance(own, list | tuple | set) or not own]:
+        what = "is empty" if odd[0] in ([], (), set()) else f"{odd[0]!r} is no list"
+        raise InputError(f"an image's labels: {what}; give each image a list of one or more")
+    lists = [list(own) for own in y]
+    classes, codes = _classes([label for own in lists for label in own], sum(map(len, lists)))
+    if len(lists) != count:
+        raise InputError(f"{count} images, but {len(lists)} lists of labels; give one for each")
+    found, flat = list[list[int]](), iter(codes)
+    for own in lists:
+        found.append(sorted({next(flat)[0] for _ in own}))
+    return classes, found
+
+
+def _classes(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
+    """Distinct labels in sorted order, and the place of each image's among them, in a list."""
     labels = column_or_1d(np.asarray(y), warn=True)
     check_classification_targets(labels)
     if len(labels) != count:
@@ -290,7 +333,7 @@ def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"y has one class, {classes[0]!r}; give images of two or more classes")
-    return classes, codes
+    return classes, codes[:, None].tolist()
 
 
 def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:

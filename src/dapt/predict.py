@@ -24,7 +24,10 @@ from dapt.safe.files import user_path
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of one image, best first, with their probabilities."""
+    """Classes of one image, the most probable first, with their probabilities.
+
+    Of a classifier that gives several labels, those that reach their thresholds: none, or more.
+    """
 
     path: Path
     classes: tuple[tuple[str, float], ...]
@@ -43,7 +46,7 @@ def predict_each(
     """Classify image files in order; memory does not grow with their number, which may be endless.
 
     Files are named, read and decoded a few batches ahead of the model, in other threads; of each
-    image the ``top`` classes are named.
+    image the ``top`` classes are named, or its labels where it may have several.
     """
     ahead: dict[int, Path] = {}  # images that are named but not yet classified
     reasons: dict[int, str] = {}
@@ -61,8 +64,8 @@ def predict_each(
     )
     for views in store.batches(batches(), unreadable=reasons):
         with torch.inference_mode():
-            logits = classifier(views).cpu()
-        for classes in best(logits.softmax(-1), classifier.class_names, top):
+            found = classifier.probabilities(classifier(views).cpu())
+        for classes in named(found, classifier.class_names, classifier.thresholds, top):
             number = next(iter(ahead))  # they come in order
             path, reason = ahead.pop(number), reasons.pop(number, None)
             yield Prediction(path, classes) if reason is None else Unreadable(path, reason)
@@ -73,6 +76,16 @@ def best(values: Tensor, names: Sequence[Any], top: int) -> list[tuple[tuple[Any
     values, places = values.topk(min(top, len(names)))
     rows = zip(places.tolist(), values.tolist(), strict=True)
     return [tuple((names[c], p) for c, p in zip(*row, strict=True)) for row in rows]
+
+
+def named(
+    values: Tensor, names: Sequence[Any], thresholds: Tensor | None, top: int
+) -> list[tuple[tuple[Any, float], ...]]:
+    """As `best`; where there are thresholds (C,), those of each row that reach them."""
+    if thresholds is None:
+        return best(values, names, top)
+    ranked, limits = best(values, range(len(names)), len(names)), thresholds.tolist()
+    return [tuple((names[c], p) for c, p in row if p >= limits[c]) for row in ranked]
 
 
 def find_images(arguments: Iterable[Path | str]) -> list[Path]:

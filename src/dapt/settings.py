@@ -41,6 +41,7 @@ class Settings(BaseModel):
     domain: str | None = Field(None, description="style of the bundled task")
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
     classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
+    multi_label: bool | None = Field(None, description="several labels an image, or not (false)")
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
@@ -75,7 +76,7 @@ class Settings(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes and true would be 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool:
+        if isinstance(value, bool) and kind not in (bool, bool | None):
             raise PydanticCustomError("truth", "input should not be true or false")
         return value
 

@@ -188,6 +188,16 @@ def test_parts_in_paths_alone_are_told(place):
 # -- exports -----------------------------------------------------------------------------------
 
 
+def check_several(file, where):
+    """One image there is of cats and dogs; unless classes are said to exclude each other."""
+    task = open_task(str(file))
+    assert task.multilabel
+    assert "1 of " in task.notes[0]
+    assert [i.labels for i in (*task.train, *task.test)].count((0, 1)) == 1
+    with pytest.raises(UserError, match=f"{where}: the image has 2 classes, cat, dog"):
+        open_task(str(file), multi_label=False)
+
+
 def test_one_column_a_class(place):
     lines = "".join(f"{i},{p},{int(c == 'cat')}.0,{int(c == 'dog')}.0\n"
                     for i, (p, c) in enumerate(ROWS))  # fmt: skip
@@ -196,7 +206,7 @@ def test_one_column_a_class(place):
     task = open_task(str(written(place, text + "9,photos/cat/9.png,0,0\n")))
     assert task.left_out == (("no label", 1),)
     several = text + "9,photos/cat/9.png,1,1\n"
-    assert "line 8: the image has 2 classes, cat, dog" in refusal(written(place, several))
+    check_several(written(place, several), "line 8")
     assert "'dog' is '0.5', neither 0 nor 1" in refusal(written(place, text + "9,x.png,0,0.5\n"))
 
 
@@ -217,9 +227,7 @@ def test_label_studio(place):
     labels = Counter(i.class_name for i in (*task.train, *task.test))
     assert labels == {"cat": 2, "dog": 3}
     tasks[0] = studio(served + ROWS[0][0], "cat", "dog")
-    assert "task 0: the image has 2 classes, cat, dog" in refusal(
-        written(place, json.dumps(tasks), "t.json")
-    )
+    check_several(written(place, json.dumps(tasks), "t.json"), "task 0")
 
 
 def test_label_studios_table_of_uploads(place):
@@ -251,7 +259,7 @@ def test_coco(place):
     assert same(open_task(str(written(place, json.dumps(listing()), "a.json"))), plain(place))
     both = [*listing()["annotations"], {"image_id": 0, "category_id": 2}]
     several = written(place, json.dumps(listing(annotations=both)), "a.json")
-    assert "image 0: the image has 2 classes, cat, dog" in refusal(several)
+    check_several(several, "image 0")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,13 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             one, other = pair.classes
             say(f"most confused: '{one}' and '{other}' ({pair.images} of those)")
         say(told.advice)
+    if (mapped := result.map_forecast) is not None:
+        between = f"between {100 * mapped.low:.0f} and {100 * mapped.high:.0f} %"
+        say(
+            f"expected on new photos like these: mAP {100 * mapped.map:.0f} %, most likely "
+            f"{between} ({mapped.images:,} photos held out)"
+        )
+        say(mapped.advice)
     say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
     return result
 
@@ -195,6 +202,9 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
 def metrics_table(title: str, values: Mapping[str, Any]) -> Table:
     """A row of the figures that sum an evaluation up."""
     labels = {"accuracy": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "ece": "ECE"}
+    if values.get("map") is not None:  # several labels an image
+        labels = {"map": "mAP", "micro_f1": "micro-F1", "macro_f1": "macro-F1",
+                  "accuracy": "all right"}  # fmt: skip
     known = {label: values[name] for name, label in labels.items() if values.get(name) is not None}
     made = table(figures=("images", *known), title=title)
     made.add_row(f"{values['images']:,}", *(f"{100 * value:.1f} %" for value in known.values()))

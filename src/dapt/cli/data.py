@@ -49,8 +49,9 @@ def support_set(
         return
     for part, items in (("train", drawn.train), ("val", drawn.val)):
         for item in items:
-            name, path = printable(item.class_name), printable(item.path)
-            echo(f"{part}\t{item.label}\t{name}\t{path}")
+            labels, path = "|".join(map(str, item.labels)), printable(item.path)
+            name = printable("|".join(task.class_names[k] for k in item.labels))
+            echo(f"{part}\t{labels}\t{name}\t{path}")
 
 
 @command("list", data)

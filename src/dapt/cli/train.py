@@ -43,6 +43,9 @@ def train(
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
+    multi_label: Annotated[
+        bool, Option("--multi-label", help="Several labels an image; most tables tell themselves.")
+    ] = False,
     support_set: Annotated[Path | None, Option(help="Saved support set, not a draw.")] = None,
     backbone: common.BackboneOption = None,
     pretrained: common.PretrainedOption = None,
@@ -85,13 +88,15 @@ def train(
         training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
         if not group.first:
             return
-        tuned = show_run(run).test.accuracy
+        tuned = show_run(run).test
         learns = not get_method(final.method).still
         if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
-            zero = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)["accuracy"]
-            say(f"zero-shot, which learns nothing: {100 * zero:.1f} % on the same images")
-            if tuned < zero:
-                _say_what_else(final, 100 * (zero - tuned))
+            found = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)
+            figure, called = ("accuracy", "") if tuned.map is None else ("map", "mAP ")
+            zero = found[figure]
+            say(f"zero-shot, which learns nothing: {called}{100 * zero:.1f} % on the same images")
+            if (own := getattr(tuned, figure)) < zero:
+                _say_what_else(final, 100 * (zero - own))
 
 
 def _say_what_else(settings: Settings, points: float) -> None:

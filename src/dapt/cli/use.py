@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -87,6 +87,8 @@ def predict(
     if form not in FORMS:
         raise UserError(f"--format {form}{nearest(form, [*FORMS])}; use one of {', '.join(FORMS)}")
     directory = RunDirectory(run)
+    asked = {"--top": top != 1, "--unknown": unknown, "--set-coverage": set_coverage}
+    forms = FORMS_OF_SEVERAL if _gives_several(directory, asked) else FORMS
     limit, least = _limit(directory, unknown, known_share), _least(directory, set_coverage, form)
     known = _listed(images, null=null)
     paths = named_in(sys.stdin.buffer, b"\0" if null else b"\n") if known is None else known
@@ -107,15 +109,15 @@ def predict(
                     say_error(f"dapt: skipped: {one.reason}")
                 else:
                     path = os.fsencode(one.path).decode("utf-8", "replace")  # for any output
-                    best, *others = one.classes
+                    classes = one.classes
                     if least is not None:
-                        others = [(name, p) for name, p in others if p >= least]
-                    yield path, (best, *others), best[1] < (limit or 0)
+                        classes = (*classes[:1], *(c for c in classes[1:] if c[1] >= least))
+                    yield path, classes, limit is not None and classes[0][1] < limit
 
     width = len(classifier.class_names)
     width = width if least is not None else min(top, width)
     with closing(rows()) as found:
-        for line in FORMS[form](found, width, limit is not None):
+        for line in forms[form](found, width, limit is not None):
             out.write(f"{line}\n")
             out.flush()
     if not done:
@@ -123,6 +125,16 @@ def predict(
     if skipped:
         say_error(f"dapt: {skipped:,} of {done:,} images could not be read and were skipped")
         raise Exit(1)
+
+
+def _gives_several(run: RunDirectory, options: Mapping[str, Any]) -> bool:
+    """Whether a run gives images several labels; a `UserError` of options of one label each."""
+    run.require()
+    several = run.read_task().multilabel
+    if odd := next((name for name, given in options.items() if several and given), None):
+        way = "'dapt predict' names all that reach their thresholds"
+        raise UserError(f"{odd} is for one label an image, and {run.path} gives several; {way}")
+    return several
 
 
 def _limit(run: RunDirectory, unknown: str | None, share: float) -> float | None:
@@ -175,7 +187,7 @@ Row = tuple[str, Sequence[tuple[str, float]], bool]
 def _lines(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
     """``path: class 90.0%, class 5.0%``, an image a line."""
     for path, classes, unknown in rows:
-        ranked = ", ".join(f"{name} {p:.1%}" for name, p in classes)
+        ranked = ", ".join(f"{name} {p:.1%}" for name, p in classes) or "no label"
         yield printable(f"{path}: unknown ({ranked})" if unknown else f"{path}: {ranked}")
 
 
@@ -212,12 +224,33 @@ def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
     for path, classes, unknown in rows:
         best, *cells = [cell(text) for name, p in classes for text in (name, f"{p:.1%}")]
         table.add_row(cell(path), f"unknown ({best})" if unknown else best, *cells)
+    yield _as_text(table)
+
+
+def _as_text(table: Table) -> str:
     with console.capture() as captured:
         console.print(table)
-    yield captured.get().removesuffix("\n")
+    return captured.get().removesuffix("\n")
+
+
+def _csv_of_several(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
+    """Columns path, label, probability: several in a cell have | between, as a table has them."""
+    yield _comma_separated("path", "label", "probability")
+    for path, classes, _ in rows:
+        names, values = [name for name, _ in classes], [f"{p:.6f}" for _, p in classes]
+        yield _comma_separated(path, "|".join(names), "|".join(values))
+
+
+def _table_of_several(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
+    """A table, once all images are there."""
+    table = Table(Column("image", overflow="fold"), "labels")
+    for path, classes, _ in rows:
+        table.add_row(cell(path), cell(", ".join(f"{name} {p:.1%}" for name, p in classes)))
+    yield _as_text(table)
 
 
 FORMS = {"lines": _lines, "json": _json, "csv": _csv, "table": _table}
+FORMS_OF_SEVERAL = FORMS | {"csv": _csv_of_several, "table": _table_of_several}
 
 
 @command("suggest")
@@ -238,6 +271,7 @@ def suggest(
 
     if form not in (forms := ("lines", "json", "csv")):
         raise UserError(f"--format {form}{nearest(form, forms)}; use one of {', '.join(forms)}")
+    _gives_several(RunDirectory(run), {"'dapt suggest'": True})
     paths, bad = find_images(images), dict[int, str]()
     classifier = load_classifier(RunDirectory(run), device=device)
     store = ImageStore(paths, **classifier.of_views())

@@ -158,7 +158,9 @@ def _count(task: Task, check: Check, bad: dict[str, Problem]) -> None:
             found.append(Problem("count", part, text))
         # Whole as listed, a class is short only where it is known to have had more.
         least = published.least.get(part, 1) if published else 0
-        listed, usable = (Counter(item.label for item in some) for some in (items, good))
+        listed, usable = (
+            Counter(k for item in some for k in item.labels) for some in (items, good)
+        )
         for label, name in enumerate(task.class_names):
             if usable[label] < (wanted := max(listed[label], least)):
                 text = f"{part}: class '{name}' has {usable[label]:,} of {wanted:,} images"

@@ -18,12 +18,16 @@ Labelled = tuple[str, Any, list[str]]
 _DAMAGED = (LookupError, TypeError, AttributeError, ValueError)
 
 
-def classes_in_cell(value: Any) -> list[str] | None:
+def classes_in_cell(value: Any, several: bool) -> list[str] | None:
     """The class names that a cell holds, or None if it holds none.
 
     It is a name, a whole number, an exporter's list, or a choice of several as Label Studio's CSV
-    has it: ``{"choices": ["a", "b"]}``.
+    has it: ``{"choices": ["a", "b"]}``. If there may be ``several``, also a list of names and
+    numbers, or names with ``|`` between.
     """
+    if several and type(value) is list:
+        names = [str(one) if type(one) is int else one for one in value]
+        return names if names and all(isinstance(name, str) for name in names) else None
     if type(value) is int:  # JSON's 3 is the class "3", as it is in CSV
         return [str(value)]
     if isinstance(value, _Names):
@@ -36,7 +40,7 @@ def classes_in_cell(value: Any) -> list[str] | None:
         except (*_DAMAGED, RecursionError):
             return [value]
         return [str(name) for name in names] if isinstance(names, list) else [str(names)]
-    return [value]
+    return value.split("|") if several else [value]
 
 
 class _Names(list[str]):

@@ -110,11 +110,12 @@ def _all_images(folder: Path) -> Iterator[str]:
 # -- a task of it ----------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, split: items.Split) -> items.Task:
+def read_folder(folder: Path, split: items.Split, multi_label: bool | None = None) -> items.Task:
     """Read a tree of images, class by class folder, labelled in the order of folder names.
 
     Class folders lie in train/, test/ (and val/), or parts lie in class folders; else the images
     are split. Images may lie deeper in class folders. Parts without any are read by their tables.
+    If images have several labels (``multi_label``), equal files of a part are one image with all.
     """
     left, notes = LeftOut(), list[str]()
     level = look(folder, "", left)
@@ -125,7 +126,7 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
             left.add("beside the parts", images)
     elif (problem := _problem(folder, level, notes)) is None:
         places = [Place("", name, name) for name in level.folders]
-    elif (task := _of_tables(folder, level, split)) is not None:
+    elif (task := _of_tables(folder, level, split, multi_label)) is not None:
         return task
     else:
         what, hint = problem
@@ -144,7 +145,18 @@ def read_folder(folder: Path, split: items.Split) -> items.Task:
         for path in found[place]
     ]
     name, facts = folder.resolve().name, left.facts(str(folder), notes)
+    if multi_label:
+        rows, facts["multilabel"] = _merged(folder, rows), True
     return make_task(name, folder, rows, f"folder {folder}", split=split, **facts)
+
+
+def _merged(folder: Path, rows: list[items.Row]) -> list[items.Row]:
+    """Rows of equal files as one, which has all their classes."""
+    first = items.content_groups([folder / path for _, path, _ in rows])
+    found: dict[tuple[str, int], list[items.Row]] = {}
+    for place, row in zip(first, rows, strict=True):
+        found.setdefault((row[0], place), []).append(row)
+    return [(*same[0][:2], tuple(key for *_, key in same)) for same in found.values()]
 
 
 def _parts_among(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -295,7 +307,9 @@ def _by_inner_parts(
 # -- tables in place of class folders, and what else may be meant ----------------------------
 
 
-def _of_tables(folder: Path, level: Level, split: items.Split) -> items.Task | None:
+def _of_tables(
+    folder: Path, level: Level, split: items.Split, multi_label: bool | None
+) -> items.Task | None:
     """A task of parts that each have a table, in them or beside them; None if there is none."""
     parts, tables = dict[str, str](), dict[str, Path]()
     for name in level.folders:
@@ -316,7 +330,16 @@ def _of_tables(folder: Path, level: Level, split: items.Split) -> items.Task | N
     insides = [name for part, name in parts.items() if part]
     images = [join(n, image) for n in insides for image in images_below(folder / n)]
     name, where = folder.resolve().name, f"folder {folder}"
-    return read_tables(name, folder, [*tables.items()], where, split, notes=notes, images=images)
+    return read_tables(
+        name,
+        folder,
+        [*tables.items()],
+        where,
+        split,
+        notes=notes,
+        images=images,
+        multi_label=multi_label,
+    )
 
 
 def _known_tables(level: Level, part: str = "") -> list[str]:

@@ -35,6 +35,12 @@ class Item:
     path: str  # relative to the task's root, with forward slashes
     label: int
     class_name: str
+    others: tuple[int, ...] = ()  # labels that it has besides, in order, all above the first
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All that it has."""
+        return (self.label, *self.others)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Task:
     left_out: tuple[tuple[str, int], ...] = ()  # reasons, and how much was not read for each
     grey: Scale | None = None  # what of grey of more than 8 bits is black and white, of all images
     part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
+    multilabel: bool = False  # whether an image may be of several classes at once
     # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
     # number among them, or the absolute path of a file.
     pictures: Sequence[Any] | None = field(default=None, compare=False, repr=False)
@@ -84,8 +91,14 @@ class SupportSet:
     val: tuple[Item, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``."""
+        """As JSON values; an item is an object of ``path``, ``label`` and ``class_name``.
+
+        One of several labels has the further ones as ``others``.
+        """
         values = asdict(self)
+        for item in (*values["train"], *values["val"]):
+            if others := item.pop("others"):
+                item["others"] = list(others)
         return {**values, "train": list(values["train"]), "val": list(values["val"])}
 
     def save(self, path: Path) -> None:
@@ -114,6 +127,9 @@ def subset_classes(task: Task, which: str) -> Task:
         return task
     if which not in ("base", "new"):
         raise UserError(f"classes '{which}' must be all, base or new")
+    if task.multilabel:
+        what = f"images of dataset '{task.name}' have several labels, of base and new classes alike"
+        raise UserError(f"{what}; use all classes")
     half = ((count := len(task.class_names)) + 1) // 2
     labels = range(half) if which == "base" else range(half, count)
     if len(labels) < 2:
@@ -131,7 +147,8 @@ def _subset(listed: _Listed, labels: range, **facts: Any) -> _Listed:
     return replace(listed, **facts)
 
 
-Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class
+# An image's part ("" where nothing is split yet), path and class, or a tuple of classes.
+Row = tuple[str, str, Any]
 Split = tuple[float, int]  # of images without parts: the share of each class to test on, the seed
 
 
@@ -152,36 +169,67 @@ def make_task(
     have the names. ``split`` is of rows without a part. Unless it tests on everything, or the task
     is not ``tuned``, every class needs images to tune on. ``facts`` are other fields of the task.
     """
-    names = names or {key: key for key in label_order({key for *_, key in rows})}
+    several = facts.get("multilabel", False)
+    keys = {key for *_, row in rows for key in (row if several else (row,))}
+    names = names or {key: key for key in label_order(keys)}
     check_class_names(list(names.values()), where, distinct=False)
     labels = {key: label for label, key in enumerate(names)}
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
+    called = list(names.values())
     for part, path, key in rows:
-        parts[part].append(Item(check_path(path, where), labels[key], names[key]))
-    fraction, seed = split or (0, 0)
-    # What to test on: all, or some of each class by itself, at random but always the same.
-    tested = set(parts[""] if fraction == 1 else ())
-    by_class = grouped(sorted(parts[""], key=lambda i: i.path), lambda i: i.class_name)
-    for called, members in by_class.items() if split else ():
-        random.Random(f"{seed}/{called}").shuffle(members)
-        # Of two or more images, either part has some; a single one is to tune on.
-        tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
+        label, *others = sorted({labels[k] for k in key}) if several else [labels[key]]
+        item = Item(check_path(path, where), label, called[label], tuple(others))
+        parts[part].append(item)
+    tested = _to_test_on(parts[""], called, split) if split else set[Item]()
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
-    if (tuned := tuned and fraction != 1) and not train:
+    if (tuned := tuned and (split or (0, 0))[0] != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test:
         raise UserError(f"{where} names no test images; add some (one a class is not enough)")
-    taught = {item.label for item in train}
+    taught = {label for item in train for label in item.labels}
     for part in ("test", "val") if tuned else ():
-        if odd := next((item for item in parts[part] if item.label not in taught), None):
-            what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
+        odd = ((item, k) for item in parts[part] for k in item.labels if k not in taught)
+        for item, label in odd:
+            what = f"class '{called[label]}' of {part} image {item.path} has no train images"
             raise UserError(f"{where}: {what}; add some, or take the class out")
     if len(names) == 1:
         what = f"{where} has one class, '{next(iter(names.values()))}'"
         raise UserError(f"{what}, and one class leaves nothing to tell apart; add another")
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
+
+
+def _to_test_on(items: Sequence[Item], names: Sequence[str], split: Split) -> set[Item]:
+    """Some images of each class by itself, at random but always the same; of 1, all.
+
+    Of several labels an image, the rarest classes choose first (Sechidis et al., 2011).
+    """
+    (fraction, seed), done = split, set[Item]()
+    if fraction == 1:
+        return set(items)
+    by_class, tested = by_label(sorted(items, key=lambda item: item.path)), set[Item]()
+    for label in sorted(by_class, key=lambda k: (len(by_class[k]), k)):
+        every = by_class[label]
+        members = [item for item in every if item not in done]
+        random.Random(f"{seed}/{names[label]}").shuffle(members)
+        # Of two or more images, either part has some; a single one is to tune on.
+        wanted = min(max(round(fraction * len(every)), 1), len(every) - 1)
+        tested.update(members[: max(wanted - sum(item in tested for item in every), 0)])
+        done.update(members)
+    for every in by_class.values():  # rarer classes may have taken all of one
+        if tested.issuperset(every):
+            tested.remove(every[0])
+    return tested
+
+
+def by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
+    """The items of each label, labels in order of first appearance."""
+    found: dict[int, list[Item]] = {}
+    for item in items:
+        for label in item.labels:
+            found.setdefault(label, []).append(item)
+    return found
 
 
 def label_order(names: set[str]) -> list[str]:
@@ -236,6 +284,8 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
     One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
     ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
     gives all it has, without a draw. A subset of classes has its images of the draw from all.
+    Where images have several labels, the rarest classes are drawn for first, and a class lacks
+    only what those before it have not brought along; it may get more.
     """
     if shots < 1 or seed < 0:  # random.Random would take the absolute value
         raise UserError(f"shots {shots} must be 1 or more, and seed {seed} 0 or more")
@@ -244,11 +294,27 @@ def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
         return _subset(draw_support_set(whole, shots, seed), labels)
     generator, parts = random.Random(seed), list[tuple[Item, ...]]()
     for listed, count in ((task.train, shots), (task.val, min(shots, 4))):
-        drawn: list[Item] = []
-        for members in grouped(listed, lambda item: item.label).values():
-            drawn += generator.sample(members, count) if len(members) >= count else members
+        drawn, taken, members_of = list[Item](), set[Item](), by_label(listed)
+        order = list(members_of)
+        if task.multilabel:
+            order.sort(key=lambda label: (len(members_of[label]), label))
+        for every in map(members_of.__getitem__, order):
+            members = [item for item in every if item not in taken]
+            lacking = max(count - (len(every) - len(members)), 0)
+            some = generator.sample(members, lacking) if len(members) >= lacking else members
+            drawn += some
+            taken.update(some)
         parts.append(tuple(drawn))
     return SupportSet(task.name, shots, seed, *parts)
+
+
+def _others(entry: dict[str, Any], label: int, task: Task, where: str) -> tuple[int, ...]:
+    """Further labels of a support set's entry."""
+    given, top = entry.get("others", []), len(task.class_names)
+    fit = isinstance(given, list) and all(type(k) is int and label < k < top for k in given)
+    if not fit or given != sorted(set(given)) or (given and not task.multilabel):
+        raise UserError(f"{where}: 'others' must be further labels of its dataset; draw it anew")
+    return tuple(given)
 
 
 def images_in_both(
@@ -318,7 +384,7 @@ def load_support_set(path: Path, task: Task) -> SupportSet:
         where = f"{file}, {part} entry {number}"
         match entry:
             case {"path": str(p), "label": int(k), "class_name": str(c)} if type(k) is int:
-                drawn[where] = Item(check_path(p, where), k, c)
+                drawn[where] = Item(check_path(p, where), k, c, _others(entry, k, task, where))
             case _:
                 raise UserError(f"{where} must be an object of path, label (a number), class_name")
     if task.part_of is not None:

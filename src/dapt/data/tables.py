@@ -80,13 +80,15 @@ class Line(NamedTuple):
     box: bool = False  # whether it is of a box in the image, of which there may be more
 
 
-def read_table(file: Path, split: items.Split) -> items.Task:
+def read_table(file: Path, split: items.Split, multi_label: bool | None = None) -> items.Task:
     """Read a table of images: their ``path`` from its folder, ``label`` and, for all, ``split``.
 
-    Columns may have other usual names (`dapt.data.spellings`). Exports of Label Studio and COCO are
-    read where they give each image one class.
+    Columns may have other usual names (`dapt.data.spellings`). Several labels of an image are a
+    list, or stand in one cell with ``|`` between, or are given by an export, unless ``multi_label``
+    is false; where none has several, images have one label each, unless it is true.
     """
-    return read_tables(file.stem, file.parent, [("", file)], str(file), split)
+    tables = [("", file)]
+    return read_tables(file.stem, file.parent, tables, str(file), split, multi_label=multi_label)
 
 
 def read_tables(
@@ -98,17 +100,29 @@ def read_tables(
     *,
     notes: Sequence[str] = (),
     images: Iterable[str] = (),
+    multi_label: bool | None = None,
 ) -> items.Task:
     """Read tables that each are of a part, or of all (""); none may name some of the ``images``."""
     left, notes, rows = LeftOut(), [*notes], list[items.Row]()
     for part, file in tables:
-        rows += _rows(file, root, part, left, notes)
+        rows += _rows(file, root, part, left, notes, multi_label is not False)
     known = {normpath(path) for _, path, _ in rows} | {*left.found.get("no label", ())}
     left.add("no label", set(images) - known)
     if not rows:
         what = "gives no image a class" if left.found else "names no images"
         raise UserError(f"{where} {what}; add a line for each")
-    return make_task(name, root, rows, where, split=split, **left.facts(where, notes))
+    several = sum(len(labels) > 1 or isinstance(labels, list) for *_, labels in rows)
+    if not (several or multi_label):
+        rows = [(part, path, label) for part, path, (label,) in rows]
+    elif multi_label is None:
+        what = f"{several:,} of {len(rows):,} images of {where} have several labels or a list"
+        notes.append(
+            f"{what}: classes do not exclude each other (--set multi_label=false: they do)"
+        )
+    facts = left.facts(where, notes)
+    return make_task(
+        name, root, rows, where, split=split, multilabel=bool(several or multi_label), **facts
+    )
 
 
 def has_labels(file: Path) -> bool:
@@ -119,14 +133,19 @@ def has_labels(file: Path) -> bool:
         return False
 
 
-def _rows(file: Path, root: Path, part: str, left: LeftOut, notes: list[str]) -> list[items.Row]:
-    """The rows of one table, whose paths are below its own folder."""
-    found, unlabelled = list[tuple[Line, str, str]](), list[str]()
-    seen = dict[str, tuple[str, str]]()  # where a path was before, and its class there
+def _rows(
+    file: Path, root: Path, part: str, left: LeftOut, notes: list[str], several: bool
+) -> list[items.Row]:
+    """The rows of one table, whose paths are below its own folder, with all labels of each.
+
+    Where an image may have ``several``, a row's labels are a list if they were one in the table.
+    """
+    found, unlabelled = list[tuple[Line, str, Sequence[str]]](), list[str]()
+    seen = dict[str, int]()  # where among those found a path is
     lines = [*_lines_of(file, notes)]
     base = _foreign_base(lines, file, notes)
     for line in lines:
-        classes = classes_in_cell(line.classes)
+        classes = classes_in_cell(line.classes, several)
         good = isinstance(line.path, str) and line.path and classes is not None
         if not good or any(not name.strip() for name in classes or ()):
             raise UserError(f"{line.where}: needs a path and a label, both text")
@@ -134,30 +153,26 @@ def _rows(file: Path, root: Path, part: str, left: LeftOut, notes: list[str]) ->
         if not classes:
             unlabelled.append(path)
             continue
-        label = one_class(classes, line.where)
-        before, known = seen.setdefault(path, (line.where, label))
-        if before == line.where:
-            found.append((line, path, label))
-        elif line.box:
-            one_class([known, label], line.where)
+        labels: Sequence[str] = tuple(dict.fromkeys(name.strip() for name in classes))
+        place = seen.setdefault(path, len(found))
+        if place == len(found):
+            found.append((line, path, [*labels] if type(line.classes) is list else labels))
+        elif line.box:  # another of what is seen in an image
+            labels = tuple(dict.fromkeys((*found[place][2], *labels)))
+            found[place] = (*found[place][:2], labels)
         else:
-            on = before.rpartition(", ")[2]
+            on = found[place][0].where.rpartition(", ")[2]
             raise UserError(f"{line.where}: {path} is on {on} already; take one out")
+        if len(labels) > 1 and not several:
+            what = f"the image has {len(labels)} classes, {', '.join(labels)}"
+            raise UserError(f"{line.where}: {what[:200]}; give it one, or take it out")
     parts = [part] * len(found) if part else _parts([line for line, *_ in found], notes)
     inside = file.parent.relative_to(root).as_posix()
     before, after = _place([path for _, path, _ in found] or unlabelled, file, notes)
     before = before if inside == "." else f"{inside}/{before}"
     left.add("no label", (normpath(f"{before}{path}{after}") for path in unlabelled))
     both = zip(parts, found, strict=True)
-    return [(p, f"{before}{path}{after}", label) for p, (_, path, label) in both]
-
-
-def one_class(classes: Sequence[str], where: str) -> str:
-    """The one class of a line. (Tasks of several classes an image would begin here.)"""
-    if len(different := list(dict.fromkeys(name.strip() for name in classes))) > 1:
-        what = f"the image has {len(different)} classes, {', '.join(different)}"
-        raise UserError(f"{where}: {what[:200]}; give it one, or take it out")
-    return different[0]
+    return [(p, f"{before}{path}{after}", labels) for p, (_, path, labels) in both]
 
 
 def _parts(lines: list[Line], notes: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from dapt.data import items
 from dapt.data.folders import read_folder
@@ -44,6 +45,7 @@ def open_task(
     test_fraction: float = 0.5,
     split_seed: int = 0,
     evaluate: bool = False,
+    multi_label: bool | None = None,
 ) -> items.Task:
     """Open a task. No image is looked at yet: a missing one is reported when it is read.
 
@@ -56,6 +58,8 @@ def open_task(
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
             that split, where nothing is split yet.
         evaluate: the task is only evaluated on: an unsplit source is all test images.
+        multi_label: whether images may have several labels. A table tells by itself if this is not
+            given; one file of a folder then has the labels of all class folders that it lies in.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
@@ -70,9 +74,9 @@ def open_task(
     elif is_hugging_face(path) or is_webdataset(path):
         task = read_packed(path, split)
     elif path.is_dir():
-        task = read_folder(path, split)
+        task = read_folder(path, split, multi_label)
     elif path.suffix.lower() in TABLES and path.is_file():
-        task = read_table(path, split)
+        task = read_table(path, split, multi_label)
     elif path.is_file():
         if path.suffix.lower() in _ARCHIVES:
             raise UserError(f"dataset {path} is an archive; unpack it and give the folder")
@@ -83,6 +87,8 @@ def open_task(
         known = (BUNDLED, *BENCHMARKS)
         hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
         raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
+    if multi_label:
+        task = replace(task, multilabel=True)
     if class_names is not None:
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:
@@ -98,24 +104,24 @@ def open_task(
 
 def bundled_domains() -> tuple[str, ...]:
     """Styles of the bundled task, the source domain first."""
-    return tuple(_bundled()["domains"])
+    return tuple(_bundled(BUNDLED_ROOT)["domains"])
 
 
 @cache
-def _bundled() -> Any:
-    return files.read_json(BUNDLED_ROOT / "task.json", "bundled task")
+def _bundled(root: Path) -> Any:
+    return files.read_json(root / "task.json", "bundled task")
 
 
 def usual_template(dataset: str) -> str:
     """The template of a task of this name or path, which is not opened."""
     if dataset == BUNDLED:
-        return str(_bundled()["template"])
+        return str(_bundled(BUNDLED_ROOT)["template"])
     row = BENCHMARKS.get(dataset)
     return row.template if row else items.DEFAULT_TEMPLATE
 
 
 def _read_bundled(domain: str | None) -> items.Task:
-    data, domains = _bundled(), bundled_domains()
+    data, domains = _bundled(BUNDLED_ROOT), bundled_domains()
     names, chosen = tuple(data["class_names"]), domains[0] if domain is None else domain
     if chosen not in domains:
         what = f"the bundled task has no domain '{chosen}'{nearest(chosen, domains)}"

@@ -17,7 +17,11 @@ from dapt.data.grey import Scale
 from dapt.data.items import DEFAULT_TEMPLATE
 from dapt.errors import UserError
 from dapt.methods import Head, Method, TowerPart
+from dapt.methods.sigmoids import Sigmoids
 from dapt.settings import Settings, text_memory
+
+# Before the names of `Sigmoids`' tensors in a run's files.
+SIGMOIDS = "sigmoids."
 
 
 class Classifier(nn.Module):
@@ -31,6 +35,8 @@ class Classifier(nn.Module):
         template: a sentence for the names where no part gives a context.
         text_memory: bytes of the text tower's activations to keep for the backward pass; more
             classes than fit are encoded in chunks.
+        multilabel: whether an image may be of several classes: logits pass through `Sigmoids`, and
+            each class has a probability by itself.
     """
 
     def __init__(
@@ -42,12 +48,15 @@ class Classifier(nn.Module):
         *,
         template: str = DEFAULT_TEMPLATE,
         text_memory: int = TEXT_MEMORY,
+        multilabel: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
         self.grey: Scale | None = None  # of grey images of more than 8 bits; as `Task.grey`
         self.parts = nn.ModuleList(parts).to(backbone.device)
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
+        place, classes = backbone.device, len(self.class_names)
+        self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoder: TextEncoder | None = None
         if self.head.reads_text or parts_of(self.parts, "text"):
@@ -76,7 +85,10 @@ class Classifier(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was learned or fitted, by the names it has in a run's files."""
-        return {n: p.detach() for n, p in self.learned().items()} | self.head.state_dict()
+        found = {n: p.detach() for n, p in self.learned().items()} | self.head.state_dict()
+        if self.sigmoids is not None:
+            found |= {SIGMOIDS + name: t for name, t in self.sigmoids.state_dict().items()}
+        return found
 
     @property
     def learned_parameters(self) -> int:
@@ -124,7 +136,17 @@ class Classifier(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
-        return self.head(image_features, text_features)
+        found = self.head(image_features, text_features)
+        return found if self.sigmoids is None else self.sigmoids(found)
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """(C,) probabilities from which a label is named, on the CPU; None of one label each."""
+        return None if self.sigmoids is None else self.sigmoids.thresholds.cpu()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C): of the classes of an image together, or of each by itself."""
+        return logits.softmax(-1) if self.sigmoids is None else logits.sigmoid()
 
 
 def _unit_and_length(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +196,13 @@ class Together(Inside):
 
 
 def new_classifier(
-    backbone: Backbone, names: Sequence[str], template: str, method: Method, settings: Settings
+    backbone: Backbone,
+    names: Sequence[str],
+    template: str,
+    method: Method,
+    settings: Settings,
+    *,
+    multilabel: bool = False,
 ) -> Classifier:
     """A classifier as a method's row says, with initial values drawn by the settings' seed."""
     parts = [part.create(backbone, settings) for part in method.parts]
@@ -189,4 +217,5 @@ def new_classifier(
         method.head.create(backbone),
         template=settings.template or template,
         text_memory=text_memory(settings),
+        multilabel=multilabel,
     )

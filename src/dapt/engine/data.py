@@ -42,6 +42,7 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
         evaluate=evaluate,
+        multi_label=settings.multi_label,
     )
     return images.subset_classes(with_grey(task, settings), settings.classes)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score, top_k_accuracy_score
+from sklearn.metrics import average_precision_score, f1_score, top_k_accuracy_score
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.data import ImageStore, Task
 from dapt.engine.classifier import Classifier, new_classifier
-from dapt.engine.features import Shared, encode_store, require_finite
+from dapt.engine.features import Shared, encode_store, labels_of, require_finite
 from dapt.engine.fit import Tuned
 from dapt.errors import UserError
 from dapt.methods import ZERO_SHOT, get_method
@@ -88,6 +88,41 @@ def metrics(
     return result
 
 
+def metrics_of_several(
+    logits: Tensor, labels: Tensor, thresholds: Tensor, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Figures of a classifier on images of several labels each; all are fractions.
+
+    Logits and labels (n, C), 0 or 1; thresholds (C,) of probabilities. ``accuracy`` is the share of
+    images of which exactly the true labels are named, ``map`` the mean of average precisions (as
+    scikit-learn has them) over classes with images, ``micro_f1`` and ``macro_f1`` are at the
+    thresholds, over all labels and as a mean over the same classes. ``per_class`` has a class's
+    images, the share of them that it is named of, and its average precision ``ap``.
+    """
+    truth, named = labels.numpy(), (logits.sigmoid() >= thresholds).numpy()
+    totals, known = labels.sum(0).int().tolist(), truth.sum(0) > 0
+    rights = (truth * named).sum(0).tolist()
+    aps = [
+        float(average_precision_score(truth[:, c], logits[:, c].numpy())) if known[c] else None
+        for c in range(len(class_names))
+    ]
+    f1 = {
+        f"{how}_f1": float(f1_score(truth[:, kept], named[:, kept], average=how, zero_division=0))
+        for how, kept in (("micro", slice(None)), ("macro", known))
+    }
+    return {
+        "images": len(truth),
+        "accuracy": float(np.all(truth == named, 1).mean()),
+        "map": float(np.mean([ap for ap in aps if ap is not None])),
+        **f1,
+        "per_class": [
+            {"class": name, "images": images, "accuracy": right / images if images else None,
+             **({} if ap is None else {"ap": ap})}
+            for name, images, right, ap in zip(class_names, totals, rights, aps, strict=True)
+        ],
+    }  # fmt: skip
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
     """Expected calibration error (Guo et al., 2017): gap of confidence and accuracy, by bins.
 
@@ -127,28 +162,45 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """`metrics` of a classifier on a task's test images, and ``skipped``, those left out.
 
-    A `UserError` says that there are none, or as `Shared.encode`.
+    `metrics_of_several`, of a classifier that gives images several labels. A `UserError` says that
+    there are none, that images have several labels and the classifier gives one, or as
+    `Shared.encode`.
     """
+    if task.multilabel and classifier.thresholds is None:
+        what = f"images of '{task.name}' have several labels, and the classifier gives them one"
+        raise UserError(f"{what}; use one that was trained on such images")
     if not task.test:
         raise UserError(f"dataset '{task.name}' has no test images to evaluate on")
     shared = shared or Shared(classifier.backbone)
     found = shared.encode(task, task.test, settings, classifier, reporter=reporter)
-    logits, labels = logits_of(classifier, found.features), found.labels.tolist()
-    return {**metrics(logits, labels, task.class_names), "skipped": found.skipped}
+    logits, names = logits_of(classifier, found.features), task.class_names
+    if (thresholds := classifier.thresholds) is not None:
+        labels = labels_of(found.items, len(names))
+        result = metrics_of_several(torch.cat(list(logits)), labels, thresholds, names)
+    else:
+        result = metrics(logits, found.labels.tolist(), names)
+    return {**result, "skipped": found.skipped}
 
 
 def evaluate_zero_shot(
     task: Task, settings: Settings, reporter: Reporter, shared: Shared
 ) -> dict[str, Any]:
-    """As `evaluate_task`, of the bare backbone with the template's words."""
-    classifier = _zero_shot(shared.backbone, task.class_names, task.template, settings)
+    """As `evaluate_task`, of the bare backbone with the template's words, which fits nothing."""
+    how, kind = (shared.backbone, task.class_names, task.template), task.multilabel
+    classifier = _zero_shot(*how, settings, multilabel=kind)
     return evaluate_task(classifier, task, settings, reporter, shared)
 
 
 def _zero_shot(
-    backbone: Backbone, names: Sequence[str], template: str, settings: Settings
+    backbone: Backbone,
+    names: Sequence[str],
+    template: str,
+    settings: Settings,
+    *,
+    multilabel: bool = False,
 ) -> Classifier:
-    return new_classifier(backbone, names, template, get_method(ZERO_SHOT), settings)
+    row = get_method(ZERO_SHOT)
+    return new_classifier(backbone, names, template, row, settings, multilabel=multilabel)
 
 
 def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:

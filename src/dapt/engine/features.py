@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.sources import load_backbone
 from dapt.data import Allowance, ImageStore, Item, SupportSet, Task
+from dapt.data.items import by_label
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data
 from dapt.errors import UserError
@@ -79,10 +80,27 @@ class Encoded:
     features: Tensor
     skipped: list[dict[str, str]]
 
+    classes: int | None = None  # C, where images may have several labels
+
     @property
     def labels(self) -> Tensor:
-        """(n,)."""
-        return torch.tensor([item.label for item in self.items])
+        """(n,), or (n, C) of 0 and 1 where images may have several."""
+        return labels_of(self.items, self.classes)
+
+
+def labels_of(items: Sequence[Item], classes: int | None = None) -> Tensor:
+    """Labels (n,) of images, or (n, C) of 0 and 1 where they may have several of C classes."""
+    if classes is None:
+        return torch.tensor([item.label for item in items])
+    found = torch.zeros(len(items), classes)
+    for row, item in zip(found, items, strict=True):
+        row[list(item.labels)] = 1
+    return found
+
+
+def classes_if_several(task: Task) -> int | None:
+    """C of a task whose images may have several labels, else None."""
+    return len(task.class_names) if task.multilabel else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class Support:
     drawn: SupportSet
     skipped: list[dict[str, str]]
     store: ImageStore
-    labels: Tensor  # (n,)
+    labels: Tensor  # as of `Encoded`
     features: Tensor  # (n, D), normalised, on the CPU
     prototypes: Tensor  # (C, D)
 
@@ -162,7 +180,7 @@ class Shared:
         if not own:  # with another batch size they may round otherwise
             images.features[size] = features
         if not (bad := images.unreadable):
-            return Encoded(items, features, [])
+            return Encoded(items, features, [], classes_if_several(task))
         first = bad[min(bad)]
         if settings.strict:
             raise UserError(first)
@@ -177,7 +195,8 @@ class Shared:
         )
         kept = [i for i in range(len(items)) if i not in bad]
         skipped = [{"image": items[i].path, "reason": bad[i]} for i in sorted(bad)]
-        return Encoded(tuple(items[i] for i in kept), features[kept], skipped)
+        left = tuple(items[i] for i in kept)
+        return Encoded(left, features[kept], skipped, classes_if_several(task))
 
     def support(self, data: Data, settings: Settings, reporter: Reporter) -> Support:
         """The support images as the backbone sees them, and class prototypes from that.
@@ -187,18 +206,20 @@ class Shared:
         """
         task, drawn = data.task, data.support
         found = self.encode(task, drawn.train, settings, what="support", reporter=reporter)
-        left, reasons = set(found.labels.tolist()), {s["image"]: s["reason"] for s in found.skipped}
+        left, reasons = by_label(found.items), {s["image"]: s["reason"] for s in found.skipped}
         for item in drawn.train:
-            if item.label not in left:
-                lost = f"no support image of class '{item.class_name}' can be read"
-                raise UserError(f"{reasons[item.path]}: {lost}")
+            for label in item.labels:
+                if label not in left:
+                    name = task.class_names[label]
+                    lost = f"no support image of class '{name}' can be read"
+                    raise UserError(f"{reasons[item.path]}: {lost}")
         return Support(
             replace(drawn, train=found.items),
             found.skipped,
             self.store(task, found.items, settings),
             found.labels,
             found.features,
-            class_prototypes(found.features, found.labels, len(task.class_names)),
+            class_prototypes(found.features, labels_of(found.items), len(task.class_names)),
         )
 
     def _images(self, task: Task, items: tuple[Item, ...], settings: Settings) -> _Images:

@@ -22,15 +22,24 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import taken_for_granted
+from dapt.data import Task
 from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.data import Data, tell_notes
-from dapt.engine.features import Shared, Support, backbone_of, chunks, encode_store
+from dapt.engine.features import (
+    Shared,
+    Support,
+    backbone_of,
+    chunks,
+    encode_store,
+    labels_of,
+)
 from dapt.engine.processes import join_processes, keep_freed_memory
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
 from dapt.errors import UserError
-from dapt.methods import Evidence, Head, get_method
+from dapt.methods import METHODS, Evidence, Head, get_method
 from dapt.methods.contract import Examples
 from dapt.methods.held_out import HeldOut
+from dapt.methods.sigmoids import as_everywhere
 from dapt.progress import Reporter
 from dapt.settings import Settings, loss_weights
 
@@ -116,11 +125,13 @@ def fit(
         Interrupted: the process got SIGINT or SIGTERM; the same call with its journal continues.
     """
     reporter, journal = reporter or Reporter(), journal or Journal()
+    require_method(data.task, settings.method)
     keep_freed_memory()
     processes = join_processes()
     shared = shared or Shared(backbone_of(settings, device=processes.device(settings.device)))
     method, task = get_method(settings.method), data.task
-    classifier = new_classifier(shared.backbone, task.class_names, task.template, method, settings)
+    row = (task.class_names, task.template, method, settings)
+    classifier = new_classifier(shared.backbone, *row, multilabel=task.multilabel)
     classifier.grey = task.grey
     support = shared.support(data, settings, reporter)
     data = replace(data, support=support.drawn)
@@ -146,6 +157,8 @@ def fit(
             )
     if method.head.fitted:
         tuned = _fit_head(tuned, shared, reporter)
+    if task.multilabel:
+        tuned = _fit_sigmoids(tuned)
     return replace(tuned, seconds=spent + time.perf_counter() - started, rose=rose)
 
 
@@ -190,6 +203,45 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> Tuned:
             f"of {names} ('dapt settings' says what they mean)"
         )
     return replace(tuned, skipped=[*tuned.skipped, *skipped], held_out=held_out, val=val)
+
+
+def require_method(task: Task, name: str) -> None:
+    """Raise `UserError` where images have several labels, and the method gives them one."""
+    method = get_method(name)
+    if task.multilabel and not (method.still or (method.head.multilabel and not method.learns)):
+        able = [n for n, m in METHODS.items() if m.still or (m.head.multilabel and not m.learns)]
+        what = f"images of '{task.name}' have several labels, and method '{name}' gives them one"
+        raise UserError(f"{what}; use --method {', '.join(able[:-1])} or {able[-1]}")
+
+
+def _fit_sigmoids(tuned: Tuned) -> Tuned:
+    """Fit what turns logits into probabilities of each class, on images that were held out.
+
+    A method that learns nothing holds all support images out. Where nothing could be left out,
+    those images have to do that were fitted on. Labels are weighed as frequent as they are among
+    all the task's images to tune on.
+    """
+    classifier, support, task = tuned.classifier, tuned.support, tuned.data.task
+    held, classes = tuned.held_out, len(task.class_names)
+
+    def said_of(features: Tensor, labels: Tensor) -> HeldOut:
+        with torch.inference_mode():
+            text = classifier.text_features()
+            rows = [classifier.logits(z.to(text.device), text).cpu() for z in features.split(_ROWS)]
+        return HeldOut(torch.cat(rows).clone(), labels)
+
+    found = [held] if held is not None else []
+    if tuned.val is not None:
+        found.append(said_of(tuned.val.features, tuned.val.labels))
+    fair = bool(found) or get_method(tuned.settings.method).still
+    if not found:
+        found.append(said_of(support.features_of(classifier, tuned.settings), support.labels))
+    logits, labels = (torch.cat([getattr(h, n) for h in found]) for n in ("logits", "labels"))
+    weights = as_everywhere(labels, labels_of(task.train, classes))
+    if classifier.sigmoids is not None:
+        classifier.sigmoids.cpu().fit(logits, labels, weights)
+        classifier.sigmoids.to(classifier.backbone.device)
+    return replace(tuned, held_out=HeldOut(logits, labels) if fair else None)
 
 
 @dataclass

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from dapt.engine.evaluate import calibration_error, logits_of
+from dapt.engine.features import labels_of
 from dapt.engine.fit import Tuned
+from dapt.methods.sigmoids import as_everywhere
 
-# Confused classes that are told, and quantiles of probabilities that are kept.
-_PAIRS, _QUANTILES = 5, 200
+# Confused classes that are told, quantiles of probabilities that are kept, and resamples.
+_PAIRS, _QUANTILES, _RESAMPLES = 5, 200, 1000
 # Cosine of two class features beyond which the names mean the same to the model.
 _SAME = 0.97
 
@@ -23,12 +25,16 @@ _SAME = 0.97
 def forecast(tuned: Tuned) -> dict[str, Any] | None:
     """What support and val images, held out, say of new ones; None where there are none.
 
+    Where images have several labels, `forecast_map` is asked.
+
     ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, classes weighed as often as
     they are among all the task's images to tune on. ``ece`` is before and after the calibration of
     the head. ``confused`` has pairs of classes; ``true`` and ``best`` are quantiles of the
     probability of the true and of the best class, in even steps from 0 to 1.
     """
     held, val, classifier = tuned.held_out, tuned.val, tuned.classifier
+    if tuned.data.task.multilabel:
+        return None
     logits, labels, raw = list[Tensor](), list[Tensor](), list[Tensor]()
     if held is not None:
         logits, labels, raw = [held.logits], [held.labels], [held.logits / held.factor]
@@ -63,6 +69,63 @@ def forecast(tuned: Tuned) -> dict[str, Any] | None:
         "true": np.quantile(true, steps).tolist(),
         "best": np.quantile(best, steps).tolist(),
     }
+
+
+def forecast_map(tuned: Tuned) -> dict[str, Any] | None:
+    """Mean average precision that new images with several labels can be expected to give.
+
+    ``map``, with ``low`` and ``high``, 95 % of a bootstrap over images around it; labels are
+    weighed as often as they are among all the task's images to tune on. (Precisions of resamples
+    are higher, as an image is beside its copies: by as much they are all lowered.) None where no
+    image was held out.
+    """
+    task, held = tuned.data.task, tuned.held_out
+    if not task.multilabel or held is None:
+        return None
+    logits, labels = held.logits.double().numpy(), held.labels
+    weights = as_everywhere(labels, labels_of(task.train, len(task.class_names))).double().numpy()
+    known = (labels.sum(0) > 0).nonzero()[:, 0].tolist()
+    count, generator = len(labels), np.random.default_rng(tuned.settings.seed)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES)
+    often = np.concatenate([np.ones((1, count)), drawn])  # the images themselves, then resamples
+    aps = np.stack([
+        average_precision(logits[:, c], labels[:, c].numpy(), often * weights[:, c]) for c in known
+    ])  # fmt: skip
+    found, *resampled = np.nanmean(aps, 0)
+    low, high = found + np.quantile(resampled - np.mean(resampled), (0.025, 0.975))
+    best = {"map": found, "low": min(max(low, 0), found), "high": max(min(high, 1), found)}
+    own = dict(zip(known, aps[:, 0].tolist(), strict=True))
+    told = {name: float(value) for name, value in best.items()}
+    return {"images": count, **told, "advice": _advice_of_several(tuned, own)}
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) average precisions, as scikit-learn has them, of (n,) images under weights (B, n).
+
+    NaN where no true image weighs anything. All at once, for a bootstrap.
+    """
+    order = np.argsort(-scores, kind="stable")
+    weights, true = weights[:, order], weights[:, order] * truth[order]
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of equal scores
+    found, total = true.cumsum(1)[:, last], weights.cumsum(1)[:, last]
+    gained = np.diff(found, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(total > 0, found / total, 0)
+        return (gained * precision).sum(1) / found[:, -1]
+
+
+def _advice_of_several(tuned: Tuned, aps: dict[int, float]) -> str:
+    """One sentence on what would help most, by average precisions of labels held out."""
+    names, counts = tuned.data.task.class_names, tuned.support.labels.sum(0).tolist()
+    if lacking := [name for name, count in zip(names, counts, strict=True) if not count]:
+        return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
+    if min(counts) < 4:
+        return "More photos would help most: give each class at least four."
+    worst = min(aps, key=lambda c: (aps[c], c))
+    return (
+        f"More photos of '{names[worst]}' would help most: the average precision of its held-out "
+        f"ones is {aps[worst]:.0%}."
+    )
 
 
 def frequencies(truth: np.ndarray, everywhere: list[int], classes: int) -> np.ndarray:

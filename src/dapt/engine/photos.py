@@ -145,7 +145,10 @@ def look_at_photos(
     if not kept:
         raise UserError(f"{bad[0]} (nor can any other image of '{task.name}')")
     features, thumbnails = features[kept], torch.cat(small)[kept]
-    photos = [Photo(part, item.path, item.class_name) for part, item in listed]
+    names = task.class_names
+    photos = [
+        Photo(part, item.path, " | ".join(names[k] for k in item.labels)) for part, item in listed
+    ]
     found = Findings(backbone.name, len(kept))
     found.skipped = [{"image": photos[i].path, "reason": bad[i]} for i in sorted(bad)]
     seen = [photos[i] for i in kept]
@@ -273,8 +276,9 @@ def _judge(
 ) -> None:
     """Fill in the labels and classes that are in doubt, by features (n, D) with labels (n,)."""
     names = task.class_names
-    if len(names) < 2 or not photos:
+    if len(names) < 2 or not photos or task.multilabel:
         why = "there is one class" if photos else "there are no readable train images"
+        why = "images have several labels" if task.multilabel and photos else why
         found.notes.append(f"labels and classes are not judged: {why}")
         return
     doubts, counts = label_doubts(features, labels, text, scale), labels.bincount()

@@ -130,12 +130,16 @@ class Session:
 
 
 def summary(run: PlannedRun) -> str:
-    """Accuracy of a finished run, and on its targets, in one line, and what was odd about it."""
+    """Accuracy (or mAP) of a run, and on its targets, in one line, and what was odd about it."""
     metrics = run.directory.read_metrics()
     records: dict[str, Metrics | EvaluationRecord] = {"": metrics}
     for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
         records[f"{file.stem.removeprefix('eval-')} "] = record
-    parts = [f"{name}{record.test.accuracy:.1%}" for name, record in records.items()]
+    tests = {name: record.test for name, record in records.items()}
+    parts = [
+        f"{name}{t.accuracy:.1%}" if t.map is None else f"{name}mAP {t.map:.1%}"
+        for name, t in tests.items()
+    ]
     lists = (metrics.skipped, *(record.test.skipped for record in records.values()))
     skipped = {image["image"] for images in lists for image in images}
     twice = {pair["support"] for record in records.values() for pair in record.also_tested or ()}

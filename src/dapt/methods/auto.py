@@ -23,6 +23,7 @@ from dapt.methods import contract
 from dapt.methods.contract import Evidence, HasSettings
 from dapt.methods.held_out import HeldOut, rounds, sharpness, spread
 from dapt.methods.kernel_ridge import Ridge, similarity
+from dapt.methods.losses import class_counts
 from dapt.methods.prototypes import Prototypes
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -94,7 +95,7 @@ class Pieces:
             else:
                 width, penalty, text = key
                 logits = self.ridges[width].held_out(penalty, text, self.rows)
-            self._held[key] = logits, spread(logits)
+            self._held[key] = logits, spread(logits, self.labels)
         return self._held[key]
 
     def shares(self, c: Candidate) -> tuple[float, float]:
@@ -170,7 +171,7 @@ class Auto(contract.Head):
     """
 
     Settings = AutoSettings
-    fitted = reads_views = True
+    fitted = reads_views = multilabel = True
     closed = "an automatic head, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "keys": "mD", "values": "mC", "width": ""}
     weight: Tensor
@@ -187,11 +188,14 @@ class Auto(contract.Head):
         """Choose, put together, calibrate."""
         own: AutoSettings = settings.of(AutoSettings)
         labels, text = evidence.support.labels, evidence.text
+        if several := labels.dim() == 2:  # what all names have in common tells for no class
+            text = text - text.mean(0)
         plain = evidence.support.features
         x = smoothed(evidence, own.auto_views)
-        counts = torch.bincount(labels, minlength=len(text))
+        counts = class_counts(labels, len(text))
         factor, losses = sharpness(plain @ text.T, labels)
-        meaning = len(labels) * log(len(text)) - float(losses.sum()) > MEANING
+        # Of several labels, too few images can tell: names have a say, and folds weigh it.
+        meaning = several or len(labels) * log(len(text)) - float(losses.sum()) > MEANING
         pieces = Pieces(x, labels, text, settings.seed)
         chosen = weigh(pieces, meaning or bool((counts == 0).any()))
         held: HeldOut | None = None
@@ -200,7 +204,7 @@ class Auto(contract.Head):
             final = sharpness(logits, pieces.labels)[0]
             held = HeldOut(final * logits, pieces.labels, final)
         else:
-            final = factor * spread(plain @ text.T) if meaning else SHARPNESS
+            final = factor * spread(plain @ text.T, labels) if meaning else SHARPNESS
         weight, values, width = pieces.merged(chosen)
         self.weight, self.values = final * weight, final * values
         self.keys, self.width = pieces.ridges[width].keys, torch.tensor(width)

@@ -144,7 +144,10 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled images as features: (n, D) normalised, and (n,) labels."""
+    """Labelled images as features: (n, D) normalised, and (n,) labels.
+
+    Of several labels an image, they are (n, C), 0 or 1.
+    """
 
     features: Tensor
     labels: Tensor
@@ -188,6 +191,7 @@ class Head(nn.Module):
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
     reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
     projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
+    multilabel: ClassVar[bool] = False  # whether it can be fitted to several labels an image
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:

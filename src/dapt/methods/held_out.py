@@ -1,6 +1,8 @@
 """What closed forms say of images that they were not fitted on, and how sure they may be of it.
 
-Letters in shape comments: n images, r of them held out, C classes, D dimensions, m keys.
+Letters in shape comments: n images, r of them held out, C classes, D dimensions, m keys. Labels of
+one class an image are (n,); where an image may have several, they are (n, C), 0 or 1, and logits
+are judged class by class: `dapt.methods.sigmoids` has the calibration.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dapt.methods.sigmoids import calibrated, folds
+
 ROUNDS = 16
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Logits (r, C) of images that were left out for them, and their labels (r,).
+    """Logits (r, C) of images that were left out for them, and their labels.
 
     ``factor`` is what calibration has multiplied the logits by.
     """
@@ -30,8 +34,12 @@ def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     """Images to leave out together: one of each class that has more, and again, `ROUNDS` at most.
 
     Left out alone, an image's class would be an image short of all others, and look worse than it
-    is. Of very many classes, some are drawn: more would say little, and cost memory.
+    is. Of very many classes, some are drawn: more would say little, and cost memory. Of several
+    labels an image, each round takes its share of every class; none, where all have one image.
     """
+    if labels.dim() == 2:
+        parts = min(ROUNDS, int(labels.sum(0).max()))
+        return folds(labels, parts, max(500, 1_000_000 // classes)) if parts > 1 else []
     by_class = labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())
     places, found = [own[:ROUNDS] for own in by_class if len(own) > 1], list[Tensor]()
     most = max(500, 1_000_000 // classes)
@@ -45,9 +53,12 @@ def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
     return found
 
 
-def spread(logits: Tensor) -> float:
-    """Standard deviation of logits (r, C) within a row: what makes those of two heads alike."""
-    centred = logits - logits.mean(-1, keepdim=True)
+def spread(logits: Tensor, labels: Tensor) -> float:
+    """Standard deviation of logits (r, C) within what their labels compare: a row, or a class.
+
+    It is what makes those of two heads alike.
+    """
+    centred = logits - logits.mean(-1 if labels.dim() == 1 else 0, keepdim=True)
     return max(float(centred.square().mean().sqrt()), 1e-9)
 
 
@@ -55,8 +66,12 @@ def sharpness(logits: Tensor, labels: Tensor, start: float = 1.0) -> tuple[float
     """The factor that makes logits (r, C) most probable, and the cross-entropy (r,) it leaves.
 
     It is the inverse of a temperature (Guo et al., 2017), found by Newton's steps from ``start``:
-    the cross-entropy is convex in it. Between 0, where the logits say nothing, and 1000.
+    the cross-entropy is convex in it. Between 0, where the logits say nothing, and 1000. Of several
+    labels, classes have biases besides, and the cross-entropies of those with two images are added.
     """
+    if labels.dim() == 2:
+        factor, _, losses = calibrated(logits, labels, judged(labels), start)
+        return factor, losses.sum(1)
     own, factor = logits.gather(1, labels[:, None])[:, 0], start
     for _ in range(30):
         p = (factor * logits).softmax(-1)
@@ -69,3 +84,8 @@ def sharpness(logits: Tensor, labels: Tensor, start: float = 1.0) -> tuple[float
         if abs(factor - before) < 1e-3 * before or factor < 1e-6:
             break
     return factor, F.cross_entropy(factor * logits, labels, reduction="none")
+
+
+def judged(labels: Tensor) -> Tensor:
+    """(r, C) weights of labels held out: none of a class that nothing was left of."""
+    return (labels.sum(0) > 1).float().expand_as(labels)

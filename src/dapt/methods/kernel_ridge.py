@@ -75,8 +75,11 @@ class Ridge:
             answers = mapped @ solved  # (r, C)
             if text:
                 answers += text * (self.features[images] @ self.text.T)
-            target = torch.zeros_like(answers)
-            target[torch.arange(size), self.labels[images]] = 1
+            target, own = torch.zeros_like(answers), self.labels[images]
+            if own.dim() == 2:
+                target += own
+            else:
+                target[torch.arange(size), own] = 1
             remain = torch.eye(size, dtype=mapped.dtype) - (mapped * shrunk) @ mapped.T
             found.append(target - torch.linalg.solve(remain, target - answers))
         return torch.cat(found).float()
@@ -88,7 +91,7 @@ class KernelRidge(contract.Head):
     The penalty is chosen, and the sharpness fitted, on held-out images, in closed form.
     """
 
-    fitted = True
+    fitted = multilabel = True
     closed = "a kernel ridge regression, which knows only the classes it was fitted on"
     shapes: ClassVar = {"keys": "mD", "values": "mC", "sharpness": ""}
     keys: Tensor

@@ -62,9 +62,16 @@ def class_prototypes(image_features: Tensor, labels: Tensor, classes: int) -> Te
 
 
 def class_sums(image_features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(C, D) sums of each class's (n, D) features with labels (n,)."""
+    """(C, D) sums of each class's (n, D) features with labels (n,), or (n, C) of 0 and 1."""
+    if labels.dim() == 2:
+        return labels.T.to(image_features.dtype) @ image_features
     sums = image_features.new_zeros(classes, image_features.shape[-1])
     return sums.index_add_(0, labels, image_features)
+
+
+def class_counts(labels: Tensor, classes: int) -> Tensor:
+    """(C,) images of each class, by labels (n,), or (n, C) of 0 and 1."""
+    return labels.sum(0) if labels.dim() == 2 else torch.bincount(labels, minlength=classes)
 
 
 class IntraSettings(PartSettings):

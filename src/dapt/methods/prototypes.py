@@ -11,7 +11,7 @@ from torch import Tensor
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, HasSettings
 from dapt.methods.held_out import HeldOut, rounds, sharpness
-from dapt.methods.losses import class_sums
+from dapt.methods.losses import class_counts, class_sums
 
 STRENGTHS = (0.3, 1.0, 3.0)
 
@@ -25,16 +25,20 @@ class Prototypes:
     def __init__(self, features: Tensor, labels: Tensor, text: Tensor) -> None:
         self.features, self.labels, self.text = features, labels, text
         self.sums = class_sums(features, labels, len(text))
-        self.counts = torch.bincount(labels, minlength=len(text))
+        self.counts = class_counts(labels, len(text))
 
     def weight(self, strength: float, without: Tensor | None = None) -> Tensor:
-        """(C, D), of all images or ``without`` some, of a class each; inf leaves the text out."""
+        """(C, D), of all images or ``without`` some, by `rounds`; inf leaves the text out."""
         sums, counts = self.sums, self.counts
         if without is not None:
             own = self.labels[without]
             sums, counts = sums.clone(), counts.clone()
-            sums[own] -= self.features[without]
-            counts[own] -= 1
+            if own.dim() == 2:
+                sums -= own.T @ self.features[without]
+                counts -= own.sum(0)
+            else:
+                sums[own] -= self.features[without]
+                counts[own] -= 1
         means = sums / counts.clamp_min(1)[:, None]
         means[counts == 0] = 0  # not what rounding leaves
         blend = means if strength == float("inf") else self.text + strength * means

@@ -28,11 +28,20 @@ def overview(study: Study) -> Iterator[Block]:
         return
     scope = study.best_compared()
     columns = [study.column("accuracy", scope), study.difference("difference", scope)]
-    more = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece", "learned": "learned"}
+    several = any(run.metrics and run.metrics.test.map is not None for run in study.runs)
+    note = "Where images have several labels, accuracy is of all labels right." if several else ""
+    more = {
+        "mAP": "map",
+        "micro-F1": "micro_f1",
+        "top-5": "top5",
+        "macro-F1": "macro_f1",
+        "ECE": "ece",
+        "learned": "learned",
+    }
     for title, measure in (more | {"tuning": "tuning"}).items():
         columns.append(study.column(title, scope, measure))
     about = study.named("overview", caption=f"All methods at {scope.at}")
-    tables = [study.by_method(about, columns)]
+    tables = [study.by_method(about, columns, note)]
     if len(study.datasets) > 1:
         columns = [study.column(d, Scope([d], scope.shots)) for d in study.datasets]
         whole = scope.datasets == study.datasets

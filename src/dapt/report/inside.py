@@ -128,6 +128,8 @@ def featured(study: Study) -> list[Run]:
 def mistakes(study: Study) -> Iterator[Block]:
     """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
     for run in featured(study):
+        if run.metrics is not None and run.metrics.test.map is not None:
+            continue  # of several labels an image, none is taken for another
         try:
             confusion = read_confusion(run)
         except UserError as error:
@@ -281,6 +283,8 @@ class _Look:
     def see(self, *, examples: bool) -> None:
         """Encode the test images; a `UserError` or `OSError` where they cannot be had."""
         self.task = task = replace(task_of(self.settings), grey=self.classifier.grey)
+        if self.classifier.thresholds is not None:
+            raise UserError("they have several labels each, of which these figures know one")
         if task.class_names != self.names:
             raise UserError("its classes are no longer those that the run was tuned on")
         self.hard = self.hardest() if examples else {}

@@ -9,7 +9,7 @@ import torch
 
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task, load_support_set, support_digest
-from dapt.engine.classifier import Classifier, new_classifier
+from dapt.engine.classifier import SIGMOIDS, Classifier, new_classifier
 from dapt.engine.features import backbone_of
 from dapt.engine.processes import keep_freed_memory
 from dapt.errors import UserError
@@ -40,7 +40,8 @@ def load_classifier(
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     where = str(run.prompts_file)
-    found = classifier_of(settings, tensors, backbone, task or own, where, own.class_names)
+    parts = (settings, tensors, backbone, task or own, where, own.class_names)
+    found = classifier_of(*parts, multilabel=own.multilabel)
     found.grey = own.grey  # whatever the images, they are seen as those it was tuned on
     return found
 
@@ -52,6 +53,8 @@ def classifier_of(
     task: Task | TaskRecord,
     where: str,
     own_names: Sequence[str] | None = None,
+    *,
+    multilabel: bool = False,
 ) -> Classifier:
     """A classifier of what was learned or fitted.
 
@@ -59,14 +62,25 @@ def classifier_of(
         tensors: as `Classifier.tensors` gave them, from the file ``where``.
         task: classes, and a template for them where the text prompt is not learned.
         own_names: of the classes it was tuned on, if these are others.
+        multilabel: whether it was tuned on several labels an image.
 
     A `UserError` says that tensors are not what the method learns, or do not fit the backbone, or
     that its head knows no other classes.
     """
     method, names = get_method(settings.method), task.class_names
-    if method.head.closed and own_names is not None and list(names) != list(own_names):
+    others = own_names is not None and list(names) != list(own_names)
+    if method.head.closed and others:
         raise UserError(f"{where} is of {method.head.closed}; use a prompt method for others")
-    classifier = new_classifier(backbone, names, task.template, method, settings)
+    if multilabel and others:
+        what = f"{where} gives several labels an image, by thresholds of its own classes"
+        raise UserError(f"{what}; train again for others")
+    classifier = new_classifier(
+        backbone, names, task.template, method, settings, multilabel=multilabel
+    )
+    if classifier.sigmoids is not None:
+        own = {n.removeprefix(SIGMOIDS): t for n, t in tensors.items() if n.startswith(SIGMOIDS)}
+        classifier.sigmoids.load(own, where)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(SIGMOIDS)}
     learned, head, classifier.grey = classifier.learned(), classifier.head, task.grey
     fitted = {name: tensor for name, tensor in tensors.items() if name not in learned}
     if not learned.keys() <= tensors.keys() or (fitted and not head.fitted):

@@ -40,6 +40,7 @@ class ClassScore(Record):
     name: str = Field(alias="class")
     images: Count
     accuracy: Share | None
+    ap: Share | None = None  # average precision, of several labels an image
 
 
 class Confusion(Record):
@@ -51,10 +52,16 @@ class Confusion(Record):
 
 
 class Test(Record):
-    """Figures of an evaluation; all but images are fractions."""
+    """Figures of an evaluation; all but images are fractions.
+
+    Where images have several labels, accuracy is the share of images of which exactly the true ones
+    were named, and ``map`` (mean average precision) and ``micro_f1`` are there.
+    """
 
     images: Count
     accuracy: Share
+    map: Share | None = None
+    micro_f1: Share | None = None
     top5: Share | None = None
     macro_f1: Share | None = None
     ece: Share | None = None
@@ -107,6 +114,16 @@ class ForecastRecord(Record):
         return float(np.interp(place, np.linspace(0, 1, len(self.true)), self.true))
 
 
+class MapForecast(Record):
+    """The same of several labels an image: mean average precision, as `forecast_map` says."""
+
+    images: Count
+    map: Share
+    low: Share
+    high: Share
+    advice: str = ""
+
+
 class Metrics(Record):
     """metrics.json: how well a finished run does."""
 
@@ -123,6 +140,7 @@ class Metrics(Record):
     rose: Rise | None = None
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
+    map_forecast: MapForecast | None = None
     test: Test
 
 
@@ -144,6 +162,7 @@ class TaskRecord(Record):
     template: str
     class_names: list[str] = Field(min_length=1)
     source_sha256: str | None = None
+    multilabel: bool = False
     grey_range: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
 
     @property
@@ -183,6 +202,7 @@ class SupportImage(Record):
     path: str
     label: Count
     class_name: str
+    others: list[Count] = []
 
 
 class SupportRecord(Record):
@@ -246,7 +266,11 @@ def task_record(task: Task) -> dict[str, Any]:
     """What task.json keeps of a task."""
     found = {"dataset": task.name, "template": task.template, "class_names": list(task.class_names)}
     grey = None if task.grey is None else list(task.grey)
-    known = {"source_sha256": task.source_sha256, "grey_range": grey}
+    known = {
+        "source_sha256": task.source_sha256,
+        "grey_range": grey,
+        "multilabel": task.multilabel or None,
+    }
     return found | {name: value for name, value in known.items() if value is not None}
 
 

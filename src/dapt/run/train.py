@@ -25,7 +25,7 @@ from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overl
 from dapt.engine.evaluate import dispersion, evaluate_task
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Journal, Tuned, fit
-from dapt.engine.forecast import forecast
+from dapt.engine.forecast import forecast, forecast_map
 from dapt.engine.processes import join_processes
 from dapt.engine.step import StepResult
 from dapt.errors import UserError, refusing
@@ -209,7 +209,7 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     spread, seconds = dispersion(tuned), time.perf_counter() - started
     spent = {"tuning_seconds": round(tuned.seconds, 2), "evaluation_seconds": round(seconds, 2)}
     run.add_to_environment(**spent)
-    expected = forecast(tuned)
+    expected = {"forecast": forecast(tuned), "map_forecast": forecast_map(tuned)}
     run.finish({
         "method": settings.method, "dataset": task.name, "shots": settings.shots,
         "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
@@ -217,7 +217,7 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
         "support_sha256": support_digest(task, tuned.data.support), "skipped": tuned.skipped,
         "also_tested": journal.twice, "rose": tuned.rose, "dispersion": spread,
         **({"left_out": dict(task.left_out)} if task.left_out else {}),
-        **({} if expected is None else {"forecast": expected}), "test": test,
+        **{name: told for name, told in expected.items() if told is not None}, "test": test,
     })  # fmt: skip
 
 

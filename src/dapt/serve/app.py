@@ -26,7 +26,7 @@ from starlette.types import Message
 from dapt import __version__
 from dapt.data import TooManyPixels
 from dapt.errors import UserError, printable
-from dapt.predict import best
+from dapt.predict import best, named
 from dapt.serve.decoders import Decoders
 from dapt.serve.served import Answer, Served
 
@@ -204,7 +204,7 @@ def create_app(
                 raise HTTPException(status, str(error)) from error
             return {"file": name, "error": str(error)}
         counted.labels("ok").inc()
-        (classes,) = best(probabilities[None], served.class_names, top)
+        (classes,) = named(probabilities[None], served.class_names, served.thresholds, top)
         (places,) = best(cosines[None], range(len(cosines)), near)
         ranked = [{"class": name, "probability": p} for name, p in classes]
         nearest = [{"image": f"/support/{i}", "class": names[i], "cosine": c} for i, c in places]

@@ -29,7 +29,7 @@ Answer = tuple[Tensor, Tensor]
 class Support:
     """The images that a run was tuned on, as its model sees them."""
 
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # of each image; several have commas between
     features: Tensor  # (n, D), normalised
     pictures: tuple[bytes, ...]  # n JPEG files, of 160 px a side at most
 
@@ -45,6 +45,11 @@ class Served:
     support: Support | None  # where the run has support images to show
 
     @property
+    def thresholds(self) -> Tensor | None:
+        """(C,) from which a label is named, where an image may have several."""
+        return self.classifier.thresholds
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """In label order."""
         return self.classifier.class_names
@@ -55,7 +60,7 @@ class Served:
         with torch.inference_mode():
             features = self.classifier.image_features(batch)
             logits = self.classifier.logits(features, self.classifier.text_features())
-            probabilities = logits.cpu().softmax(-1)
+            probabilities = self.classifier.probabilities(logits.cpu())
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
                 cosines = features.cpu() @ self.support.features.T
@@ -106,4 +111,5 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
     with reporter.stage("support images", len(items)) as advance:
         store = ImageStore([*paths], **how)
         features = encode_store(encode, store, batch_size=32, advance=advance)
-    return Support(tuple(item.class_name for item in items), features, tuple(pictures))
+    names = tuple(", ".join(task.class_names[k] for k in item.labels) for item in items)
+    return Support(names, features, tuple(pictures))

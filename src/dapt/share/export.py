@@ -74,6 +74,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.visual, self.head = classifier.backbone.visual, classifier.head
+        self.sigmoids = classifier.sigmoids
         self.parts = classifier.parts
         with torch.inference_mode(False), torch.no_grad():
             self.register_buffer("text", classifier.text_features().detach().clone())  # (C, D)
@@ -83,7 +84,8 @@ class ImageClassifier(nn.Module):
         """(B, C) probabilities of (B, 3, S, S) normalised images."""
         inside = inside_of(self.parts, "image")
         features = encode_image(self.visual, images, inside, not self.head.projects)
-        return self.head(F.normalize(features, dim=-1), self.text).softmax(-1)
+        logits = self.head(F.normalize(features, dim=-1), self.text)
+        return logits.softmax(-1) if self.sigmoids is None else self.sigmoids(logits).sigmoid()
 
 
 def export(
@@ -145,7 +147,7 @@ def _export_graph(
     pixels, images = _views_to_compare(run, classifier)
     views = backbone.normalize(pixels)
     with torch.inference_mode():
-        expected = classifier(views).softmax(-1)
+        expected = classifier.probabilities(classifier(views))
     advance(1)
     facts, batch = _facts(run, classifier, int8), {"images": {0: torch.export.Dim("batch")}}
     with quietly():
@@ -207,6 +209,8 @@ def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, s
     if classifier.grey is not None:  # of images of more than 8 bits, what is black and white
         seen["grey_range"] = classifier.grey
     values = {"labels": task.class_names, "preprocessing": seen, "provenance": made}
+    if (thresholds := classifier.thresholds) is not None:  # of several labels an image
+        values["thresholds"] = thresholds.tolist()
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 

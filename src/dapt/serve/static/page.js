@@ -127,6 +127,7 @@ function ranked(prediction) {
     row.append(bar, element("span", name), element("span", percent, "number"));
     list.append(row);
   }
+  if (!prediction.classes.length) list.append(element("li", "no label"));
   const nearest = prediction.nearest || [];
   if (!nearest.length) return [list];
   const strip = element("ul", undefined, "nearest");
