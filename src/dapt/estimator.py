@@ -277,7 +277,7 @@ _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", 
 def _free() -> frozenset[str]:
     """Other settings, that the way images are given leaves open."""
     given = {"dataset", "root", "domain", "class_names", "classes", "support_set", "memory_budget",
-             "strict"}  # fmt: skip
+             "strict", "test_fraction"}  # fmt: skip
     return frozenset(all_fields()) - _OWN - given
 
 

@@ -41,6 +41,9 @@ class Settings(BaseModel):
     domain: str | None = Field(None, description="style of the bundled task")
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
     classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
+    test_fraction: float = Field(
+        0.5, ge=0, lt=1, description="share of own unsplit images to test on; 0: none held out"
+    )
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")

@@ -165,7 +165,10 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             "here; give each its own --output"
         ) from error
     title = ", ".join((result.dataset, result.method, *notes))
-    console.print(metrics_table(title, result.test.model_dump()))
+    if result.test is not None:
+        console.print(metrics_table(title, result.test.model_dump()))
+    else:
+        say(f"{title}: no image was held out to test on, so there is no test accuracy")
     for name, change in result.dispersion.items():
         say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
     tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""
@@ -179,6 +182,11 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             one, other = pair.classes
             say(f"most confused: '{one}' and '{other}' ({pair.images} of those)")
         say(told.advice)
+    elif result.test is None:
+        say(
+            "how well it does is not known: nothing was held out. --method auto tells it by photos "
+            "held out in turn (two or more in a class); without --all, some are kept to test on"
+        )
     say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
     return result
 

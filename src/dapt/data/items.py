@@ -49,6 +49,7 @@ class Task:
     template: str = DEFAULT_TEMPLATE  # {} is the class name, in text prompts that are not learned
     source_sha256: str | None = None  # of the files that images were unpacked from
     notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
+    divided: bool = False  # its source had no parts: what is to test on was drawn here
     part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
     # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
     # number among them, or the absolute path of a file.
@@ -128,7 +129,8 @@ def _subset(listed: _Listed, labels: range, **facts: Any) -> _Listed:
 
 
 Row = tuple[str, str, Any]  # an image's part ("" where nothing is split yet), path and class
-Split = tuple[float, int]  # of images without parts: the share of each class to test on, the seed
+# Of images without parts: the share of each class to test on (0: none), the seed.
+Split = tuple[float, int]
 
 
 def make_task(
@@ -154,11 +156,11 @@ def make_task(
     parts: dict[str, list[Item]] = {part: [] for part in (*PARTS, "")}
     for part, path, key in rows:
         parts[part].append(Item(check_path(path, where), labels[key], names[key]))
-    fraction, seed = split or (0, 0)
+    fraction, seed = split or (0.0, 0)
     # What to test on: all, or some of each class by itself, at random but always the same.
     tested = set(parts[""] if fraction == 1 else ())
     by_class = grouped(sorted(parts[""], key=lambda i: i.path), lambda i: i.class_name)
-    for called, members in by_class.items() if split else ():
+    for called, members in by_class.items() if fraction else ():
         random.Random(f"{seed}/{called}").shuffle(members)
         # Of two or more images, either part has some; a single one is to tune on.
         tested.update(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
@@ -167,13 +169,14 @@ def make_task(
     train, val, test, _ = map(tuple, parts.values())
     if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
-    if not test:
+    if not test and (split is None or fraction):
         raise UserError(f"{where} names no test images; add some (one a class is not enough)")
     taught = {item.label for item in train}
     for part in ("test", "val") if tuned else ():
         if odd := next((item for item in parts[part] if item.label not in taught), None):
             what = f"class '{odd.class_name}' of {part} image {odd.path} has no train images"
             raise UserError(f"{where}: {what}; add some, or take the class out")
+    facts["divided"] = bool(parts[""])
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
 
 

@@ -32,7 +32,7 @@ STATES = DONE, BEGUN, FAILED, NEW = ("done", "unfinished", "failed", "to do")
 
 # What decides which backbone settings load, and which task they open.
 backbone_key = attrgetter("backbone", "pretrained", "device", "precision")
-task_key = attrgetter("dataset", "root", "domain", "class_names", "classes")
+task_key = attrgetter("dataset", "root", "domain", "class_names", "classes", "test_fraction")
 
 
 class Evaluation(BaseModel, extra="forbid", frozen=True):

@@ -121,7 +121,7 @@ class Metrics(Record):
     rose: Rise | None = None
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
-    test: Test
+    test: Test | None = None  # None where no image was held out to test on
 
 
 class EvaluationRecord(Record):
