@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 from dapt.cli import app
 from dapt.engine.data import found_in, most_images, open_data
 from dapt.errors import UserError
+from dapt.report import write_report
 from dapt.run.directory import RunDirectory
+from dapt.run.train import train
 from dapt.settings import make_settings
+from dapt.share.card import model_card
 
 
 def unsplit(folder, counts):
@@ -86,3 +89,32 @@ def test_the_share_to_test_on_is_a_setting(tmp_path):
     assert "--set test_fraction" in found_in(open_data(settings), settings)
     with pytest.raises(UserError, match="test_fraction=1"):
         make_settings({"dataset": str(photos), "test_fraction": 1})
+
+
+def test_the_forecast_is_shown_wherever_a_run_is(tiny_weights, tmp_path):
+    photos, run = unsplit(tmp_path / "photos", {"grey": 5, "white": 3}), tmp_path / "run"
+    given = {"dataset": str(photos), "backbone": str(tiny_weights), "method": "auto"}
+    train(make_settings({**given, "shots": 5, "test_fraction": 0}), run)
+    told = RunDirectory(run).read_metrics().forecast
+    between = f"{100 * told.low:.0f} to {100 * told.high:.0f} %"
+    card = model_card(RunDirectory(run))
+    assert "No image was held out to test on." in card
+    assert f"{100 * told.accuracy:.0f} % right, most likely {between}" in card
+    page = tmp_path / "report.html"
+    made = write_report([run], page)
+    assert made.warnings == ()
+    text = page.read_text()
+    assert f"({100 * told.low:.1f}–{100 * told.high:.1f})" in text
+    assert told.advice in text
+    assert "it is no test accuracy" in text
+    overview = (made.folder / "overview.csv").read_text().splitlines()
+    row = dict(zip(overview[0].split(","), overview[1].split(","), strict=True))
+    assert float(row["expected (%)"]) == pytest.approx(100 * told.accuracy)
+    assert "accuracy (%)" not in row
+    # With test images, the two stand side by side.
+    train(make_settings({**given, "shots": 2}), tmp_path / "half")
+    write_report([run, tmp_path / "half"], page)
+    assert "it is no test accuracy" in page.read_text()
+    files = write_report([tmp_path / "half"], page).folder
+    head = (files / "overview.csv").read_text().splitlines()[0]
+    assert head.startswith("method,accuracy (%),expected (%),from (%),to (%)")

@@ -28,6 +28,7 @@ def overview(study: Study) -> Iterator[Block]:
         return
     scope = study.best_compared()
     columns = [study.column("accuracy", scope), study.difference("difference", scope)]
+    columns += [study.column(title, scope, title) for title in ("expected", "from", "to")]
     more = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece", "learned": "learned"}
     for title, measure in (more | {"tuning": "tuning"}).items():
         columns.append(study.column(title, scope, measure))

@@ -117,6 +117,7 @@ class Study:
         self.looked: dict[tuple[str, str], Block] = defaultdict(Block)
         self.hardest: dict[int, list[HardClass]] = defaultdict(list)
         self.drawn = self.datasets[:MOST_DATASETS]  # get figures
+        self.foretold = any("expected" in run.figures for run in finished)
         self._taken: set[str] = set()
 
     def _sort(self, runs: Iterable[Run]) -> None:
