@@ -275,8 +275,10 @@ def test_add_classes_needs_no_tuning(new, photos, tmp_path):
         made.add_classes(["grey"])
     with pytest.raises(UserError, match="same name to a text prompt"):
         made.add_classes(["GREY"])
-    with pytest.raises(UserError, match="linear probe"):
+    with pytest.raises(UserError, match="'linear-probe' knows classes by images alone; give some"):
         new(method="linear-probe").fit(photos[0], photos[1]).add_classes(["grey"])
+    with pytest.raises(ValueError, match="takes new classes by their names, without images"):
+        made.add_classes(["fox"], photos[0][:1], ["fox"])
     with pytest.raises(ValueError, match=r"write \['fox'\]"):
         made.add_classes("fox")
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from browser import until
@@ -30,6 +30,7 @@ from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.cli import app
 from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
+from dapt.run.records import ForecastRecord
 from dapt.run.train import train
 from dapt.serve import decoders, server
 from dapt.serve.app import Limits, create_app
@@ -575,6 +576,21 @@ def test_the_api_is_as_described(client, served, pictures):
     check(client.get("/classes").json, schemas["Classes"])
     check(client.get("/healthz").json, schemas["Health"])
     check(client.get("/nowhere").json, schemas["Problem"])
+
+
+def test_what_to_expect_is_told_where_it_is_known(client, served):
+    assert "forecast" not in client.get("/classes").json  # prompts hold nothing out
+    shares = [0.0, 1.0]
+    told = {"images": 40, "accuracy": 0.8, "low": 0.7, "high": 0.9,
+            "ece": {"before": 0, "after": 0},
+            "confused": [{"classes": ["blue", "red"], "images": 3}], "advice": "More photos.",
+            "true": shares, "best": shares}  # fmt: skip
+    foretold = replace(served, forecast=ForecastRecord.model_validate(told))
+    with running(foretold) as other:
+        found = other.get("/classes").json["forecast"]
+    assert found == {k: v for k, v in told.items() if k not in ("ece", "true", "best")}
+    schemas = client.get("/openapi.json").json["components"]["schemas"]
+    assert set(schemas["Forecast"]["required"]) == set(found)
 
 
 def test_pages_need_nothing_from_elsewhere(client):

@@ -51,7 +51,7 @@ def run_demo(
     compared = table("method", figures=numbers, title=f"{task.name}: {what}")
     for run, result in zip(runs, results, strict=True):
         seconds = run.read_environment().tuning_seconds or 0
-        figures = (f"{result.test.accuracy:.1%}", f"{result.learned_parameters:,}")
+        figures = (f"{_accuracy(result):.1%}", f"{result.learned_parameters:,}")
         compared.add_row(METHODS[result.method].title, *figures, f"{seconds:.1f}")
     console.print(compared)
 
@@ -65,6 +65,11 @@ def run_demo(
     return runs
 
 
+def _accuracy(result: Metrics) -> float:
+    """On test images, which the bundled task has."""
+    return result.test.accuracy if result.test else 0.0
+
+
 def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, int]]) -> bytes:
     """Bars of accuracy, and test images that the last method names and the first does not: PNG."""
     from matplotlib.figure import Figure
@@ -73,7 +78,7 @@ def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, 
     left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.5)))
     axes = left.subplots()
     titles = [METHODS[r.method].title for r in results]
-    values = [100 * r.test.accuracy for r in results][::-1]
+    values = [100 * _accuracy(r) for r in results][::-1]
     bars = axes.barh(titles[::-1], values, color=["#c2410c", *["#94a3b8"] * (len(values) - 1)])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(100 / len(task.class_names), color="black", linewidth=0.8, linestyle=":")

@@ -18,11 +18,11 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import load_backbone
-from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
+from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.images import InputError, as_sequence, labels_of
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
-from dapt.engine.data import Data, with_grey
+from dapt.engine.data import Data, task_of, with_grey
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
@@ -31,7 +31,7 @@ from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
 from dapt.run.directory import RunDirectory
 from dapt.run.load import classifier_of, load_classifier
-from dapt.run.records import TaskRecord
+from dapt.run.records import SupportRecord, TaskRecord
 from dapt.run.train import check_output, files_of
 from dapt.safe.files import to_json
 from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_settings
@@ -124,17 +124,22 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
-        journal, shared = Journal(), Shared(self._backbone(settings))
-        reporter = RichReporter() if self.verbose else Reporter()
+        self._tune(data, settings, self._backbone(settings), classes)
+        return self
+
+    def _tune(
+        self, data: Data, settings: Settings, backbone: Backbone, classes: np.ndarray
+    ) -> None:
+        journal, reporter = Journal(), RichReporter() if self.verbose else Reporter()
         try:
-            tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
+            tuned = fit(data, settings, shared=Shared(backbone), journal=journal, reporter=reporter)
         except Interrupted:
             raise KeyboardInterrupt from None
         except BadImage as error:
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
         self._adopt(files_of(tuned, journal, labels=_json(classes)), classes, tuned.classifier)
-        return self
+        self._data = data
 
     def predict(self, X: Any) -> np.ndarray:
         """(n,) labels of n images, or lists of those that reach their thresholds."""
@@ -175,12 +180,24 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             return float(np.average(right, weights=sample_weight))
         return float(super().score(X, y, sample_weight))
 
-    def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
-        """Tell apart further classes by the tuned context, without tuning again.
+    def add_classes(
+        self, names: Sequence[str] | Mapping[Any, str], X: Any = None, y: Any = None
+    ) -> PromptClassifier:
+        """Tell apart further classes.
 
-        ``names`` are class names, or a mapping from labels to them where labels are no names.
+        Prompts take them by their names, in the tuned context, and nothing is tuned again. A head
+        of the classes it was fitted on, such as that of ``auto``, is fitted again, on the images it
+        was fitted on and those given: at most ``shots`` a class, as in `fit`. Added classes that
+        have none are known by their names alone.
+
+        Args:
+            names: class names, or a mapping from labels to them where labels are no names.
+            X, y: images of added classes, as for `fit`.
+
         Metrics that came with the run are dropped: they are those of fewer classes. A `UserError`
-        if a name is there already or is none, or the head knows only classes it was fitted on.
+        if a name is there already or is none; if a head is to be fitted again and its images are no
+        more (those in memory go with the process, files must be where they were), or it reads no
+        names and a class has no images; or if prompts are given images.
         """
         check_is_fitted(self, "files_")
         if isinstance(names, str):
@@ -197,12 +214,69 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         before = [self.class_names_[i] for i in back]
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
+        settings = make_settings(json.loads(self.files_["settings.json"]))
+        if get_method(settings.method).head.closed:
+            self._fit_again(settings, classes, tuple(everything), X, y)
+            return self
+        if X is not None:
+            what = f"method '{settings.method}' takes new classes by their names, without images"
+            raise InputError(f"{what}; leave X and y out, or fit anew on all images")
         files = {name: file for name, file in self.files_.items() if name != "metrics.json"}
         added: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
         for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
             files[name] = to_json({**json.loads(files[name]), entry: added[entry]}, indent=1)
         self._adopt(files, classes, self._built(files, own_names=before))
         return self
+
+    def _fit_again(
+        self, settings: Settings, classes: np.ndarray, names: tuple[str, ...], X: Any, y: Any
+    ) -> None:
+        """Fit to the images of before, and those of classes that stand last in ``classes``."""
+        images: Sequence[Any] = () if X is None else as_sequence(X)
+        labels = () if X is None else labels_of(images) if y is None else y
+        codes = {label: code for code, label in enumerate(classes.tolist())}
+        given = [codes.get(label, -1) for label in column_or_1d(np.asarray(labels)).tolist()]
+        added = range(len(self.classes_), len(classes))
+        if len(given) != len(images) or not set(given) <= set(added):
+            raise InputError("add_classes needs a label for each image, one of the added classes")
+        lacking = [names[code] for code in added if code not in given]
+        if lacking and not get_method(settings.method).head.reads_text:
+            what = f"method '{settings.method}' knows classes by images alone"
+            raise InputError(f"{what}; give some of '{lacking[0]}': add_classes(names, X, y)")
+        known = self._known()
+        new = tuple(Item(str(i), code, names[code]) for i, code in enumerate(given))
+        task = Task(FITTED, Path(), names, new, (), (), known.task.template, pictures=images)
+        drawn = draw_support_set(task, settings.shots, settings.seed).train
+        before, val = known.support.train, known.support.val
+        pictures = [*map(known.task.source, (*before, *val)), *map(task.source, drawn)]
+        listed = (replace(i, path=str(n)) for n, i in enumerate((*before, *val, *drawn)))
+        items, first, last = [_located(pictures, i) for i in listed], len(before), len(before + val)
+        train, val = (*items[:first], *items[last:]), tuple(items[first:last])
+        task = replace(task, train=train, val=val, pictures=pictures)
+        support = SupportSet(FITTED, settings.shots, settings.seed, train, val)
+        elsewhere = dict.fromkeys(("root", "domain", "class_names", "support_set"))
+        own = {**elsewhere, "dataset": FITTED, "classes": "all", "strict": True}
+        settings = settings.model_copy(update=own)
+        self._tune(Data(task, support), settings, self._loaded(settings), classes)
+
+    def _known(self) -> Data:
+        """The images that it was fitted on; a `UserError` if they were in a memory that is gone."""
+        if hasattr(self, "_data"):  # it is not pickled
+            return self._data
+        settings = make_settings(json.loads(self.files_["settings.json"]))
+        record = SupportRecord.model_validate_json(self.files_["support_set.json"])
+        task = TaskRecord.model_validate_json(self.files_["task.json"])
+        train, val = (
+            tuple(Item(i.path, i.label, i.class_name) for i in part)
+            for part in (record.train, record.val)
+        )
+        own = settings.dataset == FITTED
+        if not train or (own and any(item.path.isdecimal() for item in train)):
+            what = "the images it was fitted on are not here any more"
+            raise UserError(f"{what}; fit anew, on them and on those of added classes")
+        root = Path() if own else task_of(settings).root
+        found = Task(FITTED, root, tuple(task.class_names), train, val, (), task.template)
+        return Data(found, SupportSet(FITTED, settings.shots, settings.seed, train, val))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write a run directory, which ``dapt predict`` and the other commands read.
@@ -274,19 +348,25 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         name, tag, precision = settings.backbone, settings.pretrained, settings.precision
         return _load_backbone(name, tag, device=self.device or "auto", precision=precision)
 
+    def _loaded(self, settings: Settings) -> Backbone:
+        """The backbone it has, if it was not pickled since."""
+        if hasattr(self, "_classifier"):
+            return self._classifier.backbone
+        return self._backbone(settings)
+
     def _built(self, files: dict[str, bytes], own_names: Sequence[str] | None = None) -> Classifier:
         """The classifier that a run's files hold; it was tuned on other classes, if given."""
         settings = make_settings(json.loads(files["settings.json"]))
         task = TaskRecord.model_validate_json(files["task.json"])
-        same = hasattr(self, "_classifier")
-        backbone = self._classifier.backbone if same else self._backbone(settings)
+        backbone = self._loaded(settings)
         tensors, where = load(files["prompts.safetensors"]), "what was fitted"
         parts = (settings, tensors, backbone, task, where, own_names)
         return classifier_of(*parts, multilabel=task.multilabel)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Parameters and the run's files; the backbone is loaded again, not pickled."""
-        return {k: v for k, v in super().__getstate__().items() if k != "_classifier"}
+        """Parameters and the run's files; the backbone is loaded again, images are not kept."""
+        left = ("_classifier", "_data")
+        return {k: v for k, v in super().__getstate__().items() if k not in left}
 
 
 # Kept between fits: a grid search loads it once.
@@ -298,7 +378,7 @@ _OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", 
 def _free() -> frozenset[str]:
     """Other settings, that the way images are given leaves open."""
     given = {"dataset", "root", "domain", "class_names", "classes", "multi_label", "support_set",
-             "memory_budget", "strict"}  # fmt: skip
+             "memory_budget", "strict", "test_fraction"}  # fmt: skip
     return frozenset(all_fields()) - _OWN - given
 
 

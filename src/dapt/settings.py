@@ -17,7 +17,7 @@ from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST
 from dapt.methods.published import usual_settings
-from dapt.safe.files import parse_yaml, read_yaml, user_path
+from dapt.safe.files import parse_yaml, read_text, read_yaml, user_path
 
 # Datasets of runs that have none to be opened again, and where their prompts come from.
 IMPORTED, FITTED = "imported", "fitted"
@@ -42,6 +42,9 @@ class Settings(BaseModel):
     class_names: str | None = Field(None, description="JSON file: folder name -> class name")
     classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
     multi_label: bool | None = Field(None, description="several labels an image, or not (false)")
+    test_fraction: float = Field(
+        0.5, ge=0, lt=1, description="share of own unsplit images to test on; 0: none held out"
+    )
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
     backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
@@ -53,6 +56,9 @@ class Settings(BaseModel):
     shots: int = Field(16, ge=1, description="support images a class")
     seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
     template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
+    templates: list[str] | None = Field(
+        None, min_length=1, description="several, to average over: a list, or a file of a line each"
+    )
     epochs: int = Field(ge=1, description="passes over the support set")
     crop_min: float = Field(0.08, gt=0, le=1, description="least share of an image in a view")
     batch_size: int = Field(32, ge=1, description="images a step")
@@ -140,20 +146,31 @@ def make_settings(given: dict[str, Any]) -> Settings:
     given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
     if odd := next((name for name in given if name not in known), None):
         raise UserError(f"unknown setting '{odd}'{nearest(odd, known)}; 'dapt settings' lists all")
+    if isinstance(given.get("templates"), str):
+        given["templates"] = _templates_in(user_path(given["templates"]))
     try:
         settings = _with_values({**default_settings(given), **given})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name, value = ".".join(map(str, first["loc"])), shown(first["input"])
         raise UserError(f"setting {name}={value}: {first['msg'].lower()}") from error
-    if settings.template is not None and settings.template.count("{}") != 1:
-        what = f"setting template='{settings.template}' must hold {{}} once"
-        raise UserError(f"{what}, where the class name goes")
+    if settings.template is not None and settings.templates is not None:
+        raise UserError("template is one sentence and templates are several; give one of them")
+    for template in settings.templates or filter(None, [settings.template]):
+        if template.count("{}") != 1:
+            what = f"setting template='{template}' must hold {{}} once"
+            raise UserError(f"{what}, where the class name goes")
     for term in get_method(settings.method).losses:
         if term.weight not in weights_of(settings):
             what = f"loss term '{term.name}' of method '{settings.method}' needs a weight"
             raise UserError(f"{what}; set loss_weights: {{{term.weight}: ...}}")
     return settings
+
+
+def _templates_in(file: Path) -> list[str]:
+    with refusing(f"templates file {file} cannot be read", "give a text file, a sentence a line"):
+        lines = read_text(file, encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:

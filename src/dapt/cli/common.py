@@ -174,7 +174,10 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             "here; give each its own --output"
         ) from error
     title = ", ".join((result.dataset, result.method, *notes))
-    console.print(metrics_table(title, result.test.model_dump()))
+    if result.test is not None:
+        console.print(metrics_table(title, result.test.model_dump()))
+    else:
+        say(f"{title}: no image was held out to test on, so there is no test accuracy")
     for name, change in result.dispersion.items():
         say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
     tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""
@@ -195,6 +198,11 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             f"{between} ({mapped.images:,} photos held out)"
         )
         say(mapped.advice)
+    if not (result.test or told or mapped):
+        say(
+            "how well it does is not known: nothing was held out. --method auto tells it by photos "
+            "held out in turn (two or more in a class); without --all, some are kept to test on"
+        )
     say(f"{result.learned_parameters:,} learned parameters{tuned}; everything is in {run.path}")
     return result
 

@@ -39,6 +39,7 @@ def train(
         str | None, Option(help="Head of another method, fitted on what this one tunes.")
     ] = None,
     shots: common.ShotsOption = None,
+    every: Annotated[bool, Option("--all", help="Tune on every image; hold none out.")] = False,
     seed: common.SeedOption = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
@@ -74,7 +75,8 @@ def train(
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, reporter = RunDirectory(output), RichReporter()
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-        final = _settings(given_settings(context, assignments=settings), config, head, run, resume)
+        said = given_settings(context, assignments=settings)
+        final = _settings(said, config, head, run, resume, every)
         group = processes.join_processes()
         if group.first:
             training.check_output(run, final, **how)
@@ -84,13 +86,14 @@ def train(
             final = search.search_settings(final, reporter)
         images = shared = None
         if group.alone and not (resume and run.finished):
-            images, shared = data.open_data(final), features.Shared(features.backbone_of(final))
+            images = data.open_data(final)
+            say(data.found_in(images, final))
+            shared = features.Shared(features.backbone_of(final))
         training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
         if not group.first:
             return
-        tuned = show_run(run).test
-        learns = not get_method(final.method).still
-        if images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
+        tuned, learns = show_run(run).test, not get_method(final.method).still
+        if tuned and images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
             found = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)
             figure, called = ("accuracy", "") if tuned.map is None else ("map", "mAP ")
             zero = found[figure]
@@ -121,7 +124,12 @@ def _say_what_else(settings: Settings, points: float) -> None:
 
 
 def _settings(
-    said: dict[str, Any], config: Path | None, head: str | None, run: RunDirectory, resume: bool
+    said: dict[str, Any],
+    config: Path | None,
+    head: str | None,
+    run: RunDirectory,
+    resume: bool,
+    every: bool,
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.data import BENCHMARKS
@@ -143,6 +151,8 @@ def _settings(
         drawn = read_json(Path(given["support_set"]), "support set file")
         if isinstance(drawn, dict):  # what else it holds is checked later
             given.setdefault("shots", drawn.get("shots"))
+    if every:
+        given |= _everything(said, given)
     final = make_settings(given)
     if idle := ", ".join(sorted(said.keys() & idle_settings(final.method))):
         say_error(
@@ -150,6 +160,17 @@ def _settings(
             f"{final.method}' lists what it uses"
         )
     return final
+
+
+def _everything(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings by which every image is tuned on; none of those that were ``said`` may say less."""
+    from dapt.engine.data import most_images
+    from dapt.settings import make_settings
+
+    if less := next((n for n in ("shots", "support_set", "test_fraction") if n in said), None):
+        raise UserError(f"--all tunes on every image, and {less} asks for fewer; give one of them")
+    whole = {"test_fraction": 0.0, "support_set": None}
+    return {**whole, "shots": most_images(make_settings({**given, **whole}))}
 
 
 @command("methods")

@@ -58,6 +58,7 @@ class Task:
     notes: tuple[str, ...] = ()  # sentences that whoever opens it should tell
     left_out: tuple[tuple[str, int], ...] = ()  # reasons, and how much was not read for each
     grey: Scale | None = None  # what of grey of more than 8 bits is black and white, of all images
+    divided: bool = False  # its source had no parts: what is to test on was drawn here
     part_of: tuple[Task, range] | None = None  # of some classes: that of all, their labels there
     multilabel: bool = False  # whether an image may be of several classes at once
     # Images in memory, as `read_picture` takes them. Where there are some, an item's path is its
@@ -149,7 +150,8 @@ def _subset(listed: _Listed, labels: range, **facts: Any) -> _Listed:
 
 # An image's part ("" where nothing is split yet), path and class, or a tuple of classes.
 Row = tuple[str, str, Any]
-Split = tuple[float, int]  # of images without parts: the share of each class to test on, the seed
+# Of images without parts: the share of each class to test on (0: none), the seed.
+Split = tuple[float, int]
 
 
 def make_task(
@@ -180,13 +182,15 @@ def make_task(
         label, *others = sorted({labels[k] for k in key}) if several else [labels[key]]
         item = Item(check_path(path, where), label, called[label], tuple(others))
         parts[part].append(item)
-    tested = _to_test_on(parts[""], called, split) if split else set[Item]()
+    whole = split is not None  # a share of none leaves none to test on
+    fraction, _ = split = split or (0.0, 0)
+    tested = _to_test_on(parts[""], called, split)
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
-    if (tuned := tuned and (split or (0, 0))[0] != 1) and not train:
+    if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
-    if not test:
+    if not test and (fraction or not whole):
         raise UserError(f"{where} names no test images; add some (one a class is not enough)")
     taught = {label for item in train for label in item.labels}
     for part in ("test", "val") if tuned else ():
@@ -197,17 +201,18 @@ def make_task(
     if len(names) == 1:
         what = f"{where} has one class, '{next(iter(names.values()))}'"
         raise UserError(f"{what}, and one class leaves nothing to tell apart; add another")
+    facts["divided"] = bool(parts[""])
     return Task(name, root, tuple(names.values()), train, val, test, **facts)
 
 
 def _to_test_on(items: Sequence[Item], names: Sequence[str], split: Split) -> set[Item]:
     """Some images of each class by itself, at random but always the same; of 1, all.
 
-    Of several labels an image, the rarest classes choose first (Sechidis et al., 2011).
+    Of 0, none. Of several labels an image, the rarest classes choose first (Sechidis et al., 2011).
     """
     (fraction, seed), done = split, set[Item]()
-    if fraction == 1:
-        return set(items)
+    if fraction in (0, 1):
+        return set(items) if fraction else set()
     by_class, tested = by_label(sorted(items, key=lambda item: item.path)), set[Item]()
     for label in sorted(by_class, key=lambda k: (len(by_class[k]), k)):
         every = by_class[label]

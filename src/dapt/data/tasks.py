@@ -56,15 +56,15 @@ def open_task(
         domain: style of the bundled task; the source domain if not given.
         class_names: JSON file with other names for the classes, as `read_class_names` takes it.
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
-            that split, where nothing is split yet.
+            that split, where nothing is split yet. 0 holds nothing out: val images join train, too.
         evaluate: the task is only evaluated on: an unsplit source is all test images.
         multi_label: whether images may have several labels. A table tells by itself if this is not
             given; one file of a folder then has the labels of all class folders that it lies in.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction {test_fraction} must be between 0 and 1")
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"test_fraction {test_fraction} must be 0 or more, and less than 1")
     split = (1.0 if evaluate else test_fraction, split_seed)
     path = files.user_path(dataset)
     if dataset == BUNDLED:
@@ -89,6 +89,8 @@ def open_task(
         raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
     if multi_label:
         task = replace(task, multilabel=True)
+    if not (test_fraction or evaluate):
+        task = replace(task, train=(*task.train, *task.val), val=())
     if class_names is not None:
         return _renamed(task, class_names)
     if dataset not in BENCHMARKS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class Classifier(nn.Module):
     Args:
         class_names: C names in label order; a `UserError` says that one does not fit the tower.
         template: a sentence for the names where no part gives a context.
+        templates: several, in its place: features are averaged over them, each of length one.
         text_memory: bytes of the text tower's activations to keep for the backward pass; more
             classes than fit are encoded in chunks.
         multilabel: whether an image may be of several classes: logits pass through `Sigmoids`, and
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
         head: Head | None = None,
         *,
         template: str = DEFAULT_TEMPLATE,
+        templates: Sequence[str] = (),
         text_memory: int = TEXT_MEMORY,
         multilabel: bool = False,
     ) -> None:
@@ -58,22 +60,25 @@ class Classifier(nn.Module):
         place, classes = backbone.device, len(self.class_names)
         self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
-        self.text_encoder: TextEncoder | None = None
+        self.text_encoders = nn.ModuleList()
         if self.head.reads_text or parts_of(self.parts, "text"):
             context = inside_of(self.parts, "text").tokens
-            self.text_encoder = TextEncoder(
-                backbone,
-                self._tokens(context),
-                text_memory,
-                class_contexts=context is not None and context.dim() == 3,
-            )
+            own = {"class_contexts": context is not None and context.dim() == 3}
+            for tokens in self._tokens(context, templates or (template,)):
+                self.text_encoders.append(TextEncoder(backbone, tokens, text_memory, **own))
         self._fixed_text: tuple[Tensor, Tensor] | None = None
 
-    def _tokens(self, context: Tensor | None) -> ClassTokens:
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """The only encoder of class names, or that of the first template; None where none is."""
+        return cast(TextEncoder, self.text_encoders[0]) if len(self.text_encoders) else None
+
+    def _tokens(self, context: Tensor | None, templates: Sequence[str]) -> list[ClassTokens]:
+        backbone, names = self.backbone, self.class_names
         if context is None:
-            return ClassTokens.for_template(self.backbone, self.class_names, self.template)
+            return [ClassTokens.for_template(backbone, names, template) for template in templates]
         after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
-        return ClassTokens.for_context(self.backbone, self.class_names, context.shape[-2], after)
+        return [ClassTokens.for_context(backbone, names, context.shape[-2], after)]
 
     def of_views(self) -> dict[str, Any]:
         """What decides how an image is seen, by the names that `ImageStore` gives it."""
@@ -103,21 +108,28 @@ class Classifier(nn.Module):
         return self._text()[0]
 
     def text_lengths(self) -> Tensor:
-        """(C, 1) lengths of class features before they were normalised."""
+        """(C, 1) lengths of class features before they were normalised; of several, their mean."""
         return self._text()[1]
 
     def _text(self) -> tuple[Tensor, Tensor]:
-        if self.text_encoder is None:
+        if not len(self.text_encoders):
             empty = torch.zeros(len(self.class_names), 0, device=self.backbone.device)
             return empty, empty.norm(dim=-1, keepdim=True)
         parts = parts_of(self.parts, "text")
         if any(p.requires_grad for part in parts for p in part.parameters()):
-            return _unit_and_length(self.text_encoder(inside_of(parts, "text")))
+            return self._encoded(inside_of(parts, "text"))
         if self._fixed_text is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
-                self._fixed_text = _unit_and_length(self.text_encoder(inside_of(parts, "text")))
+                self._fixed_text = self._encoded(inside_of(parts, "text"))
         return self._fixed_text
+
+    def _encoded(self, inside: Inside) -> tuple[Tensor, Tensor]:
+        found = [_unit_and_length(encoder(inside)) for encoder in self.text_encoders]
+        if len(found) == 1:
+            return found[0]
+        features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
+        return F.normalize(features, dim=-1), lengths
 
     def image_features(
         self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
@@ -216,6 +228,7 @@ def new_classifier(
         parts,
         method.head.create(backbone),
         template=settings.template or template,
+        templates=settings.templates or (),
         text_memory=text_memory(settings),
         multilabel=multilabel,
     )

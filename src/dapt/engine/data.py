@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +43,7 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
         class_names=Path(settings.class_names) if settings.class_names else None,
+        test_fraction=settings.test_fraction,
         evaluate=evaluate,
         multi_label=settings.multi_label,
     )
@@ -74,6 +77,36 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")
     return support
+
+
+def most_images(settings: Settings) -> int:
+    """Images of the largest class that can be tuned on: so many shots take all there are."""
+    found = Counter(label for item in task_of(settings).train for label in item.labels)
+    return max(found.values(), default=1)
+
+
+def found_in(data: Data, settings: Settings) -> str:
+    """How many images there are, what becomes of them, and the options that change it, in words."""
+    task, support = data.task, data.support
+    labels = range(len(task.class_names))
+    every = (*task.train, *task.val, *task.test)
+    there = Counter(label for item in every for label in item.labels)
+    drawn = Counter(label for item in support.train for label in item.labels)
+    used = len(support.train + support.val)
+    all_of, some = _range(there[c] for c in labels), _range(drawn[c] for c in labels)
+    each = f"all {all_of}" if drawn == there else f"{some} of {all_of}"
+    parts = [f"{len(labels):,} classes; {each} images each to tune on"]
+    parts += [f"{len(support.val):,} for validation"] if support.val else []
+    parts.append(f"{len(task.test):,} to test" if task.test else "none to test")
+    parts += ["the rest unused"] if used + len(task.test) < len(every) else []
+    ways = ["--all", "--shots"] if settings.test_fraction else ["without --all"]
+    ways += ["--set test_fraction=0.2"] if task.divided and settings.test_fraction else []
+    return f"{', '.join(parts)} (to change it: {', '.join(ways)})"
+
+
+def _range(counts: Iterable[int]) -> str:
+    found = sorted(counts)
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((found[0], found[-1])))
 
 
 def tell_notes(task: Task, reporter: Reporter) -> None:

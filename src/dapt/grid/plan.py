@@ -33,7 +33,14 @@ STATES = DONE, BEGUN, FAILED, NEW = ("done", "unfinished", "failed", "to do")
 # What decides which backbone settings load, and which task they open.
 backbone_key = attrgetter("backbone", "pretrained", "device", "precision")
 task_key = attrgetter(
-    "dataset", "root", "domain", "class_names", "classes", "grey_range", "multi_label"
+    "dataset",
+    "root",
+    "domain",
+    "class_names",
+    "classes",
+    "grey_range",
+    "multi_label",
+    "test_fraction",
 )
 
 

@@ -135,12 +135,16 @@ def summary(run: PlannedRun) -> str:
     records: dict[str, Metrics | EvaluationRecord] = {"": metrics}
     for file, record in filter(None, (recorded(run.directory, target) for target in run.targets)):
         records[f"{file.stem.removeprefix('eval-')} "] = record
-    tests = {name: record.test for name, record in records.items()}
+    tests = {name: record.test for name, record in records.items() if record.test}
     parts = [
         f"{name}{t.accuracy:.1%}" if t.map is None else f"{name}mAP {t.map:.1%}"
         for name, t in tests.items()
     ]
-    lists = (metrics.skipped, *(record.test.skipped for record in records.values()))
+    if metrics.test is None and metrics.forecast is not None:
+        parts.insert(0, f"{metrics.forecast.accuracy:.1%} expected")
+    if metrics.test is None and metrics.map_forecast is not None:
+        parts.insert(0, f"mAP {metrics.map_forecast.map:.1%} expected")
+    lists = (metrics.skipped, *(test.skipped for test in tests.values()))
     skipped = {image["image"] for images in lists for image in images}
     twice = {pair["support"] for record in records.values() for pair in record.also_tested or ()}
     odd = {"images skipped": skipped, "support images tested too": twice}

@@ -53,7 +53,7 @@ class _Test(records.Test):
 class _Metrics(records.Metrics):
     method: _Name
     dataset: _Name
-    test: _Test
+    test: _Test | None = None
 
 
 class _Settings(Record):
@@ -110,13 +110,16 @@ class Run:
         """Of a finished run, by name; of base and new classes where it was evaluated on both."""
         if self.metrics is None:
             return {}
-        values = {**dict(self.metrics.test), "learned": self.metrics.learned_parameters}
+        values: dict[str, Any] = dict(self.metrics.test or {})
+        values["learned"] = self.metrics.learned_parameters
         values["tuning"] = self.environment.tuning_seconds
+        if (told := self.metrics.forecast) is not None:
+            values |= {"expected": told.accuracy, "from": told.low, "to": told.high}
         for kind, change in self.metrics.dispersion.items():
             values |= {f"{kind} before": change.before, f"{kind} after": change.after}
         found = {name: Sample(x, (self.number,)) for name, x in values.items() if x is not None}
-        if new := self.evaluations.get((self.dataset, "new")):
-            base = found["accuracy"]
+        new, base = self.evaluations.get((self.dataset, "new")), found.get("accuracy")
+        if new and base:
             total = base.value + new.value
             harmonic = 2 * base.value * new.value / total if total else 0.0
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
@@ -250,9 +253,10 @@ def read_confusion(run: Run) -> ConfusionMatrix:
     A `UserError` says that it is missing, not square, or no matrix of counts.
     """
     test = RunDirectory(run.path).read_metrics().test
-    names = [clean(score.name.replace("_", " ")) for score in test.per_class]
+    scores = test.per_class if test else []
+    names = [clean(score.name.replace("_", " ")) for score in scores]
     try:
-        if not names or (entries := test.confusion) is None:
+        if not names or test is None or (entries := test.confusion) is None:
             raise ValueError("it has no classes, or no such entry")
         columns = (entries.true, entries.predicted, entries.images)
         true, named, images = (np.array(column, np.int64) for column in columns)

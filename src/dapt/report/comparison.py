@@ -28,7 +28,8 @@ def overview(study: Study) -> Iterator[Block]:
         return
     scope = study.best_compared()
     columns = [study.column("accuracy", scope), study.difference("difference", scope)]
-    several = any(run.metrics and run.metrics.test.map is not None for run in study.runs)
+    columns += [study.column(title, scope, title) for title in ("expected", "from", "to")]
+    several = any(run.metrics and run.metrics.multilabel for run in study.runs)
     note = "Where images have several labels, accuracy is of all labels right." if several else ""
     more = {
         "mAP": "map",

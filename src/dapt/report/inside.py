@@ -121,14 +121,19 @@ def featured(study: Study) -> list[Run]:
         samples = {method: study.samples(scope, method) for method in tuned or study.methods}
         means = {m: own.estimate().mean for m, own in samples.items() if own}
         if means:
-            found.append(study.main_runs(dataset, max(means, key=lambda m: means[m]))[0])
+            found += tested(study, dataset, max(means, key=lambda m: means[m]))
     return found
+
+
+def tested(study: Study, dataset: str, method: str) -> list[Run]:
+    """The method's representative run of those that had images to test on, if there is one."""
+    return [run for run in study.main_runs(dataset, method) if "accuracy" in run.figures][:1]
 
 
 def mistakes(study: Study) -> Iterator[Block]:
     """Confusion matrix, hardest classes and most frequent confusions of one run a dataset."""
     for run in featured(study):
-        if run.metrics is not None and run.metrics.test.map is not None:
+        if run.metrics is not None and run.metrics.multilabel:
             continue  # of several labels an image, none is taken for another
         try:
             confusion = read_confusion(run)
@@ -198,7 +203,7 @@ def look_inside(study: Study, reporter: Reporter) -> list[str]:
     What was found goes to the study; returned are notes on what was not.
     """
     shown = featured(study)
-    runs = [run for d in study.drawn for m in study.methods for run in study.main_runs(d, m)[:1]]
+    runs = [run for d in study.drawn for m in study.methods for run in tested(study, d, m)]
     notes: list[str] = []
     backbones: dict[object, Shared | UserError] = {}
     with reporter.stage("looking into runs", len(runs)) as advance:

@@ -117,6 +117,7 @@ class Study:
         self.looked: dict[tuple[str, str], Block] = defaultdict(Block)
         self.hardest: dict[int, list[HardClass]] = defaultdict(list)
         self.drawn = self.datasets[:MOST_DATASETS]  # get figures
+        self.foretold = any("expected" in run.figures for run in finished)
         self._taken: set[str] = set()
 
     def _sort(self, runs: Iterable[Run]) -> None:
@@ -139,7 +140,7 @@ class Study:
         distinct: dict[object, Run] = {}
         for run in runs:
             one = distinct.setdefault(key := (run.place, self.variant(run)), run)
-            if run.metrics and one.metrics and run.metrics.test == one.metrics.test:
+            if _result(run) == _result(one):
                 # One run that several suites share, each with evaluations of its own.
                 distinct[key] = replace(one, evaluations={**run.evaluations, **one.evaluations})
             else:
@@ -311,6 +312,11 @@ class Study:
         """A table with a row for each method, or for some."""
         rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]
         return Table(about, "method", columns, rows, note)
+
+
+def _result(run: Run) -> object:
+    """What repeats of a finished run have in common: its test or, without one, its forecast."""
+    return run.metrics and (run.metrics.test or run.metrics.forecast)
 
 
 def _idle(method: str) -> frozenset[str]:

@@ -144,6 +144,8 @@ POINTS = Kind(100.0, 1, "points", signed=True)
 # Of a run's figures that are no shares, of which more is better.
 KINDS = {
     "ece": LOWER,
+    "expected": SHARE,  # of new photos, and the interval of that
+    **dict.fromkeys(("from", "to"), SHARE._replace(spread=False)),
     "tuning": Kind(digits=1, unit="s", spread=False),
     "learned": Kind(spread=False),
     **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),

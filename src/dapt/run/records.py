@@ -141,7 +141,14 @@ class Metrics(Record):
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
     map_forecast: MapForecast | None = None
-    test: Test
+    test: Test | None = None  # None where no image was held out to test on
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether figures are of images with several labels."""
+        return self.map_forecast is not None or (
+            self.test is not None and self.test.map is not None
+        )
 
 
 class EvaluationRecord(Record):

@@ -202,7 +202,12 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     write_atomic(run.prompts_file, tensors_as_bytes(classifier.tensors()))
     started = time.perf_counter()
     try:
-        test = evaluate_task(classifier, task, settings, journal.reporter, shared)
+        # Where all images were tuned on, none is left to say more than the forecast does.
+        test = (
+            evaluate_task(classifier, task, settings, journal.reporter, shared)
+            if task.test
+            else None
+        )
     except UserError as error:
         way = f"dapt train --output {run.path} --resume"
         raise UserError(f"{error} (the tuned prompts are kept: {way})") from error
@@ -332,6 +337,11 @@ def evaluate_run(
     task = replace(task, grey=classifier.grey or task.grey)  # the scale goes with the run
     tell_notes(task, reporter)
     settings = settings.model_copy(update={"strict": strict or settings.strict})
+    if not task.test:
+        raise UserError(
+            f"no image of '{task.name}' was held out of tuning to test on; give --dataset with "
+            "other images of these classes, or see the forecast in metrics.json"
+        )
     result = evaluate_task(classifier, task, settings, reporter, shared)
     if not target.elsewhere:
         return task.name, result

@@ -33,6 +33,7 @@ from dapt.serve.served import Answer, Served
 _STATIC = Path(__file__).with_name("static")
 _FIELD, _MULTIPART = "images", "multipart/form-data"
 _AGAIN = {"Retry-After": "1"}
+_FORECAST = {"images", "accuracy", "low", "high", "confused", "advice"}  # of its record, told
 _Json = dict[str, Any]  # of the shape that api.yaml tells
 
 
@@ -233,7 +234,9 @@ def create_app(
     async def classes() -> _Json:
         bounds = {"upload_bytes": limits.upload, "images": limits.images, "pixels": limits.pixels}
         about = {"run": served.name, "method": served.method, "backbone": served.backbone}
-        found = {"classes": served.class_names, "support_images": len(pictures)}
+        found: _Json = {"classes": served.class_names, "support_images": len(pictures)}
+        if (told := served.forecast) is not None:
+            found["forecast"] = told.model_dump(include=_FORECAST)
         return {**about, **found, "limits": bounds}
 
     @app.get("/support/{number}")

@@ -19,6 +19,7 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.run.load import known_support, load_classifier
+from dapt.run.records import ForecastRecord
 from dapt.settings import backbone_name
 
 # What the model makes of a view: probabilities (C,), and cosines with the n support images (n,).
@@ -43,6 +44,7 @@ class Served:
     backbone: str
     classifier: Classifier
     support: Support | None  # where the run has support images to show
+    forecast: ForecastRecord | None = None  # how well it is expected to do, where that is known
 
     @property
     def thresholds(self) -> Tensor | None:
@@ -82,15 +84,20 @@ def load_served(
     those it was tuned on, by content. Errors are those of `load_classifier`.
     """
     reporter, support = reporter or Reporter(), None
-    classifier = load_classifier(run, device=device)
+    classifier, told = load_classifier(run, device=device), None
     classifier.text_features()  # made once, here rather than at the first request
+    if run.finished:  # or else it was imported, or saved by Python
+        try:
+            told = run.read_metrics().forecast
+        except UserError as error:
+            reporter.say(f"without what to expect: {error}")
     if nearest:
         try:
             support = _support(run, classifier, reporter)
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
     name, settings = run.path.resolve().name, run.read_settings()
-    return Served(name, settings.method, backbone_name(settings), classifier, support)
+    return Served(name, settings.method, backbone_name(settings), classifier, support, told)
 
 
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:

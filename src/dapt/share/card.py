@@ -23,7 +23,8 @@ _START = "---\nlibrary_name: dapt\n"
 # Settings that are told elsewhere in the card, or only say where things lie on one machine.
 _NOT_TOLD = frozenset(
     {"dataset", "root", "domain", "class_names", "support_set", "method", "backbone", "pretrained",
-     "device", "eval_batch_size", "text_memory", "memory_budget", "checkpoint_every"}
+     "test_fraction", "device", "eval_batch_size", "text_memory", "memory_budget",
+     "checkpoint_every"}
 )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     idle, tuned = _NOT_TOLD | idle_settings(settings.method), {i.class_name for i in images}
     local = "/" in settings.backbone or Path(settings.backbone).suffix
     openai = settings.pretrained in (None, "openai") and not local
+    metrics = run.read_metrics() if run.finished else None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         finalize=_plain,  # whatever is not said to be raw
@@ -66,7 +68,8 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         images=images,
         added=[name for name in task.class_names if name not in tuned],
         told={k: v for k, v in settings.model_dump().items() if k not in idle and v is not None},
-        test=run.read_metrics().test if run.finished else None,
+        test=metrics.test if metrics else None,
+        forecast=metrics.forecast if metrics else None,
         weights=settings.backbone if settings.backbone == BUNDLED else "openai" if openai else "",
     )
 

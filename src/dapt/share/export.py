@@ -183,18 +183,19 @@ def _compare(
 
 
 def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor, str]:
-    """(B, 3, S, S) uint8 views: test images spread over the run's dataset, or noise."""
+    """(B, 3, S, S) uint8 views: images spread over the run's dataset, or noise."""
     settings, size = run.read_settings(), classifier.backbone.preprocessing.size
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (4, 3, size, size), generator=generator, dtype=torch.uint8)
     try:
         task = replace(task_of(settings), grey=classifier.grey)
-        items = task.test[:: max(1, len(task.test) // _COMPARED)][:_COMPARED]
+        seen, kind = (task.test, "test images") if task.test else (task.train, "images")
+        items = seen[:: max(1, len(seen) // _COMPARED)][:_COMPARED]
         store = Shared(classifier.backbone).store(task, items, settings)
         views = store.test_views(range(len(items)))
     except UserError as error:  # the images are elsewhere, or one is damaged
         return noise, f"{len(noise)} images of noise, as the run's are not to be had: {error}"
-    return torch.cat([views, noise]), f"{len(views)} test images and {len(noise)} of noise"
+    return torch.cat([views, noise]), f"{len(views)} {kind} and {len(noise)} of noise"
 
 
 def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:

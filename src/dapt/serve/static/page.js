@@ -57,7 +57,17 @@ async function describe() {
   $("run").textContent = found.run;
   $("about").textContent =
     `${found.classes.length.toLocaleString()} classes · ${found.method} on ${found.backbone}`;
+  $("forecast").textContent = found.forecast ? expected(found.forecast) : "";
+  $("forecast").hidden = !found.forecast;
   $("classes").replaceChildren(...found.classes.map((name) => element("li", name)));
+}
+
+function expected({ accuracy, low, high, images, confused, advice }) {
+  const percent = (share) => (100 * share).toFixed(0);
+  const pairs = confused.slice(0, 3).map(({ classes }) => classes.join(" and "));
+  return `Expected on new photos like those it was tuned on: ${percent(accuracy)} % right, most likely ` +
+    `${percent(low)} to ${percent(high)} % (a forecast by ${images.toLocaleString()} held-out photos). ` +
+    (pairs.length ? `Often confused: ${pairs.join("; ")}. ` : "") + advice;
 }
 
 function add(files) {
