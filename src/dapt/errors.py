@@ -36,6 +36,10 @@ class UserError(Exception):
         super().__init__(said)
 
 
+class InputError(UserError, ValueError):
+    """Bad input from Python; a ValueError too, as scikit-learn wants it."""
+
+
 def reason_of(error: Exception) -> str:
     """What another library says of its error, on one line and cut short, for a sentence of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__

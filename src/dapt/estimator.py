@@ -19,14 +19,14 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, Task, draw_support_set
-from dapt.data.images import InputError, as_sequence, labels_of
+from dapt.data.given import as_labels, as_sequence, is_missing, labels_of, names_of_labels
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
-from dapt.errors import UserError
+from dapt.errors import InputError, UserError, reason_of, shown
 from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
 from dapt.run.directory import RunDirectory
@@ -41,11 +41,13 @@ from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_set
 class PromptClassifier(ClassifierMixin, BaseEstimator):
     """A few labelled images in, a classifier out.
 
-    Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or floating point
-    in 0 .. 1), or a torch or Hugging Face dataset. Labels are class names, or anything else with
-    ``class_names``; they may be left out for datasets, rows and pairs that have them. (Model
-    selection picks rows as of an array, which a Hugging Face dataset is not: give it
-    ``dataset["image"]`` and ``dataset["label"]``.)
+    Images are paths, files' bytes, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or
+    floating point in 0 .. 1), a table with a column ``image`` or ``path``, or a torch or Hugging
+    Face dataset, streamed or not. Labels are class names, or anything else with ``class_names``;
+    they may be left out for datasets, tables and pairs that have them. (Model selection picks rows
+    as of an array, which a Hugging Face dataset is not: give it ``dataset["image"]`` and
+    ``dataset["label"]``.) A pickle of a classifier is code to whoever loads it; what `save` writes
+    is not.
 
     Args:
         backbone: 'bundled', an open_clip name, a hub id, or a file.
@@ -102,11 +104,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """
         images = as_sequence(X)
         classes, codes = _classes(labels_of(images) if y is None else y, len(images))
-        names = _names(self.class_names, classes)
+        given = names_of_labels(y) if self.class_names is None else self.class_names
+        names = _names(given or None, classes)
         shots = int(np.bincount(codes).max()) if self.shots is None else self.shots
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
-        if numbers and self.class_names is None and get_method(settings.method).head.reads_text:
+        if numbers and not given and get_method(settings.method).head.reads_text:
             called = f"prompts call the classes {names[0]!r}, {names[1]!r} and so on"
             hint = "give class_names, such as {0: 'cat', 1: 'dog'}"
             warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
@@ -153,7 +156,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """Accuracy on images and labels; without labels, on those of the dataset ``X``."""
         if y is None:
             y = labels_of(X := as_sequence(X))
-        return float(super().score(X, y, sample_weight))
+        check_is_fitted(self, "files_")
+        # A dataset knows its classes by number and by name, and `fit` may have seen either.
+        own, names = set(self.classes_.tolist()), names_of_labels(y)
+        by_name = dict(zip(self.class_names_, self.classes_.tolist(), strict=True))
+        labels = as_labels(y).ravel().tolist()
+        labels = [x if x in own else by_name.get(names.get(x, x), x) for x in labels]
+        return float(super().score(X, labels, sample_weight))
 
     def add_classes(self, names: Sequence[str] | Mapping[Any, str]) -> PromptClassifier:
         """Tell apart further classes by the tuned context, without tuning again.
@@ -283,11 +292,15 @@ def _free() -> frozenset[str]:
 
 def _classes(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Distinct labels in sorted order, and the place of each image's among them."""
-    labels = column_or_1d(np.asarray(y), warn=True)
-    check_classification_targets(labels)
+    labels = column_or_1d(as_labels(y), warn=True)
     if len(labels) != count:
         raise InputError(f"{count} images, but {len(labels)} labels; give one for each")
-    classes, codes = np.unique(labels, return_inverse=True)
+    try:
+        check_classification_targets(labels)
+        classes, codes = np.unique(labels, return_inverse=True)
+    except (TypeError, ValueError) as error:  # such as fractions, or values without an order
+        what = f"labels such as {shown(labels[:1].tolist()[0])} do not name classes"
+        raise InputError(f"{what} ({reason_of(error)}); give text or whole numbers") from error
     if len(classes) < 2:
         raise InputError(f"y has one class, {classes[0]!r}; give images of two or more classes")
     return classes, codes
@@ -297,7 +310,7 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
     """What prompts call the classes."""
     names = labels = classes.tolist()
     if isinstance(given, Mapping):
-        if missing := [label for label in labels if label not in given]:
+        if missing := [label for label in labels if is_missing(given.get(label))]:
             raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
         names = [given[label] for label in labels]
     elif given is not None and len(names := given) != len(labels):
