@@ -196,6 +196,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write a run directory, which ``dapt predict`` and the other commands read.
 
+        It holds tensors and JSON; a pickle or joblib file of a classifier is code instead.
+
         A `UserError` if a run is there already, unless to ``overwrite``, or it is in use.
         """
         check_is_fitted(self, "files_")
