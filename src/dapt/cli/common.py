@@ -145,9 +145,9 @@ def _top(version: Annotated[bool, Option("--version", help="Print the version.")
 def _yield_cores() -> None:
     """Threads of torch that wait for each other sleep after microseconds, not milliseconds.
 
-    GNU's OpenMP spins for 300,000 rounds. While other programs want the cores, the thread waited
-    for cannot run meanwhile: a training step took seven times as long (load 20 on two cores).
-    What is computed stays the same to the bit. What the user sets goes first.
+    GNU's OpenMP spins for 300,000 rounds, and while other programs want the cores, the thread that
+    is waited for cannot run meanwhile: VLPT took seven times as long (load 20 on two cores). What
+    is computed stays the same to the bit. What the user sets goes first.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = "1000"

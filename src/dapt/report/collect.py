@@ -107,7 +107,7 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, Sample]:
-        """Of a finished run, by name; of base and new classes where it was evaluated on both."""
+        """Of a finished run, by name; of base, new and all classes where it was evaluated."""
         if self.metrics is None:
             return {}
         values = {**dict(self.metrics.test), "learned": self.metrics.learned_parameters}
@@ -115,8 +115,10 @@ class Run:
         for kind, change in self.metrics.dispersion.items():
             values |= {f"{kind} before": change.before, f"{kind} after": change.after}
         found = {name: Sample(x, (self.number,)) for name, x in values.items() if x is not None}
+        base = found["accuracy"]
+        if self.classes == "base" and (every := self.evaluations.get((self.dataset, "all"))):
+            found |= {"base": base, "all": every}
         if new := self.evaluations.get((self.dataset, "new")):
-            base = found["accuracy"]
             total = base.value + new.value
             harmonic = 2 * base.value * new.value / total if total else 0.0
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}
