@@ -206,7 +206,8 @@ def test_save_gives_a_run_that_the_commands_read(fitted, photos, tmp_path):
     result = runner.invoke(app, ["eval", str(path)])
     assert result.exit_code == 2
     assert "tuned on images given in Python" in " ".join(result.stderr.split())
-    assert runner.invoke(app, ["export", str(path), "-o", str(tmp_path / "a.onnx")]).exit_code == 0
+    export = ["export", str(path), "-o", str(tmp_path / "a.pth"), "--format", "coop"]
+    assert runner.invoke(app, export).exit_code == 0
     with pytest.raises(UserError, match="holds an unfinished run"):
         fitted.save(path)
     fitted.save(path, overwrite=True)

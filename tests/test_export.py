@@ -173,13 +173,14 @@ def test_compared_on_noise_where_an_image_is_missing(run, photo_folder, tmp_path
     (tmp_path / "run" / "settings.json").write_text(json.dumps(given))
     damaged = sorted((tmp_path / "photos" / "test").rglob("*.png"))[0]
     damaged.write_bytes(b"x")
-    result = dapt("export", tmp_path / "run", "-o", tmp_path / "a.onnx")
+    result = dapt("export", tmp_path / "run", "-o", tmp_path / "a.pt2", "-f", "torch")
     assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.split())
     assert "on 4 images of noise" in said
     assert damaged.name in said
 
 
+@once
 def test_int8(run, exported, views, tmp_path):
     images, expected = views
     file = tmp_path / "small.onnx"
@@ -193,6 +194,46 @@ def test_int8(run, exported, views, tmp_path):
     facts = session(file).get_modelmeta().custom_metadata_map
     assert json.loads(facts["provenance"])["int8"] is True
     assert "8 bits" in file.with_suffix(".md").read_text()
+
+
+def test_files_are_of_the_oldest_formats_that_hold_the_graph(exported):
+    """Which runtimes of three years back read: 1.17 of onnxruntime takes IR 9 and opset 20."""
+    model = onnx.load(exported[0])
+    assert [(part.domain, part.version) for part in model.opset_import] == [("", 18)]
+    assert model.ir_version == 8
+    onnx.checker.check_model(model, full_check=True)
+
+
+@once
+def test_half_precision_and_fixed_shapes(run, exported, views, tmp_path):
+    images, expected = views
+    file = tmp_path / "half.onnx"
+    result = dapt("export", run.path, "-o", file, "--fp16", "--batch", 5)
+    assert result.exit_code == 0, result.output
+    assert file.stat().st_size < 0.6 * exported[0].stat().st_size
+    graph = onnx.load(file).graph
+    kinds = {t.data_type for t in graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
+    sizes = [d for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
+    assert [size.dim_value for size in sizes] == [5, 3, 32, 32, 5, 3]
+    assert "Shape" not in {node.op_type for node in graph.node}, "a shape that is yet to be known"
+    found = session(file).run(None, {"images": images[:5].numpy()})[0]
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - expected[:5].numpy()).max() < 0.02
+    facts = session(file).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["provenance"])["fp16"] is True
+    card = file.with_suffix(".md").read_text()
+    assert "5 at a time, computed at 16 bits" in card
+
+
+@once
+def test_fixed_shapes_of_a_torch_program(run, views, tmp_path):
+    file = tmp_path / "one.pt2"
+    result = dapt("export", run.path, "-o", file, "-f", "torch", "--batch", 1)
+    assert result.exit_code == 0, result.output
+    found = torch.export.load(file).module()(views[0][:1])
+    assert float((found - views[1][:1]).abs().max()) < 1e-4
 
 
 def test_torch_program(run, views, tmp_path):
@@ -248,6 +289,9 @@ def test_a_file_that_is_no_card_is_kept(run, tmp_path):
 def test_what_cannot_be_exported(run, tmp_path):
     fails("unknown format 'tflite'", "export", run.path, "-o", tmp_path / "a", "-f", "tflite")
     fails("--int8 goes with", "export", run.path, "-o", tmp_path / "a", "-f", "torch", "--int8")
+    fails("--fp16 goes with", "export", run.path, "-o", tmp_path / "a", "-f", "coop", "--fp16")
+    fails("exclude each other", "export", run.path, "-o", tmp_path / "a", "--int8", "--fp16")
+    fails("--batch 2 is", "export", run.path, "-o", tmp_path / "a", "-f", "coop", "--batch", 2)
     fails("must name a file", "export", run.path, "-o", tmp_path)
     before = run.metrics_file.read_bytes()
     fails("a run's own files", "export", run.path, "-o", run.metrics_file, "-f", "coop")
@@ -277,6 +321,71 @@ def test_the_example_needs_neither_torch_nor_dapt(run, exported, photo_folder, t
         name, _, percent = lines[found["path"]].rpartition(" ")
         assert name == best["class"]
         assert abs(float(percent[:-1]) - 100 * best["probability"]) < 0.06
+
+
+def example_in_javascript(folder, *arguments):
+    """What it prints, beside the packages in ``folder``."""
+    if not (node := shutil.which("node")):
+        pytest.skip("Node is not here")
+    shutil.copy(REPOSITORY / "examples" / "onnx_predict.mjs", folder)
+    command = [node, folder / "onnx_predict.mjs", *arguments]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    return dict(line.rsplit(": ", 1) for line in made.stdout.splitlines())
+
+
+@once
+def test_the_example_in_javascript_says_what_predict_says(run, exported, photo_folder, tmp_path):
+    """With the packages that it needs, where DAPT_NODE_MODULES has them."""
+    if not (modules := os.environ.get("DAPT_NODE_MODULES")):
+        pytest.skip("DAPT_NODE_MODULES names no folder of onnxruntime-web and sharp")
+    (tmp_path / "node_modules").symlink_to(modules)
+    pictures = sorted((photo_folder / "test").rglob("*.png"))
+    lines = example_in_javascript(tmp_path, exported[0], *pictures)
+    result = dapt("predict", run.path, *pictures, "--json", "--top", 3)
+    for line in result.stdout.splitlines():
+        found = json.loads(line)
+        name, _, percent = lines[found["path"]].rpartition(" ")
+        expected = {one["class"]: 100 * one["probability"] for one in found["classes"]}
+        assert abs(float(percent[:-1]) - expected[name]) < 5
+
+
+STUBS = {
+    "onnxruntime-web": """
+export class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }) } }
+export const InferenceSession = { create: async () => ({ run: async ({ images }) => {
+  const [, colours, height, width] = images.dims
+  const first = [...Array(colours).keys()].map((c) => images.data[c * height * width])
+  return { probabilities: { data: Float32Array.from(first) } }
+} }) }
+""",
+    "sharp": """
+export default (path) => {
+  let pixels
+  const made = new Proxy({}, { get: (_, name) => (...given) => {
+    if (name === 'resize') pixels = given[0] * given[1]
+    if (name !== 'toBuffer') return made
+    return { data: Array(pixels).fill([9, 200, 31]).flat() }
+  } })
+  return made
+}
+""",
+}
+
+
+@once
+def test_the_example_in_javascript_reads_labels_and_normalises(run, exported, tmp_path):
+    """With stand-ins for both packages: an image of one colour, and its numbers for answers."""
+    for name, source in STUBS.items():
+        (package := tmp_path / "node_modules" / name).mkdir(parents=True)
+        (package / "index.mjs").write_text(source)
+        (package / "package.json").write_text('{"type": "module", "exports": "./index.mjs"}')
+    seen = json.loads(session(exported[0]).get_modelmeta().custom_metadata_map["preprocessing"])
+    green = (200 / 255 - seen["mean"][1]) / seen["std"][1]
+    name = run.read_task().class_names[1]
+    assert example_in_javascript(tmp_path, exported[0], "a.jpg") == {
+        "a.jpg": f"{name} {100 * green:.1f}%"
+    }
 
 
 class _Hub(BaseHTTPRequestHandler):

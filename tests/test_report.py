@@ -381,6 +381,20 @@ def test_base_to_new(tmp_path):
     assert "(base classes)" not in page.text
 
 
+def test_base_classes_evaluated_among_all(tmp_path):
+    every = {"all": {"dataset": "pets", "classes": "all", "test": scores_of(0.7)}}
+    make_run(tmp_path / "runs/1", 0.8, evals=every, classes="base")
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "base") == "80.0"
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "all classes") == "70.0"
+    new = {"new": {"dataset": "pets", "classes": "new", "test": scores_of(0.4)}}
+    make_run(tmp_path / "runs/2", 0.9, method="coop", evals={**every, **new}, classes="base")
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "all classes") == "70.0"
+    assert page.cell("base-to-new-pets-16-shots", "DAPT", "new") == "–"
+    assert page.cell("base-to-new-pets-16-shots", "CoOp", "new") == "40.0"
+
+
 def test_ablations_name_what_differs_and_stay_out_of_the_comparison(grid, tmp_path):
     for seed in (1, 2):
         make_run(grid / f"m{seed}", 0.5, seed=seed, text_vectors=4, checkpoint_every=7)
@@ -687,6 +701,16 @@ def test_methods_compared_on_unlike_terms_are_named(tmp_path):
         "pets: methods differ in epochs",
     ]
     assert "VPT ViT-B-16" in page.text
+    # Where one method is swept over backbones, those that tables show are still compared.
+    make_run(tmp_path / "runs/h", 0.7, backbone="ViT-B-16")
+    written, page = report(tmp_path / "runs", tmp_path)
+    assert any("methods differ in backbone" in warning for warning in written.warnings)
+    (swept := tmp_path / "swept").mkdir()
+    for method in ("dapt", "coop"):
+        for backbone in ("bundled", "ViT-B-16"):
+            make_run(swept / f"{method}-{backbone}", 0.6, method=method, backbone=backbone)
+    written, _ = report(swept, tmp_path)
+    assert written.warnings == ()
 
 
 def test_features(tuned, tmp_path, monkeypatch):

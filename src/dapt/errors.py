@@ -40,6 +40,10 @@ class PictureWarning(UserWarning):
     """A picture is seen in a way that is a guess, or not all of it is."""
 
 
+class InputError(UserError, ValueError):
+    """Bad input from Python; a ValueError too, as scikit-learn wants it."""
+
+
 def reason_of(error: Exception) -> str:
     """What another library says of its error, on one line and cut short, for a sentence of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,14 +19,14 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
-from dapt.data.images import InputError, as_sequence, labels_of
+from dapt.data.given import as_labels, as_sequence, is_missing, labels_of, names_of_labels
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data, task_of, with_grey
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
-from dapt.errors import UserError
+from dapt.errors import InputError, UserError, reason_of, shown
 from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
 from dapt.run.directory import RunDirectory
@@ -41,12 +41,14 @@ from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_set
 class PromptClassifier(ClassifierMixin, BaseEstimator):
     """A few labelled images in, a classifier out.
 
-    Images are paths, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or floating point
-    in 0 .. 1), or a torch or Hugging Face dataset. Labels are class names, or anything else with
-    ``class_names``; they may be left out for datasets, rows and pairs that have them. (Model
-    selection picks rows as of an array, which a Hugging Face dataset is not: give it
-    ``dataset["image"]`` and ``dataset["label"]``.) Where each has a list of labels, `predict` gives
-    lists, and `predict_proba` the probability of each class by itself.
+    Images are paths, files' bytes, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or
+    floating point in 0 .. 1), a table with a column ``image`` or ``path``, or a torch or Hugging
+    Face dataset, streamed or not. Labels are class names, or anything else with ``class_names``;
+    they may be left out for datasets, tables and pairs that have them. (Model selection picks rows
+    as of an array, which a Hugging Face dataset is not: give it ``dataset["image"]`` and
+    ``dataset["label"]``.) A pickle of a classifier is code to whoever loads it; what `save` writes
+    is not. Where each image has a list of labels, `predict` gives lists, and `predict_proba` the
+    probability of each class by itself.
 
     Args:
         backbone: 'bundled', an open_clip name, a hub id, or a file.
@@ -105,12 +107,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         labels = labels_of(images) if y is None else y
         several = _are_lists(labels)
         classes, codes = (_classes_of_lists if several else _classes)(labels, len(images))
-        names = _names(self.class_names, classes)
+        given = names_of_labels(y) if self.class_names is None else self.class_names
+        names = _names(given or None, classes)
         most = int(np.bincount([code for own in codes for code in own]).max())
         shots = most if self.shots is None else self.shots
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
-        if numbers and self.class_names is None and get_method(settings.method).head.reads_text:
+        if numbers and not given and get_method(settings.method).head.reads_text:
             called = f"prompts call the classes {names[0]!r}, {names[1]!r} and so on"
             hint = "give class_names, such as {0: 'cat', 1: 'dog'}"
             warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
@@ -174,11 +177,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """
         if y is None:
             y = labels_of(X := as_sequence(X))
+        check_is_fitted(self, "files_")
         if _are_lists(y):
             pairs = zip(y, self.predict(X), strict=True)
             right = [set(own) == set(found) for own, found in pairs]
             return float(np.average(right, weights=sample_weight))
-        return float(super().score(X, y, sample_weight))
+        # A dataset knows its classes by number and by name, and `fit` may have seen either.
+        own, names = set(self.classes_.tolist()), names_of_labels(y)
+        by_name = dict(zip(self.class_names_, self.classes_.tolist(), strict=True))
+        labels = as_labels(y).ravel().tolist()
+        labels = [x if x in own else by_name.get(names.get(x, x), x) for x in labels]
+        return float(super().score(X, labels, sample_weight))
 
     def add_classes(
         self, names: Sequence[str] | Mapping[Any, str], X: Any = None, y: Any = None
@@ -280,6 +289,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write a run directory, which ``dapt predict`` and the other commands read.
+
+        It holds tensors and JSON; a pickle or joblib file of a classifier is code instead.
 
         A `UserError` if a run is there already, unless to ``overwrite``, or it is in use.
         """
@@ -406,11 +417,15 @@ def _classes_of_lists(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
 
 def _classes(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
     """Distinct labels in sorted order, and the place of each image's among them, in a list."""
-    labels = column_or_1d(np.asarray(y), warn=True)
-    check_classification_targets(labels)
+    labels = column_or_1d(as_labels(y), warn=True)
     if len(labels) != count:
         raise InputError(f"{count} images, but {len(labels)} labels; give one for each")
-    classes, codes = np.unique(labels, return_inverse=True)
+    try:
+        check_classification_targets(labels)
+        classes, codes = np.unique(labels, return_inverse=True)
+    except (TypeError, ValueError) as error:  # such as fractions, or values without an order
+        what = f"labels such as {shown(labels[:1].tolist()[0])} do not name classes"
+        raise InputError(f"{what} ({reason_of(error)}); give text or whole numbers") from error
     if len(classes) < 2:
         raise InputError(f"y has one class, {classes[0]!r}; give images of two or more classes")
     return classes, codes[:, None].tolist()
@@ -420,7 +435,7 @@ def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
     """What prompts call the classes."""
     names = labels = classes.tolist()
     if isinstance(given, Mapping):
-        if missing := [label for label in labels if label not in given]:
+        if missing := [label for label in labels if is_missing(given.get(label))]:
             raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
         names = [given[label] for label in labels]
     elif given is not None and len(names := given) != len(labels):

@@ -12,6 +12,7 @@ from typer import Argument, Context, Exit, Option, echo
 import dapt
 from dapt.cli import common
 from dapt.cli.common import command, given_settings, readable_errors, say_error, show_run
+from dapt.cli.outline import outlines
 from dapt.errors import UserError
 from dapt.progress import Reporter, RichReporter, cell, console, errors, say, table
 from dapt.safe.files import read_json
@@ -176,14 +177,15 @@ def _everything(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 @command("methods")
 def methods() -> None:
     """List the methods: what each learns, and by which loss terms."""
-    from dapt.methods import METHODS
-    from dapt.settings import make_settings
-
     made = table("name", "method", "what is learned", "losses besides cross-entropy")
-    for name, row in METHODS.items():
-        settings = make_settings({"dataset": "bundled", "method": name})
-        losses = ", ".join(term.name for term in row.losses)
-        made.add_row(name, row.title, row.describe(settings) or "–", losses or "–")
+    with outlines():
+        from dapt.methods import METHODS
+        from dapt.settings import make_settings
+
+        for name, row in METHODS.items():
+            settings = make_settings({"dataset": "bundled", "method": name})
+            losses = ", ".join(term.name for term in row.losses)
+            made.add_row(name, row.title, row.describe(settings) or "–", losses or "–")
     console.print(made)
 
 
@@ -194,19 +196,21 @@ def list_settings(
     method: common.MethodOption = None,
 ) -> None:
     """List every setting with its default for a dataset, and what it means; or one method's."""
-    from dapt.methods import get_method
-    from dapt.settings import all_fields, default_settings, idle_settings
-
-    given: dict[str, Any] = {"dataset": dataset, "shots": shots}
-    if method is not None:
-        get_method(method)
-        given["method"] = method
-    values, idle = default_settings(given) | given, idle_settings(method or "")
     made = table("setting", "default", "meaning")
-    for name, field in all_fields().items():
-        if name not in idle:
-            value = values.get(name, field.default)
-            made.add_row(name, "" if value is None else cell(str(value)), field.description or "")
+    with outlines():
+        from dapt.methods import get_method
+        from dapt.settings import all_fields, default_settings, idle_settings
+
+        given: dict[str, Any] = {"dataset": dataset, "shots": shots}
+        if method is not None:
+            get_method(method)
+            given["method"] = method
+        values, idle = default_settings(given) | given, idle_settings(method or "")
+        for name, field in all_fields().items():
+            if name not in idle:
+                value = values.get(name, field.default)
+                shown = "" if value is None else cell(str(value))
+                made.add_row(name, shown, field.description or "")
     console.print(made)
 
 

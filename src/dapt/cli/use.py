@@ -383,12 +383,15 @@ def export(
     output: Annotated[Path, Option("--output", "-o", help="File to write.")],
     form: Annotated[str, Option("--format", "-f", help="onnx, torch or coop.")] = "onnx",
     int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
+    fp16: Annotated[bool, Option("--fp16", help="ONNX in 16 bits: half as large.")] = False,
+    batch: Annotated[int | None, Option(min=1, help="Fix the number of images it takes.")] = None,
 ) -> None:
     """Write a run's classifier to one file that needs no dapt, with a model card beside it."""
     from dapt.run.directory import RunDirectory
     from dapt.share import export
 
-    made = export.export(RunDirectory(run), output, form, int8=int8, reporter=RichReporter())
+    how: dict[str, Any] = {"int8": int8, "fp16": fp16, "batch": batch, "reporter": RichReporter()}
+    made = export.export(RunDirectory(run), output, form, **how)
     if made.difference is not None:
         same = f"same class for {made.agreement:.0%}, on {made.images}"
         say(f"largest difference of a probability {made.difference:.1e}, {same}")

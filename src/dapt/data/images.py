@@ -20,14 +20,25 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 
+from dapt.data.arrays import pixels_of
 from dapt.data.grey import Scale, extent_of, is_deep, scale_for
 from dapt.data.pictures import decode_image, grey_extent, open_image, upright_rgb
 from dapt.data.views import CROP_MIN, centre_view, check_resizing, train_view
-from dapt.errors import UserError
+from dapt.errors import InputError, UserError
 
 # Names that columns of images and labels have, the usual ones first.
 IMAGE_COLUMNS = ("image", "img", "picture")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+PATH_COLUMNS = ("path", "file_name", "filename", "filepath", "file", "image_path")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "fine_label",
+    "class",
+    "cls",
+    "class_name",
+    "category",
+    "target",
+)
 
 _View = Callable[[int], Image.Image]
 # Two threads must not decode one picture that PIL has opened and not yet decoded.
@@ -36,28 +47,27 @@ _SAMPLE = 64  # images that a dataset's scale of grey is found by
 _CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handing them out
 
 
-class InputError(UserError, ValueError):
-    """Bad input to the estimator; a ValueError too, as scikit-learn wants it."""
-
-
-def first_of(names: Iterable[str], there: Any) -> str | None:
-    """The first of the names that is in a table's columns, a row, or whatever holds names."""
-    return next((name for name in names if name in there), None)
+def first_of(names: Iterable[str], there: Iterable[Any]) -> Any:
+    """Of a table's columns or a row's keys the one of the first name that is there, in any case."""
+    own = {str(key).lower(): key for key in there}
+    return next((own[name] for name in names if name in own), None)
 
 
 def read_picture(value: Any, grey: Scale | None = None) -> Image.Image:
     """Any of what stands for an image, as upright 8-bit RGB.
 
-    That is a path; a file's bytes; a PIL image; an array or tensor of (H, W), (H, W, C) or
-    (C, H, W) with 1, 3 or 4 channels, uint8 or floating point in 0 .. 1; a row of a Hugging Face
-    dataset; or a pair of any of these and a label. ``grey`` and errors are `open_image`'s, or it
-    is an `InputError`.
+    That is a path; a file's bytes, or the file, opened to read bytes; a PIL image; an array or
+    tensor of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8, truth values or
+    floating point in 0 .. 1; a row of a table; or a pair of any of these and a label. ``grey`` and
+    errors are `open_image`'s, or it is an `InputError`.
     """
-    value = _picked(value)
     if isinstance(value, (str, os.PathLike)):
         return open_image(os.fspath(value), grey)
-    if isinstance(value, bytes):
-        return decode_image(io.BytesIO(value), f"of {len(value):,} bytes", grey=grey)
+    if hasattr(value, "read") and hasattr(value, "seek"):
+        value = _content_of(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        content = io.BytesIO(value)
+        return decode_image(content, f"of {content.getbuffer().nbytes:,} bytes", grey=grey)
     if isinstance(value, Image.Image):
         try:
             with _one_opened:
@@ -65,23 +75,18 @@ def read_picture(value: Any, grey: Scale | None = None) -> Image.Image:
             return upright_rgb(value, grey)
         except Exception as error:  # one from a file is decoded only now; see `decode_image`
             raise InputError(f"an image of mode {value.mode} cannot be read ({error})") from error
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray) and value.ndim > 0:
-        return _of_array(value)
+    if isinstance(value, Mapping) or is_pair(value):
+        return read_picture(image_in(value), grey)
+    if (pixels := pixels_of(value)) is not None:
+        return upright_rgb(Image.fromarray(pixels))
     hint = "give paths, PIL images, arrays of (H, W, 3), tensors of (3, H, W), or a dataset"
     raise InputError(f"{type(value).__name__} is no image; {hint}")
 
 
-def _picked(value: Any) -> Any:
-    """What is no row and no pair, of a row's image or the first of a pair."""
-    if isinstance(value, Mapping):
-        # The last two are those of an image that a dataset has not decoded.
-        for name in (*IMAGE_COLUMNS, "bytes", "path"):
-            if value.get(name) is not None:
-                return _picked(value[name])
-        raise InputError(f"a row of columns {[*value]} has no image; name the column 'image'")
-    return _picked(value[0]) if isinstance(value, tuple) and len(value) == 2 else value
+def is_pair(value: Any) -> bool:
+    """Whether it is an image and its label, as datasets of torch give them."""
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    return pair and not (isinstance(value, list) and isinstance(value[1], list))
 
 
 def spread(listed: Sequence[Any]) -> list[Any]:
@@ -99,7 +104,7 @@ def sampled_grey(sources: Sequence[Any]) -> Scale | None:
     for source in spread(sources):
         # What cannot be read is told where it is used.
         with suppress(UserError, OSError, ValueError):
-            value = _picked(source)
+            value = image_in(source)
             if isinstance(value, Image.Image):
                 found.append(extent_of(value) if is_deep(value) else None)
             elif isinstance(value, (str, bytes, os.PathLike)):
@@ -107,78 +112,30 @@ def sampled_grey(sources: Sequence[Any]) -> Scale | None:
     return scale_for(extent for extent in found if extent is not None)
 
 
-def _of_array(array: np.ndarray) -> Image.Image:
-    where = f"an array of shape {array.shape} and type {array.dtype}"
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    array = array[:, :, None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
-        raise InputError(f"{where} is no image; give (H, W), (H, W, 3) or (3, H, W)")
-    if array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
-            raise InputError(f"{where} must be within 0 .. 1 (or uint8)")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise InputError(f"{where} must be uint8, or floating point within 0 .. 1")
-    array = np.ascontiguousarray(array)
-    return upright_rgb(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array))
+def image_in(value: Any) -> Any:
+    """What stands for the image in a row or a pair, None where it is missing; else ``value``."""
+    if isinstance(value, Mapping):
+        # Bytes and path are those of an image that a dataset has not decoded.
+        own = {str(name).lower(): cell for name, cell in value.items()}
+        cells = [own[n] for n in (*IMAGE_COLUMNS, "bytes", *PATH_COLUMNS) if n in own]
+        if not cells:
+            raise InputError(f"a row of columns {[*value]} has no image; name the column 'image'")
+        return next((cell for cell in cells if cell is not None), None)
+    return value[0] if is_pair(value) else value
 
 
-def as_sequence(images: Any) -> Sequence[Any]:
-    """``images``, as a list if they cannot be counted or picked from; `InputError` if none."""
-    if hasattr(images, "tocsr"):  # scipy's sparse matrices, of which some are mappings too
-        raise InputError("sparse matrices hold no images; give arrays of (n, H, W, 3)")
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)):
-        raise InputError(f"give a list of images, not one {type(images).__name__}")
-    if isinstance(images, np.ndarray | torch.Tensor):
-        shape, said = images.shape, f"of shape {tuple(images.shape)}"
-        if len(shape) in (0, 2):
-            raise InputError(f"an array {said} holds no images; reshape your data to (n, H, W, 3)")
-        # The last axis, or a tensor's first, is one of colours: this is no stack of grey images.
-        colours = shape[-1] in (1, 3, 4) or (torch.is_tensor(images) and shape[0] == 3)
-        if len(shape) == 3 and colours:
-            raise InputError(f"give a list of images, not one {said}; grey ones as (n, H, W, 1)")
-    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+def _content_of(file: Any) -> bytes:
+    """All bytes of an open file, wherever it stands; it may be asked for again."""
+    with _one_opened:
         try:
-            images = list(images)
-        except TypeError as error:
-            raise InputError(f"{type(images).__name__} is no collection of images") from error
-    if hasattr(images, "iloc"):  # pandas, whose own index need not count from 0
-        images = images.to_dict("records") if images.ndim == 2 else list(images)
-    if len(images) == 0:
-        raise InputError("found array with 0 sample(s) (no images) while a minimum of 1 is needed")
-    return images
-
-
-def labels_of(images: Sequence[Any]) -> list[Any]:
-    """Labels in what `as_sequence` gives, as class names where known; `InputError` if none."""
-    whole: Any = images
-    places: Sequence[int] = range(len(images))
-    while hasattr(whole, "dataset") and hasattr(whole, "indices"):  # torch's Subset
-        places = [int(whole.indices[i]) for i in places]
-        whole = whole.dataset
-    names, targets = getattr(whole, "classes", None), getattr(whole, "targets", None)
-    if column := first_of(LABEL_COLUMNS, getattr(whole, "column_names", None) or ()):
-        names, targets = getattr(whole.features[column], "names", None), list(whole[column])
-    if targets is None:
-        given = [_label_of(images[i]) for i in range(len(images))]
-    else:
-        given = [targets[i] for i in places]
-    labels = [x.item() if isinstance(x, torch.Tensor | np.generic) else x for x in given]
-    if names is None or not all(isinstance(label, int) for label in labels):
-        return labels
-    if not 0 <= min(labels) <= max(labels) < len(names):
-        raise InputError(f"labels must be 0 .. {len(names) - 1}, for that many class names")
-    return [str(names[label]) for label in labels]
-
-
-def _label_of(row: Any) -> Any:
-    if isinstance(row, tuple) and len(row) == 2:
-        return row[1]
-    if isinstance(row, Mapping) and (column := first_of(LABEL_COLUMNS, row)):
-        return row[column]
-    hint = f"give labels, or a dataset with a column {', '.join(LABEL_COLUMNS)}, or of pairs"
-    raise InputError(f"requires y to be passed, but the target y is None: {hint}")
+            file.seek(0)
+            content = file.read()
+        except (OSError, ValueError) as error:  # such as of a stream, or of a closed file
+            hint = "give its bytes or its path"
+            raise InputError(f"an open file cannot be read ({error}); {hint}") from error
+    if not isinstance(content, bytes):
+        raise InputError("an open file gives text, not bytes; open it with mode 'rb'")
+    return content
 
 
 @dataclass

@@ -107,7 +107,7 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, Sample]:
-        """Of a finished run, by name; of base and new classes where it was evaluated on both."""
+        """Of a finished run, by name; of base, new and all classes where it was evaluated."""
         if self.metrics is None:
             return {}
         values: dict[str, Any] = dict(self.metrics.test or {})
@@ -118,8 +118,11 @@ class Run:
         for kind, change in self.metrics.dispersion.items():
             values |= {f"{kind} before": change.before, f"{kind} after": change.after}
         found = {name: Sample(x, (self.number,)) for name, x in values.items() if x is not None}
-        new, base = self.evaluations.get((self.dataset, "new")), found.get("accuracy")
-        if new and base:
+        base = found.get("accuracy")
+        if base and self.classes == "base":
+            every = self.evaluations.get((self.dataset, "all"))
+            found |= {"base": base, "all": every} if every else {}
+        if base and (new := self.evaluations.get((self.dataset, "new"))):
             total = base.value + new.value
             harmonic = 2 * base.value * new.value / total if total else 0.0
             found |= {"base": base, "new": new, "harmonic": Sample(harmonic, runs_of((base, new)))}

@@ -139,11 +139,14 @@ def _transfer(study: Study, name: str, scope: Scope, targets: list[tuple[str, st
 
 
 def base_to_new(study: Study) -> Iterator[Block]:
-    """Prompts tuned on the base classes, evaluated on base and on new ones."""
+    """Prompts tuned on the base classes, evaluated on base, on new ones and on all together."""
     by_shots: dict[int, list[str]] = defaultdict(list)
+    known: set[str] = set()
     for scope, runs in study.sources("base"):
-        if any("new" in run.figures for run in runs):
+        figures = {"new", "all"} & {name for run in runs for name in run.figures}
+        if figures:
             by_shots[scope.shots] += scope.datasets
+        known |= figures
     tables = []
     for shots, every in sorted(by_shots.items()):
         for datasets in averaged(every):
@@ -151,9 +154,12 @@ def base_to_new(study: Study) -> Iterator[Block]:
             label = f"average over {len(datasets)} datasets" if several else datasets[0]
             caption = f"Base to new, {label}, {scope.at}"
             about = study.named("base-to-new", label, f"{shots}-shots", caption=caption)
-            kinds = {"base": "base", "new": "new", "harmonic mean": "harmonic"}
+            kinds = {"base": "base"}
+            kinds |= {"new": "new", "harmonic mean": "harmonic"} if "new" in known else {}
+            kinds |= {"all classes": "all"} if "all" in known else {}
             columns = [study.column(title, scope, measure) for title, measure in kinds.items()]
-            columns.append(study.difference("difference", scope, "harmonic"))
+            last = "harmonic" if "new" in known else "all"
+            columns.append(study.difference("difference", scope, last))
             tables.append(study.by_method(about, columns))
     yield Block(tables=tables)
 

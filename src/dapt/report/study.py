@@ -103,8 +103,9 @@ class Study:
         methods = {run.method for run in finished}
         self.methods = [m for m in METHODS if m in methods] + sorted(methods - METHODS.keys())
         for name in ("backbone", "epochs", "precision", "support_set"):
-            if name not in self.varied:
-                self._compare(name, whole)
+            # Of a setting that is swept, the variants that tables show.
+            mains = [run for run in whole if not self.differing(run)]
+            self._compare(name, mains if name in self.varied else whole)
         if baseline is not None and finished and baseline not in methods:
             raise UserError(
                 f"--baseline {baseline}: no finished run is of this method"

@@ -42,7 +42,12 @@ FORMATS = {
     "torch": "a program for torch.export.load: normalised images in, probabilities out",
     "coop": "the prompts alone, as CoOp's code and its descendants save them",
 }
-_INT8 = ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)"
+_SMALLER = {
+    "int8": ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)",
+    "fp16": ", computed at 16 bits (the metrics below are those of the run at fp32)",
+}
+# The lowest set of ONNX operators that torch writes; runtimes know it since early 2023.
+_OPSET = 18
 # Largest difference of a probability between a file and its classifier.
 TOLERANCE = 1e-4
 # Images a file is compared on; they are not chosen by anything.
@@ -94,6 +99,8 @@ def export(
     form: str,
     *,
     int8: bool = False,
+    fp16: bool = False,
+    batch: int | None = None,
     reporter: Reporter | None = None,
 ) -> Exported:
     """Write a finished run's classifier to ``file``, and its model card beside it.
@@ -103,15 +110,25 @@ def export(
         form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, the prompts
             as the published code saves them.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
+        fp16: with ``onnx``, weights and what is computed at 16 bits; images and probabilities stay
+            at fp32.
+        batch: the number of images that the file takes, always, for runtimes that want every
+            shape fixed; None takes any number.
 
     A `UserError` says that input is bad, an extra is missing, or probabilities of the file differ
-    by more than `TOLERANCE` from the classifier's (with ``int8``: before rounding); none is left.
+    by more than `TOLERANCE` from the classifier's (with ``int8`` or ``fp16``: before rounding);
+    none is left.
     """
     card = file.with_suffix(".md")
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'; use one of {', '.join(FORMATS)}")
-    if int8 and form != "onnx":
-        raise UserError(f"--int8 goes with --format onnx, not with {form}")
+    smaller = [name for name, asked in (("int8", int8), ("fp16", fp16)) if asked]
+    if smaller and form != "onnx":
+        raise UserError(f"--{smaller[0]} goes with --format onnx, not with {form}")
+    if len(smaller) > 1:
+        raise UserError("--int8 and --fp16 exclude each other; give one")
+    if batch is not None and (batch < 1 or form == "coop"):
+        raise UserError(f"--batch {batch} is 1 or more, with --format onnx or torch; change it")
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
     if file.suffix.lower() in _OF_RUNS:
@@ -128,16 +145,28 @@ def export(
             with refusing(f"ONNX needs {name}", "pip install 'dapt[onnx]'", ImportError):
                 importlib.import_module(name)
         with (reporter or Reporter()).stage(f"exporting {file.name}", 3) as advance:
-            content, exported = _export_graph(run, exported, form, int8, advance)
-    said = model_card(run, f"`{file.name}`, {FORMATS[form]}{_INT8 if int8 else ''}")
+            how = _How(form, "".join(smaller), batch)
+            content, exported = _export_graph(run, exported, how, advance)
+    fixed = f", {batch} at a time" if batch else ""
+    rounded = "".join(_SMALLER[name] for name in smaller)
+    said = model_card(run, f"`{file.name}`, {FORMATS[form]}{fixed}{rounded}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, content)
     write_atomic(card, said)
     return exported
 
 
+@dataclass(frozen=True)
+class _How:
+    """What is asked of a graph's file."""
+
+    form: str  # "onnx" or "torch"
+    smaller: str  # "int8", "fp16" or ""
+    batch: int | None  # images it takes; None: any number
+
+
 def _export_graph(
-    run: RunDirectory, exported: Exported, form: str, int8: bool, advance: Callable[[int], Any]
+    run: RunDirectory, exported: Exported, how: _How, advance: Callable[[int], Any]
 ) -> tuple[bytes, Exported]:
     """The file's bytes, and what they were compared on."""
     # Whatever it was tuned at: a file that runs anywhere is fp32.
@@ -149,23 +178,37 @@ def _export_graph(
     with torch.inference_mode():
         expected = classifier.probabilities(classifier(views))
     advance(1)
-    facts, batch = _facts(run, classifier, int8), {"images": {0: torch.export.Dim("batch")}}
+    facts = _facts(run, classifier, how)
+    example = views[:1].repeat(how.batch or 2, 1, 1, 1)
+    free = None if how.batch else {"images": {0: torch.export.Dim("batch")}}
     with quietly():
         model = ImageClassifier(classifier)
-        program = torch.export.export(model, (views[:2],), dynamic_shapes=batch)
-    if form == "torch":
+        program = torch.export.export(model, (example,), dynamic_shapes=free)
+    if how.form == "torch":
         content, compute = _torch_file(program, facts)
     else:
-        graph = _graph(program, views)
+        graph = _graph(program, example, free is not None)
         content, compute = _onnx_file(graph, facts)
-        if int8:
-            _compare("the graph at fp32", compute, views, expected)
-            content, compute = _onnx_file(_quantised(graph), facts)
+        if how.smaller:
+            _compare("the graph at fp32", _of_any(compute, how.batch), views, expected)
+            smaller = _quantised(graph) if how.smaller == "int8" else _halved(graph)
+            content, compute = _onnx_file(smaller, facts)
     advance(1)
-    limit = float("inf") if int8 else TOLERANCE
+    limit, compute = float("inf") if how.smaller else TOLERANCE, _of_any(compute, how.batch)
     difference, agreement = _compare(str(exported.file), compute, views, expected, limit)
     advance(1)
     return content, replace(exported, difference=difference, agreement=agreement, images=images)
+
+
+def _of_any(compute: Compute, batch: int | None) -> Compute:
+    """The same of any number of images, for a file that takes so many at a time."""
+
+    def padded(images: Tensor) -> Tensor:
+        more = images[-1:].expand(-len(images) % (batch or 1), -1, -1, -1)
+        parts = torch.cat([images, more]).split(batch or len(images))
+        return torch.cat([compute(part) for part in parts])[: len(images)]
+
+    return padded
 
 
 def _compare(
@@ -198,13 +241,14 @@ def _views_to_compare(run: RunDirectory, classifier: Classifier) -> tuple[Tensor
     return torch.cat([views, noise]), f"{len(views)} {kind} and {len(noise)} of noise"
 
 
-def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, str]:
+def _facts(run: RunDirectory, classifier: Classifier, how: _How) -> dict[str, str]:
     """What the file says of itself, each a JSON text; no date, so the same run gives its bytes."""
     settings, task, backbone = run.read_settings(), run.read_task(), classifier.backbone
     made = {
         "dapt": __version__, "run": run.path.resolve().name, "method": settings.method,
         "dataset": task.dataset, "backbone": backbone_name(settings),
-        "backbone_sha256": backbone.fingerprint, "int8": int8,
+        "backbone_sha256": backbone.fingerprint,
+        "int8": how.smaller == "int8", "fp16": how.smaller == "fp16",
     }  # fmt: skip
     seen = asdict(backbone.preprocessing)
     if classifier.grey is not None:  # of images of more than 8 bits, what is black and white
@@ -224,20 +268,21 @@ def _torch_file(program: ExportedProgram, facts: dict[str, str]) -> tuple[bytes,
 
 
 @quietly()
-def _graph(program: ExportedProgram, views: Tensor) -> Any:
+def _graph(program: ExportedProgram, example: Tensor, free: bool) -> Any:
     """An ONNX model, without what tells of the exporting machine and no computation needs."""
     size = sum(t.nbytes for t in program.state_dict.values())
     if size >= _MAX_ONNX:
         what = f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file"
         raise UserError(f"{what}; use --format torch")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
-    made: Any = torch.onnx.export(program, (views[:2],), dynamo=True, verbose=False, **names)
+    names |= {"opset_version": _OPSET, "dynamo": True, "verbose": False}
+    made: Any = torch.onnx.export(program, (example,), **names)
     graph = made.model_proto  # made anew each time it is asked for
     body = graph.graph
     for part in (graph, body, *body.node, *body.input, *body.output, *body.initializer):
         del part.metadata_props[:]
     del body.value_info[:]
-    for value in (*body.input, *body.output):
+    for value in (*body.input, *body.output) if free else ():
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     return graph
 
@@ -255,11 +300,21 @@ def _quantised(graph: Any) -> Any:
         return onnx.load(file)
 
 
+@quietly()
+def _halved(graph: Any) -> Any:
+    """The graph at 16 bits, but for what goes in and comes out."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(graph, keep_io_types=True)
+
+
 def _onnx_file(graph: Any, facts: dict[str, str]) -> tuple[bytes, Compute]:
     """An ONNX file's bytes, and what computes with them in onnxruntime."""
     import onnx
     import onnxruntime
 
+    # Of file formats the oldest that these operators go with, for runtimes that are not new.
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import, True)
     onnx.helper.set_model_props(graph, facts)
     content = graph.SerializeToString(deterministic=True)
     options = onnxruntime.SessionOptions()
