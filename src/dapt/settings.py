@@ -139,6 +139,14 @@ def make_settings(given: dict[str, Any]) -> Settings:
     return settings
 
 
+def with_method(settings: Settings, method: str) -> Settings:
+    """The same of another method, whose defaults stand where its own method's stood."""
+    place = {"dataset": settings.dataset, "shots": settings.shots}
+    usual = make_settings(place | {"method": settings.method}).model_dump()
+    said = {name: value for name, value in settings.model_dump().items() if value != usual[name]}
+    return make_settings(said | place | {"method": method})
+
+
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     """What is published for a dataset and number of shots, by the method if it has its own."""
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.items import check_class_names
+from dapt.engine.effort import Search
 from dapt.errors import UserError
 from dapt.safe.files import read_json, to_json
-from dapt.settings import Settings
+from dapt.settings import Settings, make_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -106,6 +107,43 @@ class ForecastRecord(Record):
         return float(np.interp(place, np.linspace(0, 1, len(self.true)), self.true))
 
 
+class TriedRecord(Record):
+    """A method on held-out images, and by how much its cross-entropy is lower; see `Trial`."""
+
+    method: str
+    epochs: Count
+    accuracy: Share
+    cross_entropy: FiniteFloat
+    gain: FiniteFloat
+    error: FiniteFloat
+
+
+class EffortRecord(Record):
+    """What was tried beside the automatic head, as `dapt.engine.effort.summary` says."""
+
+    asked: str
+    folds: Count
+    images: Count
+    tried: list[TriedRecord]
+    left_out: dict[str, str]
+    chosen: str
+    told: str
+
+
+class SearchRecord(Record):
+    """effort.json: a search for a method, and what it is made on."""
+
+    settings: dict[str, Any]
+    support_sha256: str | None
+    backbone_sha256: str
+    search: Search
+
+    def chosen(self) -> Settings:
+        """Settings of the run that it ends with."""
+        settings, best = make_settings(self.settings), self.search.best
+        return best.settings(settings) if best else settings
+
+
 class Metrics(Record):
     """metrics.json: how well a finished run does."""
 
@@ -121,6 +159,7 @@ class Metrics(Record):
     rose: Rise | None = None
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
+    effort: EffortRecord | None = None
     test: Test
 
 
