@@ -76,9 +76,8 @@ def train(
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
         final = _settings(said, config, head, run, resume, effort)
-        searches = (effort is not None and time_of(effort) > 0) or (
-            resume and run.search_file.is_file() and not run.finished
-        )
+        unfinished = resume and run.search_file.is_file() and not run.exists
+        searches = unfinished or (effort is not None and time_of(effort) > 0)
         if searches and tune_settings:
             raise UserError("--effort and --tune-settings are two searches; give one of them")
         group = processes.join_processes()
