@@ -145,10 +145,8 @@ def _settings(
         raise UserError(
             f"{missing} dataset is given; name one, such as: dapt train bundled -o {run.path}"
         )
-    if effort or given["dataset"] not in (
-        "bundled",
-        *BENCHMARKS,
-    ):  # of one's own: the best, not the paper's
+    # Of one's own, the best, not the paper's.
+    if effort or given["dataset"] not in ("bundled", *BENCHMARKS):
         given.setdefault("method", "auto")
     if given.get("support_set"):
         drawn = read_json(Path(given["support_set"]), "support set file")

@@ -313,14 +313,17 @@ class _Work:
     def _plan(self, budget: float) -> list[Trial]:
         """What to try, with how many epochs, and what to leave out, by a few timed steps."""
         left, trials, steps = budget - sum(seconds_of(self.search).values()), list[Trial](), {}
-        for name in (name for name, row in METHODS.items() if row.tried):
-            started, own = time.perf_counter(), with_method(self.settings, f"{name}+{AUTOMATIC}")
-            trials.append(trial := Trial(method=own.method, epochs=own.epochs))
-            try:
-                steps[own.method] = self._step_seconds(own)
-            except UserError as error:  # such as of a tower that takes no prompt
-                trial.left_out = str(error)
-            left -= time.perf_counter() - started
+        names, started = [name for name, row in METHODS.items() if row.tried], time.perf_counter()
+        with self.reporter.stage("timing methods", len(names)) as advance:
+            for name in names:
+                own = with_method(self.settings, f"{name}+{AUTOMATIC}")
+                trials.append(trial := Trial(method=own.method, epochs=own.epochs))
+                try:
+                    steps[own.method] = self._step_seconds(own)
+                except UserError as error:  # such as of a tower that takes no prompt
+                    trial.left_out = str(error)
+                advance(1)
+        left -= time.perf_counter() - started
         waiting = [trial for trial in trials if trial.left_out is None]
         for number, trial in enumerate(waiting):
             own = with_method(self.settings, trial.method)

@@ -12,7 +12,7 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.run.records import SearchRecord
-from dapt.run.train import changed, check_output
+from dapt.run.train import check_output, other_setting
 from dapt.safe.files import write_json
 from dapt.settings import Settings, make_settings
 
@@ -72,7 +72,7 @@ def _begun(
             settings=settings.model_dump(), support_sha256=digest, backbone_sha256=weights,
             search=search,
         )  # fmt: skip
-    what = changed(make_settings(kept.settings), settings)
+    what = other_setting(make_settings(kept.settings), settings)
     if (kept.support_sha256, kept.backbone_sha256) != (digest, weights):
         what = what or "support images or backbone"
     if what:

@@ -267,13 +267,13 @@ def check_output(
             state, way = "a", "overwrite"
         raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
     kept = run.read_settings()
-    if settings and (name := changed(kept, settings)):
+    if settings and (name := other_setting(kept, settings)):
         old, value = getattr(kept, name), getattr(settings, name)
         what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
         raise UserError(f"{what}; leave the setting out, or choose another --output")
 
 
-def changed(kept: Settings, settings: Settings) -> str | None:
+def other_setting(kept: Settings, settings: Settings) -> str | None:
     """A setting that is another and decides what a run finds; None where there is none."""
     values = kept.model_dump()
     names = (n for n, value in settings.model_dump().items() if values[n] != value)
@@ -285,7 +285,7 @@ def searched(run: RunDirectory, settings: Settings) -> Search | None:
     if not run.search_file.is_file():
         return None
     found = run.read_search()
-    done = found.search.done and changed(found.chosen(), settings) is None
+    done = found.search.done and other_setting(found.chosen(), settings) is None
     return found.search if done else None
 
 
