@@ -72,7 +72,7 @@ class Trial(BaseModel):
     model_config = ConfigDict(strict=True)
 
     method: str
-    epochs: int = Field(0, ge=0)  # none of the head alone
+    epochs: int = Field(default=0, ge=0)  # none of the head alone
     folds: list[Fold] = []
     left_out: str | None = None
 
