@@ -166,6 +166,21 @@ def test_what_does_not_fit_is_left_out_or_gets_fewer_epochs(given, plain, monkey
     assert len(found.trials[1].folds) == 4
 
 
+def test_a_cheap_method_is_not_left_out_for_dear_ones(given, monkeypatch):
+    monkeypatch.setattr(effort, "step_seconds", lambda *_: 1.0)
+    settings = make_settings({**given, "epochs": None, "lr": None})
+    data, found = open_data(settings), new_search("10m")
+    fold = Fold(truth=[0], predicted=[0], best=[0.5], losses=[1.0], seconds=1.0)
+    found.trials = [Trial(method="auto", folds=[fold] * 4)]
+    parts, shared = folds(data.support, 4, 1), Shared(backbone_of(settings))
+    planned = effort._Work(
+        found, settings, data, parts, shared, lambda: None, effort.Reporter()
+    )._plan(600.0)
+    assert [t.method for t in planned] == ["vlpt+auto", "dapt+auto", "ivlp+auto"]
+    assert [t.epochs for t in planned] == [50, 50, 5]
+    assert not any(t.left_out for t in planned)
+
+
 def test_a_budget_too_small_for_the_head_itself_ends_at_once(given):
     found, chosen = search(given, "0.001s")
     assert chosen.method == "auto"

@@ -324,20 +324,19 @@ class _Work:
                     trial.left_out = str(error)
                 advance(1)
         left -= time.perf_counter() - started
-        waiting = [trial for trial in trials if trial.left_out is None]
-        for number, trial in enumerate(waiting):
-            own = with_method(self.settings, trial.method)
-            fewest = min(_FEWEST, own.epochs)
-            options = [own.epochs // part for part in _PARTS if own.epochs // part >= fewest]
-            costs = {e: self._cost(own, e, steps[own.method]) for e in options}
-            share = left / (len(waiting) - number)
-            trial.epochs = next((e for e in options if costs[e] <= share), options[-1])
+        waiting = {t.method: self._costs(t, steps[t.method]) for t in trials if t.left_out is None}
+        # The cheapest first: what it leaves of its share, the others get.
+        order = sorted(waiting, key=lambda method: min(waiting[method].values()))
+        for number, method in enumerate(order):
+            trial, costs = next(t for t in trials if t.method == method), waiting[method]
+            share = left / (len(order) - number)
+            trial.epochs = next((e for e, cost in costs.items() if cost <= share), min(costs))
             cost = costs[trial.epochs]
             if cost > left:
                 trial.left_out = f"it takes {duration(cost)}, and {duration(left)} are left"
                 continue
             left -= cost
-            self.reporter.say(f"{trial.method}: {trial.epochs} epochs, {duration(cost)} in all")
+            self.reporter.say(f"{method}: {trial.epochs} epochs, {duration(cost)} in all")
         return trials
 
     def _step_seconds(self, settings: Settings) -> float:
@@ -347,11 +346,15 @@ class _Work:
         batch = min(settings.batch_size, len(self.parts[0].train))
         return step_seconds(classifier, settings, batch)
 
-    def _cost(self, settings: Settings, epochs: int, step: float) -> float:
-        """Seconds to tune on each fold's rest and on all images, and to fit as many heads."""
-        sizes = [len(part.train) for part in self.parts] + [len(self.data.support.train)]
-        steps = epochs * sum(steps_per_epoch(size, settings.batch_size) for size in sizes)
-        return steps * step + len(sizes) * self._fold_seconds()
+    def _costs(self, trial: Trial, step: float) -> dict[int, float]:
+        """Seconds to tune on each fold's rest and on all images, by epochs, the most first."""
+        settings = with_method(self.settings, trial.method)
+        full, sizes = settings.epochs, [len(part.train) for part in self.parts]
+        sizes.append(len(self.data.support.train))
+        steps = sum(steps_per_epoch(size, settings.batch_size) for size in sizes)
+        heads = len(sizes) * self._fold_seconds()
+        few = [full // part for part in _PARTS if full // part >= min(_FEWEST, full)]
+        return {epochs: epochs * steps * step + heads for epochs in few}
 
     def _judge(self, trial: Trial) -> None:
         """Do its next fold."""
