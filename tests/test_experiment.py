@@ -395,8 +395,8 @@ def test_a_step_is_timed_several_times(grid, tmp_path, monkeypatch):
         def step(self, *_):
             clock[0] += next(each)
 
-    monkeypatch.setattr("dapt.grid.grid.Tuner", Tuner)
-    monkeypatch.setattr("dapt.grid.grid.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dapt.engine.step.Tuner", Tuner)
+    monkeypatch.setattr("dapt.engine.step.time.perf_counter", lambda: clock[0])
     (run,) = plan_of(grid(methods=["dapt"], shots=[2]), tmp_path).runs
     estimator = Estimator(Session())
     estimator.prepare([run], [run])

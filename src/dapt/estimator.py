@@ -23,6 +23,7 @@ from dapt.data.given import as_labels, as_sequence, is_missing, labels_of, names
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data, task_of, with_grey
+from dapt.engine.effort import choose, new_search, settings_to_begin_with, summary, time_of
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
@@ -63,12 +64,15 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         precision: fp32, bf16 or fp16, of the frozen model.
         device: auto, cpu, cuda, cuda:N or mps.
         settings: any others that ``dapt settings`` lists.
+        effort: 'seconds', 'minutes', 'hours' or a time such as '20m': beyond seconds, methods that
+            tune prompts are judged beside auto on held-out images, and one is taken where better.
         verbose: show a progress bar.
 
     Attributes:
         classes_: labels, in the order of the columns of `predict_proba`.
         class_names_: what prompts call them.
         files_: the run's files, by name: what `save` writes.
+        effort_: what was tried beside auto, and what it gave; None where nothing was asked for.
     """
 
     backbone: str = "bundled"
@@ -88,6 +92,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     precision: str = "fp32"
     device: str = "auto"
     settings: Mapping[str, Any] | None = None
+    effort: str | None = None
     verbose: bool = False
 
     def __sklearn_tags__(self) -> Any:
@@ -134,14 +139,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         self, data: Data, settings: Settings, backbone: Backbone, classes: np.ndarray
     ) -> None:
         journal, reporter = Journal(), RichReporter() if self.verbose else Reporter()
+        shared, more = Shared(backbone), dict[str, Any](labels=_json(classes))
         try:
-            tuned = fit(data, settings, shared=Shared(backbone), journal=journal, reporter=reporter)
+            if self.effort is not None and time_of(self.effort):
+                search, settings = new_search(self.effort), settings_to_begin_with(settings)
+                settings = choose(search, settings, data, shared=shared, reporter=reporter)
+                more["effort"] = summary(search)
+            tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
         except Interrupted:
             raise KeyboardInterrupt from None
         except BadImage as error:
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
-        self._adopt(files_of(tuned, journal, labels=_json(classes)), classes, tuned.classifier)
+        self.effort_ = more.get("effort")
+        self._adopt(files_of(tuned, journal, **more), classes, tuned.classifier)
         self._data = data
 
     def predict(self, X: Any) -> np.ndarray:
@@ -383,7 +394,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 # Kept between fits: a grid search loads it once.
 _load_backbone = lru_cache(maxsize=2)(load_backbone)
 # Settings that are parameters.
-_OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "verbose"}
+_OWN = frozenset(PromptClassifier().get_params()) - {"class_names", "settings", "effort", "verbose"}
 
 
 def _free() -> frozenset[str]:

@@ -34,6 +34,15 @@ def table(*columns: str, figures: Iterable[str] = (), title: str | None = None) 
     return Table(*columns, *numbers, title=title and cell(title), title_justify="left")
 
 
+def duration(seconds: float) -> str:
+    """``"about 5 min"``, in the unit a reader would use."""
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90 * 60)):
+        if seconds < most:
+            return f"about {max(1, seconds / size):.0f} {unit}"
+    hours = seconds / 3600
+    return f"about {hours:.1f} h" if hours < 48 else f"about {hours // 24:.0f} days"
+
+
 def nothing(_count: int) -> None:
     """Advance nobody is watching."""
 

@@ -173,6 +173,14 @@ def _templates_in(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def with_method(settings: Settings, method: str) -> Settings:
+    """The same of another method, whose defaults stand where its own method's stood."""
+    place = {"dataset": settings.dataset, "shots": settings.shots}
+    usual = make_settings(place | {"method": settings.method}).model_dump()
+    said = {name: value for name, value in settings.model_dump().items() if value != usual[name]}
+    return make_settings(said | place | {"method": method})
+
+
 def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     """What is published for a dataset and number of shots, by the method if it has its own.
 

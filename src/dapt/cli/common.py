@@ -191,6 +191,8 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
         console.print(metrics_table(title, result.test.model_dump()))
     else:
         say(f"{title}: no image was held out to test on, so there is no test accuracy")
+    if result.effort is not None:
+        say(result.effort.told)
     for name, change in result.dispersion.items():
         say(f"{name}-dispersion {change.before:.3f} before, {change.after:.3f} after")
     tuned = f", tuned in {spent.tuning_seconds:g} s" if spent.tuning_seconds else ""

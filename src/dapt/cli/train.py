@@ -14,7 +14,7 @@ from dapt.cli import common
 from dapt.cli.common import command, given_settings, readable_errors, say_error, show_run
 from dapt.cli.outline import outlines
 from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, cell, console, errors, say, table
+from dapt.progress import Reporter, RichReporter, cell, console, duration, errors, say, table
 from dapt.safe.files import read_json
 
 if TYPE_CHECKING:  # what only some commands need, they import
@@ -60,16 +60,21 @@ def train(
     tune_settings: Annotated[
         bool, Option("--tune-settings", help="Search lr and betas on held-out support images.")
     ] = False,
+    effort: Annotated[
+        str | None, Option(help="seconds, minutes, hours or 20m, say: try what tunes, too.")
+    ] = None,
     strict: common.StrictOption = False,
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
     """Make a classifier of a few labelled images, say what to expect of it, and evaluate it."""
     from dapt.engine import data, evaluate, features, processes, search
+    from dapt.engine.effort import time_of
     from dapt.engine.fit import Interrupted
     from dapt.methods import get_method
     from dapt.run import train as training
     from dapt.run.directory import RunDirectory
+    from dapt.run.effort import choose_method
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
         if output is None:
@@ -77,12 +82,18 @@ def train(
         run, reporter = RunDirectory(output), RichReporter()
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
-        final = _settings(said, config, head, run, resume, every)
+        final = _settings(said, config, head, run, resume, every, effort)
+        unfinished = resume and run.search_file.is_file() and not run.exists
+        searches = unfinished or (effort is not None and time_of(effort) > 0)
+        if searches and tune_settings:
+            raise UserError("--effort and --tune-settings are two searches; give one of them")
         group = processes.join_processes()
         if group.first:
             training.check_output(run, final, **how)
         if tune_settings and not group.alone:
             raise UserError("--tune-settings is done by one process; start it without torchrun")
+        if searches and not group.alone:
+            raise UserError("--effort is done by one process; start it without torchrun")
         if tune_settings and not (resume and run.exists):
             final = search.search_settings(final, reporter)
         images = shared = None
@@ -90,6 +101,10 @@ def train(
             images = data.open_data(final)
             say(data.found_in(images, final))
             shared = features.Shared(features.backbone_of(final))
+        if searches and images and shared:
+            more: dict[str, Any] = {"data": images, "shared": shared, "reporter": reporter}
+            final = choose_method(final, effort, output, **more, **how)
+            how = {"resume": True, "overwrite": False}
         training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
         if not group.first:
             return
@@ -131,6 +146,7 @@ def _settings(
     run: RunDirectory,
     resume: bool,
     every: bool,
+    effort: str | None,
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.data import BENCHMARKS
@@ -139,14 +155,15 @@ def _settings(
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
     if head is not None:
         given["method"] = f"{given.get('method', 'dapt')}+{head}"
-    if resume and run.exists:
-        given = {**run.read_settings().model_dump(), **given}
+    if resume and (kept := run.kept_settings()):
+        given = {**kept, **given}
     if "dataset" not in given:
         missing = f"{run.path} holds no run to resume, and no" if resume else "no"
         raise UserError(
             f"{missing} dataset is given; name one, such as: dapt train bundled -o {run.path}"
         )
-    if given["dataset"] not in ("bundled", *BENCHMARKS):  # of one's own: the best, not the paper's
+    # Of one's own, the best, not the paper's.
+    if effort or given["dataset"] not in ("bundled", *BENCHMARKS):
         given.setdefault("method", "auto")
     if given.get("support_set"):
         drawn = read_json(Path(given["support_set"]), "support set file")
@@ -155,7 +172,8 @@ def _settings(
     if every:
         given |= _everything(said, given)
     final = make_settings(given)
-    if idle := ", ".join(sorted(said.keys() & idle_settings(final.method))):
+    idle = ", ".join(sorted(said.keys() & idle_settings(final.method)))
+    if idle and not effort:  # what else is tried may use them
         say_error(
             f"dapt: warning: {final.method} does not use {idle}; 'dapt settings --method "
             f"{final.method}' lists what it uses"
@@ -309,7 +327,6 @@ def _changed(suite: Suite, changes: dict[str, Any], quick: bool) -> Suite:
 
 def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
     """A row a dataset, and how long all takes: the work in total, for a cluster of any size."""
-    from dapt.grid.grid import duration
     from dapt.grid.plan import FAILED, STATES
 
     plan = grid.plan

@@ -109,11 +109,12 @@ class SupportSet:
 
 
 _Listed = TypeVar("_Listed", Task, SupportSet)
+_Any = TypeVar("_Any")
 
 
-def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+def grouped(items: Iterable[_Any], key: Callable[[_Any], Any]) -> dict[Any, list[_Any]]:
     """The items by a key, keys in order of first appearance."""
-    found: dict[Any, list[Item]] = {}
+    found: dict[Any, list[_Any]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import sqrt
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from dapt.engine.evaluate import calibration_error, logits_of
 from dapt.engine.features import labels_of
 from dapt.engine.fit import Tuned
+from dapt.methods import get_method
 from dapt.methods.sigmoids import as_everywhere
 
 # Confused classes that are told, quantiles of probabilities that are kept, and resamples.
@@ -22,10 +24,36 @@ _PAIRS, _QUANTILES, _RESAMPLES = 5, 200, 1000
 _SAME = 0.97
 
 
-def forecast(tuned: Tuned) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Named:
+    """What a classifier says of n images that it was not fitted on: (n,) arrays.
+
+    True and best labels; probabilities of the best, of the true one, and of the best before
+    calibration.
+    """
+
+    truth: np.ndarray
+    predicted: np.ndarray
+    best: np.ndarray
+    true: np.ndarray
+    raw: np.ndarray
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, factor: float = 1.0) -> Named:
+        """Of logits (n, C), which calibration has multiplied by ``factor``."""
+        probabilities = logits.double().softmax(-1)
+        best, predicted = probabilities.max(-1)
+        true = probabilities.gather(1, labels[:, None])[:, 0]
+        raw = (logits / factor).double().softmax(-1).amax(-1)
+        return cls(*(t.numpy() for t in (labels, predicted, best, true, raw)))
+
+
+def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
     """What support and val images, held out, say of new ones; None where there are none.
 
-    Where images have several labels, `forecast_map` is asked.
+    What a head held out says nothing where towers were tuned on the same images: there, ``folds``
+    count, of which the towers knew nothing either. Where images have several labels,
+    `forecast_map` is asked.
 
     ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, classes weighed as often as
     they are among all the task's images to tune on. ``ece`` is before and after the calibration of
@@ -35,25 +63,23 @@ def forecast(tuned: Tuned) -> dict[str, Any] | None:
     held, val, classifier = tuned.held_out, tuned.val, tuned.classifier
     if tuned.data.task.multilabel:
         return None
-    logits, labels, raw = list[Tensor](), list[Tensor](), list[Tensor]()
-    if held is not None:
-        logits, labels, raw = [held.logits], [held.labels], [held.logits / held.factor]
+    parts = [] if folds is None else [folds]
+    if held is not None and not get_method(tuned.settings.method).learns:
+        parts.append(Named.of(held.logits, held.labels, held.factor))
     if val is not None and not classifier.head.reads_val:
         found = torch.cat(list(logits_of(classifier, val.features)))
-        logits, labels, raw = [*logits, found], [*labels, val.labels], [*raw, found]
-    if not logits:
+        parts.append(Named.of(found, val.labels))
+    if not parts:
         return None
-    truth = torch.cat(labels).numpy()
-    probabilities = torch.cat(logits).double().softmax(-1)
-    best, predicted = (t.numpy() for t in probabilities.max(-1))
+    truth, predicted, best, true, raw = (
+        np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Named)
+    )
     correct = predicted == truth
     task = tuned.data.task
     weights = frequencies(truth, [item.label for item in task.train], len(task.class_names))
     accuracy = float((weights * correct).sum())
     low, high = wilson(accuracy, float(1 / (weights**2).sum()))
-    true = probabilities[torch.arange(len(truth)), torch.from_numpy(truth)].numpy()
-    steps, before = np.linspace(0, 1, _QUANTILES + 1), torch.cat(raw).double().softmax(-1).max(-1)
-    uncalibrated = before.values.numpy(), before.indices.numpy() == truth
+    steps = np.linspace(0, 1, _QUANTILES + 1)
     pairs, names = confused(truth, predicted), task.class_names
     return {
         "images": len(truth),
@@ -61,7 +87,7 @@ def forecast(tuned: Tuned) -> dict[str, Any] | None:
         "low": low,
         "high": high,
         "ece": {
-            "before": calibration_error(*uncalibrated),
+            "before": calibration_error(raw, correct),
             "after": calibration_error(best, correct),
         },
         "confused": [{"classes": [names[a], names[b]], "images": n} for a, b, n in pairs],
@@ -164,7 +190,7 @@ def _advice(
     pairs: Sequence[tuple[int, int, int]],
 ) -> str:
     """One sentence on what would help most."""
-    names, text = tuned.data.task.class_names, tuned.classifier.text_features()
+    names, text = tuned.data.task.class_names, tuned.classifier.text_features().detach()
     counts = Counter(tuned.support.labels.tolist())
     if lacking := [name for c, name in enumerate(names) if not counts[c]]:
         return f"Photos of '{lacking[0]}' would help: it is known by its name alone."

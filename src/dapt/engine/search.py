@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 
-from dapt.data import Item, SupportSet
+from dapt.data import SupportSet
 from dapt.data.items import grouped
 from dapt.engine.data import Data, open_data
 from dapt.engine.evaluate import evaluate_task
@@ -23,24 +23,38 @@ LEARNING_RATES = (1.0, 0.1, 10.0)
 EPOCHS = 20
 
 
+def folds(support: SupportSet, count: int, seed: int) -> list[SupportSet]:
+    """Support sets whose train images are short of a fold of each class's, which is their val.
+
+    ``count`` of them, or as many as the largest class has images. An image is held out once, unless
+    it is the only one of its class. The support set's own val images stay out of it: they are not
+    drawn for this. Empty where no class has two images.
+    """
+    generator, fold = random.Random(seed), dict[int, int]()
+    for places in grouped(range(len(support.train)), lambda i: support.train[i].label).values():
+        if len(places) > 1:
+            order = generator.sample(places, len(places))
+            fold |= {place: number % count for number, place in enumerate(order)}
+    train = support.train
+    return [
+        replace(
+            support,
+            train=tuple(item for i, item in enumerate(train) if fold.get(i) != number),
+            val=tuple(item for i, item in enumerate(train) if fold.get(i) == number),
+        )
+        for number in sorted(set(fold.values()))
+    ]
+
+
 def hold_out(support: SupportSet, seed: int) -> SupportSet:
     """Move a quarter of each class's train images (at least one of two or more) to val.
 
-    The support set's own val images stay out of it: they are not drawn for this. Raises a
-    `UserError` where no class has two images.
+    A `UserError` where no class has two images.
     """
-    generator = random.Random(seed)
-    train: list[Item] = []
-    val: list[Item] = []
-    for items in grouped(support.train, lambda item: item.label).values():
-        count = max(1, len(items) // 4) if len(items) > 1 else 0
-        held = set(generator.sample(range(len(items)), count))
-        for i, item in enumerate(items):
-            (val if i in held else train).append(item)
-    if not val:
+    if not (found := folds(support, 4, seed)):
         way = "use more --shots, or leave it out"
         raise UserError(f"--tune-settings needs two support images in some class; {way}")
-    return replace(support, train=tuple(train), val=tuple(val))
+    return found[0]
 
 
 def search_settings(settings: Settings, reporter: Reporter) -> Settings:

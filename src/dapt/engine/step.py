@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import join_processes
-from dapt.methods import Step, get_method
+from dapt.methods import Head, Step, get_method
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
 from dapt.settings import Settings, loss_weights
@@ -130,3 +133,28 @@ class Tuner:
                 if (momentum := state.get(f"momentum.{name}")) is not None:
                     own = momentum.to(parameter.device, copy=True)
                     self.optimizer.state[parameter]["momentum_buffer"] = own
+
+
+_TIMED = 3  # steps, after one that pays for memory and kernels
+
+
+def step_seconds(classifier: Classifier, settings: Settings, images: int) -> float:
+    """Seconds that a step on so many images takes, by a few on noise that teach nothing.
+
+    The classifier is of no use after it: it has the head that steps are taken with.
+    """
+    classifier.head = Head(classifier.backbone.logit_scale)
+    prototypes = torch.zeros(len(classifier.class_names), classifier.text_features().shape[1])
+    tuner, seconds = Tuner(classifier, settings, prototypes), list[float]()
+    views, labels = noise(classifier.backbone, images), torch.zeros(images, dtype=torch.long)
+    for _ in range(1 + _TIMED):
+        started = time.perf_counter()
+        tuner.step(views, labels, 0.0, torch.Generator().manual_seed(0))
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
+
+
+def noise(backbone: Backbone, images: int) -> Tensor:
+    """Views (B, 3, S, S) of nothing."""
+    shape, drawn = [backbone.preprocessing.size] * 2, torch.Generator().manual_seed(0)
+    return torch.randint(256, (images, 3, *shape), dtype=torch.uint8, generator=drawn)

@@ -10,25 +10,24 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 from joblib import cpu_count
 
 from dapt.engine.classifier import new_classifier
 from dapt.engine.fit import steps_per_epoch
-from dapt.engine.step import Tuner
+from dapt.engine.step import noise, step_seconds
 from dapt.errors import UserError
 from dapt.grid import work
 from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun, backbone_key, task_key
 from dapt.methods import get_method
-from dapt.progress import Reporter
+from dapt.progress import Reporter, duration
 from dapt.settings import Settings
 
 _DEATHS = 3  # of its workers, and a run is given up: it may be what kills them
 _REVISIT = 2.0  # seconds between two looks at runs that another process holds
 _PATIENCE = 60  # seconds that workers get to reach the end of a step
-_TIMED = 3  # steps, after one that pays for memory and kernels
 STEP, IMAGE = "step", "image"
 
 
@@ -248,18 +247,10 @@ class Estimator:
         task, method = self.session.task(settings), get_method(settings.method)
         backbone = self.session.shared(settings).backbone
         classifier = new_classifier(backbone, task.class_names, task.template, method, settings)
-        shape, noise = (3, *[backbone.preprocessing.size] * 2), torch.Generator().manual_seed(0)
-        prototypes = torch.zeros(len(task.class_names), classifier.text_features().shape[1])
-        tuner, seconds = Tuner(classifier, settings, prototypes), []
-        labels = torch.zeros(min(settings.batch_size, self._size(settings)[0]), dtype=torch.long)
-        views = torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=noise)
-        for _ in range(1 + _TIMED):
-            started = time.perf_counter()
-            tuner.step(views, labels, 0.0, noise)
-            seconds.append(time.perf_counter() - started)
-        self._note(STEP, settings, median(seconds[1:]))
+        batch = min(settings.batch_size, self._size(settings)[0])
+        self._note(STEP, settings, step_seconds(classifier, settings, batch))
         count = max(1, min(settings.eval_batch_size, len(task.test)))
-        views = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=noise)
+        views = noise(backbone, count)
         with torch.inference_mode():
             started = time.perf_counter()
             classifier.image_features(views)
@@ -292,12 +283,3 @@ class Estimator:
 
 def _keys(what: str, settings: Settings) -> tuple[tuple[str, ...], ...]:
     return (what, settings.dataset, settings.method), (what, settings.dataset), (what,)
-
-
-def duration(seconds: float) -> str:
-    """``"about 5 min"``, in the unit a reader would use."""
-    for unit, size, most in (("s", 1, 90), ("min", 60, 90 * 60)):
-        if seconds < most:
-            return f"about {max(1, seconds / size):.0f} {unit}"
-    hours = seconds / 3600
-    return f"about {hours:.1f} h" if hours < 48 else f"about {hours // 24:.0f} days"

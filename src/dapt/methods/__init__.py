@@ -33,10 +33,10 @@ from dapt.methods.contract import (
 )
 from dapt.methods.losses import INTER, INTRA
 
-__all__ = ["METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
+__all__ = ["AUTOMATIC", "METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
            "PartSettings", "Step", "TowerPart", "find_method", "get_method"]  # fmt: skip
 
-ZERO_SHOT = "zero-shot"
+ZERO_SHOT, AUTOMATIC = "zero-shot", "auto"
 
 _TEXT, _VISUAL = prompts.Context, prompts.VisualPrompt
 # How the code that CoOp and DAPT were published with saves one prompt, and two.
@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     ),
     "vlpt": Method(
         "VLPT", (_TEXT, _VISUAL), checkpoint=_BOTH,
-        colour=("#7c3aee", "#b294fb"), marker="v", shown=True,
+        colour=("#7c3aee", "#b294fb"), marker="v", shown=True, tried=True,
     ),
     "dapt-text": Method(
         "DAPT-text", (_TEXT,), (INTER,), checkpoint=_CTX,
@@ -72,11 +72,10 @@ METHODS: dict[str, Method] = {
     ),
     "dapt": Method(
         "DAPT", (_TEXT, _VISUAL), (INTRA, INTER), checkpoint=_BOTH,
-        colour=("#c2410c", "#fb8b4a"), marker="o", shown=True,
+        colour=("#c2410c", "#fb8b4a"), marker="o", shown=True, tried=True,
     ),
     "ivlp": Method(
-        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual),
-        defaults=ivlp.usual,
+        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
@@ -89,7 +88,7 @@ METHODS: dict[str, Method] = {
     "ss-text": Method("SS-Text", head=ss_text.SSText),
     "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
     "prolip": Method("ProLIP", head=prolip.ProLIP),
-    "auto": Method(
+    AUTOMATIC: Method(
         "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.65},
         colour=("#15803d", "#4ade80"), marker="*", shown=True,
     ),
@@ -133,6 +132,7 @@ def _row(name: str) -> Method:
 def _together(row: Method, head: Method) -> Method:
     return replace(
         row, title=f"{row.title} + {head.title}", head=head.head, colour=None, shown=False,
+        tried=False,
         defaults=lambda dataset, shots: (
             head.defaults(dataset, shots) | row.defaults(dataset, shots)
         ),

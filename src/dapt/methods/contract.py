@@ -282,6 +282,7 @@ class Method:
     colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few
     marker: str = "o"  # in curves
     shown: bool = False  # whether the demo compares it
+    tried: bool = False  # whether `dapt.engine.effort` tries it, with a head on what it tunes
 
     @property
     def learns(self) -> bool:

@@ -60,6 +60,8 @@ class RunDirectory:
         self.prompts_file = self.path / "prompts.safetensors"
         self.metrics_file = self.path / "metrics.json"
         self.failure_file = self.path / "failure.json"
+        # What a search for the method has found so far; it goes before the run.
+        self.search_file = self.path / "effort.json"
         self._lock = self.path / ".lock"
 
     @property
@@ -115,22 +117,26 @@ class RunDirectory:
             if file.stat().st_size > _LARGEST:
                 raise UserError(f"{file} has more than {_LARGEST:,} bytes, as no run's file has")
 
-    def begin(self, files: Mapping[str, bytes]) -> None:
-        """Take the files of a run, by name, in place of what was here."""
+    def begin(self, files: Mapping[str, bytes], *, searched: bool = False) -> None:
+        """Take the files of a run, by name, in place of what was here.
+
+        Of a run that was ``searched`` for, the search stays.
+        """
         # The settings go first and come last: while they are missing, no run is here. What makes
         # it a finished one comes after that.
-        self.clear()
+        self.clear(searched=searched)
         last = [self.settings_file.name, self.metrics_file.name]
         try:
             for name in sorted(files, key=lambda name: last.index(name) if name in last else -1):
                 write_atomic(self.path / name, files[name])
         except BaseException:
-            self.clear()
+            self.clear(searched=searched)
             raise
 
-    def clear(self) -> None:
+    def clear(self, *, searched: bool = False) -> None:
         """Delete the run that is here, if there is one: its settings, which make it one, first."""
         files = [self.settings_file, *self._results(), *self._records()]
+        files = [file for file in files if not (searched and file == self.search_file)]
         # Where a folder is in a file's place, or the reverse, nothing is deleted.
         for file in files:
             if file.is_dir() and not file.is_symlink():
@@ -210,7 +216,8 @@ class RunDirectory:
         linked = self.tensorboard.is_symlink()
         events = [self.tensorboard] if linked else self.tensorboard.glob(f"{EVENTS}.*")
         return [self.metrics_file, self.prompts_file, self.checkpoint_file, self.log_file,
-                self.failure_file, *self.path.glob("eval-*.json"), *events]  # fmt: skip
+                self.search_file, self.failure_file, *self.path.glob("eval-*.json"),
+                *events]  # fmt: skip
 
     def _records(self) -> list[Path]:
         return [self.settings_file, self.task_file, self.support_file, self.environment_file]
@@ -218,6 +225,16 @@ class RunDirectory:
     def read_settings(self) -> Settings:
         """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
         return make_settings(read_object(self.settings_file, "settings of the run"))
+
+    def read_search(self) -> records.SearchRecord:
+        """The search for the run's method."""
+        return read_record(self.search_file, records.SearchRecord, "search for a method")
+
+    def kept_settings(self) -> dict[str, Any] | None:
+        """Settings of what can be resumed here, a run or a search for its method."""
+        if self.exists:
+            return self.read_settings().model_dump()
+        return self.read_search().settings if self.search_file.is_file() else None
 
     def read_task(self) -> records.TaskRecord:
         """What the run is to tell apart."""

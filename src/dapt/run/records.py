@@ -18,9 +18,10 @@ from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.grey import Scale
 from dapt.data.items import check_class_names
+from dapt.engine.effort import Search
 from dapt.errors import UserError
 from dapt.safe.files import read_json, to_json
-from dapt.settings import Settings
+from dapt.settings import Settings, make_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -124,6 +125,43 @@ class MapForecast(Record):
     advice: str = ""
 
 
+class TriedRecord(Record):
+    """A method on held-out images, and by how much its cross-entropy is lower; see `Trial`."""
+
+    method: str
+    epochs: Count
+    accuracy: Share
+    cross_entropy: FiniteFloat
+    gain: FiniteFloat
+    error: FiniteFloat
+
+
+class EffortRecord(Record):
+    """What was tried beside the automatic head, as `dapt.engine.effort.summary` says."""
+
+    asked: str
+    folds: Count
+    images: Count
+    tried: list[TriedRecord]
+    left_out: dict[str, str]
+    chosen: str
+    told: str
+
+
+class SearchRecord(Record):
+    """effort.json: a search for a method, and what it is made on."""
+
+    settings: dict[str, Any]
+    support_sha256: str | None
+    backbone_sha256: str
+    search: Search
+
+    def chosen(self) -> Settings:
+        """Settings of the run that it ends with."""
+        settings, best = make_settings(self.settings), self.search.best
+        return best.settings(settings) if best else settings
+
+
 class Metrics(Record):
     """metrics.json: how well a finished run does."""
 
@@ -141,14 +179,14 @@ class Metrics(Record):
     dispersion: dict[str, Change]
     forecast: ForecastRecord | None = None
     map_forecast: MapForecast | None = None
+    effort: EffortRecord | None = None
     test: Test | None = None  # None where no image was held out to test on
 
     @property
     def multilabel(self) -> bool:
         """Whether figures are of images with several labels."""
-        return self.map_forecast is not None or (
-            self.test is not None and self.test.map is not None
-        )
+        tested = self.test is not None and self.test.map is not None
+        return tested or self.map_forecast is not None
 
 
 class EvaluationRecord(Record):

@@ -22,6 +22,7 @@ from torch import Tensor
 from dapt.clip.backbone import Backbone
 from dapt.data import Task, load_support_set, support_digest
 from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overlap
+from dapt.engine.effort import Search, named, seconds_of, summary
 from dapt.engine.evaluate import dispersion, evaluate_task
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Journal, Tuned, fit
@@ -105,6 +106,7 @@ class RunJournal(Journal):
     stack: ExitStack
     may: dict[str, bool]  # options of `check_output`
     twice: list[dict[str, str]] = field(init=False)  # support images that are tested on too
+    search: Search | None = field(init=False)  # for the method, where there was one
 
     def begin(self, data: Data, backbone: Backbone) -> None:
         """Take the directory, and begin the run there or find what it was begun with."""
@@ -113,8 +115,10 @@ class RunJournal(Journal):
         check_output(self.run, self.settings, **self.may)
         if self.run.finished and self.may["resume"] and join_processes().alone:
             raise _Finished
+        self.search = searched(self.run, self.settings) if self.may["resume"] else None
         if not (self.run.exists and self.may["resume"]):
-            self.run.begin(made_of(self.settings, data.task, data.support, backbone))
+            files = made_of(self.settings, data.task, data.support, backbone)
+            self.run.begin(files, searched=self.search is not None)
         elif (changed := self.run.resume(data.task, data.support, backbone)) is not None:
             self.reporter.warn(f"{changed}: the last bits of the result may be others for it")
 
@@ -212,17 +216,26 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
         way = f"dapt train --output {run.path} --resume"
         raise UserError(f"{error} (the tuned prompts are kept: {way})") from error
     spread, seconds = dispersion(tuned), time.perf_counter() - started
-    spent = {"tuning_seconds": round(tuned.seconds, 2), "evaluation_seconds": round(seconds, 2)}
+    spent: dict[str, Any] = {
+        "tuning_seconds": round(tuned.seconds, 2),
+        "evaluation_seconds": round(seconds, 2),
+    }
+    more, folds = dict[str, Any](), None
+    if (search := journal.search) is not None:
+        spent["effort_seconds"], more["effort"] = seconds_of(search), summary(search)
+        folds = named(search)
     run.add_to_environment(**spent)
-    expected = {"forecast": forecast(tuned), "map_forecast": forecast_map(tuned)}
+    expected = {"forecast": forecast(tuned, folds), "map_forecast": forecast_map(tuned)}
+    more |= {name: told for name, told in expected.items() if told is not None}
+    if task.left_out:
+        more["left_out"] = dict(task.left_out)
     run.finish({
         "method": settings.method, "dataset": task.name, "shots": settings.shots,
         "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
         "support_images": len(tuned.support.store),
         "support_sha256": support_digest(task, tuned.data.support), "skipped": tuned.skipped,
         "also_tested": journal.twice, "rose": tuned.rose, "dispersion": spread,
-        **({"left_out": dict(task.left_out)} if task.left_out else {}),
-        **{name: told for name, told in expected.items() if told is not None}, "test": test,
+        **more, "test": test,
     })  # fmt: skip
 
 
@@ -251,6 +264,9 @@ def check_output(
         return
     if not run.exists:
         run.require_own()
+        if run.search_file.is_file() and not resume:
+            what = f"{run.path} holds an unfinished search for a method"
+            raise UserError(f"{what}; add --resume, or choose another --output")
         return
     if not resume:
         state, way = ("a finished", "overwrite") if run.finished else ("an unfinished", "resume")
@@ -258,10 +274,26 @@ def check_output(
             state, way = "a", "overwrite"
         raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
     kept = run.read_settings()
-    for name, value in settings.model_dump().items() if settings else ():
-        if name not in FREE_ON_RESUME and (old := getattr(kept, name)) != value:
-            what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
-            raise UserError(f"{what}; leave the setting out, or choose another --output")
+    if settings and (name := other_setting(kept, settings)):
+        old, value = getattr(kept, name), getattr(settings, name)
+        what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
+        raise UserError(f"{what}; leave the setting out, or choose another --output")
+
+
+def other_setting(kept: Settings, settings: Settings) -> str | None:
+    """A setting that is another and decides what a run finds; None where there is none."""
+    values = kept.model_dump()
+    names = (n for n, value in settings.model_dump().items() if values[n] != value)
+    return next((name for name in names if name not in FREE_ON_RESUME), None)
+
+
+def searched(run: RunDirectory, settings: Settings) -> Search | None:
+    """The search in a directory, if it is done and these settings are what it ended with."""
+    if not run.search_file.is_file():
+        return None
+    found = run.read_search()
+    done = found.search.done and other_setting(found.chosen(), settings) is None
+    return found.search if done else None
 
 
 @dataclass(frozen=True)
