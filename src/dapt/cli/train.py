@@ -79,7 +79,8 @@ def train(
             final = search.search_settings(final, reporter)
         images = shared = None
         if group.alone and not (resume and run.finished):
-            images, shared = data.open_data(final), features.Shared(features.backbone_of(final))
+            images, at = data.open_data(final), training.pinned(run, resume)
+            shared = features.Shared(features.backbone_of(final, revision=at))
         training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
         if not group.first:
             return

@@ -15,6 +15,7 @@ from dapt.data.items import (
     Item,
     SupportSet,
     Task,
+    content_digest,
     draw_support_set,
     images_in_both,
     load_support_set,

@@ -140,7 +140,7 @@ def _export_graph(
     """The file's bytes, and what they were compared on."""
     # Whatever it was tuned at: a file that runs anywhere is fp32.
     settings = run.read_settings().model_copy(update={"precision": "fp32"})
-    backbone = backbone_of(settings, device="cpu")
+    backbone = backbone_of(settings, device="cpu", revision=run.revision())
     classifier = load_classifier(run, backbone=backbone)
     pixels, images = _views_to_compare(run, classifier)
     views = backbone.normalize(pixels)
@@ -201,7 +201,7 @@ def _facts(run: RunDirectory, classifier: Classifier, int8: bool) -> dict[str, s
     made = {
         "dapt": __version__, "run": run.path.resolve().name, "method": settings.method,
         "dataset": task.dataset, "backbone": backbone_name(settings),
-        "backbone_sha256": backbone.fingerprint, "int8": int8,
+        "backbone_sha256": backbone.weights_sha256, "int8": int8,
     }  # fmt: skip
     seen = asdict(backbone.preprocessing)
     values = {"labels": task.class_names, "preprocessing": seen, "provenance": made}
