@@ -11,6 +11,7 @@ import re
 import secrets
 import signal
 import socket
+import struct
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -188,7 +189,13 @@ class _Protocol(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()  # more is waiting than there is room for
         room = _HEADER_SECONDS + self.transport.get_write_buffer_size() / _SLOWEST
-        self._untaken = self.loop.call_later(room, self.transport.abort)
+        self._untaken = self.loop.call_later(room, self._reset)
+
+    def _reset(self) -> None:
+        """End a connection at once, in the system's buffers too."""
+        if (opened := self.transport.get_extra_info("socket")) is not None:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()

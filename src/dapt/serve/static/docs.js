@@ -45,8 +45,10 @@ function shown(path, method, operation, schemas) {
     return [name, description, kind.join(", ")];
   });
   for (const [kind, { schema }] of Object.entries(operation.requestBody?.content || {})) {
+    if (!schema.properties) parameters.push(["body", schema.description, kind]);
     for (const [name, value] of Object.entries(schema.properties || {})) {
-      parameters.push([name, value.description, `files, in a body of ${kind}`]);
+      const files = kind.startsWith("multipart") ? "files" : "list";
+      parameters.push([name, value.description, `${files}, in a body of ${kind}`]);
     }
   }
   if (parameters.length) card.append(...table("Parameters", parameters));
