@@ -340,7 +340,7 @@ def test_a_large_answer_that_nobody_takes_ends_a_connection(served, monkeypatch)
         still, slow = connected(client), connected(client)
         for one in (still, slow):
             one.sendall(ASK % b"/metrics")
-        got, started = 0, time.monotonic()
+        got, left, started = 0, len(large), time.monotonic()
         while got < len(large):
             piece = slow.recv(200_000)
             assert piece, f"ended after {got:,} bytes"
@@ -349,9 +349,10 @@ def test_a_large_answer_that_nobody_takes_ends_a_connection(served, monkeypatch)
                 time.sleep(0.02)
         slow.close()
         until(lambda: held_open(client) == 0, 30)
-        with pytest.raises(ConnectionResetError):
-            while still.recv(2**20):
-                pass
+        with contextlib.suppress(ConnectionResetError):
+            while piece := still.recv(2**20):
+                left -= len(piece)
+        assert left > 0, "what it did not take is thrown away"
         still.close()
 
 
@@ -411,6 +412,7 @@ def test_each_kind_of_error_is_in_the_log():
 # -- several workers -------------------------------------------------------------------------------
 
 
+@LINUX
 def test_several_workers_answer_at_one_address(run, photo):
     process = subprocess.Popen(
         [sys.executable, "-m", "dapt.cli", "serve", str(run.path), "--port", "0", "--workers", "2"],
@@ -426,12 +428,11 @@ def test_several_workers_answer_at_one_address(run, photo):
         counted = 'dapt_requests_total{path="/predict",status="200"}'
         assert client.metric(counted) == 20, "of both, whoever is asked"
         assert client.metric("dapt_queue_images") == 0
-        children = subprocess.run(
-            ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
-        ).stdout.splitlines()
-        workers = [int(one.split()[0]) for one in children if "spawn_main" in one]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+        workers = [child for child, line in lines.items() if b"spawn_main" in line]
         assert len(workers) == 2
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(int(workers[0]), signal.SIGKILL)
         for _ in range(5):
             assert client.get("/healthz").status == 200
         process.send_signal(signal.SIGTERM)
@@ -452,7 +453,7 @@ def test_workers_that_cannot_begin_are_said_in_a_sentence(run, tmp_path):
     (tmp_path / "run/environment.json").write_text(json.dumps(environment))
     made = subprocess.run(
         [sys.executable, "-m", "dapt.cli", "serve", str(tmp_path / "run"), "--port", "0",
-         "--workers", "2"], capture_output=True, text=True, timeout=120,
+         "--workers", "2"], capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert made.returncode == 2
     assert "are not those that" in " ".join(made.stderr.split())

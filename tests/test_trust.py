@@ -177,7 +177,7 @@ def rewritten(folder, preprocess=None, **changes):
         {"preprocess": {"std": [0.5, 0.5, 0.5]}},
         {"preprocess": {"interpolation": "bilinear"}},
         {"preprocess": {"resize_mode": "squash"}},
-        {"quick_gelu": True},
+        {"quick_gelu": False},
         {"text_cfg__heads": 2},
         {"vision_cfg__head_width": 32},
         {"vision_cfg__norm_kwargs": {"eps": 0.1}},

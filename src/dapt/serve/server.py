@@ -139,7 +139,7 @@ class _Sparing(logging.Filter):
         key = (record.name, record.msg, kind, place and (place.tb_frame.f_code, place.tb_lineno))
         self._seen[key] += 1
         if (count := self._seen[key]) > 1:
-            record.msg = f"{record.msg} (for the {count:,}th time)"
+            record.msg = f"{record.msg} ({count:,} times by now)"
         return count & (count - 1) == 0
 
 

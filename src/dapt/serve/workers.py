@@ -100,6 +100,7 @@ class _Workers:
             self.start()
 
     def end(self) -> None:
+        self.listening.close()  # with theirs, so that who comes now is refused
         for process in self.pipes:
             process.terminate()
         for process in self.pipes:
