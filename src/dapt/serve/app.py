@@ -51,6 +51,17 @@ class Limits:
     connections: int = 128  # clients at a time
 
 
+def _kind(request: Request) -> str:
+    """The media type of a body that holds images; an `HTTPException` (415) of others."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (_MULTIPART, bodies.JSON) and not bodies.is_whole(kind):
+        said = f"send images as {_MULTIPART}, in fields named '{_FIELD}'; one image as it is, "
+        raise HTTPException(415, f"{said}with a type such as image/jpeg; or base64 in JSON")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise HTTPException(415, "send the body as it is, without a Content-Encoding")
+    return kind
+
+
 @asynccontextmanager
 async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[UploadFile]]:
     """The image files of a request, in order; what is over 1 MB waits on disk.
@@ -58,12 +69,7 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
     They come as multipart, in JSON, or one as it is. Bytes are counted as they arrive. An
     `HTTPException` (400, 408, 413, 415) has a sentence.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in (_MULTIPART, bodies.JSON) and not bodies.is_whole(kind):
-        said = f"send images as {_MULTIPART}, in fields named '{_FIELD}'; one image as it is, "
-        raise HTTPException(415, f"{said}with a type such as image/jpeg; or base64 in JSON")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise HTTPException(415, "send the body as it is, without a Content-Encoding")
+    kind = _kind(request)
     said = f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
     too_large = HTTPException(413, said)
     length, seen = request.headers.get("content-length", ""), 0
