@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field, replace
+from urllib.parse import urljoin
 
 import pytest
 from browser import until
@@ -311,7 +312,7 @@ def test_bad_requests(client, pictures):
     assert post([("images", "a.png", good)] * 50).detail.startswith("a request may hold 32 images")
     for query in ("?top=0", "?top=x", "?nearest=51"):
         assert post([("images", "a.png", good)], query).status == 422
-    assert client.ask("POST", "/predict", good, **{"Content-Type": "image/png"}).status == 415
+    assert client.ask("POST", "/predict", good, **{"Content-Type": "text/plain"}).status == 415
     kind = {"Content-Type": "multipart/form-data; boundary=limit"}
     assert client.ask("POST", "/predict", b"--other\r\nx", **kind).status == 400
     assert client.get("/predict").status == 405
@@ -493,7 +494,9 @@ def test_token(closed, pictures):
 
 def test_names_of_other_hosts_are_refused(served):
     with running(served, names=["Photos.example"]) as client:
-        for host in ("evil.example", "", "localhost.evil.example:80", "[::2]"):
+        for host in ("evil.example", "", "localhost.evil.example:80", "[::2]", "[::1]evil.example",
+                     "[::1].evil.example:80", "[::1", "::1]", "[127.0.0.1]", "localhost:80:80",
+                     "localhost:99999", "localhost:-1", "a@localhost", "localhost/"):  # fmt: skip
             assert client.get("/classes", Host=host).status == 403
         for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "LOCALHOST", "photos.example"):
             assert client.get("/classes", Host=host).status == 200
@@ -501,13 +504,19 @@ def test_names_of_other_hosts_are_refused(served):
 
 def test_pages_of_other_servers_are_refused(client, pictures):
     """As a form or script of any page could ask, without being able to read the answer."""
+    port = client.port
     for origin in ("https://evil.example", "null", "", "http://localhost.evil.example:8000",
-                   "http://[", "http://evil.example@localhost.evil"):  # fmt: skip
+                   "http://[", "http://evil.example@localhost.evil", "http://localhost",
+                   f"http://127.0.0.1:{port + 1}", f"https://127.0.0.1:{port}", "http://127.0.0.1",
+                   f"http://localhost:{port}", f"http://[::1]:{port}", f"127.0.0.1:{port}",
+                   f"http://127.0.0.1:{port}.evil.example",
+                   f"http://127.0.0.1:{port}/"):  # fmt: skip
         found = client.predict(pictures[0], Origin=origin)
         assert (found.status, "another server" in found.detail) == (403, True), origin
         assert client.get("/classes", Origin=origin).status == 403
-    for origin in (f"http://127.0.0.1:{client.port}", "http://localhost", "http://[::1]:8000"):
-        assert client.predict(pictures[0], Origin=origin).status == 200
+    for host in (f"127.0.0.1:{port}", "localhost:9000", "[::1]:8000", "localhost", "[0:0::1]:80"):
+        own = {"Host": host, "Origin": f"http://{host}".removesuffix(":80")}
+        assert client.predict(pictures[0], **own).status == 200, host
 
 
 def test_on_all_addresses_names_and_pages_are_checked_too(served, pictures):
@@ -606,9 +615,9 @@ def test_pages_need_nothing_from_elsewhere(client):
         text = found.body.decode()
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=", text)
         links = re.findall(r'(?:src|href)="([^"]+)"', text)
-        assert all(link.startswith("/") and not link.startswith("//") for link in links)
+        assert all(link.startswith("./") for link in links)
         for link in links:
-            body = client.get(link)
+            body = client.get(urljoin(page, link))
             assert body.status == 200
             outside = re.sub(rb'"http://www.w3.org/2000/svg"', b"", body.body)
             assert not re.search(rb"https?://", outside)

@@ -21,6 +21,20 @@ def printable(text: str) -> str:
     )
 
 
+# What makes a spreadsheet take a cell for a formula: signs, wide ones, and what some skip.
+_FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """``text`` as a spreadsheet shows it: one that it would take for a formula after a quote."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def spreadsheet_path(path: str) -> str:
+    """A relative path in the same way, and still the path of that file."""
+    return f"./{path}" if path.startswith(_FORMULA) else path
+
+
 class UserError(Exception):
     """Bad input, told in one sentence that names the culprit and the way out.
 

@@ -344,7 +344,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             )
         if labels != names:
             found.class_names = dict(zip(labels, names, strict=True))
-        classifier = load_classifier(run, backbone=found._backbone(settings))
+        commit = run.revision() if backbone is None else None
+        classifier = load_classifier(run, backbone=found._backbone(settings, commit))
         run.check_links(run.files())
         files = {file.name: file.read_bytes() for file in run.files()}
         files[run.settings_file.name] = to_json(settings.model_dump(), indent=1)
@@ -366,9 +367,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = classes[self._places]
         self.class_names_ = tuple(classifier.class_names[i] for i in self._places)
 
-    def _backbone(self, settings: Settings) -> Backbone:
+    def _backbone(self, settings: Settings, revision: str | None = None) -> Backbone:
         name, tag, precision = settings.backbone, settings.pretrained, settings.precision
-        return _load_backbone(name, tag, device=self.device or "auto", precision=precision)
+        how = {"device": self.device or "auto", "precision": precision, "revision": revision}
+        return _load_backbone(name, tag, **how)
 
     def _loaded(self, settings: Settings) -> Backbone:
         """The backbone it has, if it was not pickled since."""

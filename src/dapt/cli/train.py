@@ -98,9 +98,9 @@ def train(
             final = search.search_settings(final, reporter)
         images = shared = None
         if group.alone and not (resume and run.finished):
-            images = data.open_data(final)
+            images, at = data.open_data(final), training.pinned(run, resume)
             say(data.found_in(images, final))
-            shared = features.Shared(features.backbone_of(final))
+            shared = features.Shared(features.backbone_of(final, revision=at))
         if searches and images and shared:
             more: dict[str, Any] = {"data": images, "shared": shared, "reporter": reporter}
             final = choose_method(final, effort, output, **more, **how)

@@ -19,7 +19,14 @@ from typer import Argument, Context, Exit, Option, echo
 
 from dapt.cli import common
 from dapt.cli.common import command, given_settings, say_error
-from dapt.errors import UserError, nearest, printable, refusing
+from dapt.errors import (
+    UserError,
+    nearest,
+    printable,
+    refusing,
+    spreadsheet_cell,
+    spreadsheet_path,
+)
 from dapt.progress import Reporter, RichReporter, cell, console, say
 from dapt.safe.files import to_json
 
@@ -200,13 +207,13 @@ def _json(rows: Iterable[Row], _top: int, limited: bool) -> Iterator[str]:
 
 
 def _csv(rows: Iterable[Row], top: int, limited: bool) -> Iterator[str]:
-    """Columns path, class, probability (class_2, probability_2, ...), unknown."""
+    """Columns path, class, probability (class_2, probability_2, ...), unknown; for people."""
     places = ("", *(f"_{place}" for place in range(2, top + 1)))
     columns = [f"{name}{place}" for place in places for name in ("class", "probability")]
     yield _comma_separated("path", *columns, *["unknown"] * limited)
     for path, classes, unknown in rows:
-        cells = [text for name, p in classes for text in (name, f"{p:.6f}")]
-        yield _comma_separated(path, *cells, *[str(unknown).lower()] * limited)
+        cells = [text for name, p in classes for text in (spreadsheet_cell(name), f"{p:.6f}")]
+        yield _comma_separated(spreadsheet_path(path), *cells, *[str(unknown).lower()] * limited)
 
 
 def _comma_separated(*cells: str) -> str:
@@ -287,7 +294,9 @@ def suggest(
         if form == "lines":
             echo(printable(f"{path}: {one.guess} {one.probability:.1%} ({one.reason})"))
         elif form == "csv":
-            echo(_comma_separated(path, one.guess, f"{one.probability:.6f}", one.reason))
+            guess, reason = map(spreadsheet_cell, (one.guess, one.reason))
+            row = (spreadsheet_path(path), guess, f"{one.probability:.6f}", reason)
+            echo(_comma_separated(*row))
         else:
             value = {"path": path, "class": one.guess, "probability": one.probability}
             echo(json.dumps({**value, "reason": one.reason}, ensure_ascii=False))
@@ -312,6 +321,11 @@ def serve(
     batch_size: Annotated[int, Option(min=1, help="Images the model takes at a time.")] = 32,
     timeout: Annotated[float, Option(min=0.1, help="Seconds a request may take.")] = 30,
     allow_host: Annotated[list[str] | None, Option(help="Another name of this server.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, Option(help="Scheme, host and port of pages that may use it.")
+    ] = None,
+    workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
+    root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
     device: common.DeviceOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""
@@ -323,8 +337,7 @@ def serve(
     from dapt.serve.app import Limits
     from dapt.serve.served import load_served
 
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
-        raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
+    who = _who(token, allow_host or [], allow_origin or [], root_path)
     if max_images > queue:
         raise UserError(f"--max-images {max_images} do not fit --queue {queue}; change one of them")
     directory = RunDirectory(run)
@@ -336,14 +349,38 @@ def serve(
             "dapt: warning: whoever reaches this machine can use the server and see support "
             "images; give --token or DAPT_TOKEN"
         )
-    served = load_served(directory, device=device, nearest=nearest, reporter=RichReporter())
     most, pixels = int(max_upload * 1e6), int(max_pixels * 1e6)
     limits = Limits(most, pixels, max_images, queue, batch_size, timeout)
     where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-    told = f"{served.name}, {len(served.class_names):,} classes, at {where} (Ctrl-C stops)"
-    who: dict[str, Any] = {"token": token and token.strip(), "names": (host, *(allow_host or ()))}
+    name, classes = directory.path.resolve().name, len(directory.read_task().class_names)
+    told = f"{name}, {classes:,} classes, at {where} (Ctrl-C stops)"
+    # The host by its own port: other servers there are others.
+    who["names"] += [f"{f'[{host}]' if ':' in host else host}:{port}"]
+    if workers > 1:
+        from dapt.serve.workers import Work, serve
+
+        serve(Work(run, device, nearest, limits, who), workers, listening, lambda: say(told))
+        return
+    served = load_served(directory, device=device, nearest=nearest, reporter=RichReporter())
     made = server.make_server(served, listening, limits, **who, ready=lambda: say(told))
     made.run(sockets=[listening])
+
+
+def _who(token: str | None, hosts: list[str], origins: list[str], below: str) -> dict[str, Any]:
+    """Who may use a server, as `make_server` takes it."""
+    from dapt.serve.server import BELOW, is_origin
+
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+        raise UserError("--token must be printable ASCII, such as 'openssl rand -hex 16' makes")
+    below = f"/{below.strip('/')}" if below.strip("/") else ""
+    if below and not BELOW.fullmatch(below):
+        raise UserError(f"--root-path {below} is no plain path; give one such as /photos")
+    pages = [one.lower().rstrip("/") for one in origins]
+    if odd := next((one for one in pages if not is_origin(one)), None):
+        raise UserError(f"--allow-origin {odd} is none; give one such as https://photos.example")
+    if odd := next((one for one in hosts if not is_origin(f"http://{one}")), None):
+        raise UserError(f"--allow-host {odd} is no name; give one such as photos.example")
+    return {"token": token and token.strip(), "names": hosts, "origins": pages, "root_path": below}
 
 
 @command("import")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import timm
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from dapt.errors import UserError, refusing
 
+# Every letter in both cases, digits and signs: what cleans texts shows in it too.
+_PROBE = (
+    "A Photo of the Quick-Brown FOX, jumping over 12,345 lazy_dogs & 67.890 Vexed Wizards' boxes!"
+)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +44,9 @@ class Backbone(nn.Module):
     Attributes:
         visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D).
         tokenizer: open_clip's, list of strings -> (C, L) ids.
-        name: what it was loaded as; ``fingerprint`` is the SHA-256 of its weights.
+        name: what it was loaded as; ``revision`` the commit of its hub repository, if it has one.
+        weights_sha256: of its weights; ``fingerprint`` of all that decides what it makes of images
+            and texts: weights, layout, preprocessing and vocabulary.
         dtype: precision of weights and of compute.
         start_tokens: what the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for
             SigLIP; ``pad_token`` is what it fills a row up with, ``end_token`` may be the same.
@@ -60,11 +67,14 @@ class Backbone(nn.Module):
         name: str,
         device: torch.device,
         precision: str,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         self.name, self.tokenizer, self.preprocessing = name, tokenizer, preprocessing
         self.precision, self.dtype = precision, PRECISIONS[precision]
-        self.fingerprint = _digest(model.state_dict())
+        self.revision, self.weights_sha256 = revision, _digest(model.state_dict())
+        seen = (self.weights_sha256, _layout(model), asdict(preprocessing), _vocabulary(tokenizer))
+        self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
         self.visual, self.text = model.visual, model.text
         # A plain number: nothing learns it, and fp32 arithmetic on it is wanted everywhere.
         self.logit_scale = float(cast(Tensor, model.logit_scale).detach().float().exp())
@@ -207,6 +217,32 @@ def _digest(state: Mapping[str, Tensor]) -> str:
         sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _layout(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What weights do not tell of a model: activations, numbers of heads, what is added to norms.
+
+    Names of other modules are left out: they change with the libraries' versions.
+    """
+    facts = (
+        (
+            name if "gelu" in (name := type(module).__name__).lower() else "",
+            *(getattr(module, key, None) for key in ("num_heads", "eps", "pool_type")),
+        )
+        for module in model.modules()
+    )
+    plain = (tuple(v if isinstance(v, int | float | str) else "" for v in f) for f in facts)
+    return [found for found in plain if any(found)]
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """SHA-256 over a tokenizer's words with their ids, its merges, and what it makes of a text."""
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    words = inner.get_vocab() if hasattr(inner, "get_vocab") else getattr(tokenizer, "encoder", {})
+    merges = [" ".join(pair) for pair in getattr(tokenizer, "bpe_ranks", {})]
+    ids = tokenizer([_PROBE], context_length=64).tolist()
+    known = json.dumps([sorted(words.items()), merges, ids])
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _fold_quick_gelu(mlp: Any) -> None:

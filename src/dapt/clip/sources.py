@@ -5,6 +5,7 @@ Nothing that comes with it is executed.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -21,11 +22,15 @@ from torch import nn
 
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.errors import UserError, nearest, refusing
-from dapt.progress import quietly
+from dapt.progress import errors, quietly, say
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+_HUB_CONFIG = ("open_clip_config.json",)
+_HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_REVISION, _COMMIT = re.compile(r"[\w-][\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}")
 # OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
 _HEAD_WIDTH, _WIDEST = 64, 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
@@ -47,6 +52,7 @@ def load_backbone(
     *,
     device: str = "auto",
     precision: str = "fp32",
+    revision: str | None = None,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -54,7 +60,8 @@ def load_backbone(
         name: one of
             ``"bundled"``, the small CLIP in this package;
             an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
-            a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``);
+            a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
+            or of one, ``"org/repo@commit"``;
             a directory with ``open_clip_config.json`` and weights;
             a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
             whose architecture is read from the shapes.
@@ -62,16 +69,22 @@ def load_backbone(
             weights, always the same; by default OpenAI's weights where the model has them.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         precision: ``"fp32"``, ``"bf16"`` (fp16 on a GPU without it) or ``"fp16"``.
+        revision: commit of a hub id that names none.
 
-    What of these is unknown, and weights that are unreadable or do not fit, are a `UserError`.
+    What is not here yet is named on standard error before it is fetched. What of these is unknown,
+    and weights that are unreadable or do not fit, are a `UserError`.
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
     place = choose_device(device)
     precision = usable_precision(precision, place)
-    model, tokenizer, preprocess = load_model(name, pretrained)
+    hub = pretrained is None and _is_hub_id(name)
+    source = _from_hub(name, revision) if hub else Path(name)
+    model, tokenizer, preprocess = load_model(str(source) if hub else name, pretrained)
+    commit = source.name if hub and source.parent.name == "snapshots" else None
+    how: dict[str, Any] = {"device": place, "precision": precision, "revision": commit}
     label = name if pretrained is None else f"{name}/{pretrained}"
-    return Backbone(model, tokenizer, preprocess, name=label, device=place, precision=precision)
+    return Backbone(model, tokenizer, preprocess, name=label, **how)
 
 
 def load_model(name: str, pretrained: str | None) -> Loaded:
@@ -84,11 +97,17 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
         path = Path(str(files("dapt") / "assets/backbone"))
     if path.is_dir():
         return _from_directory(path)
-    if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+    if path.is_file() or path.suffix in _WEIGHTS:
         return _from_file(path)
-    if name.startswith("hf-hub:") or "/" in name:
-        return _from_hub(name.removeprefix("hf-hub:"))
+    if _is_hub_id(name):
+        return _from_directory(_from_hub(name))
     return _from_open_clip(name, pretrained)
+
+
+def _is_hub_id(name: str) -> bool:
+    path = user_path(name)
+    local = path.exists() or path.suffix in _WEIGHTS
+    return not local and (name.startswith("hf-hub:") or "/" in name)
 
 
 def taken_for_granted(name: str) -> str | None:
@@ -125,15 +144,58 @@ def _from_directory(path: Path) -> Loaded:
     return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
 
 
-def _from_hub(repo: str) -> Loaded:
-    """What open_clip put on the hub is, fetched into the hub's cache, such a directory."""
+def _from_hub(name: str, revision: str | None = None) -> Path:
+    """What open_clip put on the hub is, fetched into the hub's cache, such a directory.
+
+    All of it is of one commit, that of ``revision`` or of the name itself, else the latest.
+    """
+    repo, _, own = name.removeprefix("hf-hub:").partition("@")
     what = f"'{repo}' is no local file and could not be fetched from the hub"
+    at = own or revision or None
+    if at is not None and not _REVISION.fullmatch(at):
+        raise UserError(f"backbone '{name}' asks for no commit, branch or tag of the hub; give one")
+    kinds = ["*.json", "*.txt", "*.model"]
     # The hub's client raises a wide family.
     with refusing(what, "check the name and the connection", Exception), quietly():
+        # Of a branch, there may be something new.
+        whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, _HUB_WEIGHTS))
+        if not (whole and at and _COMMIT.fullmatch(at)):
+            _tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
         # First what is small: configuration and vocabulary. The weights arrive beside them.
-        folder = snapshot_download(repo, allow_patterns=["*.json", "*.txt", "*.model"])
-        download_pretrained_from_hf(repo)
-    return _from_directory(Path(folder))
+        folder = Path(snapshot_download(repo, revision=at, allow_patterns=kinds))
+        commit = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
+        download_pretrained_from_hf(repo, **commit)
+    return folder
+
+
+def _cached(repo: str, *files: str, at: str | None = None) -> bool:
+    """Whether one of these files of a repository, at a commit, is in the hub's cache."""
+    found = (try_to_load_from_cache(repo, file, revision=at) for file in files)
+    return any(isinstance(place, str) for place in found)
+
+
+def _tell_of(what: str, where: str = "the Hugging Face hub") -> None:
+    """Name what is about to be fetched, as it may be a stranger's run that asks for it."""
+    say(f"dapt: fetching {what} from {where}", to=errors)
+
+
+def _tell_of_open_clip(name: str, pretrained: str) -> None:
+    """Name a tag's weights, where open_clip has not fetched them before."""
+    found = open_clip.get_pretrained_cfg(name, pretrained)
+    repo, _, file = str(found.get("hf_hub", "")).rpartition("/")
+    place = Path("~/.cache/clip").expanduser() / Path(found.get("url", "")).name
+    files = (file, str(Path(file).with_suffix(".safetensors"))) if file else _HUB_WEIGHTS
+    if not (_cached(repo, *files) if repo else place.is_file()):
+        where = f"'{repo}' of the Hugging Face hub" if repo else str(found.get("url"))
+        _tell_of(f"weights '{pretrained}' of '{name}'", where)
+
+
+def _tell_of_text(config: dict[str, Any], *keys: str) -> None:
+    """Name the repositories from which transformers has a text tower's form or its vocabulary."""
+    for key in keys:
+        repo = config["text_cfg"].get(key)
+        if repo and not _cached(repo, "config.json", "tokenizer_config.json"):
+            _tell_of(f"{'tokenizer' if 'tokenizer' in key else 'configuration'} '{repo}'")
 
 
 def _from_file(path: Path) -> Loaded:
@@ -193,6 +255,7 @@ def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomText
         if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
             raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
         state = convert_to_custom_text_state_dict(state)
+        _tell_of_text(config, "hf_model_name")
         with torch.device("meta"):
             laid_out = {k: v.to("meta") for k, v in state.items()}
             CustomTextCLIP(**config).load_state_dict(laid_out, assign=True)
@@ -250,6 +313,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         ways = "'bundled', an open_clip model name, a hub id org/repo, or a file of weights"
         raise UserError(f"{what}; use {ways}")
     tags = open_clip.list_pretrained_tags_by_model(name)
+    _tell_of_text(config, "hf_model_name", "hf_tokenizer_name")
     ways = f"one of {', '.join(tags) or 'none'}, a weights file, or 'random'"
     if pretrained is None and "openai" not in tags:
         raise UserError(f"backbone '{name}' needs pretrained weights: {ways}")
@@ -266,6 +330,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         hint = "check the connection, or download them and pass the file"
         with refusing(what, hint, RuntimeError):
             given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
+            _tell_of_open_clip(name, pretrained)
             model = open_clip.create_model(name, **given)
     elif file.is_file():
         # OpenAI's own have theirs, whatever the name's config says.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Item,
         SupportSet,
         Task,
+        content_digest,
         draw_support_set,
         images_in_both,
         load_support_set,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "folders": ("images_below",),
     "images": ("Allowance", "ImageStore", "sampled_grey", "spread"),
-    "items": ("Item", "SupportSet", "Task", "draw_support_set", "images_in_both",
+    "items": ("Item", "SupportSet", "Task", "content_digest", "draw_support_set", "images_in_both",
               "load_support_set", "subset_classes", "support_digest"),
     "pictures": ("BadImage", "TooManyPixels", "decode_image", "has_image_name", "open_image"),
     "tasks": ("BENCHMARKS", "bundled_domains", "open_task", "read_split",

@@ -349,6 +349,16 @@ def support_digest(task: Task, support: SupportSet) -> str | None:
     return whole.hexdigest()
 
 
+def content_digest(task: Task, support: SupportSet) -> str:
+    """SHA-256 over the contents of all its images, in order, as of `support_digest`.
+
+    One that cannot be read counts as such: it would change a result if it came to be readable.
+    """
+    listed = (*support.train, *support.val)
+    images = (_digest(task.source(item), task.grey) or bytes(32) for item in listed)
+    return hashlib.sha256(b"".join(images)).hexdigest()
+
+
 def _digest(source: Any, grey: Scale | None = None) -> bytes | None:
     """SHA-256 of a file's content or a picture's pixels; None where it cannot be read."""
     with suppress(OSError, UserError):

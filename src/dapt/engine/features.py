@@ -27,10 +27,15 @@ from dapt.settings import Settings
 _NAMED = 5
 
 
-def backbone_of(settings: Settings, *, device: str | None = None) -> Backbone:
-    """Load the backbone that settings name, on another device than theirs if one is given."""
-    place = {"device": device or settings.device, "precision": settings.precision}
-    return load_backbone(settings.backbone, settings.pretrained, **place)
+def backbone_of(
+    settings: Settings, *, device: str | None = None, revision: str | None = None
+) -> Backbone:
+    """Load the backbone that settings name, on another device than theirs if one is given.
+
+    Of a hub's repository the commit ``revision``, which a run was tuned on, in place of the latest.
+    """
+    how: dict[str, Any] = {"device": device or settings.device, "precision": settings.precision}
+    return load_backbone(settings.backbone, settings.pretrained, revision=revision, **how)
 
 
 def chunks(count: int, size: int) -> list[list[int]]:

@@ -27,6 +27,7 @@ from dapt.errors import UserError, reason_of
 from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, backbone_key, task_key
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
+from dapt.run.load import same_images
 from dapt.run.records import EvaluationRecord, Metrics
 from dapt.run.train import evaluate_run, recorded, train
 from dapt.settings import Settings
@@ -55,13 +56,16 @@ class Session:
             torch.set_num_threads(threads)
             threadpool_limits(threads)
 
-    def shared(self, settings: Settings) -> Shared:
-        """The settings' backbone and what runs with it have in common; one is kept at a time."""
-        key = backbone_key(settings)
-        if key not in self.backbones:
+    def shared(self, settings: Settings, revision: str | None = None) -> Shared:
+        """The settings' backbone and what runs with it have in common; one is kept at a time.
+
+        Of a hub's repository it is the commit ``revision``, if a run was begun with one.
+        """
+        kept = self.backbones.get(key := backbone_key(settings))
+        if kept is None or revision not in (None, kept.backbone.revision):
             self.backbones.clear()  # there may be no room for two
-            self.backbones[key] = Shared(backbone_of(settings))
-        return self.backbones[key]
+            kept = self.backbones[key] = Shared(backbone_of(settings, revision=revision))
+        return kept
 
     def task(self, settings: Settings, *, evaluate: bool = False) -> Task:
         """The settings' task, as `task_of` opens it."""
@@ -106,11 +110,11 @@ class Session:
                 return FAILED, directory.read_failure() or ""
             if state == DONE:
                 return DONE, summary(run)
-            task, shared = self.task(settings), self.shared(settings)
-            if state == NEW and (twin := run.twin()) is not None:
+            task, shared = self.task(settings), self.shared(settings, directory.revision())
+            data = Data(task, support_of(settings, task))
+            if state == NEW and (twin := run.twin()) is not None and same_images(twin, data):
                 directory.copy_from(twin)
             else:
-                data = Data(task, support_of(settings, task))
                 train(settings, run.path, resume=True, shared=shared, data=data, reporter=told)
             how: dict[str, Any] = {"shared": shared, "open_task": self.task, "reporter": told}
             with directory.locked():

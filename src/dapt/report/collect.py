@@ -147,7 +147,7 @@ def collect(paths: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str
     warnings: list[str] = []
     for folder in dict.fromkeys(f for path in given for f in _run_folders(path)):
         try:
-            files = RunDirectory(folder)
+            (files := RunDirectory(folder)).tidy()
             if (error := files.read_failure()) is not None:
                 failures[folder] = clean(error, 400)
             if error is None or files.exists:  # or else it failed before it began

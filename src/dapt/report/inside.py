@@ -229,10 +229,11 @@ class _Look:
         self.entry = study.entry(run.method)
         self.directory = RunDirectory(run.path)
         self.settings = s = self.directory.read_settings()
-        which = (s.backbone, s.pretrained, s.device, s.precision)
+        at = self.directory.revision()
+        which = (s.backbone, s.pretrained, s.device, s.precision, at)
         if which not in backbones:
             try:
-                backbones[which] = Shared(backbone_of(s))
+                backbones[which] = Shared(backbone_of(s, revision=at))
             except UserError as error:
                 backbones[which] = error
         if isinstance(shared := backbones[which], UserError):

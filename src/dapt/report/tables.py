@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from scipy.stats import t as student
 
-from dapt.errors import UserError
+from dapt.errors import UserError, spreadsheet_cell
 from dapt.safe.files import open_regular
 
 PAGE = Path(__file__).parent / "page"  # templates and data
@@ -228,7 +228,7 @@ def shown(value: object) -> str:
 
 def _csv(text: str) -> str:
     """A field of text that no spreadsheet takes for a formula."""
-    text = f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    text = spreadsheet_cell(text)
     return '"' + text.replace('"', '""') + '"' if re.search('[,"\r\n]', text) else text
 
 

@@ -7,9 +7,10 @@ form of each.
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
-from dapt.data import SupportSet, Task
+from dapt.data import SupportSet, Task, content_digest
 from dapt.errors import UserError, refusing
 from dapt.run import records
 from dapt.run.records import as_file, read_object, read_record
-from dapt.safe.files import read_json, user_path, write_atomic, write_json
+from dapt.safe.files import (
+    TEMPORARY,
+    delete_abandoned,
+    open_regular,
+    read_json,
+    user_path,
+    write_atomic,
+    write_json,
+)
 from dapt.safe.weights import check_safetensors
 from dapt.settings import Settings, make_settings
 
@@ -35,6 +44,11 @@ _LARGEST = 2**28
 # How version 0.1 called what a checkpoint holds, and how it is called now.
 _OLD_NAME = re.compile(r"\A(?:prompt\.|(momentum\.))(text|visual)\Z")
 _NEW_NAME = r"\1\2_prompt"
+# By this a lock is known for one of ours; other programs have files of that name too. Those of
+# version 0.1 are empty.
+_OURS = b"dapt\n"
+# What the system says of a lock that is something else, or somebody else's.
+_NO_LOCK = {errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV}
 
 
 class InUse(UserError):
@@ -76,24 +90,56 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, patience: float = 0) -> Iterator[None]:
-        """Hold the directory for this process; `InUse` if another does for ``patience`` seconds."""
+        """Hold the directory for this process; `InUse` if another does for ``patience`` seconds.
+
+        Who holds it is the only one to write there, so what killed processes left of writing goes.
+        """
         what, hint = f"run directory {self.path} cannot be made", "choose another with --output"
         with refusing(what, hint, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
+        before, way = (
+            self._lock_content(),
+            "use another directory, or delete it if nothing needs it",
+        )
+        if before not in (None, b"", _OURS):
+            raise UserError(f"{self._lock} is not of dapt and may be another program's; {way}")
         try:
             held = FileLock(self._lock).acquire(timeout=patience)
         except Timeout as error:
             hint = "wait for it, or use another directory"
             raise InUse(f"{self.path} is in use by another process; {hint}") from error
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EISDIR):
+            if error.errno not in _NO_LOCK or not os.path.lexists(self._lock):
                 raise
-            # A link, which is not followed, or a folder.
-            raise UserError(
-                f"{self._lock} cannot be locked ({error.strerror}); delete it"
-            ) from error
+            # A link, which is not followed, a folder, or somebody else's file.
+            raise UserError(f"{self._lock} cannot be locked ({error.strerror}); {way}") from error
         with held:
+            if before != b"":  # an empty one may be anybody's, as long as no run is begun here
+                self._mark()
+            for file in (*self._records(), *self._results(), Path("eval-")):
+                delete_abandoned(self.path, f".{file.name}", seconds=-inf)
             yield
+
+    def tidy(self) -> None:
+        """Delete what killed processes left of writing, unless one may be at work here."""
+        if any(self.path.glob(f".*{TEMPORARY}")):
+            with suppress(UserError, OSError), self.locked():
+                pass
+
+    def _lock_content(self) -> bytes | None:
+        """The first bytes of the lock; None where there is none, or it is no file of its own."""
+        with suppress(OSError):
+            if not self._lock.is_symlink():
+                with open_regular(self._lock) as file:
+                    return file.read(len(_OURS) + 1)
+        return None
+
+    def _mark(self) -> None:
+        """Say in the lock that this folder is ours."""
+        # Not in what is no ordinary file. Where a lock may not be written to, its name has to do.
+        if self._lock_content() is not None:
+            with suppress(OSError):
+                self._lock.write_bytes(_OURS)
 
     def require(self, *, finished: bool = True) -> None:
         """Raise `UserError` unless a (finished) run is here."""
@@ -103,6 +149,7 @@ class RunDirectory:
         if finished and not self.prompts_file.is_file():
             way = f"'dapt train --output {self.path} --resume' continues it"
             raise UserError(f"the run in {self.path} is not finished; {way}")
+        self.tidy()
 
     def check_links(self, files: Iterable[Path]) -> None:
         """Refuse links, and files larger than a run's are, before they are copied or sent.
@@ -124,6 +171,7 @@ class RunDirectory:
         """
         # The settings go first and come last: while they are missing, no run is here. What makes
         # it a finished one comes after that.
+        self._mark()
         self.clear(searched=searched)
         last = [self.settings_file.name, self.metrics_file.name]
         try:
@@ -148,11 +196,16 @@ class RunDirectory:
 
     def require_own(self) -> None:
         """Raise `UserError` if files with a run's names are here, but no run was ever begun."""
-        # A run that was killed at any moment has left its lock, which comes first.
-        if self.exists or self._lock.exists():
+        # A run that was killed at any moment has left its lock, which comes first. Version 0.1 said
+        # nothing in its lock; it may have left why a run was given up before it began.
+        if self.exists or self._lock_content() == _OURS:
             return
+        ours = []
+        if self._lock_content() == b"":
+            with suppress(UserError):
+                ours = [self.failure_file] if self.read_failure() is not None else []
         for file in (*self._results(), *self._records()):
-            if file.exists() or file.is_symlink():
+            if file not in ours and (file.exists() or file.is_symlink()):
                 what = f"{file} is there, and {self.path} holds no run that it could be of"
                 raise UserError(f"{what}; choose another --output, or --overwrite to replace it")
 
@@ -172,16 +225,31 @@ class RunDirectory:
                     f"{file.name}; restore the data, or start anew with --overwrite"
                 )
         before, now = self.read_environment(), records.environment(backbone)
+        known = before.support_content_sha256
+        if known is not None and known != content_digest(task, support):
+            raise UserError(
+                f"cannot resume {self.path}: support images of '{task.name}' are not what "
+                "they were when it began; restore them, or start anew with --overwrite"
+            )
         self.add_to_environment(resumed=[*before.resumed, now])
         then, now = records.rounding(before.model_dump()), records.rounding(now)
         changed = [f"{n} was {then[n]}, is {now[n]}" for n in then if then[n] != now[n]]
         return "; ".join(changed) or None
 
+    def revision(self) -> str | None:
+        """The commit of a hub's repository that the run was begun with, if one is recorded."""
+        return self.read_environment().backbone_revision if self.exists else None
+
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
-        if self.read_environment().backbone_sha256 != backbone.fingerprint:
-            what = f"the weights of backbone '{backbone.name}' are not those that {self.path} was"
-            raise UserError(f"{what} tuned on; its prompts only fit the original ones")
+        known, tuned = self.read_environment(), f"those that {self.path} was tuned on"
+        if known.backbone_sha256 != backbone.weights_sha256:
+            what = f"the weights of backbone '{backbone.name}' are not {tuned}"
+            raise UserError(f"{what}; its prompts only fit the original ones")
+        # What sees images and texts otherwise is another model; version 0.1 recorded weights alone.
+        if known.backbone_fingerprint not in (None, backbone.fingerprint):
+            what = f"preprocessing, vocabulary or layout of backbone '{backbone.name}' are not"
+            raise UserError(f"{what} {tuned}; restore its configuration and vocabulary")
 
     def copy_from(self, other: RunDirectory) -> None:
         """Take over a finished run of the same settings, without its evaluations elsewhere."""
@@ -201,9 +269,11 @@ class RunDirectory:
 
     def fail(self, error: str, details: str | None = None) -> None:
         """Record why the run was given up: a sentence, and a traceback where it was a surprise."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.touch()  # says that the folder is ours, where the run was not begun
-        write_json(self.failure_file, {"error": error, "traceback": details})
+        with ExitStack() as stack:
+            with suppress(UserError):
+                stack.enter_context(self.locked(patience=1))
+                self._mark()  # the folder is ours, where the run was not begun
+            write_json(self.failure_file, {"error": error, "traceback": details})
 
     def files(self) -> list[Path]:
         """Those that tell of the run and its result, without evaluations elsewhere."""

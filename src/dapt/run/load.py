@@ -10,6 +10,7 @@ import torch
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task, load_support_set, support_digest
 from dapt.engine.classifier import SIGMOIDS, Classifier, new_classifier
+from dapt.engine.data import Data
 from dapt.engine.features import backbone_of
 from dapt.engine.processes import keep_freed_memory
 from dapt.errors import UserError
@@ -36,7 +37,7 @@ def load_classifier(
     run.require()
     keep_freed_memory()
     settings, own = run.read_settings(), run.read_task()
-    backbone = backbone or backbone_of(settings, device=device)
+    backbone = backbone or backbone_of(settings, device=device, revision=run.revision())
     run.require_backbone(backbone)
     tensors, _ = run.read_tensors(run.prompts_file)
     where = str(run.prompts_file)
@@ -95,6 +96,12 @@ def classifier_of(
         head.load(fitted, len(names), seen.shape[1], where)
         head.to(backbone.device)
     return classifier.requires_grad_(False)
+
+
+def same_images(run: RunDirectory, data: Data) -> bool:
+    """Whether support images are still what a finished run was tuned on, as far as it recorded."""
+    recorded = run.read_metrics().support_sha256
+    return recorded in (None, support_digest(data.task, data.support))
 
 
 def known_support(run: RunDirectory, task: Task) -> SupportSet:

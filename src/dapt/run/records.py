@@ -231,7 +231,10 @@ class TaskRecord(Record):
 class Environment(Record):
     """environment.json: what a run was made with; of the seconds, as far as it came."""
 
-    backbone_sha256: str | None = None
+    backbone_sha256: str | None = None  # of its weights
+    backbone_fingerprint: str | None = None  # of all of it
+    backbone_revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")  # of the hub's repository
+    support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
     resumed: list[dict[str, Any]] = []
@@ -337,7 +340,9 @@ def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "backbone": backbone.name,
-        "backbone_sha256": backbone.fingerprint,
+        "backbone_sha256": backbone.weights_sha256,
+        "backbone_fingerprint": backbone.fingerprint,
+        **({} if backbone.revision is None else {"backbone_revision": backbone.revision}),
         "command": sys.argv,
     }
 

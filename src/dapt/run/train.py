@@ -20,7 +20,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
-from dapt.data import Task, load_support_set, support_digest
+from dapt.data import Task, content_digest, load_support_set, support_digest
 from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overlap
 from dapt.engine.effort import Search, named, seconds_of, summary
 from dapt.engine.evaluate import dispersion, evaluate_task
@@ -76,7 +76,9 @@ def train(
         return run
     # Everything that can be wrong with the input is found before anything is written.
     data = data or open_data(settings)
-    shared = shared or Shared(backbone_of(settings, device=processes.device(settings.device)))
+    if shared is None:
+        how = {"device": processes.device(settings.device), "revision": pinned(run, resume)}
+        shared = Shared(backbone_of(settings, **how))
     with ExitStack() as stack:
         may = {"resume": resume, "overwrite": overwrite}
         journal = RunJournal(run=run, settings=settings, reporter=reporter, stack=stack, may=may)
@@ -87,6 +89,11 @@ def train(
         if processes.first:
             _finish(tuned, shared, journal)
     return run
+
+
+def pinned(run: RunDirectory, resume: bool) -> str | None:
+    """The commit of a hub's repository that a run is to go on with, if it is to."""
+    return run.revision() if resume else None
 
 
 class _Finished(Exception):
@@ -117,7 +124,8 @@ class RunJournal(Journal):
             raise _Finished
         self.search = searched(self.run, self.settings) if self.may["resume"] else None
         if not (self.run.exists and self.may["resume"]):
-            files = made_of(self.settings, data.task, data.support, backbone)
+            seen = {"support_content_sha256": content_digest(data.task, data.support)}
+            files = made_of(self.settings, data.task, data.support, backbone, **seen)
             self.run.begin(files, searched=self.search is not None)
         elif (changed := self.run.resume(data.task, data.support, backbone)) is not None:
             self.reporter.warn(f"{changed}: the last bits of the result may be others for it")
@@ -260,6 +268,7 @@ def check_output(
         raise UserError("--resume continues a run and --overwrite discards it; give one of them")
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--output {run.path} is a file; give a directory")
+    run.tidy()
     if overwrite:
         return
     if not run.exists:

@@ -23,7 +23,7 @@ from dapt.errors import UserError, reason_of, shown
 LARGEST_TEXT = 2**28  # listings, settings, records: none that anybody wrote comes near
 LARGEST_YAML = 2**20  # written by hand, and read slowly
 TEMPORARY = ".dapt-part"  # ends the names of what is not whole yet
-_ABANDONED = 24 * 3600  # seconds after which nobody is at work on it
+_ABANDONED = 24 * 3600.0  # seconds after which nobody is at work on it
 
 
 def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
@@ -95,12 +95,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.close(handle)
 
 
-def delete_abandoned(folder: Path, prefix: str) -> None:
+def delete_abandoned(folder: Path, prefix: str, seconds: float = _ABANDONED) -> None:
     """Delete what killed processes left of writing; what is young may be another's at work."""
     # Of a folder that may be written to but not listed, nothing is found.
     for place in folder.glob(f"{glob.escape(prefix)}*{TEMPORARY}"):
         with suppress(OSError):
-            if time.time() - place.stat().st_mtime > _ABANDONED:
+            if time.time() - place.stat().st_mtime >= seconds:
                 (shutil.rmtree if place.is_dir() else os.unlink)(place)
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,11 @@ import anyio
 import numpy as np
 import yaml
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, exposition
 from python_multipart.exceptions import FormParserError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -27,6 +28,7 @@ from dapt import __version__
 from dapt.data import TooManyPixels
 from dapt.errors import UserError, printable
 from dapt.predict import best, named
+from dapt.serve import bodies
 from dapt.serve.decoders import Decoders
 from dapt.serve.served import Answer, Served
 
@@ -51,14 +53,25 @@ class Limits:
     decode: float = 10.0  # seconds of computing that an image may take to decode
 
 
+def _kind(request: Request) -> str:
+    """The media type of a body that holds images; an `HTTPException` (415) of others."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (_MULTIPART, bodies.JSON) and not bodies.is_whole(kind):
+        said = f"send images as {_MULTIPART}, in fields named '{_FIELD}'; one image as it is, "
+        raise HTTPException(415, f"{said}with a type such as image/jpeg; or base64 in JSON")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise HTTPException(415, "send the body as it is, without a Content-Encoding")
+    return kind
+
+
 @asynccontextmanager
 async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[UploadFile]]:
-    """The image files of a multipart request, in order; parts over 1 MB wait on disk.
+    """The image files of a request, in order; what is over 1 MB waits on disk.
 
-    Bytes are counted as they arrive. An `HTTPException` (400, 408, 413, 415) has a sentence.
+    They come as multipart, in JSON, or one as it is. Bytes are counted as they arrive. An
+    `HTTPException` (400, 408, 413, 415) has a sentence.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _MULTIPART:
-        raise HTTPException(415, f"send images as {_MULTIPART}, in fields named '{_FIELD}'")
+    kind = _kind(request)
     said = f"a request may hold {limits.upload:,} bytes; send smaller images, or fewer at a time"
     too_large = HTTPException(413, said)
     length, seen = request.headers.get("content-length", ""), 0
@@ -75,9 +88,14 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
 
     # Other fields are not kept, so a few are no harm; what they hold is bounded too.
     most = {"max_files": limits.images, "max_fields": 16, "max_part_size": 2**16}
+    inner, whole, form = Request(request.scope, receive), bodies.on_disk(), FormData()
     try:
         with anyio.fail_after(limits.timeout):
-            form = await Request(request.scope, receive).form(**most)
+            if kind == _MULTIPART:
+                form = await inner.form(**most)
+            else:
+                async for piece in inner.stream():
+                    whole.write(piece)
     except TimeoutError:
         said = f"the request did not arrive within {limits.timeout:g} s; send less at a time"
         raise HTTPException(408, said) from None
@@ -91,8 +109,12 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
             said = f"a request may hold {limits.images} images; send the others in another"
             raise HTTPException(413, said) from error
         raise HTTPException(400, f"the form cannot be read: {printable(said)}") from error
+    whole.seek(0)
+    files = [UploadFile(whole)] if bodies.is_whole(kind) else []
     try:
-        files = []
+        if kind == bodies.JSON:
+            sent = partial(bodies.images_in_json, whole, limits.images)
+            files += await anyio.to_thread.run_sync(sent, limiter=request.app.state.few)
         for name, value in form.multi_items():
             if name != _FIELD or not isinstance(value, UploadFile):
                 said = f"field '{printable(name[:40])}' is no image"
@@ -102,6 +124,8 @@ async def uploaded(request: Request, limits: Limits) -> AsyncIterator[list[Uploa
             raise HTTPException(400, f"no images given; send files in fields named '{_FIELD}'")
         yield files
     finally:
+        for opened in (*files, UploadFile(whole)):
+            await opened.close()
         await form.close()
 
 
@@ -117,8 +141,8 @@ class Batcher:
         # Views, each with what says which batch it is in, at which place, once that has begun.
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
         about = "Images admitted that wait for an answer."
-        gauge = Gauge("dapt_queue_images", about, registry=registry)
-        gauge.set_function(lambda: self._admitted)
+        how: dict[str, Any] = {"registry": registry, "multiprocess_mode": "livesum"}
+        self._gauge = Gauge("dapt_queue_images", about, **how)
         about, sizes = "Images the model took at a time.", [2**i for i in range(8)]
         self._sizes = Histogram("dapt_batch_images", about, buckets=sizes, registry=registry)
 
@@ -128,10 +152,12 @@ class Batcher:
         if self._admitted + count > self._limits.queue:
             raise HTTPException(429, "too many images are waiting; try again", _AGAIN)
         self._admitted += count
+        self._gauge.set(self._admitted)
         try:
             yield
         finally:
             self._admitted -= count
+            self._gauge.set(self._admitted)
 
     async def answer(self, view: np.ndarray) -> Answer:
         """What the model makes of a view; to cancel this spares the work if that has not begun."""
@@ -157,6 +183,14 @@ class Batcher:
                     for place, (_, begun) in enumerate(wanted):
                         begun.set_result((batch, place))
                     await asyncio.wait([batch])
+
+
+def _page(name: str, request: Request) -> Response:
+    """A page, whose links are relative; where its path is known, to that."""
+    if not (below := request.scope["root_path"]):
+        return FileResponse(_STATIC / name)
+    text = (_STATIC / name).read_text("utf-8")
+    return HTMLResponse(text.replace("<head>", f'<head>\n<base href="{below}/">', 1))
 
 
 def create_app(
@@ -187,12 +221,17 @@ def create_app(
     about = f"Classifies images into the {len(served.class_names):,} classes of the run"
     info = {"title": "dapt", "version": __version__, "description": f"{about} '{served.name}'."}
     described = {"info": info, **yaml.safe_load(_STATIC.with_name("api.yaml").read_text("utf-8"))}
-    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan)
+    how: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(**how, lifespan=lifespan)
     app.state.decoders = decoders
+    # Bodies of JSON that are taken apart at a time: each stands in memory, and again decoded.
+    app.state.few = anyio.CapacityLimiter(2)
     app.openapi = lambda: described  # type: ignore[method-assign]
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
-    async def entry(file: UploadFile, place: int, top: int, near: int, alone: bool) -> _Json:
+    async def entry(
+        file: UploadFile, place: int, top: int, near: int, alone: bool, below: str
+    ) -> _Json:
         name = "".join(c for c in (file.filename or "")[:200] if c.isprintable()) or str(place)
         loop = asyncio.get_running_loop()
         try:
@@ -208,7 +247,9 @@ def create_app(
         (classes,) = named(probabilities[None], served.class_names, served.thresholds, top)
         (places,) = best(cosines[None], range(len(cosines)), near)
         ranked = [{"class": name, "probability": p} for name, p in classes]
-        nearest = [{"image": f"/support/{i}", "class": names[i], "cosine": c} for i, c in places]
+        nearest = [
+            {"image": f"{below}/support/{i}", "class": names[i], "cosine": c} for i, c in places
+        ]
         return {"file": name, "classes": ranked} | ({"nearest": nearest} if nearest else {})
 
     @app.post("/predict")
@@ -223,8 +264,8 @@ def create_app(
         try:
             async with uploaded(request, limits) as files:
                 with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
-                    alone = len(files) == 1
-                    work = (entry(f, i, top, nearest, alone) for i, f in enumerate(files, 1))
+                    how = (top, nearest, len(files) == 1, request.scope["root_path"])
+                    work = (entry(f, i, *how) for i, f in enumerate(files, 1))
                     return {"predictions": await asyncio.gather(*work)}
         except TimeoutError:
             said = f"no answer within {limits.timeout:g} s; try again"
@@ -258,8 +299,19 @@ def create_app(
         return Response(latest, media_type=exposition.CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return _page("page.html", request)
+
     @app.get("/docs", include_in_schema=False)
-    async def page(request: Request) -> FileResponse:
-        return FileResponse(_STATIC / ("docs.html" if request.url.path == "/docs" else "page.html"))
+    async def docs(request: Request) -> Response:
+        return _page("docs.html", request)
+
+    # To what is meant, by a name that is right below any path that a proxy may have taken off.
+    @app.api_route("/{name}/", methods=["GET", "POST"], include_in_schema=False)
+    async def slash(name: str, request: Request) -> Response:
+        if f"/{name}" not in {"/docs", app.openapi_url, *described["paths"]}:
+            raise HTTPException(404)
+        query = f"?{request.url.query}" if request.url.query else ""
+        return Response(status_code=307, headers={"location": f"../{name}{query}"})
 
     return app

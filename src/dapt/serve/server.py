@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import logging
+import os
 import re
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import struct
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import python_multipart  # noqa: F401  (forms need it, which would only show at the first one)
 import uvicorn
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,8 +33,12 @@ from dapt.serve.app import Limits, create_app
 from dapt.serve.decoders import Decoders
 from dapt.serve.served import Served
 
+SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client looks for a folder
 # Seconds in which a client that has connected, or has had its answer, must send a whole header.
 _HEADER_SECONDS = 10.0
+# Bytes a second in which a client must take an answer that does not fit the buffers.
+_SLOWEST = 10_000
+_MOST_AHEAD = 16  # requests that a client may send before it has the first one's answer
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -64,19 +74,25 @@ def make_server(
     *,
     token: str | None = None,
     names: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    root_path: str = "",
     ready: Callable[[], None] = lambda: None,
 ) -> uvicorn.Server:
     """A server that answers until SIGINT or SIGTERM, then finishes what was accepted.
 
-    The socket is `open_socket`'s; the server's ``run`` wants it, too. Token and names are as for
-    `Gate`, and ``ready`` is called once it answers.
+    The socket is `open_socket`'s; the server's ``run`` wants it, too. Token, names, origins and
+    root path are as for `Gate`, and ``ready`` is called once it answers.
     """
-    registry = CollectorRegistry()  # of one server: a process may hold several
+    registry = _Registry()  # of one server: a process may hold several
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
+    gate: ASGIApp = Gate(app, registry, address, token, *names, origins=origins, below=root_path)
+    if origins:
+        # Around it, so that their pages can read refusals, too.
+        gate = CORSMiddleware(gate, allow_origins=origins, **_CORS)
     config = uvicorn.Config(
-        Gate(app, registry, address, token, *names),
+        gate,
         loop="asyncio",
         http=_Protocol,
         ws="none",
@@ -89,7 +105,51 @@ def make_server(
         h11_max_incomplete_event_size=16 * 2**10,  # of a header
         timeout_graceful_shutdown=int(limits.timeout) + 5,
     )
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(_SPARING)
     return _Server(config, app.state.decoders)
+
+
+class _Registry(CollectorRegistry):
+    """Metrics of a server; of one of several workers, those of all."""
+
+    def collect(self) -> Iterator[Metric]:
+        """What is told of the process is left out where it would be of any."""
+        several = SHARED_METRICS in os.environ
+        yield from (
+            MultiProcessCollector(CollectorRegistry()).collect() if several else (super().collect())
+        )
+
+
+class _Sparing(logging.Filter):
+    """Of lines that clients can cause without end, lets the 1st, 2nd, 4th, 8th, … through.
+
+    Those of errors are told apart by their kind and place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: Counts[tuple[Any, ...]] = Counts()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is one of those."""
+        place = record.exc_info[2] if record.exc_info else None
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        kind = record.exc_info[0] if record.exc_info else None
+        key = (record.name, record.msg, kind, place and (place.tb_frame.f_code, place.tb_lineno))
+        self._seen[key] += 1
+        if (count := self._seen[key]) > 1:
+            record.msg = f"{record.msg} ({count:,} times by now)"
+        return count & (count - 1) == 0
+
+
+_SPARING = _Sparing()
+# What pages of origins that may ask can do.
+_CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"], "allow_headers": ["Authorization", "Content-Type"],
+    "expose_headers": ["Retry-After"], "allow_private_network": True,
+}  # fmt: skip
 
 
 class _Server(uvicorn.Server):
@@ -113,8 +173,12 @@ class _Protocol(H11Protocol):
     """HTTP with an end to connections on which nothing comes of waiting.
 
     A request that has begun has the application's timeout. Before and after one, a client has some
-    seconds to send a header, or the rest of a body that was refused.
+    seconds to send a header, or the rest of a body that was refused, and to take what is sent to
+    it. One that asks on and on before it has its answers is to ask again.
     """
+
+    _untaken: asyncio.TimerHandle | None = None
+    _ahead = 0  # requests that have come before the last one's answer, in a row
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -125,10 +189,39 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         answered = self.cycle
         super().on_response_complete()
+        self._ahead = 0 if self.cycle is answered else self._ahead + 1
+        if self._ahead == _MOST_AHEAD:
+            self.headers.append((b"connection", b"close"))  # as if the next one had said so
         self.loop.call_later(_HEADER_SECONDS, self._end, answered)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()  # more is waiting than there is room for
+        room = _HEADER_SECONDS + self.transport.get_write_buffer_size() / _SLOWEST
+        self._untaken = self.loop.call_later(room, self._reset)
+
+    def _reset(self) -> None:
+        """End a connection at once, in the system's buffers too."""
+        if (opened := self.transport.get_extra_info("socket")) is not None:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._taken()
+        self.loop.call_later(_HEADER_SECONDS, self._end, self.cycle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._taken()
+
+    def _taken(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
+
     def _end(self, last: Any) -> None:
-        if self.cycle is last:  # no request has begun since
+        # No request has begun since; one that is being answered has its own time.
+        if self.cycle is last and (last is None or last.response_complete) and not self._untaken:
             self.transport.abort()
 
 
@@ -142,8 +235,9 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
     ),
+    "cross-origin-resource-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -157,8 +251,10 @@ class Gate:
     any IP address, "localhost" and this machine's name. A page elsewhere that has its own name lead
     here (DNS rebinding) would otherwise read what only this machine should; addresses and
     "localhost" it cannot have lead here. Nor may a browser ask on behalf of a page from elsewhere:
-    it could not read the answer, but have work done. A page that goes by an address is this
-    server's own only where the request does too, for there "localhost" may be another machine.
+    it could not read the answer, but have work done. A page is this server's own if scheme, host
+    and port are those that the request was sent to, or it is of ``names`` or ``origins``.
+
+    ``below`` is a path that a proxy does not take off; one that it does, it may tell.
     """
 
     def __init__(
@@ -168,12 +264,16 @@ class Gate:
         address: str,
         token: str | None,
         *names: str,
+        origins: Sequence[str] = (),
+        below: str = "",
     ) -> None:
-        self.app, self.token = app, token
+        self.app, self.token, self.below = app, token, below
         self.anywhere = not is_loopback(address)
-        own = {"localhost", "127.0.0.1", "[::1]", address, f"[{address}]"}
-        own = {socket.gethostname()} if self.anywhere else own
-        self.hosts = {name.lower() for name in (*own, *names) if name}
+        own = {socket.gethostname()} if self.anywhere else {"localhost", "127.0.0.1", "::1"}
+        found = [_authority(name, scheme) for name in names for scheme in _PORTS]
+        self.hosts = {n.lower() for n in (*own, address)} | {f[0] for f in found if f}
+        called = (f"{scheme}://{name}" for name in names for scheme in _PORTS)
+        self.origins = {_origin(one) for one in (*origins, *called)} - {None}
         about, labels = "Requests answered.", ("path", "status")
         self.requests = Counter("dapt_requests", about, labels, registry=registry)
         about = "Seconds from a request's headers to the end of its answer."
@@ -186,7 +286,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 500
+        status, headers, path = 500, Headers(scope=scope), scope["path"]
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -197,29 +297,34 @@ class Gate:
                 headers.setdefault("cache-control", "no-cache")
             await send(message)
 
-        path = scope["path"] if scope["path"] in _COUNTED else "other"
-        with self.seconds.labels(path).time():
+        if self.below and f"{path}/".startswith(f"{self.below}/"):
+            path = path.removeprefix(self.below) or "/"
+        told = headers.get("x-forwarded-prefix", "").rstrip("/")
+        below = self.below or (told if BELOW.fullmatch(told) else "")
+        # As ASGI has it. What answers HEAD is what answers GET; the server sends no body.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        asked = {**scope, "method": method, "root_path": below, "path": f"{below}{path}"}
+        counted = path if path in _COUNTED else "other"
+        with self.seconds.labels(counted).time():
             try:
-                await (self._refusal(scope) or self.app)(scope, receive, answer)
+                await (self._refusal(headers, path) or self.app)(asked, receive, answer)
             finally:
-                self.requests.labels(path, str(status)).inc()
+                self.requests.labels(counted, str(status)).inc()
 
-    def _refusal(self, scope: Scope) -> JSONResponse | None:
-        headers, path = Headers(scope=scope), scope["path"]
+    def _refusal(self, headers: Headers, path: str) -> JSONResponse | None:
         if self.token is None:
-            host = _host_name(headers.get("host", ""))
-            if not (host in self.hosts or (self.anywhere and _is_address(host))):
+            host = _authority(headers.get("host", ""), "http")
+            if not host or not (host[0] in self.hosts or (self.anywhere and _is_address(host[0]))):
                 said = "this server does not go by that name; start it with --allow-host NAME, or "
                 return JSONResponse({"detail": f"{said}with a token"}, 403)
-            origin = headers.get("origin")  # of browsers; "null" for a file or a sandboxed page
-            own = {host, *self.hosts}
-            if origin is not None and _host_name(origin.partition("://")[2]) not in own:
-                said = "this server answers to no page of another server"
+            given = {_origin(one) for one in headers.getlist("origin")}  # None for a file's page
+            if not given <= self.origins | _sent_to(headers):
+                said = "this server answers to no page of another server; --allow-origin lets one"
                 return JSONResponse({"detail": said}, 403)
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
         # Headers are latin-1 once they arrive; the time taken tells nothing of where they differ.
-        right = secrets.compare_digest(given.strip().encode("latin-1"), self.token.encode())
+        right = secrets.compare_digest(bearer.strip().encode("latin-1"), self.token.encode())
         if path in _OPEN or path.startswith("/static/") or (right and kind.lower() == "bearer"):
             return None
         said = "this server asks for a token; send it as 'Authorization: Bearer TOKEN'"
@@ -231,13 +336,48 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _host_name(host: str) -> str:
-    """Without the port."""
-    return re.sub(r":\d*$", "", host).lower()
+def is_origin(text: str) -> bool:
+    """Whether a text is scheme, host and, if need be, port of pages, as browsers send them."""
+    return _origin(text) is not None
+
+
+BELOW = re.compile(r"(?:/[\w~-][\w.~-]*)+", re.ASCII)  # a path below which a server may be
+_PORTS = {"http": 80, "https": 443}
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^][:/?#@\\,\s]+))(?::([0-9]{0,5}))?")
+
+
+def _authority(text: str, scheme: str) -> tuple[str, int] | None:
+    """Host, an IPv6 address without brackets, and port of HOST[:PORT]; None where it is none."""
+    if (found := _AUTHORITY.fullmatch(text.lower())) is None:
+        return None
+    six, host, port = found.groups()
+    try:
+        host = host or str(ipaddress.IPv6Address(six))
+    except ValueError:
+        return None
+    number = int(port or _PORTS[scheme])
+    return (host, number) if number < 2**16 else None
+
+
+def _origin(text: str) -> tuple[str, str, int] | None:
+    scheme, _, rest = text.partition("://")
+    where = _authority(rest, scheme) if scheme in _PORTS else None
+    return where and (scheme, *where)
+
+
+def _sent_to(headers: Headers) -> set[tuple[str, str, int] | None]:
+    """Origins that a request was sent to: its host's, or a proxy's that tells of itself.
+
+    A page from elsewhere cannot tell such things: a browser would ask first whether it may.
+    """
+    scheme = headers.get("x-forwarded-proto", "http").partition(",")[0].strip().lower()
+    scheme = scheme if scheme in _PORTS else "http"
+    hosts = (headers.get(name, "") for name in ("host", "x-forwarded-host"))
+    return {_origin(f"{scheme}://{host.partition(',')[0].strip()}") for host in hosts} - {None}
 
 
 def _is_address(name: str) -> bool:
     try:
-        return name == "localhost" or bool(ipaddress.ip_address(name.strip("[]")))
+        return name == "localhost" or bool(ipaddress.ip_address(name))
     except ValueError:
         return False

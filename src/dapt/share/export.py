@@ -171,7 +171,7 @@ def _export_graph(
     """The file's bytes, and what they were compared on."""
     # Whatever it was tuned at: a file that runs anywhere is fp32.
     settings = run.read_settings().model_copy(update={"precision": "fp32"})
-    backbone = backbone_of(settings, device="cpu")
+    backbone = backbone_of(settings, device="cpu", revision=run.revision())
     classifier = load_classifier(run, backbone=backbone)
     pixels, images = _views_to_compare(run, classifier)
     views = backbone.normalize(pixels)
@@ -247,7 +247,7 @@ def _facts(run: RunDirectory, classifier: Classifier, how: _How) -> dict[str, st
     made = {
         "dapt": __version__, "run": run.path.resolve().name, "method": settings.method,
         "dataset": task.dataset, "backbone": backbone_name(settings),
-        "backbone_sha256": backbone.fingerprint,
+        "backbone_sha256": backbone.weights_sha256,
         "int8": how.smaller == "int8", "fp16": how.smaller == "fp16",
     }  # fmt: skip
     seen = asdict(backbone.preprocessing)

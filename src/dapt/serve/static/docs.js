@@ -45,8 +45,10 @@ function shown(path, method, operation, schemas) {
     return [name, description, kind.join(", ")];
   });
   for (const [kind, { schema }] of Object.entries(operation.requestBody?.content || {})) {
+    if (!schema.properties) parameters.push(["body", schema.description, kind]);
     for (const [name, value] of Object.entries(schema.properties || {})) {
-      parameters.push([name, value.description, `files, in a body of ${kind}`]);
+      const files = kind.startsWith("multipart") ? "files" : "list";
+      parameters.push([name, value.description, `${files}, in a body of ${kind}`]);
     }
   }
   if (parameters.length) card.append(...table("Parameters", parameters));
@@ -60,10 +62,11 @@ function shown(path, method, operation, schemas) {
 
 async function describe() {
   try {
-    const found = await (await fetch("/openapi.json")).json();
+    const found = await (await fetch("./openapi.json")).json();
     $("title").textContent = `${found.info.title} ${found.info.version}`;
     $("description").textContent = found.info.description;
-    $("example").textContent = `curl -F images=@photo.jpg '${location.origin}/predict?top=3'`;
+    const place = new URL("./predict?top=3", document.baseURI);
+    $("example").textContent = `curl -F images=@photo.jpg '${place}'`;
     for (const [path, methods] of Object.entries(found.paths)) {
       for (const [method, operation] of Object.entries(methods)) {
         $("operations").append(shown(path, method, operation, found.components?.schemas || {}));

@@ -38,7 +38,7 @@ async function content(response) {
 async function describe() {
   let response;
   try {
-    response = await request("/classes");
+    response = await request("./classes");
   } catch {
     return problem("The server does not answer. Reload the page once it is back.");
   }
@@ -114,7 +114,7 @@ async function classified(file) {
     form.append("images", file, file.name || "photo");
     let response;
     try {
-      response = await request(`/predict?top=${TOP}&nearest=${NEAREST}`, { method: "POST", body: form });
+      response = await request(`./predict?top=${TOP}&nearest=${NEAREST}`, { method: "POST", body: form });
     } catch {
       throw new Error("The server does not answer.");
     }
@@ -144,7 +144,7 @@ function ranked(prediction) {
   for (const { image, class: name, cosine } of nearest) {
     const entry = element("li"), picture = element("img");
     picture.alt = "";
-    show(picture, image);
+    show(picture, image.replace(/^.*\/support\//, "./support/"));  // below wherever this page is
     entry.append(picture, element("span", name), element("span", cosine.toFixed(3), "number"));
     strip.append(entry);
   }
