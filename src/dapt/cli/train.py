@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,11 @@ from dapt.progress import Reporter, RichReporter, cell, console, duration, error
 from dapt.safe.files import read_json
 
 if TYPE_CHECKING:  # what only some commands need, they import
+    from dapt.engine.data import Data
+    from dapt.engine.features import Shared
     from dapt.grid import Grid, PlannedRun, Suite
     from dapt.run.directory import RunDirectory
+    from dapt.run.records import Test
     from dapt.settings import Settings
 
 # Test images up to which a run is compared with zero-shot: beyond, it takes long to do unasked.
@@ -68,73 +72,90 @@ def train(
     overwrite: common.OverwriteOption = False,
 ) -> None:
     """Make a classifier of a few labelled images, say what to expect of it, and evaluate it."""
-    from dapt.engine import data, evaluate, features, processes, search
-    from dapt.engine.effort import time_of
     from dapt.engine.fit import Interrupted
-    from dapt.methods import get_method
-    from dapt.run import train as training
     from dapt.run.directory import RunDirectory
-    from dapt.run.effort import choose_method
 
     with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
         if output is None:
             raise UserError("no run directory; add --output, such as --output runs/first")
-        run, reporter = RunDirectory(output), RichReporter()
-        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
+        run, how = RunDirectory(output), {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
         final = _settings(said, config, head, run, resume, every, effort)
-        unfinished = resume and run.search_file.is_file() and not run.exists
-        searches = unfinished or (effort is not None and time_of(effort) > 0)
-        if searches and tune_settings:
-            raise UserError("--effort and --tune-settings are two searches; give one of them")
-        group = processes.join_processes()
-        if group.first:
-            training.check_output(run, final, **how)
-        if tune_settings and not group.alone:
-            raise UserError("--tune-settings is done by one process; start it without torchrun")
-        if searches and not group.alone:
-            raise UserError("--effort is done by one process; start it without torchrun")
-        if tune_settings and not (resume and run.exists):
-            final = search.search_settings(final, reporter)
-        images = shared = None
-        if group.alone and not (resume and run.finished):
-            images, at = data.open_data(final), training.pinned(run, resume)
-            say(data.found_in(images, final))
-            shared = features.Shared(features.backbone_of(final, revision=at))
-        if searches and images and shared:
-            more: dict[str, Any] = {"data": images, "shared": shared, "reporter": reporter}
-            final = choose_method(final, effort, output, **more, **how)
-            how = {"resume": True, "overwrite": False}
-        training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
-        if not group.first:
-            return
-        tuned, learns = show_run(run).test, not get_method(final.method).still
-        if tuned and images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
-            found = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)
-            figure, called = ("accuracy", "") if tuned.map is None else ("map", "mAP ")
-            zero = found[figure]
-            say(f"zero-shot, which learns nothing: {called}{100 * zero:.1f} % on the same images")
-            if (own := getattr(tuned, figure)) < zero:
-                _say_what_else(final, 100 * (zero - own))
+        _train(final, run, how, effort, tune_settings)
 
 
-def _say_what_else(settings: Settings, points: float) -> None:
-    """What to do about a run that is so many points worse than no tuning."""
+def _train(
+    final: Settings, run: RunDirectory, how: dict[str, Any], effort: str | None, tune: bool
+) -> None:
+    """Look for better settings or a method, if asked to; tune, and tell what came of it."""
+    from dapt.engine import data, features, processes, search
+    from dapt.engine.effort import time_of
+    from dapt.run import train as training
+    from dapt.run.effort import choose_method
+
+    group, reporter, resume = processes.join_processes(), RichReporter(), how["resume"]
+    unfinished = resume and run.search_file.is_file() and not run.exists
+    searches = unfinished or (effort is not None and time_of(effort) > 0)
+    if searches and tune:
+        raise UserError("--effort and --tune-settings are two searches; give one of them")
+    if group.first:
+        training.check_output(run, final, **how)
+    if (searches or tune) and not group.alone:
+        asked = "--effort" if searches else "--tune-settings"
+        raise UserError(f"{asked} is done by one process; start it without torchrun")
+    if tune and not (resume and run.exists):
+        final = search.search_settings(final, reporter)
+    images = shared = None
+    if group.alone and not (resume and run.finished):
+        images, at = data.open_data(final), training.pinned(run, resume)
+        say(data.found_in(images, final))
+        shared = features.Shared(features.backbone_of(final, revision=at))
+    if searches and images and shared:
+        more: dict[str, Any] = {"data": images, "shared": shared, "reporter": reporter}
+        final = choose_method(final, effort, run.path, **more, **how)
+        how = {"resume": True, "overwrite": False}
+    training.train(final, run.path, data=images, shared=shared, reporter=reporter, **how)
+    if group.first:
+        tuned = show_run(run).test
+        if tuned and images and shared and len(images.task.test) <= COMPARED_IMAGES:
+            _compare(final, tuned, images, shared, reporter)
+
+
+def _compare(
+    final: Settings, tuned: Test, images: Data, shared: Shared, reporter: Reporter
+) -> None:
+    """Say how the untouched model does on the same images, and what to do if it does better."""
+    from dapt.engine.evaluate import evaluate_zero_shot
+    from dapt.methods import get_method
+
+    if get_method(final.method).still:
+        return
+    found = evaluate_zero_shot(images.task, final, reporter, shared)
+    figure, called = ("accuracy", "") if tuned.map is None else ("map", "mAP ")
+    zero, own = found[figure], getattr(tuned, figure)
+    say(f"zero-shot, which learns nothing: {called}{100 * zero:.1f} % on the same images")
+    if own < zero:
+        drawn = Counter(item.label for item in images.support.train)
+        _say_what_else(final, 100 * (zero - own), max(drawn.values(), default=0))
+
+
+def _say_what_else(settings: Settings, points: float, images: int) -> None:
+    """What to do about a run that is so many points worse than no tuning, of so many a class."""
     from dapt.methods import get_method
 
     if get_method(settings.method).learns and points > FAR_BELOW:
         say(
-            f"{settings.method} is {points:.1f} points below zero-shot with {settings.shots} "
+            f"{settings.method} is {points:.1f} points below zero-shot with {images} "
             "images a class; use --method auto instead, or give more images"
         )
         return
     # A search holds images out: it needs two in a class.
-    searches = get_method(settings.method).learns and settings.shots > 1
+    searches = get_method(settings.method).learns and images > 1
     ways = ["--tune-settings"] if searches else []
     ways += ["--method auto"] if settings.method != "auto" else []
     tried = f"try {' or '.join(ways)}, or " if ways else ""
     say(
-        f"tuning made it worse; give more images a class (it had {settings.shots}), "
+        f"tuning made it worse; give more images a class (it had {images}), "
         f"{tried}stay with --method zero-shot"
     )
 

@@ -192,7 +192,8 @@ def make_task(
     if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test and (fraction or not whole):
-        raise UserError(f"{where} names no test images; add some (one a class is not enough)")
+        way = "add some, or tune on every image (--all)" if parts[""] else "add some"
+        raise UserError(f"{where} names no test images (one a class is not enough); {way}")
     taught = {label for item in train for label in item.labels}
     for part in ("test", "val") if tuned else ():
         odd = ((item, k) for item in parts[part] for k in item.labels if k not in taught)

@@ -15,13 +15,12 @@ from torch import Tensor
 from dapt.engine.evaluate import calibration_error, logits_of
 from dapt.engine.features import labels_of
 from dapt.engine.fit import Tuned
+from dapt.engine.photos import SAME_TEXT
 from dapt.methods import get_method
 from dapt.methods.sigmoids import as_everywhere
 
 # Confused classes that are told, quantiles of probabilities that are kept, and resamples.
 _PAIRS, _QUANTILES, _RESAMPLES = 5, 200, 1000
-# Cosine of two class features beyond which the names mean the same to the model.
-_SAME = 0.97
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def _advice(
     if lacking := [name for c, name in enumerate(names) if not counts[c]]:
         return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
     for a, b, _ in pairs if text.shape[1] else ():
-        if float(text[a] @ text[b]) > _SAME:
+        if float(text[a] @ text[b]) >= SAME_TEXT:
             return (
                 f"The names '{names[a]}' and '{names[b]}' mean the same to the model: give clearer "
                 "ones with --class-names."

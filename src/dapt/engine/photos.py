@@ -38,7 +38,8 @@ _SHARPNESS, _RIDGE, _TEXT_HEAT, _COLD = 4.0, 0.3, 2.0, 4.0
 _LANDMARKS = 2000
 _DOUBT = 2.0  # times as likely as the label another class must be for an image to be told of
 _NEIGHBOURS, _FAR = 10, 2.5  # of outliers; in robust standard deviations below the median
-_SAME_TEXT, _SAME_IMAGES = 0.98, 0.3  # of classes: cosine; share of images nearer to the other
+SAME_TEXT = 0.98  # cosine of class features from which their names mean the same to the model
+_SAME_IMAGES = 0.3  # of two classes, share of images nearer to the other from which they are alike
 _RIVALS = 20  # classes nearer to an image than its own that are counted
 
 
@@ -403,7 +404,7 @@ def classes_alike(
     shares = {(a, b): crossings[a, b] / int(counts[a] + counts[b]) for a, b in crossings}
     pairs = {pair for pair, share in shares.items() if share >= _SAME_IMAGES}
     for start in range(0, len(text), _TILE):
-        close = (text[start : start + _TILE] @ text.T >= _SAME_TEXT).triu(1 + start)
+        close = (text[start : start + _TILE] @ text.T >= SAME_TEXT).triu(1 + start)
         pairs |= {(a + start, b) for a, b in close.nonzero().tolist()}
     found = [(a, b, float(text[a] @ text[b]), shares.get((a, b), 0.0)) for a, b in pairs]
     return sorted(found, key=lambda row: (-row[3], -row[2], row[:2]))
