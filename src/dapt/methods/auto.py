@@ -27,13 +27,20 @@ from dapt.methods.losses import class_counts
 from dapt.methods.prototypes import Prototypes
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
-PENALTIES = {0.1: (0.01, 0.03, 0.1), 0.5: (0.03, 0.1, 0.3), 1.0: (0.03, 0.1, 0.3, 1.0)}  # by width
+PENALTIES: dict[float, tuple[float, ...]] = {
+    0.1: (0.01, 0.03, 0.1),
+    0.5: (0.03, 0.1, 0.3),
+    1.0: (0.03, 0.1, 0.3, 1.0),
+}  # by width
+# Of more classes than that, one width and few penalties are tried: all would take an hour.
+MANY = 5000
+OF_MANY: dict[float, tuple[float, ...]] = {1.0: (0.1, 0.3)}
 SHARES = (0.3, 0.5, 0.7)  # of prototypes beside a regression
 # Nats over all images by which class names must beat chance to have a say.
 MEANING = 3.0
 # With one image a class nothing can be left out. These held on every task that was tried.
-ALONE = {True: [(1.0, 1.0, 0.1, 0.7), (1.0, 1.0, 0.3, 0.5), (2.0, 0.5, 0.1, 0.7)],
-         False: [(inf, 1.0, 0.3, 0.5), (inf, 0.5, 0.3, 0.5)]}  # fmt: skip
+ALONE = {True: [(1.0, 1.0, 0.1, 0.7), (1.0, 1.0, 0.3, 0.5), (2.0, 1.0, 0.1, 0.7)],
+         False: [(inf, 1.0, 0.3, 0.5)]}  # fmt: skip
 MOST_ALONE = 200  # images of which that is asked
 # What is put in where nothing could be held out, of logits that vary by one within a row.
 SHARPNESS = 3.0
@@ -62,11 +69,16 @@ class Candidate:
         return float(self.strength < inf)
 
 
-def candidates(meaning: bool) -> Iterator[Candidate]:
-    """All there are; without meaning in the class names, those without text."""
+def penalties_for(classes: int) -> dict[float, tuple[float, ...]]:
+    """What regressions are tried for so many classes, by their width."""
+    return OF_MANY if classes > MANY else PENALTIES
+
+
+def candidates(meaning: bool, tried: dict[float, tuple[float, ...]]) -> Iterator[Candidate]:
+    """All there are, regressions as ``tried``; of names without meaning, those without text."""
     yield from (Candidate(s, 0, 0, 1.0) for s in ((0.0, *STRENGTHS) if meaning else ()))
     yield Candidate(inf, 0, 0, 1.0)
-    for width, penalties in PENALTIES.items():
+    for width, penalties in tried.items():
         for penalty in penalties:
             for strengths in (STRENGTHS, (inf,)) if meaning else ((inf,),):
                 yield Candidate(strengths[0], width, penalty, 0.0)
@@ -84,7 +96,7 @@ class Pieces:
         self.rows = self.left_out or list(torch.arange(len(y))[:MOST_ALONE, None])
         self.labels = y[torch.cat(self.rows)]
         self.prototypes = Prototypes(x, y, text)
-        self.ridges = {width: Ridge(x, y, text, width, seed) for width in PENALTIES}
+        self.ridges = {width: Ridge(x, y, text, width, seed) for width in penalties_for(len(text))}
         self._held: dict[tuple[float, ...], tuple[Tensor, float]] = {}
 
     def _piece(self, *key: float) -> tuple[Tensor, float]:
@@ -133,7 +145,8 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
     """Candidates of one width with what each is multiplied by: its share times its sharpness."""
     if not pieces.left_out:
         return [(Candidate(*c), 1 / len(ALONE[meaning])) for c in ALONE[meaning]]
-    known, factors, losses, factor = list(candidates(meaning)), [], [], 1.0
+    known = list(candidates(meaning, penalties_for(len(pieces.text))))
+    factors, losses, factor = list[float](), list[Tensor](), 1.0
     for c in known:  # neighbours are alike: each starts where the last ended
         factor, loss = sharpness(pieces.held_out(c), pieces.labels, max(factor, 0.1))
         factors.append(factor)
@@ -144,7 +157,7 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
     shares = (-behind.mean(1) / error.clamp_min(1e-9)).softmax(0).tolist()
     # One kernel is kept: the one whose candidates weigh most; those without any stay.
     totals = {w: sum(s for c, s in zip(known, shares, strict=True) if c.width == w)
-              for w in PENALTIES}  # fmt: skip
+              for w in pieces.ridges}  # fmt: skip
     kept = {0.0, max(totals, key=lambda w: totals[w])}
     return [
         (c, share * factor)
