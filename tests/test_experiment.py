@@ -118,7 +118,7 @@ def test_zero_shot_is_run_once(grid, tmp_path):
 def test_a_run_of_another_suite_serves_too(grid, undisturbed, tmp_path):
     """Same tuning, other evaluations: taken over to the bit, and said."""
     shutil.copytree(undisturbed, tmp_path / "mine")
-    plan = plan_of(grid("other", evaluations=[{"classes": "new"}], seeds=[1, 2]), tmp_path)
+    plan = plan_of(grid("other", evaluations=[{"classes": "base"}], seeds=[1, 2]), tmp_path)
     result = Grid(plan, threads=1).run()
     assert (result.done, result.failed) == (8, {})
     for run in plan.runs:
@@ -294,8 +294,12 @@ def test_evaluations_follow_a_run(grid, tmp_path, photo_folder):
     assert json.loads((plan.runs[0].path / "eval-other.json").read_text()) == record
 
 
-def test_base_and_new_classes(grid, tmp_path):
-    file = grid("b2n", shots=[1], settings={"classes": "base"}, evaluations=[{"classes": "new"}])
+def test_base_and_new_classes(grid, tmp_path, photo_folder):
+    photos = shutil.copytree(photo_folder, tmp_path / "four")
+    for part in ("train", "test"):
+        shutil.copytree(photos / part / "blue", photos / part / "yellow")
+    changes = {"shots": [1], "settings": {"classes": "base"}, "datasets": [str(photos)]}
+    file = grid("b2n", evaluations=[{"classes": "new"}], **changes)
     plan = plan_of(file, tmp_path)
     assert Grid(plan, threads=1).run().done == 2
     metrics = json.loads((plan.runs[0].path / "metrics.json").read_text())
@@ -304,11 +308,9 @@ def test_base_and_new_classes(grid, tmp_path):
     record = json.loads(file.read_text())
     assert record["classes"] == "new"
     assert record["dataset"] == metrics["dataset"]
-    assert [row["class"] for row in record["test"]["per_class"]] == ["red_thing"]
-    probe = grid(
-        "probe", methods=["linear-probe"], settings={"classes": "base"},
-        evaluations=[{"classes": "new"}],
-    )  # fmt: skip
+    assert [row["class"] for row in record["test"]["per_class"]] == [
+        "red_thing", "yellow"]  # fmt: skip
+    probe = grid("probe", methods=["linear-probe"], evaluations=[{"classes": "new"}], **changes)
     with pytest.raises(UserError, match="'linear-probe' knows only the classes"):
         plan_of(probe, tmp_path)
 
@@ -375,9 +377,10 @@ def test_an_estimate_counts_the_images_of_targets(grid, tmp_path, undisturbed, p
     expected = {}
     for count in (0, 1, 8):
         folder = tmp_path / f"{count}"
-        (folder / "x").mkdir(parents=True)
-        for number in range(count):
-            shutil.copy(image, folder / "x" / f"{number}.png")
+        for name in ("x", "y"):
+            (folder / name).mkdir(parents=True)
+            for number in range(count):
+                shutil.copy(image, folder / name / f"{number}.png")
         (run, *_) = plan_of(grid(evaluations=[{"dataset": str(folder)}]), folder).runs
         expected[count] = estimator.seconds(run)
     assert expected[1] > expected[0] > 0

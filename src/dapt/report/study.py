@@ -103,9 +103,10 @@ class Study:
         methods = {run.method for run in finished}
         self.methods = [m for m in METHODS if m in methods] + sorted(methods - METHODS.keys())
         for name in ("backbone", "epochs", "precision", "support_set"):
-            # Of a setting that is swept, the variants that tables show.
-            mains = [run for run in whole if not self.differing(run)]
-            self._compare(name, mains if name in self.varied else whole)
+            if name not in self.varied:
+                self._compare(name, whole)
+            elif name == "backbone":  # of those that are swept, the variants that tables show
+                self._compare(name, [run for run in whole if not self.differing(run)])
         if baseline is not None and finished and baseline not in methods:
             raise UserError(
                 f"--baseline {baseline}: no finished run is of this method"
