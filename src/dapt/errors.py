@@ -89,3 +89,34 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({reason}); {hint}") from error
+
+
+# Packages that are not installed with this one, by their modules; others are called as those are.
+_EXTRAS = {"transformers": "dapt[siglip]", "sentencepiece": "dapt[siglip]",
+           "google": "protobuf"}  # fmt: skip
+
+
+@contextmanager
+def lacking(what: str) -> Iterator[None]:
+    """Turn an error of a package that is not installed into a sentence with the line that does it.
+
+    Libraries tell of those that they need in their own ways: by `ImportError`, or in a sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        said, module = str(error), getattr(error, "name", None)
+        if isinstance(error, ImportError) and module:
+            name = str(module).partition(".")[0]
+        elif not isinstance(error, ImportError) and "pip install" not in said.replace("`", ""):
+            raise
+        else:
+            words = said.replace("`", " ").partition("pip install ")[2].split()
+            named = [word for word in _EXTRAS if word in said]
+            name = (named or words or ["transformers"])[0].strip(".,'\"")
+        way = f"pip install '{_EXTRAS.get(name, name)}'"
+        raise UserError(
+            f"{what} needs the package {name}, which is not installed: {way}"
+        ) from error
