@@ -23,7 +23,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from dapt.errors import UserError, lacking, shown
+from dapt.errors import UserError, lacking, refusing, shown
 from dapt.safe.files import parse_json, read_text
 from dapt.safe.weights import StateDict
 
@@ -368,7 +368,9 @@ def _make_chinese(text_cfg: Configuration, **config: Any) -> CustomTextCLIP:
 
     model = CustomTextCLIP(text_cfg=_NO_TEXT, **config)
     how = {"pooler_type": "cls_last_hidden_state_pooler", "proj_type": "linear"}
-    bert = BertConfig(**text_cfg["bert"])
+    # Of transformers' own checks come errors of its own.
+    with refusing(f"{CONFIG} describes no BERT", "give the one of the weights", Exception):
+        bert = BertConfig(**text_cfg["bert"])
     model.text = HFTextEncoder("", config["embed_dim"], config=bert, **how)
     model.text.transformer.pooler = None  # there, and never asked
     model.text.context_length = text_cfg["context_length"]
@@ -389,13 +391,13 @@ def _seen(folder: Path, side: int) -> Configuration:
     if isinstance(size, int):
         size = {"shortest_edge": size}
     asked = [part if isinstance(part, dict) else {"": part} for part in (size, crop) if part]
-    sides = {value for part in asked for value in part.values()}
+    sides = {value for part in asked for value in part.values() if value is not None}
     scale = said.get("rescale_factor") or 1 / 255
     if not sides <= {side} or not said.get("do_rescale", True) or abs(scale * 255 - 1) > 1e-6:
         what = f"{file} asks for images resized or cropped to {sorted(sides)}, times {scale:.3g}"
         raise UserError(f"{what}; here they are resized to the tower's {side} px, from 0 to 1")
-    if size is not None:
-        seen["resize_mode"] = "shortest" if "shortest_edge" in size else "squash"
+    if size:
+        seen["resize_mode"] = "shortest" if size.get("shortest_edge") else "squash"
     if (resample := said.get("resample")) is not None:
         seen["interpolation"] = ("nearest", "lanczos", "bilinear", "bicubic")[resample]
     plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
