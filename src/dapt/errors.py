@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 # Nobody reads on; names from files may be of any length.
 _LONGEST = 4000
@@ -89,3 +90,39 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({reason}); {hint}") from error
+
+
+# Packages that libraries ask for, by their modules, and what pip is to be told.
+_EXTRAS = {"sentencepiece": "dapt[siglip]", "transformers": "dapt[siglip]", "tiktoken": "tiktoken",
+           "google": "protobuf"}  # fmt: skip
+
+
+@contextmanager
+def lacking(what: str) -> Iterator[None]:
+    """Turn an error for want of a package into a sentence with the line that installs it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (name := _absent_package(error)) is None:
+            raise
+        way = f"pip install '{_EXTRAS.get(name, name)}'"
+        raise UserError(
+            f"{what} needs the package {name}, which is not installed: {way}"
+        ) from error
+
+
+def _absent_package(error: Exception) -> str | None:
+    """The module for want of which a library gave up; None if there was another reason."""
+    # Some say it with an `ImportError` and the module's name, others only in their sentence.
+    said = str(error).replace("`", " ")
+    advised = said.partition("pip install ")[2].split()[:1]
+    named = [str(error.name).partition(".")[0]] if isinstance(error, ImportError) else []
+    told = [*named, *advised, *(name for name in _EXTRAS if name in said.lower())]
+    modules = (word.strip(".,;:'\"()").replace("-", "_") for word in told)
+    return next(
+        (m for m in modules if m.isidentifier() and m != "None" and not _installed(m)), None
+    )
+
+
+def _installed(module: str) -> bool:
+    return find_spec(module) is not None

@@ -6,7 +6,9 @@ Nothing that comes with it is executed.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,20 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
+from dapt.clip import hub_format
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
-from dapt.errors import UserError, nearest, refusing
+from dapt.errors import UserError, lacking, nearest, refusing
 from dapt.progress import errors, quietly, say
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
-_HUB_CONFIG = ("open_clip_config.json",)
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".index.json")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")  # listed in an index
+_HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
 _HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# transformers' on the hub, of which the first kind that is there is fetched.
+_THEIR_WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"])
 _REVISION, _COMMIT = re.compile(r"[\w-][\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}")
 # OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
 _HEAD_WIDTH, _WIDEST = 64, 1024
@@ -62,7 +68,8 @@ def load_backbone(
             an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
             a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
             or of one, ``"org/repo@commit"``;
-            a directory with ``open_clip_config.json`` and weights;
+            a directory with ``open_clip_config.json`` and weights, or one of transformers' with
+            ``config.json`` (of types clip, siglip, siglip2, chinese_clip);
             a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
             whose architecture is read from the shapes.
         pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
@@ -97,7 +104,7 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
         path = Path(str(files("dapt") / "assets/backbone"))
     if path.is_dir():
         return _from_directory(path)
-    if path.is_file() or path.suffix in _WEIGHTS:
+    if path.is_file() or path.name.endswith(_WEIGHTS):
         return _from_file(path)
     if _is_hub_id(name):
         return _from_directory(_from_hub(name))
@@ -106,7 +113,7 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
 
 def _is_hub_id(name: str) -> bool:
     path = user_path(name)
-    local = path.exists() or path.suffix in _WEIGHTS
+    local = path.exists() or path.name.endswith(_WEIGHTS)
     return not local and (name.startswith("hf-hub:") or "/" in name)
 
 
@@ -115,7 +122,12 @@ def taken_for_granted(name: str) -> str | None:
 
     Such a file may be another's CLIP with OpenAI's key names, which would do worse in silence.
     """
-    if name == BUNDLED or not user_path(name).is_file() or is_torchscript(user_path(name)):
+    path = user_path(name)
+    if path.is_dir() and not (path / _HUB_CONFIG[0]).is_file() and hub_format.is_transformers(path):
+        absent = " or ".join(hub_format.missing_files(path))
+        usual = "what is usual for models of its type is taken"
+        return f"{name} holds no {absent}: {usual}" if absent else None
+    if name == BUNDLED or not path.is_file() or is_torchscript(path):
         return None
     return (
         f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
@@ -127,21 +139,44 @@ def taken_for_granted(name: str) -> str | None:
 def _from_directory(path: Path) -> Loaded:
     config_file = path / "open_clip_config.json"
     if not config_file.is_file():
-        raise UserError(f"{path} has no {config_file.name}, which a folder of a backbone holds")
+        if hub_format.is_transformers(path):
+            return _from_transformers(path)
+        what = f"{path} has no {config_file.name}, and no config.json of transformers'"
+        raise UserError(f"{what}; a folder of a backbone holds one of them")
     what = f"{config_file} is no open_clip configuration"
     with refusing(what, "give the one that came with the weights", OSError, *_ODD):
         config = parse_json(read_text(config_file))
         model_config = dict(config["model_cfg"])
-    found = [p for p in path.glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
-    if not found:
-        raise UserError(f"{path} holds no weights; put open_clip_model.safetensors there")
-    # A snapshot from a hub may hold the model in another library's form beside open_clip's.
-    ours = [p for p in found if p.name.startswith("open_clip")] or found
-    weights = min(ours, key=lambda p: (p.suffix != ".safetensors", p))
+    weights = _weights_in(path, "open_clip")
     model = _build(model_config, read_state_dict(weights), weights)
     # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
     tokenizer = _tokenizer(f"local-dir:{path}", model_config)
     return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
+
+
+@quietly()
+def _from_transformers(path: Path) -> Loaded:
+    hint = "give the files that came with the weights"
+    with refusing(f"{path} is no transformers model that can be read", hint, OSError, *_ODD):
+        theirs = hub_format.translate(path)
+    weights = _weights_in(path, "model", "pytorch_model")
+    state = read_state_dict(weights)
+    with refusing(f"the weights in {weights} do not fit their model", "check both", *_ODD):
+        state = theirs.weights(state)
+    model = _build(theirs.config, state, weights, theirs.family.make, theirs.name_of)
+    with refusing(f"the vocabulary in {path} cannot be used", hint, Exception):
+        tokenizer = theirs.tokenizer()
+    return model, tokenizer, _preprocessing(model, theirs.preprocessing, path)
+
+
+def _weights_in(folder: Path, *names: str) -> Path:
+    """The file of a folder's weights: of several, one that begins with these names, safetensors."""
+    found = [p for p in folder.glob("*") if p.name.endswith(_WEIGHTS) and not _SHARD.match(p.name)]
+    if not found:
+        raise UserError(f"{folder} holds no weights; put {names[0]}*.safetensors there")
+    # A snapshot from a hub may hold the model in another library's form, or training's, beside it.
+    ours = [p for p in found if p.name.startswith(names)] or found
+    return min(ours, key=lambda p: (".safetensors" not in p.name, len(p.name), p))
 
 
 def _from_hub(name: str, revision: str | None = None) -> Path:
@@ -156,15 +191,26 @@ def _from_hub(name: str, revision: str | None = None) -> Path:
         raise UserError(f"backbone '{name}' asks for no commit, branch or tag of the hub; give one")
     kinds = ["*.json", "*.txt", "*.model"]
     # The hub's client raises a wide family.
-    with refusing(what, "check the name and the connection", Exception), quietly():
+    with (
+        refusing(what, "check the name and the connection", Exception),
+        lacking(f"fetching '{repo}' from the hub"),
+        quietly(),
+    ):
         # Of a branch, there may be something new.
-        whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, _HUB_WEIGHTS))
+        weights = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin")
+        whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, weights))
         if not (whole and at and _COMMIT.fullmatch(at)):
             _tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
         # First what is small: configuration and vocabulary. The weights arrive beside them.
         folder = Path(snapshot_download(repo, revision=at, allow_patterns=kinds))
-        commit = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
-        download_pretrained_from_hf(repo, **commit)
+        pinned = folder.name if folder.parent.name == "snapshots" else None
+        if (folder / _HUB_CONFIG[0]).is_file() or not hub_format.is_transformers(folder):
+            download_pretrained_from_hf(repo, **({"revision": pinned} if pinned else {}))
+            return folder
+        for patterns in _THEIR_WEIGHTS:
+            snapshot_download(repo, revision=pinned or at, allow_patterns=patterns)
+            if any(folder.glob(patterns[0])) or any(folder.glob(patterns[-1])):
+                break
     return folder
 
 
@@ -201,8 +247,9 @@ def _tell_of_text(config: dict[str, Any], *keys: str) -> None:
 def _from_file(path: Path) -> Loaded:
     state = read_state_dict(path)
     if "visual.conv1.weight" not in state or "text_projection" not in state:
-        what = f"{path} has no weights named as OpenAI's CLIP names them"
-        raise UserError(f"{what}; convert it, or give a directory with open_clip_config.json")
+        what = f"{path} has no weights named as OpenAI's CLIP names them, but '{min(state)}'"
+        ways = "give a folder that says what they are: open_clip_config.json, or config.json of"
+        raise UserError(f"{what}; {ways} transformers, beside them")
     if "visual.proj" not in state:
         hint = "load it by its open_clip name, such as RN50 with pretrained openai"
         raise UserError(f"{path} holds a ResNet image tower, which shapes do not tell; {hint}")
@@ -244,24 +291,43 @@ def config_from_shapes(state: StateDict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _build(config: dict[str, Any], state: StateDict, source: Path) -> CustomTextCLIP:
+def _build(
+    config: dict[str, Any],
+    state: StateDict,
+    source: Path,
+    make: Callable[..., nn.Module] = CustomTextCLIP,
+    name_of: Callable[[str], str] = str,
+) -> nn.Module:
     """The model of a configuration and its weights, either of which may be a stranger's.
 
-    It is laid out without memory first, and made only if the weights fill it.
+    It is laid out without memory first, and made only if the weights fill it. ``name_of`` says what
+    the file calls a tensor.
     """
     config.pop("custom_text", None)
     with refusing(f"the weights in {source} do not fit their model", "check both", *_ODD):
         _check_config(config, state, source)
         if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
-            raise ValueError(f"'{odd[0]}' holds numbers that are not finite")
+            raise ValueError(f"'{name_of(odd[0])}' holds numbers that are not finite")
         state = convert_to_custom_text_state_dict(state)
+        _need_transformers(config, f"the text tower of {source}", "hf_model_name")
         _tell_of_text(config, "hf_model_name")
         with torch.device("meta"):
-            laid_out = {k: v.to("meta") for k, v in state.items()}
-            CustomTextCLIP(**config).load_state_dict(laid_out, assign=True)
-        model = CustomTextCLIP(**config)
+            _check_fit(make(**config).state_dict(), state, name_of)
+        model = make(**config)
         model.load_state_dict({k: v.float() for k, v in state.items()})
     return model
+
+
+def _check_fit(needed: StateDict, state: StateDict, name_of: Callable[[str], str]) -> None:
+    """A `ValueError` that names a tensor that is absent, of another shape, or of no use."""
+    for name, tensor in needed.items():
+        if name not in state:
+            raise ValueError(f"'{name_of(name)}' is not among them")
+        if (shape := tuple(state[name].shape)) != (right := tuple(tensor.shape)):
+            # Of what is laid out otherwise here, the shapes are those that it has here.
+            raise ValueError(f"'{name_of(name)}' has shape {shape}, where {right} is needed")
+    if odd := [name for name in state if name not in needed]:
+        raise ValueError(f"the model has no place for '{name_of(odd[0])}'")
 
 
 def _check_config(config: dict[str, Any], state: StateDict, source: Path) -> None:
@@ -305,6 +371,13 @@ def _numbers(value: Any) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _need_transformers(config: dict[str, Any], what: str, key: str) -> None:
+    """See, before anything is fetched, that transformers is there where open_clip asks for it."""
+    if config["text_cfg"].get(key) and find_spec("transformers") is None:
+        with lacking(what):
+            raise ModuleNotFoundError(name="transformers")
+
+
 @quietly()  # of activations too it warns, which are settled here
 def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     config = open_clip.get_model_config(name)
@@ -313,6 +386,8 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         ways = "'bundled', an open_clip model name, a hub id org/repo, or a file of weights"
         raise UserError(f"{what}; use {ways}")
     tags = open_clip.list_pretrained_tags_by_model(name)
+    _need_transformers(config, f"the text tower of '{name}'", "hf_model_name")
+    _need_transformers(config, f"the tokenizer of '{name}'", "hf_tokenizer_name")
     _tell_of_text(config, "hf_model_name", "hf_tokenizer_name")
     ways = f"one of {', '.join(tags) or 'none'}, a weights file, or 'random'"
     if pretrained is None and "openai" not in tags:
@@ -328,7 +403,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
         what = f"weights '{pretrained}' of '{name}' could not be fetched"
         hint = "check the connection, or download them and pass the file"
-        with refusing(what, hint, RuntimeError):
+        with refusing(what, hint, RuntimeError), lacking(f"backbone '{name}'"):
             given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
             _tell_of_open_clip(name, pretrained)
             model = open_clip.create_model(name, **given)
@@ -347,8 +422,9 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
 def _tokenizer(source: str, config: dict[str, Any]) -> Any:
     # transformers would ask on the terminal whether it may run what lies beside a vocabulary.
     never = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
-    hint = "it needs 'pip install transformers sentencepiece' and, once, a connection to the hub"
-    with refusing(f"the tokenizer of '{source}' could not be loaded", hint, Exception):
+    what = f"the tokenizer of '{source.removeprefix('local-dir:')}'"
+    hint = "its files are needed: beside the weights, or once a connection to the hub"
+    with refusing(f"{what} could not be loaded", hint, Exception), lacking(what):
         return open_clip.get_tokenizer(source, **never)
 
 

@@ -27,12 +27,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapt.errors import UserError, reason_of
-from dapt.safe.files import open_regular, read_yaml
+from dapt.safe.files import open_regular, read_json, read_yaml
 
 StateDict = dict[str, Tensor]
 
-# Tensors of OpenAI's archives that describe the model and are no weights.
-_DESCRIPTIONS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+# Tensors that describe a model or its training and are no weights.
+_DESCRIPTIONS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids",
+                 "n_averaged")  # fmt: skip
+# Under what training code keeps a state dict; of several, the first.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
+# What DistributedDataParallel, torch.compile, FSDP and checkpointed activations put into names.
+_IN_NAMES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BEFORE_NAMES = {"model", "net"}  # attributes in which training code keeps its model
+_INDEX = ".index.json"  # ends the name of a file that tells in which file each tensor is
 
 # A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
 # 100 KB and 30,000 steps.
@@ -50,19 +57,46 @@ class Checkpoint(NamedTuple):
 def read_state_dict(path: Path) -> StateDict:
     """The weights in a file, by name, on the CPU; a `UserError` if none, or of `read_checkpoint`.
 
-    Files are ``.safetensors``, PyTorch's (``.pt``, ``.pth``, ``.bin``; a nested ``state_dict``
-    and a ``module.`` prefix are unwrapped) or TorchScript archives.
+    Files are ``.safetensors``, PyTorch's (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), TorchScript
+    archives, or the index (``.index.json``) of such files. What training code puts around a state
+    dict and before its names is taken off.
     """
-    state = read_checkpoint(path, _DESCRIPTIONS, what="weights").state
+    files = _shards(path) if path.name.endswith(_INDEX) else [path]
+    state = StateDict()
+    for file in files:
+        state |= read_checkpoint(file, _DESCRIPTIONS, what="weights").state
     if not state:
         raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
+    # The scale of logits, which every CLIP has, tells below which attribute of others' code it is.
+    scales = [name for name in state if name.endswith(".logit_scale")]
+    if "logit_scale" not in state and len(scales) == 1:
+        before = scales[0].removesuffix("logit_scale")
+        state = {name.removeprefix(before): tensor for name, tensor in state.items()}
     return state
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files beside an index over which it says that weights are spread."""
+    listed = read_json(index, "the index of weights")
+    places = listed.get("weight_map") if isinstance(listed, dict) else None
+    names = set(places.values()) if isinstance(places, dict) and _plain(places.values()) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{index} lists no files beside it; give the one that came with them")
+    if absent := sorted(name for name in names if not (index.parent / name).is_file()):
+        raise UserError(f"{index} lists {absent[0]}, which is not beside it; put it there")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def read_checkpoint(
     path: Path, ignore: Container[str] = (), *, what: str = "a checkpoint"
 ) -> Checkpoint:
     """Read the state dict, alone or as ``{"state_dict": ..., "epoch": ...}``, of training code.
+
+    Other wrappers (`_WRAPPERS`) and what wrapped modules put into names are taken off too.
 
     Tensors whose names end in a part to ``ignore`` are not read; ``what`` is for messages. It is a
     `UserError` if the file is missing or damaged, holds no state dict, anything but tensors in it,
@@ -80,13 +114,10 @@ def read_checkpoint(
                 value: Any = load_file(path)
             else:
                 value = _read_pickled(file)
-            state = value.get("state_dict", value) if isinstance(value, dict) else None
-            if isinstance(state, Tensor | _Described):  # one tensor of that name
-                state = value
-            if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            state = _unwrapped(value)
+            if not isinstance(state, dict) or not _plain(state):
                 raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
-            state = {name.removeprefix("module."): value for name, value in state.items()
-                     if name.rpartition(".")[2] not in ignore}  # fmt: skip
+            state = _renamed(state, ignore, path)
             described = {name: v for name, v in state.items() if isinstance(v, _Described)}
             state |= _build_tensors(described, path.stat().st_size)
     except (UserError, MemoryError, PermissionError):
@@ -101,6 +132,45 @@ def read_checkpoint(
             raise UserError(f"{path} holds '{name}' of shape {shape}, a tensor without numbers")
     epoch = value.get("epoch") if isinstance(value, dict) else None
     return Checkpoint(state, epoch if type(epoch) is int and 0 < epoch < 2**31 else None)
+
+
+def _unwrapped(value: Any) -> Any:
+    """The state dict in what training code saved, which may be wrapped more than once."""
+    for _ in range(_MAX_PARTS):
+        if not isinstance(value, dict):
+            break
+        wrapped = [value[name] for name in _WRAPPERS if name in value]
+        inner = [v for v in wrapped if isinstance(v, dict)]
+        if not inner:
+            if any(map(_is_tensor, value.values())):
+                break
+            if wrapped:
+                return None  # a whole model, say, which would have to be run
+            # Under another name: what holds nothing but tensors, if that is one thing.
+            inner = [v for v in value.values() if isinstance(v, dict) and v]
+            inner = [v for v in inner if all(map(_is_tensor, v.values()))]
+            if len(inner) != 1:
+                break
+        value = inner[0]
+    return value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | _Described)
+
+
+def _renamed(state: dict[str, Any], ignore: Container[str], path: Path) -> dict[str, Any]:
+    """A state dict without what is to be ignored, under names as its bare model has them."""
+    found, was = dict[str, Any](), dict[str, str]()
+    for name, value in state.items():
+        parts = [part for part in name.split(".") if part not in _IN_NAMES]
+        while len(parts) > 1 and parts[0] in _BEFORE_NAMES:
+            del parts[0]
+        if (bare := ".".join(parts)) in found:
+            raise UserError(f"{path} holds both '{was[bare]}' and '{name}'; keep one of them")
+        if parts and parts[-1] not in ignore:
+            found[bare], was[bare] = value, name
+    return found
 
 
 def is_torchscript(path: Path) -> bool:
