@@ -108,6 +108,7 @@ def train(
         training.train(final, output, data=images, shared=shared, reporter=reporter, **how)
         if not group.first:
             return
+        final = run.read_settings()  # which may be others, on this backbone
         tuned, learns = show_run(run).test, not get_method(final.method).still
         if tuned and images and shared and learns and len(images.task.test) <= COMPARED_IMAGES:
             found = evaluate.evaluate_zero_shot(images.task, final, reporter, shared)
