@@ -389,7 +389,6 @@ def test_logits_are_the_models_own_where_it_has_a_bias():
     assert backbone.logit_bias == pytest.approx(-10, abs=0.3)
     views = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     classifier = Classifier(backbone, NAMES, template="a {}.", multilabel=True)
-    classifier.head = type(classifier.head).create(backbone)
     image = F.normalize(backbone.visual(backbone.normalize(views)), dim=-1)
     words = F.normalize(backbone.text(tokenizer([f"a {name}." for name in NAMES])), dim=-1)
     expected = backbone.logit_scale * image @ words.T + backbone.logit_bias

@@ -204,9 +204,7 @@ class Head(nn.Module):
     @classmethod
     def create(cls, backbone: Backbone) -> Head:
         """Not fitted yet; a `UserError` if the backbone has not what it needs."""
-        found = cls(backbone.logit_scale)
-        found.offset = backbone.logit_bias
-        return found
+        return cls(backbone.logit_scale)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
