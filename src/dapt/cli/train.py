@@ -116,6 +116,7 @@ def _train(
         how = {"resume": True, "overwrite": False}
     training.train(final, run.path, data=images, shared=shared, reporter=reporter, **how)
     if group.first:
+        final = run.read_settings()  # which may be others, on this backbone
         tuned = show_run(run).test
         if tuned and images and shared and len(images.task.test) <= COMPARED_IMAGES:
             _compare(final, tuned, images, shared, reporter)

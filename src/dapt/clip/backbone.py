@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import timm
 import torch
 from open_clip import transformer
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from dapt.clip import trunks
 from dapt.errors import UserError, refusing
 
 # Every letter in both cases, digits and signs: what cleans texts shows in it too.
@@ -48,6 +49,8 @@ class Backbone(nn.Module):
         weights_sha256: of its weights; ``fingerprint`` of all that decides what it makes of images
             and texts: weights, layout, preprocessing and vocabulary.
         dtype: precision of weights and of compute.
+        logit_scale, logit_bias: a logit is scale times cosine plus bias, which is zero but where
+            the model was trained on sigmoids of logits (SigLIP).
         start_tokens: what the tokenizer puts before every text: ``[SOS]`` for CLIP, nothing for
             SigLIP; ``pad_token`` is what it fills a row up with, ``end_token`` may be the same.
     """
@@ -78,6 +81,8 @@ class Backbone(nn.Module):
         self.visual, self.text = model.visual, model.text
         # A plain number: nothing learns it, and fp32 arithmetic on it is wanted everywhere.
         self.logit_scale = float(cast(Tensor, model.logit_scale).detach().float().exp())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = 0.0 if bias is None else float(bias.detach())
         for part in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, part)).view(1, 3, 1, 1)
             self.register_buffer(part, values, persistent=False)
@@ -105,33 +110,30 @@ class Backbone(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    text_width = property(
-        lambda self: int(self.text_transformer().width), doc="Of a text prompt vector."
-    )
+    text_width = property(lambda self: self._words().shape[1], doc="Of a text prompt vector.")
     text_layers = property(
         lambda self: len(self.text_transformer().transformer.resblocks), doc="How many."
     )
-    vision_width = property(lambda self: int(self._vit()[0]), doc="Of a visual prompt vector.")
-    patch_size = property(lambda self: int(self._vit()[1]), doc="Side of a patch in pixels.")
-    vision_layers = property(lambda self: len(self._vit()[2]), doc="How many.")
-    norm_before_layers = property(lambda self: self._vit()[3], doc="The image tower's layer norm.")
+    vision_width = property(lambda self: self._layers().width, doc="Of a visual prompt vector.")
+    patch_size = property(lambda self: self._layers().patch, doc="Side of a patch in pixels.")
+    vision_layers = property(lambda self: len(self._layers().blocks), doc="How many.")
+    norm_before_layers = property(
+        lambda self: self._layers().norm, doc="The image tower's layer norm."
+    )
 
     @property
     def context_length(self) -> int:
         """Longest text in tokens, start and end included."""
-        return int(getattr(self.text, "context_length", self.tokenizer.context_length))
+        own = isinstance(self.text, TextTransformer)  # others say what their positions reach to
+        return int(self.text.context_length if own else self.tokenizer.context_length)
 
-    def _vit(self) -> tuple[Any, ...]:
-        """Width, patch size, layers and the norm before them, where visual prompts can be."""
-        if isinstance(visual := self.visual, VisionTransformer):
-            layers = visual.transformer.resblocks
-            return visual.conv1.out_channels, visual.patch_size[0], layers, visual.ln_pre
-        trunk = getattr(visual, "trunk", None)
-        if isinstance(trunk, timm.models.VisionTransformer):
-            return trunk.embed_dim, trunk.patch_embed.patch_size[0], trunk.blocks, trunk.norm_pre
-        what = f"the image tower of '{self.name}' is a {type(visual).__name__}"
-        hint = "use a method without one (coop), or a ViT such as ViT-B-16"
-        raise UserError(f"{what}, which takes no visual prompt; {hint}")
+    def _layers(self) -> trunks.Layers:
+        """What of the image tower visual prompts need to know."""
+        if (found := trunks.layers_of(self.visual)) is None:
+            what = f"the image tower of '{self.name}' is a {trunks.name_of(self.visual)}"
+            hint = "use a method without one (dapt-text, coop, auto), or a ViT such as ViT-B-16"
+            raise UserError(f"{what}, which takes no visual prompt; {hint}")
+        return found
 
     @property
     def projection(self) -> Tensor:
@@ -143,12 +145,30 @@ class Backbone(nn.Module):
         return found.detach().float()
 
     def text_transformer(self) -> TextTransformer:
-        """The text tower, where a context can be learned in front of the class name."""
+        """The text tower, where something can be learned in its layers."""
         if not isinstance(self.text, TextTransformer):
             what = f"the text tower of '{self.name}' is a {type(self.text).__name__}"
-            hint = "use a method without one (vpt), or a model such as ViT-B-16"
-            raise UserError(f"{what}, which takes no learned context; {hint}")
+            hint = "use a method of shallow prompts (coop, dapt), or a model such as ViT-B-16"
+            raise UserError(f"{what}, in whose layers nothing is learned; {hint}")
         return self.text
+
+    def _words(self) -> Tensor:
+        """(V, W): embeddings of all tokens, where the text tower takes others in their place."""
+        if isinstance(self.text, TextTransformer):
+            return self.text.token_embedding.weight
+        if isinstance(self.text, HFTextEncoder):
+            return cast(Tensor, cast(Any, self.text.transformer).get_input_embeddings().weight)
+        what = f"the text tower of '{self.name}' is a {type(self.text).__name__}"
+        hint = "use a method without one (dapt-visual, vpt, auto), or a model such as ViT-B-16"
+        raise UserError(f"{what}, which takes no learned context; {hint}")
+
+    def refusal(self, tower: str) -> str | None:
+        """Why the "text" or "image" tower takes no prompt; None where it takes one."""
+        try:
+            _ = self.text_width if tower == "text" else self.vision_width
+        except UserError as error:
+            return str(error)
+        return None
 
     def normalize(self, views: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""
@@ -181,9 +201,21 @@ class Backbone(nn.Module):
 
     def embed_words(self, words: str) -> Tensor:
         """(M, text width), on the CPU: token embeddings of words without start and end."""
-        table = self.text_transformer().token_embedding.weight
-        inner = self.tokenize([words.replace("_", " ")])[0][len(self.start_tokens) : -1]
-        return table[torch.tensor(inner, device=table.device)].float().cpu()
+        inner = torch.tensor(self.inner_tokens(words), device=self.device, dtype=torch.long)
+        self._words()  # refuses a tower that takes none
+        return embedded(self.text, inner).float().cpu()
+
+    def inner_tokens(self, words: str) -> list[int]:
+        """Token ids of words, without start and end; some tokenizers put no end."""
+        ids = self.tokenize([words.replace("_", " ")])[0][len(self.start_tokens) :]
+        return ids[:-1] if ids[-1:] == [self.end_token] else ids
+
+
+def embedded(text: Any, ids: Tensor) -> Tensor:
+    """(..., W): token ids as a text tower's first layer has them, without positions."""
+    if isinstance(text, TextTransformer):
+        return text.token_embedding(ids)
+    return cast(Tensor, text.transformer.get_input_embeddings()(ids))  # some scale them
 
 
 def usable_precision(precision: str, device: torch.device) -> str:

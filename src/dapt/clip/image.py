@@ -2,7 +2,7 @@
 
 A ViT of open_clip's ordinary layers is unrolled: the last layer is computed for the class token
 alone, and the first one's backward pass stops at the inserted tokens. Others (open_clip's with
-other layers or pooling, timm's) run by their own modules. All of it is exact.
+other layers or pooling, timm's, see `trunks`) run by their own modules. All of it is exact.
 
 Letters in shape comments: B images, T tokens of the tower, N inserted tokens, W width, D embedding
 dimension.
@@ -18,8 +18,10 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from dapt.clip import inside as tower
+from dapt.clip import trunks
 from dapt.clip.backbone import Backbone
 from dapt.clip.inside import NOTHING, Inside
+from dapt.errors import UserError
 
 
 def image_features(
@@ -50,7 +52,7 @@ def encode_image(
     if isinstance(visual, VisionTransformer):
         x = _encode_vit(visual, images, tokens, inside)  # (B, W)
         return (x @ visual.proj if projected and visual.proj is not None else x).float()
-    if tokens is None:
+    if tokens is None and not (inside.layers or inside.linears):
         return visual(images).float()
     return _encode_timm(visual, images, tokens, inside).float()
 
@@ -87,11 +89,13 @@ def _encode_vit(
     return tower.norm(visual.ln_post, x)
 
 
-def _encode_timm(visual: Any, images: Tensor, tokens: Tensor, inside: Inside) -> Tensor:
-    trunk = visual.trunk
-    x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+def _encode_timm(visual: Any, images: Tensor, tokens: Tensor | None, inside: Inside) -> Tensor:
+    if (trunk := trunks.timm_transformer(visual)) is None:
+        what = f"the image tower is a {trunks.name_of(visual)}, inside of which nothing is learned"
+        raise UserError(f"{what}; use a method of text prompts (coop), or of a head (auto)")
+    x, blocks = trunks.enter(trunk, images, 0 if tokens is None else tokens.shape[1])
     start = x.shape[1]
-    x = trunk.norm(
-        tower.through(trunk.blocks, torch.cat([x, tokens], 1), inside, start)
-    )  # (B, T+N, W)
+    if tokens is not None:
+        x = torch.cat([x, tokens], 1)  # (B, T+N, W)
+    x = trunk.norm(tower.through(blocks, x, inside, start))
     return visual.head(trunk.forward_head(x[:, :start]))

@@ -64,13 +64,14 @@ NOTHING = Inside()
 
 
 def norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Layer norm whose weights may be fp32 under a low-precision stream."""
-    if isinstance(norm, nn.Identity):
-        return x
-    ln = cast(nn.LayerNorm, norm)
+    """Layer norm whose weights may be fp32 under a low-precision stream; others as they are."""
+    if not isinstance(norm, nn.LayerNorm):
+        return cast(Tensor, norm(x))
+    ln = norm
     if x.dtype == ln.weight.dtype or x.device.type == "cpu":  # the CPU kernel takes mixed types
         return F.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
-    return F.layer_norm(x.float(), ln.normalized_shape, ln.weight, ln.bias, ln.eps).to(x.dtype)
+    weight, bias = (None if own is None else own.float() for own in (ln.weight, ln.bias))
+    return F.layer_norm(x.float(), ln.normalized_shape, weight, bias, ln.eps).to(x.dtype)
 
 
 class Layer:

@@ -1,8 +1,8 @@
 """The text tower, run once for what all classes share and then for each class's own tokens.
 
 The last layer is computed for the end tokens alone. All of it is exact. A tower built otherwise (no
-causal mask, other blocks, other pooling), or a context that classes do not share, runs by its own
-modules, without what comes after the end token wherever nothing sees that.
+causal mask, other blocks, other pooling, transformers'), or a context that classes do not share,
+runs by its own modules, without what comes after the end token wherever nothing sees that.
 
 Letters in shape comments: C classes, P shared prefix tokens, S own tokens of a class, N all own
 tokens of all classes, H heads, W width, D embedding dimension.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, takewhile
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from open_clip.transformer import TextTransformer, text_global_pool
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dapt.clip import inside as tower
-from dapt.clip.backbone import Backbone
+from dapt.clip.backbone import Backbone, embedded
 from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
 
@@ -55,24 +55,33 @@ class ClassTokens:
 
         A `UserError` if a class name leaves no room for the context, or the reverse.
         """
-        backbone.text_transformer()
-        names = [name.replace("_", " ") for name in class_names]
-        start = tuple(backbone.start_tokens)
-        texts = [f"{after} {name}.".strip() if after else f"{name}." for name in names]
-        rows = [tuple(ids[len(start) :]) for ids in backbone.tokenize(texts)]
-        room = backbone.context_length - len(start) - length
-        if room < 2:
-            what = f"a text prompt of {length} vectors does not fit the {backbone.context_length}"
-            where = f"tokens of the text tower of '{backbone.name}'"
-            raise UserError(f"{what} {where}; use fewer vectors")
+        _ = backbone.text_width  # refuses a tower that takes no context
+        start, names, rows = _rows_behind_context(backbone, class_names, after)
         longest, name = max(zip(map(len, rows), names, strict=True), key=itemgetter(0))
-        if longest > room:
+        free = backbone.context_length - len(start)
+        where = f"the {backbone.context_length} tokens of the text tower of '{backbone.name}'"
+        if longest >= free:
+            what = f"class name '{name}' takes {longest} of {where}"
+            raise UserError(f"{what}, which leaves none to a text prompt; shorten it")
+        if free - length < 2:
+            what = f"a text prompt of {length} vectors does not fit {where}"
+            raise UserError(f"{what}; use fewer vectors")
+        if longest > free - length:
             what = f"class name '{name}' takes {longest} tokens but {length} text prompt vectors"
-            raise UserError(f"{what} leave room for {room}; shorten it or use fewer vectors")
-        words = tuple(backbone.tokenize([after])[0][len(start) : -1]) if after else ()
+            raise UserError(
+                f"{what} leave room for {free - length}; shorten it or use fewer vectors"
+            )
+        words = tuple(backbone.inner_tokens(after)) if after else ()
         if not all(row[: len(words)] == words for row in rows):
             words = ()  # a tokenizer that joins words: what they share stays each class's own
         return cls(start, tuple(row[len(words) :] for row in rows), words)
+
+    @staticmethod
+    def room(backbone: Backbone, class_names: Sequence[str], after: str = "") -> tuple[int, str]:
+        """Vectors that the longest class name leaves to a context, and that name."""
+        start, names, rows = _rows_behind_context(backbone, class_names, after)
+        longest, name = max(zip(map(len, rows), names, strict=True), key=itemgetter(0))
+        return backbone.context_length - len(start) - max(2, longest), name
 
     @classmethod
     def for_template(
@@ -85,6 +94,15 @@ class ClassTokens:
         places = zip(*(row[:-1] for row in rows), strict=False)
         count = len(list(takewhile(lambda ids: len(set(ids)) == 1, places)))
         return cls(tuple(rows[0][:count]), tuple(tuple(row[count:]) for row in rows))
+
+
+def _rows_behind_context(
+    backbone: Backbone, class_names: Sequence[str], after: str
+) -> tuple[tuple[int, ...], list[str], list[tuple[int, ...]]]:
+    """Start tokens, class names as they are read, and the tokens of each behind a context."""
+    start, names = tuple(backbone.start_tokens), [name.replace("_", " ") for name in class_names]
+    texts = [f"{after} {name}.".strip() for name in names]
+    return start, names, [tuple(ids[len(start) :]) for ids in backbone.tokenize(texts)]
 
 
 class Chunk(NamedTuple):
@@ -150,9 +168,10 @@ class TextEncoder(nn.Module):
         }.items():
             self.register_buffer(name, values.to(backbone.device), persistent=False)
         before = 0 if self.shares_prefix else len(tokens.shared) + len(tokens.after)
-        whole = None if self.ends_at_end else backbone.context_length
+        own = isinstance(text, TextTransformer)
+        whole = None if self.ends_at_end or not own else backbone.context_length
         sizes = [whole or before + length for length in lengths]
-        if isinstance(text, TextTransformer):
+        if own:
             budget = max(1, memory_budget // _bytes_per_token(text, backbone.dtype))
         else:
             budget = _CLASSES_OF_OTHERS * _CHUNKS_IN_BUDGET * backbone.context_length
@@ -219,12 +238,11 @@ class TextEncoder(nn.Module):
         length = 0 if context is None else context.shape[-2]
         ids = self._ids(chunk, length)  # (c, L)
         if not isinstance(text, TextTransformer):
-            return text(ids)
+            return _of_others(text, ids, context, first, inside, self.order[chunk.classes])
         x, mask = text._embeds(ids)  # (c, L, W), with positional embedding
         x = x.to(self.backbone.dtype)
         if context is not None:
-            if context.dim() == 3:
-                context = context[self.order[chunk.classes]]
+            context = _rows_of(context, self.order[chunk.classes])
             here = text.positional_embedding[first : first + length].to(x.dtype)
             placed = (context.to(x.dtype) + here).expand(len(x), -1, -1)
             x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
@@ -238,16 +256,17 @@ class TextEncoder(nn.Module):
     def _ids(self, chunk: Chunk, length: int) -> Tensor:
         """Token ids (c, L), with a context of ``length`` stood in for.
 
-        L is what the longest of them needs. A tower without a causal mask sees the padding too
-        (in training as in open_clip's own forward), and one that reads its last position needs it:
-        there L is the tower's own.
+        L is what the longest of them needs. A tower of open_clip's without a causal mask sees the
+        padding too (in training as in its own forward), and one that reads its last position needs
+        it: there L is the tower's own. Those of transformers mask it.
         """
         backbone, owns = self.backbone, [self.tokens.own[i] for i in self.order[chunk.classes]]
         pad, after = backbone.pad_token, self.tokens.after
         # The context's places hold a token that is neither padding nor the end.
         stand_in = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
         rows = [[*self.tokens.shared, *[stand_in] * length, *after, *own] for own in owns]
-        end = len(rows[-1]) if self.ends_at_end else backbone.context_length
+        blind = self.ends_at_end or not isinstance(backbone.text, TextTransformer)
+        end = len(rows[-1]) if blind else backbone.context_length
         return torch.tensor([row + [pad] * (end - len(row)) for row in rows]).to(backbone.device)
 
 
@@ -272,6 +291,29 @@ def _chunks(lengths: list[int], sizes: list[int], budget: int) -> list[Chunk]:
         chunks.append(Chunk(slice(first, last), slice(start, end), groups))
         first, start = last, end
     return chunks
+
+
+def _rows_of(context: Tensor, classes: Sequence[int]) -> Tensor:
+    """A context (M, W) as it is; of one for each class, (C, M, W), those of some."""
+    return context[classes] if context.dim() == 3 else context
+
+
+def _of_others(
+    text: Any, ids: Tensor, context: Tensor | None, first: int, inside: Inside, classes: list[int]
+) -> Tensor:
+    """Features (c, D) of ids (c, L) by a text tower of transformers'; a context from ``first``."""
+    if inside.layers or inside.linears:
+        what = f"the text tower is a {type(text).__name__}, in whose layers nothing is learned"
+        raise UserError(f"{what}; use a method of shallow prompts (coop, dapt), or a head (auto)")
+    if context is None:
+        found = text(ids)
+        return found[0] if isinstance(found, tuple) else found  # CoCa's gives its tokens too
+    x = embedded(text, ids)  # (c, L, W)
+    mask = (ids != text.config.pad_token_id).long()
+    placed = _rows_of(context, classes).to(x.dtype).expand(len(x), -1, -1)
+    x = torch.cat([x[:, :first], placed, x[:, first + placed.shape[1] :]], 1)
+    out = text.transformer(inputs_embeds=x, attention_mask=mask)
+    return cast(Tensor, text.proj(text.pooler(out, mask)))
 
 
 def _project(text: TextTransformer, x: Tensor) -> Tensor:

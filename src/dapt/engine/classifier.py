@@ -28,7 +28,8 @@ class Classifier(nn.Module):
     """A backbone with tower parts and a head, over one list of classes.
 
     Without parts and with the plain head it is zero-shot CLIP:
-    ``logits = exp(logit_scale) * f(x) @ g(classes).T`` with both features L2-normalised.
+    ``logits = exp(logit_scale) * f(x) @ g(classes).T``, plus the model's bias if it has one, with
+    both features L2-normalised.
 
     Args:
         class_names: C names in label order; a `UserError` says that one does not fit the tower.
@@ -57,6 +58,7 @@ class Classifier(nn.Module):
         self.grey: Scale | None = None  # of grey images of more than 8 bits; as `Task.grey`
         self.parts = nn.ModuleList(parts).to(backbone.device)
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
+        self.head.offset = backbone.logit_bias
         place, classes = backbone.device, len(self.class_names)
         self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects

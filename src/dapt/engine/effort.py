@@ -31,6 +31,7 @@ from dapt.engine.fit import Diverged, fit, steps_per_epoch
 from dapt.engine.forecast import Named
 from dapt.engine.search import folds
 from dapt.engine.step import step_seconds
+from dapt.engine.suited import suited
 from dapt.errors import UserError
 from dapt.methods import AUTOMATIC, METHODS, get_method
 from dapt.progress import Reporter, duration
@@ -347,6 +348,7 @@ class _Work:
     def _step_seconds(self, settings: Settings) -> float:
         names, template = self.data.task.class_names, self.data.task.template
         method, backbone = get_method(settings.method), self.shared.backbone
+        settings = suited(settings, names, backbone)
         classifier = new_classifier(backbone, names, template, method, settings)
         batch = min(settings.batch_size, len(self.parts[0].train))
         return step_seconds(classifier, settings, batch)

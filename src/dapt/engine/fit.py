@@ -35,6 +35,7 @@ from dapt.engine.features import (
 )
 from dapt.engine.processes import join_processes, keep_freed_memory
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
+from dapt.engine.suited import nobody, suited
 from dapt.errors import UserError
 from dapt.methods import METHODS, Evidence, Head, get_method
 from dapt.methods.contract import Examples
@@ -90,7 +91,7 @@ class Journal:
 class Tuned:
     """What came of `fit`."""
 
-    settings: Settings
+    settings: Settings  # as `suited` to the backbone
     data: Data  # without images that could not be read, which ``skipped`` records
     support: Support
     classifier: Classifier
@@ -129,6 +130,8 @@ def fit(
     keep_freed_memory()
     processes = join_processes()
     shared = shared or Shared(backbone_of(settings, device=processes.device(settings.device)))
+    tell = reporter.warn if processes.first else nobody
+    settings = suited(settings, data.task.class_names, shared.backbone, tell)
     method, task = get_method(settings.method), data.task
     row = (task.class_names, task.template, method, settings)
     classifier = new_classifier(shared.backbone, *row, multilabel=task.multilabel)

@@ -18,6 +18,7 @@ from joblib import cpu_count
 from dapt.engine.classifier import new_classifier
 from dapt.engine.fit import steps_per_epoch
 from dapt.engine.step import noise, step_seconds
+from dapt.engine.suited import suited
 from dapt.errors import UserError
 from dapt.grid import work
 from dapt.grid.plan import DONE, FAILED, Plan, PlannedRun, backbone_key, task_key
@@ -244,8 +245,9 @@ class Estimator:
 
     def _time_step(self, settings: Settings) -> None:
         """Time steps and an evaluation batch of noise, with the dataset's class names."""
-        task, method = self.session.task(settings), get_method(settings.method)
-        backbone = self.session.shared(settings).backbone
+        task, backbone = self.session.task(settings), self.session.shared(settings).backbone
+        settings = suited(settings, task.class_names, backbone)
+        method = get_method(settings.method)
         classifier = new_classifier(backbone, task.class_names, task.template, method, settings)
         batch = min(settings.batch_size, self._size(settings)[0])
         self._note(STEP, settings, step_seconds(classifier, settings, batch))

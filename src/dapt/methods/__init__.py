@@ -73,6 +73,7 @@ METHODS: dict[str, Method] = {
     "dapt": Method(
         "DAPT", (_TEXT, _VISUAL), (INTRA, INTER), checkpoint=_BOTH,
         colour=("#c2410c", "#fb8b4a"), marker="o", shown=True, tried=True,
+        instead=("dapt-text", "dapt-visual", AUTOMATIC),
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
@@ -132,7 +133,7 @@ def _row(name: str) -> Method:
 def _together(row: Method, head: Method) -> Method:
     return replace(
         row, title=f"{row.title} + {head.title}", head=head.head, colour=None, shown=False,
-        tried=False,
+        tried=False, instead=(),
         defaults=lambda dataset, shots: (
             head.defaults(dataset, shots) | row.defaults(dataset, shots)
         ),

@@ -174,7 +174,7 @@ class Evidence:
 
 
 class Head(nn.Module):
-    """How features become logits: by itself, cosines times the scale.
+    """How features become logits: by itself, cosines times the scale, and the model's bias.
 
     Its buffers and parameters are what is fitted.
 
@@ -197,6 +197,7 @@ class Head(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        self.offset = 0.0  # of every logit: it moves no class above another, but sigmoids read it
         for name in self.shapes:
             self.register_buffer(name, torch.zeros(0))
 
@@ -215,8 +216,9 @@ class Head(nn.Module):
         return None
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and (C, D)."""
-        return self.scale * image @ text.T
+        """(B, C) logits of normalised features (B, D) and (C, D): the model's own."""
+        logits = self.scale * image @ text.T
+        return logits + self.offset if self.offset else logits
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Take what `state_dict` gave, for C classes and features of D numbers.
@@ -283,6 +285,8 @@ class Method:
     marker: str = "o"  # in curves
     shown: bool = False  # whether the demo compares it
     tried: bool = False  # whether `dapt.engine.effort` tries it, with a head on what it tunes
+    # Rows in place of it, where nobody asked for it and a tower does not take its parts.
+    instead: tuple[str, ...] = ()
 
     @property
     def learns(self) -> bool:

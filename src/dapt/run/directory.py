@@ -296,6 +296,11 @@ class RunDirectory:
         """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
         return make_settings(read_object(self.settings_file, "settings of the run"))
 
+    def asked_settings(self) -> Settings:
+        """Those that were asked for, where the run's are what `dapt.engine.suited` made of them."""
+        kept = self.read_settings()
+        return make_settings(kept.model_dump() | (self.read_environment().asked or {}))
+
     def read_search(self) -> records.SearchRecord:
         """The search for the run's method."""
         return read_record(self.search_file, records.SearchRecord, "search for a method")

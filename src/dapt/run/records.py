@@ -237,6 +237,7 @@ class Environment(Record):
     support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
+    asked: dict[str, Any] | None = None  # values of settings that the backbone did not take
     resumed: list[dict[str, Any]] = []
     imported_from: str | None = None
     imported_sha256: str | None = None

@@ -29,6 +29,7 @@ from dapt.engine.fit import Journal, Tuned, fit
 from dapt.engine.forecast import forecast, forecast_map
 from dapt.engine.processes import join_processes
 from dapt.engine.step import StepResult
+from dapt.engine.suited import differing, nobody, suited
 from dapt.errors import UserError, refusing
 from dapt.progress import Reporter
 from dapt.run.directory import EVENTS, RunDirectory, tensors_as_bytes
@@ -79,11 +80,14 @@ def train(
     if shared is None:
         how = {"device": processes.device(settings.device), "revision": pinned(run, resume)}
         shared = Shared(backbone_of(settings, **how))
+    tell = reporter.warn if processes.first else nobody
+    used = suited(settings, data.task.class_names, shared.backbone, tell)
     with ExitStack() as stack:
+        parts: dict[str, Any] = {"reporter": reporter, "stack": stack}
         may = {"resume": resume, "overwrite": overwrite}
-        journal = RunJournal(run=run, settings=settings, reporter=reporter, stack=stack, may=may)
+        journal = RunJournal(run=run, settings=used, asked=settings, may=may, **parts)
         try:
-            tuned = fit(data, settings, shared=shared, journal=journal, reporter=reporter)
+            tuned = fit(data, used, shared=shared, journal=journal, reporter=reporter)
         except _Finished:
             return run
         if processes.first:
@@ -109,6 +113,7 @@ class RunJournal(Journal):
 
     run: RunDirectory
     settings: Settings
+    asked: Settings  # what became `settings` on the backbone
     reporter: Reporter
     stack: ExitStack
     may: dict[str, bool]  # options of `check_output`
@@ -122,9 +127,12 @@ class RunJournal(Journal):
         check_output(self.run, self.settings, **self.may)
         if self.run.finished and self.may["resume"] and join_processes().alone:
             raise _Finished
-        self.search = searched(self.run, self.settings) if self.may["resume"] else None
+        self.search = searched(self.run, self.asked) if self.may["resume"] else None
         if not (self.run.exists and self.may["resume"]):
-            seen = {"support_content_sha256": content_digest(data.task, data.support)}
+            seen: dict[str, Any] = (
+                {"asked": other} if (other := differing(self.asked, self.settings)) else {}
+            )
+            seen["support_content_sha256"] = content_digest(data.task, data.support)
             files = made_of(self.settings, data.task, data.support, backbone, **seen)
             self.run.begin(files, searched=self.search is not None)
         elif (changed := self.run.resume(data.task, data.support, backbone)) is not None:
@@ -283,6 +291,8 @@ def check_output(
             state, way = "a", "overwrite"
         raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
     kept = run.read_settings()
+    if settings and other_setting(run.asked_settings(), settings) is None:
+        return
     if settings and (name := other_setting(kept, settings)):
         old, value = getattr(kept, name), getattr(settings, name)
         what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
@@ -301,6 +311,7 @@ def searched(run: RunDirectory, settings: Settings) -> Search | None:
     if not run.search_file.is_file():
         return None
     found = run.read_search()
+    settings = run.asked_settings() if run.exists else settings
     done = found.search.done and other_setting(found.chosen(), settings) is None
     return found.search if done else None
 
