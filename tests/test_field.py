@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from conftest import REPOSITORY
 from dapt.clip.sources import load_backbone
-from dapt.engine.classifier import Classifier
+from dapt.engine.classifier import Classifier, new_classifier
 from dapt.engine.step import Tuner
+from dapt.methods import get_method
 from dapt.methods.clap import Clap, ZeroShotProbe
 from dapt.methods.contract import Evidence, Examples
-from dapt.methods.fitting import cosine, learning_rate
+from dapt.methods.fitting import cosine, learning_rate, scheduled
 from dapt.methods.gda import Gda, precision
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.lp_plus import LPPlus
@@ -84,6 +85,66 @@ def test_ivlp(backbone):
     with torch.no_grad():
         near(classifier(images[0]), record["final.logits"], 1e-3)
         near(new(images[0]), record["final.logits_new"], 1e-3)
+
+
+def tuner_of(backbone, said, method, **given):
+    """What tunes a classifier of a method's row, at a record's settings."""
+    given |= {"dataset": "bundled", "method": method, "steps": said["steps"], "lr": said["lr"],
+              "weight_decay": said["weight_decay"]}  # fmt: skip
+    settings = make_settings(given)
+    row = (said["class_names"], said["prompt_template"], get_method(method), settings)
+    classifier = new_classifier(backbone, *row)
+    return Tuner(classifier, settings, torch.zeros(len(said["class_names"]), 32))
+
+
+def start_as(tuner, record):
+    """Take a record's initial values, through the door that files come by; their names there."""
+    names = {name: name.replace(f"_{said}", "") for name in tuner.named for said in ("lora", "svd")
+             if f"_{said}" in name}  # fmt: skip
+    tensors = {name: record[f"init.{own}"] for name, own in names.items()}
+    for part in tuner.classifier.parts:
+        part.load(tensors, tuner.classifier.backbone, "the record")
+    return names
+
+
+def take_the_steps(tuner, record, names, first=0):
+    """Take a record's steps, which have its rates, losses and first gradients."""
+    images, labels, settings = record["images"], record["labels"], tuner.settings
+    for step, (lr, loss) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
+        rate = scheduled(settings.schedule, step, settings.lr, settings.steps, 3)
+        assert rate == pytest.approx(lr.item(), rel=1e-9)
+        batch = step % len(images)
+        result = tuner.step(images[batch], labels[batch], rate)
+        assert result.total == result.cross_entropy == pytest.approx(loss.item(), rel=1e-3)
+        for name, own in names.items():
+            if (expected := record.get(f"grad{step + 1}.{own}")) is not None:
+                near(tuner.named[name].grad, expected, 1e-4)
+    for name, own in names.items():
+        near(tuner.named[name].detach(), record[f"final.{own}"], 1e-3)
+
+
+def ends_as(tuner, record):
+    """Its features and logits are the record's, before and after they are merged."""
+    classifier = tuner.classifier
+    for _ in range(2):
+        with torch.no_grad():
+            image = classifier.image_features(record["images"][0])
+            near(image, record["final.image_features"], 1e-3)
+            near(classifier.text_features(), record["final.text_features"], 1e-3)
+            near(classifier(record["images"][0]), record["final.logits"], 1e-3)
+        classifier.requires_grad_(False)
+
+
+def test_clip_lora(backbone):
+    record, said = recording("clip_lora")
+    own = {"lora_rank": said["rank"], "lora_alpha": said["alpha"], "lora_dropout": said["dropout"]}
+    tuner = tuner_of(backbone, said, "clip-lora", lora_maps="".join(said["projections"]), **own)
+    names = start_as(tuner, record)
+    assert len(names) == len(tuner.named) == 2 * 3 * 3 * 2
+    with torch.no_grad():
+        near(tuner.classifier(record["images"][0]), record["first.logits"], 1e-5)
+    take_the_steps(tuner, record, names)
+    ends_as(tuner, record)
 
 
 def test_tip_adapter():

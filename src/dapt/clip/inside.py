@@ -9,6 +9,7 @@ C classes, P prefix tokens that all classes share, S own tokens of a class, N ow
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,22 @@ class Pass:
     images: int = 0  # of the batch
     part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
 
+    def dropout(self, x: Tensor, share: float, *place: Any) -> Tensor:
+        """``x`` (L, W), or (B, L, W) of images; in training with a share of it zeroed.
+
+        The rest is scaled up. What is drawn is a function of the step, the ``place`` and the shape
+        alone: who computes a layer anew for the backward pass draws the same. Pieces of one place
+        that are equally large do so too.
+        """
+        if self.generator is None or not share:
+            return x
+        shape = (self.images or len(x), *x.shape[1:])
+        name = repr((self.generator.initial_seed(), *place, shape))
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        own = torch.Generator(x.device).manual_seed(seed)
+        drawn = torch.rand(shape, generator=own, device=x.device)[self.part]
+        return x * (drawn >= share) / (1 - share)
+
 
 EVALUATION = Pass()
 
@@ -43,7 +60,7 @@ class Inside:
     """What is put into one tower in one pass; by itself, nothing.
 
     ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``
-    and ``linears`` say whether `before_layer` and `linear` do anything.
+    and ``linears`` say whether `before_layer`, and `weight` or `linear`, do anything.
     """
 
     layers = linears = False
@@ -55,8 +72,12 @@ class Inside:
         """Tokens (..., T, W) as a layer is to see them; inserted ones begin at ``start``."""
         return x
 
+    def weight(self, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """The weight of a linear map of a layer, ``weight`` being the frozen one."""
+        return weight
+
     def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
-        """What a linear map of a layer gives, ``out`` being the frozen one's."""
+        """What a linear map of a layer gives; ``out`` without what is added here."""
         return out
 
 
@@ -85,8 +106,10 @@ class Layer:
         return self.inside.before_layer(self.index, x, start) if self.inside.layers else x
 
     def _linear(self, names: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = F.linear(x, weight, bias)
-        return self.inside.linear(self.index, names, x, out) if self.inside.linears else out
+        if not self.inside.linears:
+            return F.linear(x, weight, bias)
+        out = F.linear(x, self.inside.weight(self.index, names, weight), bias)
+        return self.inside.linear(self.index, names, x, out)
 
     def qkv(self, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (..., L, W) each, of the tokens in all parts (..., L_i, W).

@@ -9,6 +9,7 @@ from dapt.errors import UserError, nearest
 from dapt.methods import (
     auto,
     clap,
+    clip_lora,
     gda,
     ivlp,
     kernel_ridge,
@@ -76,6 +77,9 @@ METHODS: dict[str, Method] = {
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
+    ),
+    "clip-lora": Method(
+        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

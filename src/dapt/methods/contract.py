@@ -88,12 +88,21 @@ class TowerPart(nn.Module):
         """
         return x
 
-    def linear(
-        self, tower: str, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor
-    ) -> Tensor:
-        """What a linear map of a layer gives: ``out`` of ``x`` if it stays frozen.
+    def weight(self, tower: str, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """The weight (out, in) that a linear map of a layer has: ``weight`` if it stays frozen.
 
-        ``names`` are of "q", "k", "v" (end to end where computed at once), "o", "fc" and "proj".
+        ``names`` are of "q", "k", "v" (one below the other where computed at once), "o", "fc" and
+        "proj".
+        """
+        return weight
+
+    def linear(
+        self, tower: str, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor, now: Pass
+    ) -> Tensor:
+        """What a linear map of a layer gives: ``out`` of ``x`` if nothing is added.
+
+        ``names`` as for `weight`; of several, ``out`` has theirs end to end. ``now.dropout`` drops
+        some of ``x`` in training.
         """
         return out
 
