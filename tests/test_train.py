@@ -62,6 +62,14 @@ TENSORS = {
         f"{kind}_lora.{layer}.{name}.{factor}" for kind in ("text", "visual") for layer in range(2)
         for name in "qkv" for factor in "AB"
     },
+    "clip-svd": {
+        f"{kind}_svd.{layer}.{name}" for kind in ("text", "visual") for layer in range(2)
+        for name in ("q", "k", "v", "o", "fc", "proj")
+    },
+    "2sfs": {"weight"} | {
+        f"{kind}_norms.{layer}.{name}.{own}" for kind in ("text", "visual") for layer in range(2)
+        for name in ("ln_1", "ln_2") for own in ("weight", "bias")
+    },
 }  # fmt: skip
 
 

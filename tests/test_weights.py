@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_contract import Stopping
 
 from dapt.clip.inside import Pass
 from dapt.engine.data import open_data
 from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.errors import UserError
+from dapt.methods import Head
 from dapt.run.load import load_classifier
 from dapt.run.train import train
 from dapt.settings import make_settings, with_method
 
-METHODS = ["clip-lora"]
+METHODS = ["clip-lora", "clip-svd", "2sfs"]
 STEPS = 5  # two and a half epochs
 
 
@@ -53,6 +55,24 @@ def test_an_export_has_what_was_learned(given, method, tmp_path):
     assert moved.norm(dim=-1).min() > 1e-3
     found = export(RunDirectory(run.path), tmp_path / "classifier.onnx", "onnx")
     assert found.difference < 1e-5
+
+
+def test_classes_that_a_second_stage_has_not_seen_are_named_by_their_text(given, tmp_path):
+    own = {"method": "2sfs", "steps": STEPS, "classifier_steps": 9, "classifier_lr": 0.1}
+    run = train(make_settings({**given, **own}), tmp_path / "run")
+    views, first = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), load_classifier(run)
+    names = ["zebra", *first.class_names[::-1]]
+    other = load_classifier(run, run.read_task().model_copy(update={"class_names": names}))
+    with torch.no_grad():
+        known, found = first(views), other(views)
+        text = Head(first.head.scale)(other.image_features(views), other.text_features())
+    torch.testing.assert_close(found[:, 1:].flip(-1), known)
+    torch.testing.assert_close(found[:, 0], text[:, 0])
+    assert (found[:, 1:] - text[:, 1:]).abs().max() > 0.1
+    tensors = {n: t.repeat(2, 1) if n == "weight" else t for n, t in first.tensors().items()}
+    save_file(tensors, run.prompts_file)
+    with pytest.raises(UserError, match="has weights of more than 3 classes"):
+        load_classifier(run)
 
 
 def test_dropout_is_a_function_of_step_and_place():

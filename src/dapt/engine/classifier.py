@@ -188,9 +188,9 @@ class Together(Inside):
             longest = max((t.shape[:-2] for t in tokens), key=len)
             tokens = [torch.cat([t.expand(*longest, -1, -1) for t in tokens], -2)]
         super().__init__(tokens[0] if tokens else None)
-        self.layers, weights, linears = (
+        self.layers, weights, linears, self.norms = (
             any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
-            for hook in ("before_layer", "weight", "linear")
+            for hook in ("before_layer", "weight", "linear", "norm")
         )
         self.linears = weights or linears
 
@@ -212,6 +212,12 @@ class Together(Inside):
         for part in self.parts:
             out = part.linear(self.tower, layer, names, x, out, self.now)
         return out
+
+    def norm(self, layer: int, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Each part in turn."""
+        for part in self.parts:
+            weight, bias = part.norm(self.tower, layer, name, weight, bias)
+        return weight, bias
 
 
 def tuning_head(backbone: Backbone, settings: Settings) -> Head:

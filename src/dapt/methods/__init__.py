@@ -10,6 +10,7 @@ from dapt.methods import (
     auto,
     clap,
     clip_lora,
+    clip_svd,
     gda,
     ivlp,
     kernel_ridge,
@@ -20,6 +21,7 @@ from dapt.methods import (
     prototypes,
     ss_text,
     tip_adapter,
+    two_stage,
 )
 from dapt.methods.contract import (
     Evidence,
@@ -80,6 +82,14 @@ METHODS: dict[str, Method] = {
     ),
     "clip-lora": Method(
         "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
+    ),
+    "2sfs": Method(
+        "2SFS", (two_stage.TextNorms, two_stage.VisualNorms), head=two_stage.TwoStage,
+        defaults=two_stage.usual,
+    ),
+    "clip-svd": Method(
+        "CLIP-SVD", (clip_svd.TextSingularValues, clip_svd.VisualSingularValues),
+        defaults=clip_svd.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

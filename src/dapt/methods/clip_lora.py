@@ -9,7 +9,7 @@ which gradients miss the changes of later layers: a mistake, not followed here.
 from __future__ import annotations
 
 from math import sqrt
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,8 +31,8 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class LoraSettings(PartSettings):
     """Of low-rank changes."""
 
-    lora_maps: str = Field(
-        "qkv", pattern="^q?k?v?o?$", min_length=1, description="q, k, v, o: maps that LoRA changes"
+    lora_maps: tuple[Literal["q", "k", "v", "o"], ...] = Field(
+        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o"
     )
     lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")
     lora_alpha: float = Field(1.0, gt=0, le=LARGEST, description="LoRA's scale times sqrt(r)")

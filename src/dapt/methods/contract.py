@@ -7,7 +7,7 @@ method by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -106,6 +106,12 @@ class TowerPart(nn.Module):
         """
         return out
 
+    def norm(
+        self, tower: str, layer: int, name: str, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias that a layer norm, "ln_1" or "ln_2", has: those given if frozen."""
+        return weight, bias
+
     def load(self, tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> None:
         """Take what `named_parameters` had; a `UserError` of ``where`` if it has other shapes."""
         for name, own in self.named_parameters():
@@ -201,6 +207,7 @@ class Head(nn.Module):
     reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
     projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
     multilabel: ClassVar[bool] = False  # whether it can be fitted to several labels an image
+    carries: ClassVar[bool] = False  # whether `carry` takes it to classes of other names
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:
@@ -226,6 +233,9 @@ class Head(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
         return self.scale * image @ text.T
+
+    def carry(self, own: Sequence[str], names: Sequence[str], text: Tensor) -> None:
+        """Take classes by these names, of text features (C, D), where it has its ``own`` first."""
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Take what `state_dict` gave, for C classes and features of D numbers.
