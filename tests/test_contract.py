@@ -142,7 +142,7 @@ class Linear(TowerPart):
 
     towers = frozenset({"image", "text"})
 
-    def linear(self, tower, layer, names, x, out):
+    def linear(self, tower, layer, names, x, out, now):
         return 2 * out
 
 

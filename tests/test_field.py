@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from conftest import REPOSITORY
 from dapt.clip.sources import load_backbone
-from dapt.engine.classifier import Classifier
+from dapt.engine.classifier import Classifier, new_classifier, tuning_head
 from dapt.engine.step import Tuner
+from dapt.methods import get_method
 from dapt.methods.clap import Clap, ZeroShotProbe
 from dapt.methods.contract import Evidence, Examples
-from dapt.methods.fitting import cosine, learning_rate
+from dapt.methods.fitting import cosine, learning_rate, scheduled
 from dapt.methods.gda import Gda, precision
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.lp_plus import LPPlus
@@ -84,6 +85,125 @@ def test_ivlp(backbone):
     with torch.no_grad():
         near(classifier(images[0]), record["final.logits"], 1e-3)
         near(new(images[0]), record["final.logits_new"], 1e-3)
+
+
+def tuner_of(backbone, said, method, **given):
+    """What tunes a classifier of a method's row, at a record's settings."""
+    given |= {"dataset": "bundled", "method": method, "lr": said["lr"],
+              "weight_decay": said["weight_decay"]}  # fmt: skip
+    settings = make_settings(given)
+    row = (said["class_names"], said["prompt_template"], get_method(method), settings)
+    classifier = new_classifier(backbone, *row)
+    return Tuner(classifier, settings, torch.zeros(len(said["class_names"]), 32))
+
+
+def start_as(tuner, record):
+    """Take a record's initial values, through the door that files come by; their names there."""
+    at = {"text_norms": "transformer.resblocks", "visual_norms": "visual.transformer.resblocks"}
+    names = {
+        name: ".".join([at.get(first, first.partition("_")[0]), *rest])
+        for name in tuner.named
+        for first, *rest in [name.split(".")]
+    }
+    tensors = {name: record[f"init.{own}"] for name, own in names.items()}
+    for part in tuner.classifier.parts:
+        part.load(tensors, tuner.classifier.backbone, "the record")
+    return names
+
+
+def take_the_steps(tuner, record, names, gradients=1e-4):
+    """Take a record's steps, which have its rates, losses and first gradients."""
+    images, labels, settings = record["images"], record["labels"], tuner.settings
+    for step in range(settings.steps):
+        lr, loss = record["lrs"][step], record["losses"][step]
+        rate = scheduled(settings.schedule, step, settings.lr, settings.steps, 3)
+        assert rate == pytest.approx(lr.item(), rel=1e-9)
+        batch = int(record["batch_order"][step]) if "batch_order" in record else step % len(images)
+        result = tuner.step(images[batch], labels[batch], rate)
+        assert result.total == result.cross_entropy == pytest.approx(loss.item(), rel=1e-3)
+        for name, own in names.items():
+            if (expected := record.get(f"grad{step + 1}.{own}")) is not None:
+                near(tuner.named[name].grad, expected, gradients)
+    for name, own in names.items():
+        near(tuner.named[name].detach(), record[f"final.{own}"], 1e-3)
+
+
+def ends_as(tuner, record):
+    """Its features and logits are the record's, before and after they are merged."""
+    classifier = tuner.classifier
+    for _ in range(2):
+        with torch.no_grad():
+            image = classifier.image_features(record["images"][0])
+            near(image, record["final.image_features"], 1e-3)
+            near(classifier.text_features(), record["final.text_features"], 1e-3)
+            near(classifier(record["images"][0]), record["final.logits"], 1e-3)
+        classifier.requires_grad_(False)
+
+
+def test_clip_lora(backbone):
+    record, said = recording("clip_lora")
+    own = {"lora_rank": said["rank"], "lora_alpha": said["alpha"], "lora_dropout": said["dropout"]}
+    own["steps"] = said["steps"]
+    tuner = tuner_of(backbone, said, "clip-lora", lora_maps=said["projections"], **own)
+    names = start_as(tuner, record)
+    assert len(names) == len(tuner.named) == 2 * 3 * 3 * 2
+    with torch.no_grad():
+        near(tuner.classifier(record["images"][0]), record["first.logits"], 1e-5)
+    take_the_steps(tuner, record, names)
+    ends_as(tuner, record)
+
+
+def test_clip_svd(backbone):
+    record, said = recording("clip_svd")
+    own = {"svd_maps": said["trained_matrices"], "steps": said["steps"]}
+    tuner = tuner_of(backbone, said, "clip-svd", **own)
+    drawn = {name: p.detach().clone() for name, p in tuner.named.items()}
+    names = start_as(tuner, record)
+    assert len(names) == len(tuner.named) == 2 * 3 * 6
+    for name, own in names.items():
+        near(drawn[name], record[f"init.{own}"], 1e-5)
+    with torch.no_grad():
+        near(tuner.classifier(record["images"][0]), record["first.logits"], 1e-5)
+    # The record's decomposition is of fp32. Of neighbours that are nearly the same it mixes the
+    # vectors: one such pair's gradients are 1.4e-4 apart, with opposite signs, and their sums 4e-6.
+    take_the_steps(tuner, record, names, gradients=2e-4)
+    ends_as(tuner, record)
+
+
+def test_two_stages(backbone):
+    record, said = recording("two_stage")
+    tuner = tuner_of(backbone, said, "2sfs", steps=said["stage_1_steps"])
+    drawn = {name: p.detach().clone() for name, p in tuner.named.items()}
+    names, images = start_as(tuner, record), record["images"]
+    assert len(names) == len(tuner.named) == 2 * 3 * 2 * 2
+    assert all(torch.equal(drawn[name], record[f"init.{own}"]) for name, own in names.items())
+    fitted, tuner.classifier.head = tuner.classifier.head, tuning_head(backbone, tuner.settings)
+    with torch.no_grad():
+        near(tuner.classifier.text_features(), record["first.text_features"], 1e-5)
+        near(tuner.classifier.image_features(images[0]), record["first.image_features"], 1e-5)
+        near(tuner.classifier(images[0]), record["first.logits"], 1e-5)
+    take_the_steps(tuner, record, names)
+
+    tuner.classifier.parts.requires_grad_(False)
+    with torch.no_grad():
+        seen = tuner.classifier.image_features(images.flatten(0, 1), normalized=False)
+        text = tuner.classifier.text_features()
+    near(F.normalize(seen[: said["batch"]], dim=-1), record["final.image_features"], 1e-3)
+    near(text, record["init.classifier"], 1e-3)
+    first, places = said["stage_1_steps"], torch.arange(len(seen)).split(said["batch"])
+    batches = [(0, places[number]) for number in record["batch_order"][first:]]
+    rates = cosine(said["lr"], len(batches), 1e-6)
+    assert rates == pytest.approx(record["lrs"][first:].tolist(), rel=1e-9)
+    found = []
+    for loss, _ in fitted.tune(seen[None], record["labels"].flatten(), text, batches, rates):
+        if not found:
+            near(fitted.weight.grad, record["grad1.classifier"], 1e-4)
+        found.append(loss)
+    assert found == pytest.approx(record["losses"][first:, 0].tolist(), rel=1e-3)
+    near(fitted.weight, record["final.classifier"], 1e-3)
+    tuner.classifier.head = fitted
+    with torch.no_grad():
+        near(tuner.classifier(images[0]), record["final.logits"], 1e-3)
 
 
 def test_tip_adapter():

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from dapt.data import draw_support_set
 from dapt.engine.data import task_of
 from dapt.engine.fit import epoch_order, steps_per_epoch
-from dapt.engine.step import learning_rate
 from dapt.errors import UserError
 from dapt.methods import METHODS, LossTerm, Method
+from dapt.methods.fitting import scheduled
 from dapt.methods.losses import INTER
 from dapt.methods.prompts import Context
 from dapt.run.directory import RunDirectory
@@ -58,7 +58,19 @@ def results(run):
 # Of methods that learn something else than one prompt a tower.
 TENSORS = {
     "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
-}
+    "clip-lora": {
+        f"{kind}_lora.{layer}.{name}.{factor}" for kind in ("text", "visual") for layer in range(2)
+        for name in "qkv" for factor in "AB"
+    },
+    "clip-svd": {
+        f"{kind}_svd.{layer}.{name}" for kind in ("text", "visual") for layer in range(2)
+        for name in ("q", "k", "v", "o", "fc", "proj")
+    },
+    "2sfs": {"weight"} | {
+        f"{kind}_norms.{layer}.{name}.{own}" for kind in ("text", "visual") for layer in range(2)
+        for name in ("ln_1", "ln_2") for own in ("weight", "bias")
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -78,7 +90,9 @@ def test_every_method_leaves_a_readable_run(given, tmp_path, method):
             rows = list(csv.DictReader(file))
         assert len(rows) == 4 * (12 // 5)
         assert {"cross_entropy", "lr", "accuracy", *(t.name for t in row.losses)} <= set(rows[0])
-        assert [float(r["lr"]) for r in rows[::2]] == [learning_rate(e, 4, 0.02) for e in range(4)]
+        schedule = make_settings({**given, "method": method}).schedule
+        rates = [scheduled(schedule, step, 0.02, 8, 2) for step in range(8)]
+        assert [float(r["lr"]) for r in rows] == rates
         assert {"before", "after"} == set(metrics["dispersion"]["inter"])
     environment = json.loads(run.environment_file.read_text())
     assert environment["seed"] == 1

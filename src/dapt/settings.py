@@ -25,7 +25,8 @@ WITHOUT_DATASET = {IMPORTED: "imported without a dataset",
                    FITTED: "tuned on images given in Python"}  # fmt: skip
 
 # Of the settings below, those that only gradient descent reads.
-TUNING = frozenset({"epochs", "lr", "momentum", "weight_decay", "batch_size", "crop_min"})
+TUNING = frozenset({"epochs", "steps", "lr", "schedule", "optimizer", "momentum", "weight_decay",
+                    "batch_size", "crop_min", "logit_scale"})  # fmt: skip
 VIEWS = frozenset({"crop_min"})  # and of those, what some heads read too
 
 Part = TypeVar("Part", bound=PartSettings)
@@ -60,11 +61,19 @@ class Settings(BaseModel):
         None, min_length=1, description="several, to average over: a list, or a file of a line each"
     )
     epochs: int = Field(ge=1, description="passes over the support set")
+    steps: int | None = Field(None, ge=1, description="steps of tuning, in place of epochs")
     crop_min: float = Field(0.08, gt=0, le=1, description="least share of an image in a view")
     batch_size: int = Field(32, ge=1, description="images a step")
-    lr: float = Field(gt=0, le=LARGEST, description="SGD learning rate, after epoch 0's 1e-5")
+    lr: float = Field(gt=0, le=LARGEST, description="highest learning rate")
+    schedule: Literal["warm-cosine", "cosine"] = Field(
+        "warm-cosine", description="of lr: by epochs, the first at 1e-5; or by steps, down to 1e-6"
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="of what is learned in towers")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD")
+    weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD and AdamW")
+    logit_scale: float | None = Field(
+        None, gt=0, le=LARGEST, description="of cosines, where towers are tuned; or the backbone's"
+    )
     loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
         {}, description="weights of further loss terms"
     )
@@ -191,6 +200,9 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
     row = find_method(str(given.get("method", "dapt")))
+    defaults = dict(row.defaults(*asked)) if row else {}
+    if given.get("epochs") is not None:  # who gives them wants no other number of steps
+        defaults.pop("steps", None)
     own = given.get("template")
     usual = usual_settings(*asked, str(own or usual_template(dataset)))
     start = ("text_init", "text_vectors")
@@ -198,7 +210,12 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
         usual = {name: value for name, value in usual.items() if name not in start}
     elif own:  # its words may be more tokens than there are words
         usual.pop("text_vectors", None)
-    return usual | (row.defaults(*asked) if row else {})
+    return usual | defaults
+
+
+def with_epochs(settings: Settings, epochs: int) -> Settings:
+    """The same, tuned for so many passes over the support set."""
+    return settings.model_copy(update={"epochs": epochs, "steps": None})
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from dapt.clip import trunks
+from dapt.clip.inside import NOT_ORDINARY, is_plain
 from dapt.errors import UserError, refusing
 
 # Every letter in both cases, digits and signs: what cleans texts shows in it too.
@@ -170,6 +171,14 @@ class Backbone(nn.Module):
             return str(error)
         return None
 
+    def blocks(self, tower: str) -> list[Any]:
+        """The "text" or "image" tower's layers; a `UserError` if they are not ordinary ones."""
+        own = self.text_transformer() if tower == "text" else self.visual
+        transformer = getattr(own, "transformer", None)
+        if transformer is None or not is_plain(transformer):
+            raise UserError(NOT_ORDINARY)
+        return list(transformer.resblocks)
+
     def normalize(self, views: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""
         x = views.to(self.device, non_blocking=True)
@@ -277,6 +286,12 @@ def _vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
+class FoldedQuickGELU(nn.SiLU):
+    """SiLU whose neighbours' weights hold what it lacks of QuickGELU: a factor, and its inverse."""
+
+    factor = 1.702
+
+
 def _fold_quick_gelu(mlp: Any) -> None:
     """Turn ``x * sigmoid(1.702 x)`` into SiLU, one kernel instead of three passes over memory.
 
@@ -284,11 +299,11 @@ def _fold_quick_gelu(mlp: Any) -> None:
     it: the same function, up to the rounding of their weights.
     """
     if isinstance(mlp.gelu, transformer.QuickGELU):
+        mlp.gelu = FoldedQuickGELU()
         with torch.no_grad():
-            mlp.c_fc.weight *= 1.702
-            mlp.c_fc.bias *= 1.702
-            mlp.c_proj.weight /= 1.702
-        mlp.gelu = nn.SiLU()
+            mlp.c_fc.weight *= mlp.gelu.factor
+            mlp.c_fc.bias *= mlp.gelu.factor
+            mlp.c_proj.weight /= mlp.gelu.factor
 
 
 def _cast(tower: nn.Module, dtype: torch.dtype) -> None:

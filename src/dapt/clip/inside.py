@@ -9,6 +9,7 @@ C classes, P prefix tokens that all classes share, S own tokens of a class, N ow
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,22 @@ class Pass:
     images: int = 0  # of the batch
     part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
 
+    def dropout(self, x: Tensor, share: float, *place: Any) -> Tensor:
+        """``x`` (L, W), or (B, L, W) of images; in training with a share of it zeroed.
+
+        The rest is scaled up. What is drawn is a function of the step, the ``place`` and the shape
+        alone: who computes a layer anew for the backward pass draws the same. Pieces of one place
+        that are equally large do so too.
+        """
+        if self.generator is None or not share:
+            return x
+        shape = (self.images or len(x), *x.shape[1:])
+        name = repr((self.generator.initial_seed(), *place, shape))
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        own = torch.Generator(x.device).manual_seed(seed)
+        drawn = torch.rand(shape, generator=own, device=x.device)[self.part]
+        return x * (drawn >= share) / (1 - share)
+
 
 EVALUATION = Pass()
 
@@ -42,11 +59,12 @@ EVALUATION = Pass()
 class Inside:
     """What is put into one tower in one pass; by itself, nothing.
 
-    ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``
-    and ``linears`` say whether `before_layer` and `linear` do anything.
+    ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``,
+    ``linears`` and ``norms`` say whether `before_layer`, `weight` or `linear`, and `norm` do
+    anything.
     """
 
-    layers = linears = False
+    layers = linears = norms = False
 
     def __init__(self, tokens: Tensor | None = None) -> None:
         self.tokens = tokens
@@ -55,22 +73,34 @@ class Inside:
         """Tokens (..., T, W) as a layer is to see them; inserted ones begin at ``start``."""
         return x
 
+    def weight(self, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """The weight of a linear map of a layer, ``weight`` being the frozen one."""
+        return weight
+
     def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
-        """What a linear map of a layer gives, ``out`` being the frozen one's."""
+        """What a linear map of a layer gives; ``out`` without what is added here."""
         return out
+
+    def norm(self, layer: int, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer norm of a layer, the frozen ones being given."""
+        return weight, bias
 
 
 NOTHING = Inside()
 
 
-def norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Layer norm whose weights may be fp32 under a low-precision stream; others as they are."""
+def norm(norm: nn.Module, x: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Layer norm whose weights, which may be its ``own``, are fp32 under low precision or not.
+
+    Norms of other kinds are as they are.
+    """
     if not isinstance(norm, nn.LayerNorm):
         return cast(Tensor, norm(x))
     ln = norm
-    if x.dtype == ln.weight.dtype or x.device.type == "cpu":  # the CPU kernel takes mixed types
-        return F.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
-    weight, bias = (None if own is None else own.float() for own in (ln.weight, ln.bias))
+    weight, bias = own or (ln.weight, ln.bias)
+    if x.dtype == weight.dtype or x.device.type == "cpu":  # the CPU kernel takes mixed types
+        return F.layer_norm(x, ln.normalized_shape, weight, bias, ln.eps)
+    weight, bias = (None if w is None else w.float() for w in (weight, bias))
     return F.layer_norm(x.float(), ln.normalized_shape, weight, bias, ln.eps).to(x.dtype)
 
 
@@ -85,9 +115,17 @@ class Layer:
         """Tokens as this layer is to see them; inserted ones begin at ``start``."""
         return self.inside.before_layer(self.index, x, start) if self.inside.layers else x
 
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        module = getattr(self.block, name)
+        if not self.inside.norms:
+            return norm(module, x)
+        return norm(module, x, self.inside.norm(self.index, name, module.weight, module.bias))
+
     def _linear(self, names: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = F.linear(x, weight, bias)
-        return self.inside.linear(self.index, names, x, out) if self.inside.linears else out
+        if not self.inside.linears:
+            return F.linear(x, weight, bias)
+        out = F.linear(x, self.inside.weight(self.index, names, weight), bias)
+        return self.inside.linear(self.index, names, x, out)
 
     def qkv(self, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (..., L, W) each, of the tokens in all parts (..., L_i, W).
@@ -95,15 +133,15 @@ class Layer:
         What is frozen is given apart from what is learned, so that the backward pass computes
         nothing for it.
         """
-        attn, ln, names = self.block.attn, self.block.ln_1, ("q", "k", "v")
+        attn, names = self.block.attn, ("q", "k", "v")
         own = attn.in_proj_weight, attn.in_proj_bias
-        packed = [self._linear(names, norm(ln, x), *own) for x in parts]
+        packed = [self._linear(names, self._norm("ln_1", x), *own) for x in parts]
         q, k, v = (torch.cat(packed, -2) if len(packed) > 1 else packed[0]).chunk(3, -1)
         return q, k, v
 
     def asked(self, x: Tensor, at: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the tokens ``x[at]`` alone, keys and values of all of ``x`` (..., L, W)."""
-        attn, width, normed = self.block.attn, x.shape[-1], norm(self.block.ln_1, x)
+        attn, width, normed = self.block.attn, x.shape[-1], self._norm("ln_1", x)
         weight, bias = attn.in_proj_weight, attn.in_proj_bias  # (3W, W), (3W,)
         k, v = self._linear(("k", "v"), normed, weight[width:], bias[width:]).chunk(2, -1)
         return self._linear(("q",), normed[at], weight[:width], bias[:width]), k, v
@@ -112,7 +150,7 @@ class Layer:
         """Output projection, residuals and MLP: ``x`` and attention's ``mixed`` are (..., L, W)."""
         block, out = self.block, self.block.attn.out_proj
         x = x + block.ls_1(self._linear(("o",), mixed, out.weight, out.bias))
-        normed = norm(block.ln_2, x)
+        normed = self._norm("ln_2", x)
         if not self.inside.linears:
             return x + block.ls_2(block.mlp(normed))
         fc, proj = block.mlp.c_fc, block.mlp.c_proj
@@ -126,6 +164,19 @@ def unrolled(transformer: nn.Module, inside: Inside) -> list[Layer]:
     return [Layer(block, i, inside) for i, block in enumerate(blocks)]
 
 
+def linear_maps(block: ResidualAttentionBlock) -> dict[str, tuple[Tensor, float]]:
+    """Frozen weights (out, in) of an ordinary block's maps, by name, each with a factor in it.
+
+    The factor is 1 where the weight stands as it was published.
+    """
+    attn, mlp = block.attn, block.mlp
+    factor = getattr(mlp.gelu, "factor", 1.0)  # see `dapt.clip.backbone.FoldedQuickGELU`
+    q, k, v = attn.in_proj_weight.chunk(3)
+    plain = {"q": q, "k": k, "v": v, "o": attn.out_proj.weight}
+    found = {name: (weight, 1.0) for name, weight in plain.items()}
+    return found | {"fc": (mlp.c_fc.weight, factor), "proj": (mlp.c_proj.weight, 1 / factor)}
+
+
 def is_plain(transformer: nn.Module) -> bool:
     """Whether every layer is open_clip's ordinary block, which `Layer` unrolls."""
     from open_clip.transformer import ResidualAttentionBlock
@@ -133,11 +184,16 @@ def is_plain(transformer: nn.Module) -> bool:
     return all(type(b) is ResidualAttentionBlock for b in cast(Any, transformer).resblocks)
 
 
+NOT_ORDINARY = (
+    "this method changes weights of ordinary layers, and the backbone has others; choose another "
+    "backbone, or a method of prompts"
+)
+
+
 def through(blocks: Any, x: Tensor, inside: Inside, start: int, **options: Any) -> Tensor:
     """Run layers of any kind by their own modules, tokens (B, L, W) first."""
-    if inside.linears:
-        what = "this method changes the linear maps of ordinary layers, and the backbone has others"
-        raise UserError(f"{what}; choose another backbone, or a method of prompts")
+    if inside.linears or inside.norms:
+        raise UserError(NOT_ORDINARY)
     for i, block in enumerate(blocks):
         if inside.layers:
             x = inside.before_layer(i, x, start)

@@ -102,24 +102,24 @@ class Classifier(nn.Module):
         """How many numbers were learned or fitted."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
-    def text_features(self) -> Tensor:
+    def text_features(self, now: Pass = EVALUATION) -> Tensor:
         """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
 
         Computed once, unless gradients may reach what is learned in the text tower.
         """
-        return self._text()[0]
+        return self._text(now)[0]
 
     def text_lengths(self) -> Tensor:
         """(C, 1) lengths of class features before they were normalised; of several, their mean."""
         return self._text()[1]
 
-    def _text(self) -> tuple[Tensor, Tensor]:
+    def _text(self, now: Pass = EVALUATION) -> tuple[Tensor, Tensor]:
         if not len(self.text_encoders):
             empty = torch.zeros(len(self.class_names), 0, device=self.backbone.device)
             return empty, empty.norm(dim=-1, keepdim=True)
         parts = parts_of(self.parts, "text")
         if any(p.requires_grad for part in parts for p in part.parameters()):
-            return self._encoded(inside_of(parts, "text"))
+            return self._encoded(inside_of(parts, "text", Pass(now.generator)))
         if self._fixed_text is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
@@ -182,7 +182,7 @@ class Together(Inside):
     """Parts of a method in one tower, in one pass; their tokens stand one behind the other."""
 
     def __init__(self, parts: Sequence[TowerPart], tower: str, now: Pass) -> None:
-        self.parts, self.tower = parts, tower
+        self.parts, self.tower, self.now = parts, tower, now
         found = [part.tokens(tower, now) for part in parts]
         self.sizes = [0 if tokens is None else tokens.shape[-2] for tokens in found]
         tokens = [t for t in found if t is not None]
@@ -190,10 +190,11 @@ class Together(Inside):
             longest = max((t.shape[:-2] for t in tokens), key=len)
             tokens = [torch.cat([t.expand(*longest, -1, -1) for t in tokens], -2)]
         super().__init__(tokens[0] if tokens else None)
-        self.layers, self.linears = (
+        self.layers, weights, linears, self.norms = (
             any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
-            for hook in ("before_layer", "linear")
+            for hook in ("before_layer", "weight", "linear", "norm")
         )
+        self.linears = weights or linears
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""
@@ -202,11 +203,28 @@ class Together(Inside):
             start += size
         return x
 
-    def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
-        """Each part adds to what the frozen map and those before it gave."""
+    def weight(self, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """Each part changes the frozen weight, or what those before it made of it."""
         for part in self.parts:
-            out = part.linear(self.tower, layer, names, x, out)
+            weight = part.weight(self.tower, layer, names, weight)
+        return weight
+
+    def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
+        """Each part adds to what the map and those before it gave."""
+        for part in self.parts:
+            out = part.linear(self.tower, layer, names, x, out, self.now)
         return out
+
+    def norm(self, layer: int, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Each part in turn."""
+        for part in self.parts:
+            weight, bias = part.norm(self.tower, layer, name, weight, bias)
+        return weight, bias
+
+
+def tuning_head(backbone: Backbone, settings: Settings) -> Head:
+    """The head that gradient descent sees: cosines at the settings' scale."""
+    return Head(settings.logit_scale or backbone.logit_scale)
 
 
 def new_classifier(
@@ -224,11 +242,14 @@ def new_classifier(
     for name in learned:
         if learned.count(name) > 1:
             raise UserError(f"'{name}' is the name of two tensors of {method.title}; rename one")
+    head = method.head.create(backbone)
+    if method.learns and not method.head.fitted:
+        head = tuning_head(backbone, settings)
     return Classifier(
         backbone,
         names,
         parts,
-        method.head.create(backbone),
+        head,
         template=settings.template or template,
         templates=settings.templates or (),
         text_memory=text_memory(settings),

@@ -35,7 +35,7 @@ from dapt.engine.suited import suited
 from dapt.errors import UserError
 from dapt.methods import AUTOMATIC, METHODS, get_method
 from dapt.progress import Reporter, duration
-from dapt.settings import Settings, with_method
+from dapt.settings import Settings, with_epochs, with_method
 
 # Seconds that a word stands for, and those of a letter behind a number.
 WORDS = {"seconds": 0.0, "minutes": 600.0, "hours": 10_800.0}
@@ -80,7 +80,7 @@ class Trial(BaseModel):
     def settings(self, settings: Settings) -> Settings:
         """Those to tune it with."""
         own = with_method(settings, self.method)
-        return own.model_copy(update={"epochs": self.epochs or own.epochs})
+        return with_epochs(own, self.epochs) if self.epochs else own
 
     def all(self, name: str) -> np.ndarray:
         """(n,) numbers of all folds."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import taken_for_granted
 from dapt.data import Task
-from dapt.engine.classifier import Classifier, new_classifier
+from dapt.engine.classifier import Classifier, new_classifier, tuning_head
 from dapt.engine.data import Data, tell_notes
 from dapt.engine.features import (
     Shared,
@@ -34,11 +34,12 @@ from dapt.engine.features import (
     labels_of,
 )
 from dapt.engine.processes import join_processes, keep_freed_memory
-from dapt.engine.step import WARMUP_LR, StepResult, Tuner, learning_rate
+from dapt.engine.step import WARMUP_LR, StepResult, Tuner
 from dapt.engine.suited import nobody, suited
 from dapt.errors import UserError
-from dapt.methods import METHODS, Evidence, Head, get_method
+from dapt.methods import METHODS, Evidence, get_method
 from dapt.methods.contract import Examples
+from dapt.methods.fitting import scheduled
 from dapt.methods.held_out import HeldOut
 from dapt.methods.sigmoids import as_everywhere
 from dapt.progress import Reporter
@@ -149,9 +150,10 @@ def fit(
     started, spent, rose = time.perf_counter(), 0.0, None
     if method.learns:
         # What is tuned in the towers is tuned for cosines; a head that is fitted comes after.
-        head, classifier.head = classifier.head, Head(shared.backbone.logit_scale)
+        head, classifier.head = classifier.head, tuning_head(shared.backbone, settings)
         spent = _Loop(tuned, journal, reporter).run()
         classifier.head = head
+        classifier.parts.requires_grad_(False)  # so that what follows from them is made once
         if rose := _rise(journal.rows):
             reporter.warn(
                 f"cross-entropy rose from {rose['first']:.2f} in the first epoch to "
@@ -259,9 +261,10 @@ class _Loop:
         self.settings, self.support = settings, support = self.tuned.settings, self.tuned.support
         self.method = get_method(settings.method)
         self.tuner = Tuner(self.tuned.classifier, settings, support.prototypes)
-        self.finish = self.method.finish(settings, settings.epochs)
         self.per_epoch = steps_per_epoch(len(support.store), settings.batch_size)
-        self.total = self.per_epoch * settings.epochs
+        self.total = total_steps(settings, len(support.store))
+        self.epochs = -(-self.total // self.per_epoch)
+        self.finish = self.method.finish(settings, self.epochs)
         self.done, self.saved, self.lr, self.spent = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
@@ -275,7 +278,7 @@ class _Loop:
             for epoch, result in self._steps():
                 terms = " ".join(f"{k} {v:.4f}" for k, v in result.terms.items())
                 advance(1, f"ce {result.cross_entropy:.3f} {terms} acc {result.accuracy:.0%}")
-                if ended := self.done % self.per_epoch == 0:
+                if ended := self.done % self.per_epoch == 0 or self.done == self.total:
                     self.finish.after_epoch(epoch, self.tuner.named)
                 if self.tuner.processes.any(stop.is_set()):
                     self._save()
@@ -296,14 +299,15 @@ class _Loop:
         first, done = divmod(self.done, self.per_epoch)
         steps = (
             (epoch, batch, batch[tuner.processes.part(batch)])
-            for epoch in range(first, settings.epochs)
+            for epoch in range(first, self.epochs)
             for batch in epoch_order(len(store), settings.batch_size, settings.seed, epoch)
         )
-        ahead, now = tee(islice(steps, done, None))
+        ahead, now = tee(islice(steps, done, done + self.total - self.done))
         own = ((epoch, indices) for epoch, _, indices in ahead)
         views = store.train_batches(own, seed=settings.seed)
         for (epoch, batch, indices), seen in zip(now, views, strict=True):
-            self.lr = learning_rate(epoch, settings.epochs, settings.lr)
+            how = (settings.schedule, self.done, settings.lr, self.total, self.per_epoch)
+            self.lr = scheduled(*how)
             generator, labels = _generator(settings.seed, self.done), self.support.labels[indices]
             result = tuner.step(seen, labels, self.lr, generator, len(batch))
             self.journal.add(self.done, epoch, self.lr, result)
@@ -389,6 +393,11 @@ def _rise(rows: Sequence[Sequence[float]]) -> dict[str, float] | None:
 def steps_per_epoch(images: int, batch_size: int) -> int:
     """Full batches in the support set; at least one, however small it is."""
     return max(1, images // batch_size)
+
+
+def total_steps(settings: Settings, images: int) -> int:
+    """Steps of tuning on so many support images."""
+    return settings.steps or settings.epochs * steps_per_epoch(images, settings.batch_size)
 
 
 def epoch_order(images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from dapt.engine.fit import Diverged, fit
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter
-from dapt.settings import Settings, weights_of, with_weights
+from dapt.settings import Settings, weights_of, with_epochs, with_weights
 
 # Multiples of the value the search starts from; loss terms have their own.
 LEARNING_RATES = (1.0, 0.1, 10.0)
@@ -79,7 +79,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
 
     def score(candidate: Settings) -> float:
         if (key := told(candidate)) not in scored:
-            short = candidate.model_copy(update={"epochs": min(EPOCHS, settings.epochs)})
+            short = with_epochs(candidate, min(EPOCHS, settings.epochs))
             scored[key] = 0.0
             with suppress(Diverged):
                 tuned = fit(data, short, shared=shared)

@@ -1,8 +1,9 @@
-"""One tuning step: cross-entropy plus the method's loss terms, gradients, SGD."""
+"""One tuning step: cross-entropy plus the method's loss terms, gradients, SGD or AdamW."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -33,7 +34,7 @@ class StepResult:
 
 
 class Tuner:
-    """What a classifier learns, in place, under SGD; ``prototypes`` are (C, D).
+    """What a classifier learns, in place, by gradient descent; ``prototypes`` are (C, D).
 
     Where ``torchrun`` started several processes, each takes its part of every batch.
     """
@@ -45,9 +46,8 @@ class Tuner:
         self.processes = join_processes()
         self.named = classifier.learned()
         self._frozen: dict[str, Tensor] = {}
-        self.optimizer = torch.optim.SGD(
-            self.named.values(), 0.0, settings.momentum, weight_decay=settings.weight_decay
-        )
+        self._kept = _KEPT[settings.optimizer]
+        self.optimizer = new_optimizer(self.named.values(), settings)
 
     def frozen_text(self, *templates: str) -> Tensor:
         """(T, C, D) of the classes in templates, not normalised; made when first asked for."""
@@ -64,8 +64,8 @@ class Tuner:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         classifier, labels = self.classifier, labels.to(self.prototypes.device)
-        image = classifier.image_features(views, now or Pass(images=len(views)))
-        text = classifier.text_features()
+        now = now or Pass(images=len(views))
+        image, text = classifier.image_features(views, now), classifier.text_features(now)
         logits = classifier.logits(image, text)
         step = Step(
             image, text, labels, logits, self.prototypes, self.settings,
@@ -114,25 +114,45 @@ class Tuner:
         """What is learned, and its momentum: all that a later step depends on."""
         tensors = {name: p.detach() for name, p in self.named.items()}
         for name, parameter in self.named.items():
-            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"momentum.{name}"] = buffer
+            for key, kept in self._kept.items():
+                if (value := self.optimizer.state[parameter].get(key)) is not None:
+                    tensors[f"{kept}.{name}"] = value
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def fits(self, state: dict[str, Tensor]) -> bool:
         """Whether this is a state of what this very classifier learns."""
-        known = {name: (p.shape, torch.float32) for name, p in self.named.items()}
-        both = known | {f"momentum.{name}": form for name, form in known.items()}
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        return known.items() <= found.items() <= both.items()
+        known = {name: tuple(p.shape) for name, p in self.named.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        form, kept = known.copy(), self._kept.values()
+        for name, shape in known.items():  # of each parameter all that is kept, or nothing yet
+            own = {f"{kind}.{name}": () if kind == "step" else shape for kind in kept}
+            form |= own if own.keys() & found else {}
+        return form == found and all(tensor.dtype == torch.float32 for tensor in state.values())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(state[name])
-                if (momentum := state.get(f"momentum.{name}")) is not None:
-                    own = momentum.to(parameter.device, copy=True)
-                    self.optimizer.state[parameter]["momentum_buffer"] = own
+                for key, kept in self._kept.items():
+                    if (value := state.get(f"{kept}.{name}")) is not None:
+                        place = "cpu" if key == "step" else parameter.device  # as torch has it
+                        self.optimizer.state[parameter][key] = value.to(place, copy=True)
+
+
+# What optimisers know of a parameter, by torch's names and by those in a checkpoint.
+_KEPT = {
+    "sgd": {"momentum_buffer": "momentum"},
+    "adamw": {"exp_avg": "momentum", "exp_avg_sq": "squares", "step": "step"},
+}
+
+
+def new_optimizer(parameters: Iterable[Tensor], settings: Settings) -> torch.optim.Optimizer:
+    """As settings say; the rate is given with each step."""
+    decay = settings.weight_decay
+    if settings.optimizer == "adamw":  # beta 0.9 and 0.999, eps 1e-8
+        return torch.optim.AdamW(parameters, 0.0, weight_decay=decay)
+    return torch.optim.SGD(parameters, 0.0, settings.momentum, weight_decay=decay)
 
 
 _TIMED = 3  # steps, after one that pays for memory and kernels

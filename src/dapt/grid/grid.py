@@ -16,7 +16,7 @@ import torch
 from joblib import cpu_count
 
 from dapt.engine.classifier import new_classifier
-from dapt.engine.fit import steps_per_epoch
+from dapt.engine.fit import total_steps
 from dapt.engine.step import noise, step_seconds
 from dapt.engine.suited import suited
 from dapt.errors import UserError
@@ -261,7 +261,7 @@ class Estimator:
     def _work(self, settings: Settings) -> tuple[int, int]:
         """Tuning steps of a run, and test images."""
         support, test = self._size(settings)
-        steps = settings.epochs * steps_per_epoch(support, settings.batch_size)
+        steps = total_steps(settings, support)
         return steps if get_method(settings.method).learns else 0, test
 
     def _size(self, settings: Settings, *, evaluate: bool = False) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from dapt.errors import UserError, nearest
 from dapt.methods import (
     auto,
     clap,
+    clip_lora,
+    clip_svd,
     gda,
     ivlp,
     kernel_ridge,
@@ -19,6 +21,7 @@ from dapt.methods import (
     prototypes,
     ss_text,
     tip_adapter,
+    two_stage,
 )
 from dapt.methods.contract import (
     Evidence,
@@ -77,6 +80,17 @@ METHODS: dict[str, Method] = {
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
+    ),
+    "clip-lora": Method(
+        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
+    ),
+    "2sfs": Method(
+        "2SFS", (two_stage.TextNorms, two_stage.VisualNorms), head=two_stage.TwoStage,
+        defaults=two_stage.usual,
+    ),
+    "clip-svd": Method(
+        "CLIP-SVD", (clip_svd.TextSingularValues, clip_svd.VisualSingularValues),
+        defaults=clip_svd.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

@@ -7,7 +7,7 @@ method by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -88,14 +88,29 @@ class TowerPart(nn.Module):
         """
         return x
 
-    def linear(
-        self, tower: str, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor
-    ) -> Tensor:
-        """What a linear map of a layer gives: ``out`` of ``x`` if it stays frozen.
+    def weight(self, tower: str, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """The weight (out, in) that a linear map of a layer has: ``weight`` if it stays frozen.
 
-        ``names`` are of "q", "k", "v" (end to end where computed at once), "o", "fc" and "proj".
+        ``names`` are of "q", "k", "v" (one below the other where computed at once), "o", "fc" and
+        "proj".
+        """
+        return weight
+
+    def linear(
+        self, tower: str, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor, now: Pass
+    ) -> Tensor:
+        """What a linear map of a layer gives: ``out`` of ``x`` if nothing is added.
+
+        ``names`` as for `weight`; of several, ``out`` has theirs end to end. ``now.dropout`` drops
+        some of ``x`` in training.
         """
         return out
+
+    def norm(
+        self, tower: str, layer: int, name: str, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias that a layer norm, "ln_1" or "ln_2", has: those given if frozen."""
+        return weight, bias
 
     def load(self, tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> None:
         """Take what `named_parameters` had; a `UserError` of ``where`` if it has other shapes."""
@@ -192,6 +207,7 @@ class Head(nn.Module):
     reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
     projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
     multilabel: ClassVar[bool] = False  # whether it can be fitted to several labels an image
+    carries: ClassVar[bool] = False  # whether `carry` takes it to classes of other names
     closed: ClassVar[str] = ""  # why it knows the classes it was fitted on alone, where it does
 
     def __init__(self, scale: float) -> None:
@@ -219,6 +235,9 @@ class Head(nn.Module):
         """(B, C) logits of normalised features (B, D) and (C, D): the model's own."""
         logits = self.scale * image @ text.T
         return logits + self.offset if self.offset else logits
+
+    def carry(self, own: Sequence[str], names: Sequence[str], text: Tensor) -> None:
+        """Take classes by these names, of text features (C, D), where it has its ``own`` first."""
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
         """Take what `state_dict` gave, for C classes and features of D numbers.

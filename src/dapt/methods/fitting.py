@@ -12,6 +12,8 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 WARMUP_LR = 1e-5
+# Where the cosine of `scheduled` ends (the code of CLIP-LoRA, CLIP-SVD and 2SFS).
+LEAST_LR = 1e-6
 
 
 def descend(
@@ -31,9 +33,14 @@ def descend(
         yield value.item(), rate
 
 
-def cosine(lr: float, steps: int) -> list[float]:
-    """A learning rate for each step: half a cosine, from ``lr`` to 0 after the last."""
-    return [lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)]
+def cosine(lr: float, steps: int, least: float = 0.0) -> list[float]:
+    """A learning rate for each step: half a cosine, from ``lr`` to ``least`` after the last."""
+    return [cosine_at(step, lr, steps, least) for step in range(steps)]
+
+
+def cosine_at(step: int, lr: float, steps: int, least: float = 0.0) -> float:
+    """That of one step, counted from 0."""
+    return least + (lr - least) * (1 + cos(pi * step / steps)) / 2
 
 
 def learning_rate(epoch: int, epochs: int, lr: float) -> float:
@@ -42,6 +49,17 @@ def learning_rate(epoch: int, epochs: int, lr: float) -> float:
     It starts at ``lr`` in epoch 1; with ``epochs`` as its period it ends a little above zero.
     """
     return lr * (1 + cos(pi * (epoch - 1) / epochs)) / 2 if epoch else WARMUP_LR
+
+
+def scheduled(schedule: str, step: int, lr: float, steps: int, per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0, of so many.
+
+    ``warm-cosine`` is CoOp's `learning_rate`, by epochs; ``cosine`` goes from ``lr`` to 1e-6, step
+    by step.
+    """
+    if schedule == "cosine":
+        return cosine_at(step, lr, steps, LEAST_LR)
+    return learning_rate(step // per_epoch, -(-steps // per_epoch), lr)
 
 
 def most_accurate(candidates: Iterable[tuple[Value, Tensor]], labels: Tensor) -> Value:

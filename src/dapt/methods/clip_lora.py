@@ -1,0 +1,126 @@
+"""CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes of attention in both towers.
+
+``W x + b`` becomes ``W x + b + s B A dropout(x)``, with A (r, in) and B (out, r). As in the
+published code, and unlike LoRA's paper, ``s = alpha / sqrt(r)``; the loss is cross-entropy at a
+fixed scale of 100, whatever the backbone's. Where dropout is 0, that code takes another path, on
+which gradients miss the changes of later layers: a mistake, not followed here.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dapt.clip.inside import Pass
+from dapt.methods.contract import LARGEST, HasSettings, PartSettings
+from dapt.methods.weights import DESCENT, WeightChange
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: those of the published code (run_utils.py)."""
+    return DESCENT | {"lr": 2e-4, "steps": 500 * shots, "logit_scale": 100.0}
+
+
+class LoraSettings(PartSettings):
+    """Of low-rank changes."""
+
+    lora_maps: tuple[Literal["q", "k", "v", "o"], ...] = Field(
+        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o"
+    )
+    lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")
+    lora_alpha: float = Field(1.0, gt=0, le=LARGEST, description="LoRA's scale times sqrt(r)")
+    lora_dropout: float = Field(0.25, ge=0, lt=1, description="dropout on what LoRA's changes see")
+
+
+class LowRank(WeightChange):
+    """Low-rank changes in one tower: ``<kind>_lora.<layer>.<map>.A`` and ``B`` in a run's files.
+
+    Each map's dropout is drawn by itself. In the text tower, what all classes share is run once,
+    so that they share its draw too.
+    """
+
+    Settings = LoraSettings
+    kind: ClassVar[str]
+
+    def __init__(
+        self, layers: int, width: int, own: LoraSettings, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.maps, self.dropout = own.lora_maps, own.lora_dropout
+        self.scale = own.lora_alpha / sqrt(own.lora_rank)
+
+        def pair() -> nn.ParameterDict:
+            # Kaiming's uniform distribution with a = sqrt(5), as linear layers start; B is zero.
+            drawn = (2 * torch.rand(own.lora_rank, width, generator=generator) - 1) / sqrt(width)
+            return nn.ParameterDict({"A": drawn, "B": torch.zeros(width, own.lora_rank)})
+
+        pairs = [nn.ModuleDict({name: pair() for name in own.lora_maps}) for _ in range(layers)]
+        setattr(self, f"{self.kind}_lora", nn.ModuleList(pairs))
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """Such as "changes of rank 2 to q, k, v in the image tower"."""
+        own: LoraSettings = settings.of(LoraSettings)
+        maps = ", ".join(own.lora_maps)
+        return f"changes of rank {own.lora_rank} to {maps} in the {cls.tower} tower"
+
+    def _pair(self, layer: int, name: str) -> Any:
+        layers: Any = getattr(self, f"{self.kind}_lora")
+        return layers[layer][name] if name in self.maps else None
+
+    def change(self, layer: int, name: str) -> Tensor | None:
+        """``s B A``."""
+        pair = self._pair(layer, name)
+        return None if pair is None else self.scale * pair["B"] @ pair["A"]
+
+    def weight(self, tower: str, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
+        """Frozen while it is tuned: the changes stand beside it, which costs less."""
+        return super().weight(tower, layer, names, weight) if self.fixed else weight
+
+    def linear(
+        self, tower: str, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor, now: Pass
+    ) -> Tensor:
+        """``out`` and, while they are tuned, the changes."""
+        if self.fixed:
+            return out
+        found = []
+        for name, own in zip(names, out.chunk(len(names), -1), strict=True):
+            if (pair := self._pair(layer, name)) is not None:
+                a, b = pair["A"].to(x.dtype), pair["B"].to(x.dtype)
+                seen = now.dropout(x, self.dropout, tower, layer, name)
+                own = own + self.scale * (seen @ a.T) @ b.T
+            found.append(own)
+        return torch.cat(found, -1)
+
+
+class TextLowRank(LowRank):
+    """Those of the text tower."""
+
+    kind, tower, towers = "text", "text", frozenset({"text"})
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> TextLowRank:
+        """A is drawn, B zero."""
+        generator = torch.Generator().manual_seed(2 * settings.seed)
+        size = backbone.text_layers, backbone.text_width
+        return cls(*size, settings.of(LoraSettings), generator)
+
+
+class VisualLowRank(LowRank):
+    """Those of the image tower."""
+
+    kind, tower, towers = "visual", "image", frozenset({"image"})
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> VisualLowRank:
+        """A is drawn, B zero."""
+        generator = torch.Generator().manual_seed(2 * settings.seed + 1)
+        size = backbone.vision_layers, backbone.vision_width
+        return cls(*size, settings.of(LoraSettings), generator)

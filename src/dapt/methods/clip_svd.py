@@ -1,0 +1,94 @@
+"""CLIP-SVD (Koleilat et al., 2025): singular values of the towers' weights are learned, alone.
+
+Every weight of a layer is ``U diag(s) V``; U and V follow from the frozen weight and are made anew
+wherever a run is loaded. As in the published code the loss is cross-entropy at a fixed scale of
+100, whatever the backbone's, and weight decay pulls s towards 0. Its code for new classes takes the
+number of epochs for the cosine's period, in steps: a mistake, not followed here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dapt.clip.inside import linear_maps
+from dapt.methods.contract import HasSettings, PartSettings
+from dapt.methods.weights import DESCENT, WeightChange
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
+
+Map = Literal["q", "k", "v", "o", "fc", "proj"]
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: those of the published code (configs/few_shot)."""
+    return DESCENT | {"lr": 5e-4, "steps": 200 * shots, "logit_scale": 100.0}
+
+
+class SvdSettings(PartSettings):
+    """Of learned singular values."""
+
+    svd_maps: tuple[Map, ...] = Field(
+        ("q", "k", "v", "o", "fc", "proj"), min_length=1, description="maps that CLIP-SVD changes"
+    )
+
+
+class SingularValues(WeightChange):
+    """Those of one tower's weights, highest first: ``<kind>_svd.<layer>.<map>`` in a run's files.
+
+    They are found in fp64: where two are nearly the same, fp32 is unsure what belongs to which.
+    """
+
+    Settings = SvdSettings
+    kind: ClassVar[str]
+
+    def __init__(self, maps: list[dict[str, tuple[Tensor, float]]]) -> None:
+        super().__init__()
+        learned = []
+        for layer, own in enumerate(maps):
+            values = nn.ParameterDict()
+            for name, (weight, factor) in own.items():
+                found = torch.linalg.svd(weight.detach().double() / factor, full_matrices=False)
+                u, s, v = (tensor.float() for tensor in found)
+                for kind, fixed in (("u", u * factor), ("s", s), ("v", v)):
+                    self.register_buffer(f"{kind}_{layer}_{name}", fixed, persistent=False)
+                values[name] = s.clone()
+            learned.append(values)
+        setattr(self, f"{self.kind}_svd", nn.ModuleList(learned))
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> SingularValues:
+        """They start as they are."""
+        names = settings.of(SvdSettings).svd_maps
+        blocks = (linear_maps(block) for block in backbone.blocks(cls.tower))
+        return cls([{name: maps[name] for name in names} for maps in blocks])
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """Such as "singular values of q, k, v, o, fc, proj in the image tower"."""
+        maps = ", ".join(settings.of(SvdSettings).svd_maps)
+        return f"singular values of {maps} in the {cls.tower} tower"
+
+    def change(self, layer: int, name: str) -> Tensor | None:
+        """``U diag(s - s_0) V``: where s stays, the weight does to the bit."""
+        layers: Any = getattr(self, f"{self.kind}_svd")
+        if name not in layers[layer]:
+            return None
+        u, s, v = (getattr(self, f"{kind}_{layer}_{name}") for kind in "usv")
+        return (u * (layers[layer][name] - s)) @ v
+
+
+class TextSingularValues(SingularValues):
+    """Those of the text tower."""
+
+    kind, tower, towers = "text", "text", frozenset({"text"})
+
+
+class VisualSingularValues(SingularValues):
+    """Those of the image tower."""
+
+    kind, tower, towers = "visual", "image", frozenset({"image"})
