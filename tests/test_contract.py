@@ -1,5 +1,6 @@
 """What the contract promises whoever writes a part, beyond what the table's own rows use."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -14,6 +15,8 @@ from dapt.errors import UserError
 from dapt.methods import METHODS, Finish, Head, LossTerm, Method, TowerPart
 from dapt.methods.prompts import Context
 from dapt.progress import Reporter
+from dapt.run.load import load_classifier
+from dapt.run.train import train
 from dapt.settings import idle_settings, make_settings
 
 
@@ -207,3 +210,19 @@ def test_initial_words_are_not_cut_apart(given):
     settings = make_settings({**given, "method": "ivlp", "text_init": words})
     with pytest.raises(UserError, match="would cut a word"):
         fit(open_data(settings), settings)
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_prompts_of_each_class_know_no_other_classes(given, tmp_path, position):
+    """As a run on disk: it is read back, and asked for other classes."""
+    own = {"text_position": position, "class_contexts": True, "text_init": "a photo"}
+    run = train(make_settings({**given, "method": "coop", **own}), tmp_path / "run")
+    classifier = load_classifier(run)
+    learned = classifier.tensors()["text_prompt"]
+    start = Context.create_for(classifier.backbone, run.read_settings(), 3).layers[0]
+    assert learned.shape == start.shape == (3, 2, 64)
+    assert torch.equal(start[0], start[2])  # of the words
+    assert not torch.equal(learned[0], learned[2])
+    task = replace(open_data(run.read_settings()).task, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match="prompts of its own classes alone"):
+        load_classifier(run, task)

@@ -77,8 +77,10 @@ class Classifier(nn.Module):
         backbone, names = self.backbone, self.class_names
         if context is None:
             return [ClassTokens.for_template(backbone, names, template) for template in templates]
-        after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
-        return [ClassTokens.for_context(backbone, names, context.shape[-2], after)]
+        parts = parts_of(self.parts, "text")
+        after = " ".join(part.after for part in parts if part.after)
+        ahead = next((part.ahead for part in parts if part.ahead is not None), None)
+        return [ClassTokens.for_context(backbone, names, context.shape[-2], after, ahead)]
 
     def of_views(self) -> dict[str, Any]:
         """What decides how an image is seen, by the names that `ImageStore` gives it."""
@@ -217,7 +219,7 @@ def new_classifier(
     multilabel: bool = False,
 ) -> Classifier:
     """A classifier as a method's row says, with initial values drawn by the settings' seed."""
-    parts = [part.create(backbone, settings) for part in method.parts]
+    parts = [part.create_for(backbone, settings, len(names)) for part in method.parts]
     learned = [name for part in parts for name, _ in part.named_parameters()]
     for name in learned:
         if learned.count(name) > 1:

@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
         colour=("#a16208", "#e3b341"), marker="s", shown=True,
     ),
     "coop": Method(
-        "CoOp", (_TEXT,), checkpoint=_CTX,
+        "CoOp", (_TEXT,), checkpoint=_CTX, defaults=prompts.usual,
         colour=("#2563ec", "#6ea8fe"), marker="^", shown=True,
     ),
     "vpt": Method(

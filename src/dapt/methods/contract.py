@@ -52,16 +52,29 @@ class TowerPart(nn.Module):
     Attributes:
         towers: those it changes: "text", "image" or both. Features of the others are cached.
         after: words that stand between its tokens and the class name, in the text tower.
+        ahead: how many of its tokens stand before the class name there, if not all of them; the
+            others stand after it, before the full stop.
     """
 
     towers: ClassVar[frozenset[str]] = frozenset()
     Settings: ClassVar[type[PartSettings]] = PartSettings
     after: str = ""
+    ahead: int | None = None
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> TowerPart:
         """Initial values, drawn by ``settings.seed``; a `UserError` if the backbone takes none."""
         raise NotImplementedError
+
+    @classmethod
+    def create_for(cls, backbone: Backbone, settings: HasSettings, classes: int) -> TowerPart:
+        """As `create`, for so many classes: of a part that has something for each of them."""
+        return cls.create(backbone, settings)
+
+    @classmethod
+    def closed(cls, settings: HasSettings) -> str:
+        """Why it knows the classes it was tuned on alone, where it does."""
+        return ""
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -83,8 +96,9 @@ class TowerPart(nn.Module):
     def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
         """Tokens x (..., T, W) as layer ``layer`` is to see them.
 
-        ``at`` is where this part's own tokens stand. In the text tower x is the prefix that all
-        classes share, or classes in full (C, T, W); in the image tower images (B, T, W).
+        ``at`` is where this part's own tokens stand, if the class name is not among them. In the
+        text tower x is the prefix that all classes share, or classes in full (C, T, W); in the
+        image tower images (B, T, W).
         """
         return x
 
@@ -302,6 +316,11 @@ class Method:
     def settings(self) -> frozenset[str]:
         """Names of the settings of its parts."""
         return frozenset(name for kind in self.kinds() for name in kind.model_fields)
+
+    def closed(self, settings: HasSettings) -> str:
+        """Why it knows the classes it was tuned on alone; empty where it knows others too."""
+        reasons = (self.head.closed, *(part.closed(settings) for part in self.parts))
+        return next(filter(None, reasons), "")
 
     def kinds(self) -> list[type[PartSettings]]:
         """Settings of its parts."""
