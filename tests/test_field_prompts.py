@@ -71,3 +71,19 @@ def test_coop(backbone, name):
     with torch.no_grad():
         near(classifier.text_features(), record["first.text_features"], 1e-5)
     replay(classifier, record, said, "coop", {"text_prompt": "ctx"})
+
+
+def test_kgcoop(backbone):
+    record, said = recording("kgcoop")
+    classifier = OfFeatures(
+        backbone, said["class_names"], [Context(record["init.ctx"])],
+        template=said["teacher_template"],
+    )  # fmt: skip
+    require_tokens(classifier, record["tokenized_prompts"], 1 + said["n_ctx"])
+    text = classifier.text_features().detach()
+    near(text, record["first.text_features"], 1e-5)
+    replay(classifier, record, said, "kgcoop", {"text_prompt": "ctx"}, kg_weight=said["weight"])
+    near(classifier.text_features().detach(), record["final.text_features"], 1e-3)
+    new = OfFeatures(backbone, said["new_class_names"], classifier.parts)
+    with torch.no_grad():
+        near(new(record["image_features"][0]), record["final.logits_new"], 1e-3)

@@ -12,6 +12,7 @@ from dapt.methods import (
     gda,
     ivlp,
     kernel_ridge,
+    kgcoop,
     lp_plus,
     probe,
     prolip,
@@ -73,6 +74,9 @@ METHODS: dict[str, Method] = {
     "dapt": Method(
         "DAPT", (_TEXT, _VISUAL), (INTRA, INTER), checkpoint=_BOTH,
         colour=("#c2410c", "#fb8b4a"), marker="o", shown=True, tried=True,
+    ),
+    "kgcoop": Method(
+        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual,
     ),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
