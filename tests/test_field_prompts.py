@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from test_field import near, recording
+from test_field import layers, near, recording
 
 from dapt.clip.inside import EVALUATION
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
 from dapt.methods.fitting import learning_rate
+from dapt.methods.ivlp import DeepVisual
 from dapt.methods.prompts import Context
 from dapt.settings import make_settings
 
@@ -87,3 +88,19 @@ def test_kgcoop(backbone):
     new = OfFeatures(backbone, said["new_class_names"], classifier.parts)
     with torch.no_grad():
         near(new(record["image_features"][0]), record["final.logits_new"], 1e-3)
+
+
+def test_vpt_deep(backbone):
+    record, said = recording("vpt")
+    prompt = DeepVisual(layers(record, "init.visual."), backbone.norm_before_layers)
+    names = {"template": said["prompt_template"]}
+    classifier = Classifier(backbone, said["class_names"], [prompt], **names)
+    require_tokens(classifier, record["tokenized_prompts"], 5)
+    with torch.no_grad():
+        near(classifier.text_features(), record["text_features"], 1e-5)
+        near(classifier.image_features(record["images"][0]), record["first.image_features"], 1e-5)
+    known = {f"visual_prompt.{layer}": f"visual.{layer}" for layer in range(said["depth_visual"])}
+    replay(classifier, record, said, "vpt-deep", known)
+    new = Classifier(backbone, said["new_class_names"], [prompt], **names)
+    with torch.no_grad():
+        near(new(record["images"][0]), record["final.logits_new"], 1e-3)

@@ -58,6 +58,7 @@ def results(run):
 # Of methods that learn something else than one prompt a tower.
 TENSORS = {
     "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "vpt-deep": {f"visual_prompt.{layer}" for layer in range(2)},
 }
 
 

@@ -198,7 +198,10 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
         usual = {name: value for name, value in usual.items() if name not in start}
     elif own:  # its words may be more tokens than there are words
         usual.pop("text_vectors", None)
-    return usual | (row.defaults(*asked) if row else {})
+    usual |= row.defaults(*asked) if row else {}
+    if given.get("templates") is not None:  # in place of one
+        usual.pop("template", None)
+    return usual
 
 
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:

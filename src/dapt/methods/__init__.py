@@ -78,6 +78,7 @@ METHODS: dict[str, Method] = {
     "kgcoop": Method(
         "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual,
     ),
+    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
     ),
