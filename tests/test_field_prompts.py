@@ -8,6 +8,7 @@ from dapt.clip.inside import EVALUATION
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
+from dapt.methods.cocoop import NETWORK, ConditionalContext
 from dapt.methods.fitting import learning_rate
 from dapt.methods.ivlp import DeepVisual
 from dapt.methods.prompts import Context
@@ -104,3 +105,24 @@ def test_vpt_deep(backbone):
     new = Classifier(backbone, said["new_class_names"], [prompt], **names)
     with torch.no_grad():
         near(new(record["images"][0]), record["final.logits_new"], 1e-3)
+
+
+def test_cocoop(backbone):
+    record, said = recording("cocoop")
+    context = ConditionalContext(record["init.ctx"], 32)
+    names = {"text_prompt": "ctx"} | {name: name for name in NETWORK}
+    with torch.no_grad():
+        for name, parameter in context.named_parameters():
+            parameter.copy_(record[f"init.{names[name]}"])
+    classifier, images = (
+        OfFeatures(backbone, said["class_names"], [context]),
+        record["image_features"],
+    )
+    require_tokens(classifier, record["tokenized_prompts"], 1 + said["n_ctx"])
+    with torch.no_grad():
+        near(context.meta_net(images[0]), record["first.meta_bias"], 1e-5)
+        near(classifier.text_features(images[0]), record["first.text_features"], 1e-5)
+    replay(classifier, record, said, "cocoop", names)
+    new = OfFeatures(backbone, said["new_class_names"], [context])
+    with torch.no_grad():
+        near(new(images[0]), record["final.logits_new"], 1e-3)

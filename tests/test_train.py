@@ -21,7 +21,7 @@ from dapt.engine.data import task_of
 from dapt.engine.fit import epoch_order, steps_per_epoch
 from dapt.engine.step import learning_rate
 from dapt.errors import UserError
-from dapt.methods import METHODS, LossTerm, Method
+from dapt.methods import METHODS, LossTerm, Method, cocoop
 from dapt.methods.losses import INTER
 from dapt.methods.prompts import Context
 from dapt.run.directory import RunDirectory
@@ -58,6 +58,7 @@ def results(run):
 # Of methods that learn something else than one prompt a tower.
 TENSORS = {
     "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "cocoop": {"text_prompt", *cocoop.NETWORK},
     "vpt-deep": {f"visual_prompt.{layer}" for layer in range(2)},
 }
 

@@ -59,6 +59,7 @@ class Classifier(nn.Module):
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
         place, classes = backbone.device, len(self.class_names)
         self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
+        self.reads_images = any(part.reads_images for part in parts_of(self.parts, "text"))
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoders = nn.ModuleList()
         if self.head.reads_text or parts_of(self.parts, "text"):
@@ -102,12 +103,18 @@ class Classifier(nn.Module):
         """How many numbers were learned or fitted."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
-    def text_features(self) -> Tensor:
+    def text_features(self, image_features: Tensor | None = None) -> Tensor:
         """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
 
-        Computed once, unless gradients may reach what is learned in the text tower.
+        Where a part reads images, they are (B, C, D), for each of normalised image features (B, D)
+        that are given. Computed once, unless for images, or gradients may reach what is learned in
+        the text tower.
         """
-        return self._text()[0]
+        if image_features is None or not self.reads_images:
+            return self._text()[0]
+        passes = (Pass(image_features=one) for one in image_features)
+        found = [self._encoded(inside_of(self.parts, "text", now))[0] for now in passes]
+        return torch.stack(found)
 
     def text_lengths(self) -> Tensor:
         """(C, 1) lengths of class features before they were normalised; of several, their mean."""
@@ -146,11 +153,19 @@ class Classifier(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits of (B, 3, S, S) views."""
-        return self.logits(self.image_features(views), self.text_features())
+        return self.logits(self.image_features(views))
 
-    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and (C, D)."""
-        found = self.head(image_features, text_features)
+    def logits(self, image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """(B, C) logits of normalised features (B, D) and (C, D), or each image's (B, C, D).
+
+        Without the latter, they are the classifier's own, those of one image at a time.
+        """
+        if text_features is None and self.reads_images:
+            return torch.cat(
+                [self.logits(x, self.text_features(x)) for x in image_features.split(1)]
+            )
+        text = self.text_features() if text_features is None else text_features
+        found = self.head(image_features, text)
         return found if self.sigmoids is None else self.sigmoids(found)
 
     @property
@@ -231,6 +246,6 @@ def new_classifier(
         method.head.create(backbone),
         template=settings.template or template,
         templates=settings.templates or (),
-        text_memory=text_memory(settings),
+        text_memory=text_memory(settings) // (settings.batch_size if method.reads_images else 1),
         multilabel=multilabel,
     )

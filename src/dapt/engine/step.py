@@ -65,7 +65,7 @@ class Tuner:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         classifier, labels = self.classifier, labels.to(self.prototypes.device)
         image = classifier.image_features(views, now or Pass(images=len(views)))
-        text = classifier.text_features()
+        text = classifier.text_features(image)
         logits = classifier.logits(image, text)
         step = Step(
             image, text, labels, logits, self.prototypes, self.settings,

@@ -51,12 +51,15 @@ class TowerPart(nn.Module):
 
     Attributes:
         towers: those it changes: "text", "image" or both. Features of the others are cached.
+        reads_images: whether its tokens in the text tower depend on the image: class features are
+            then made for each image, whose own are `Pass.image_features`.
         after: words that stand between its tokens and the class name, in the text tower.
         ahead: how many of its tokens stand before the class name there, if not all of them; the
             others stand after it, before the full stop.
     """
 
     towers: ClassVar[frozenset[str]] = frozenset()
+    reads_images: ClassVar[bool] = False
     Settings: ClassVar[type[PartSettings]] = PartSettings
     after: str = ""
     ahead: int | None = None
@@ -136,7 +139,7 @@ class Step:
     """
 
     image_features: Tensor  # (B, D), normalised
-    text_features: Tensor  # (C, D), normalised
+    text_features: Tensor  # (C, D), normalised; (B, C, D) where a part reads images
     labels: Tensor  # (B,)
     logits: Tensor  # (B, C)
     prototypes: Tensor  # (C, D), means of the support images' features without anything learned
@@ -229,7 +232,9 @@ class Head(nn.Module):
         return None
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and (C, D)."""
+        """(B, C) logits of normalised features (B, D) and (C, D), or each image's (B, C, D)."""
+        if text.dim() == 3:
+            return (text @ (self.scale * image)[..., None])[..., 0]
         return self.scale * image @ text.T
 
     def load(self, tensors: Tensors, classes: int, dimension: int, where: str) -> None:
@@ -311,6 +316,11 @@ class Method:
     def changes(self, tower: str) -> bool:
         """Whether features of the "text" or "image" tower are other than the backbone's own."""
         return any(tower in part.towers for part in self.parts)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether class features are made anew for each image."""
+        return any(part.reads_images for part in self.parts)
 
     @cached_property
     def settings(self) -> frozenset[str]:
