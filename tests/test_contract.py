@@ -1,5 +1,6 @@
 """What the contract promises whoever writes a part, beyond what the table's own rows use."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -7,14 +8,22 @@ import torch
 from test_towers import siglip
 from torch import nn
 
+from dapt.data import ImageStore
 from dapt.engine.data import open_data
+from dapt.engine.evaluate import classify
 from dapt.engine.fit import Diverged, Interrupted, Journal, fit
 from dapt.engine.search import search_settings
 from dapt.errors import UserError
 from dapt.methods import METHODS, Finish, Head, LossTerm, Method, TowerPart
+from dapt.methods.cocoop import NETWORK
 from dapt.methods.prompts import Context
+from dapt.predict import predict_each
 from dapt.progress import Reporter
+from dapt.run.load import load_classifier
+from dapt.run.train import train
+from dapt.serve.served import load_served
 from dapt.settings import idle_settings, make_settings
+from dapt.share.export import export
 
 
 @pytest.fixture
@@ -207,3 +216,64 @@ def test_initial_words_are_not_cut_apart(given):
     settings = make_settings({**given, "method": "ivlp", "text_init": words})
     with pytest.raises(UserError, match="would cut a word"):
         fit(open_data(settings), settings)
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_prompts_of_each_class_know_no_other_classes(given, tmp_path, position):
+    """As a run on disk: it is read back, and asked for other classes."""
+    own = {"text_position": position, "class_contexts": True, "text_init": "a photo"}
+    run = train(make_settings({**given, "method": "coop", **own}), tmp_path / "run")
+    classifier = load_classifier(run)
+    learned = classifier.tensors()["text_prompt"]
+    start = Context.create_for(classifier.backbone, run.read_settings(), 3).layers[0]
+    assert learned.shape == start.shape == (3, 2, 64)
+    assert torch.equal(start[0], start[2])  # of the words
+    assert not torch.equal(learned[0], learned[2])
+    task = replace(open_data(run.read_settings()).task, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match="prompts of its own classes alone"):
+        load_classifier(run, task)
+
+
+@pytest.fixture(scope="module")
+def conditional(photo_folder, tiny_weights, tmp_path_factory):
+    """A run whose class features are made for each image, tuned two images at a time."""
+    given = {"dataset": str(photo_folder), "backbone": str(tiny_weights), "device": "cpu"}
+    settings = make_settings({**given, "method": "cocoop", "shots": 2, "batch_size": 2, "seed": 2})
+    return train(settings, tmp_path_factory.mktemp("conditional") / "run")
+
+
+def test_class_features_of_an_image_are_its_own_whatever_is_beside_it(conditional, photo_folder):
+    classifier, task = load_classifier(conditional), open_data(conditional.read_settings()).task
+    files = [photo_folder / item.path for item in task.test]
+    store = ImageStore(files, **classifier.of_views())
+    with torch.inference_mode():
+        features = classifier.image_features(store.test_views(range(len(files))))
+        text = classifier.text_features(features)
+        assert text.shape == (len(files), 3, 32)
+        assert (text[0] - text).abs().max() > 1e-4
+        expected = classifier.logits(features, text)
+        torch.testing.assert_close(classifier.logits(features), expected, atol=1e-4, rtol=0)
+    near = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(classify(classifier, store, batch_size=5), expected, **near)
+    probabilities = expected.softmax(-1)
+    said = predict_each(classifier, files, top=3, batch_size=4)
+    best = torch.tensor([p.classes[0][1] for p in said])
+    torch.testing.assert_close(best, probabilities.amax(-1), **near)
+    served = load_served(conditional)
+    views = store.test_views(range(len(files))).permute(0, 2, 3, 1).numpy()
+    answers = torch.stack([found for found, _ in served.answers(list(views))])
+    torch.testing.assert_close(answers, probabilities, **near)
+    right = expected.argmax(-1) == torch.tensor([item.label for item in task.test])
+    assert conditional.read_metrics().test.accuracy == pytest.approx(float(right.float().mean()))
+
+
+def test_what_cannot_be_with_class_features_of_an_image_is_told(conditional, tmp_path):
+    for form in ("onnx", "torch"):
+        with pytest.raises(UserError, match="made for each image, by the text tower"):
+            export(conditional, tmp_path / "file.bin", form)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="which no fitted head takes; use it by itself"):
+        make_settings({"dataset": "bundled", "method": "cocoop+kernel-ridge"})
+    export(conditional, tmp_path / "prompts.pth.tar", "coop")
+    saved = torch.load(tmp_path / "prompts.pth.tar", weights_only=True)["state_dict"]
+    assert saved.keys() == {"ctx", *NETWORK}

@@ -63,6 +63,16 @@ def test_ivlp_is_slower_with_few_images_of_ones_own_alone():
     assert rate("photos/mine", 1, lr=0.5) == 0.5
 
 
+def test_deep_vpt_has_one_sentence_on_benchmarks_unless_others_are_given():
+    def templates(dataset, **given):
+        found = make_settings({"dataset": dataset, "method": "vpt-deep", **given})
+        return found.template, found.templates
+
+    assert templates("dtd") == ("a photo of a {}.", None)
+    assert templates("photos/mine") == (None, None)
+    assert templates("dtd", templates=["a {}.", "the {}."]) == (None, ["a {}.", "the {}."])
+
+
 def test_what_is_given_wins_with_few_images_too():
     few = {"dataset": "bundled", "shots": 1}
     given = {"lr": 3, "epochs": 7, "text_init": "one of", "text_vectors": 5, "visual_vectors": 2}

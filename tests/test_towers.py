@@ -125,6 +125,27 @@ def test_classes_may_have_contexts_of_their_own(backbone, budget):
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("budget", [2**40, 1])
+def test_a_context_may_stand_about_the_class_name(backbone, ahead, own, budget):
+    shape = (len(WORDS), 5, 64) if own else (5, 64)
+    contexts = torch.nn.Parameter(0.02 * torch.randn(*shape))
+    tokens = ClassTokens.for_context(backbone, WORDS, 5, ahead=ahead)
+    found = TextEncoder(backbone, tokens, budget, class_contexts=own)(Inside(contexts))
+    expected = []
+    for name, context in zip(WORDS, contexts.expand(len(WORDS), -1, -1), strict=True):
+        words = backbone.embed_words(name)
+        whole = torch.cat([context[:ahead], words, context[ahead:]])
+        sentence = " ".join(["X"] * len(whole)) + "."
+        expected.append(text_plain(backbone.text, backbone.tokenizer([sentence]), whole))
+    expected = torch.cat(expected)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((f * weights).sum(), contexts)[0] for f in (found, expected)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
+
+
 def test_without_prompts_both_towers_are_open_clips(backbone):
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(

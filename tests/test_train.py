@@ -20,7 +20,7 @@ from dapt.data import draw_support_set
 from dapt.engine.data import task_of
 from dapt.engine.fit import epoch_order, steps_per_epoch
 from dapt.errors import UserError
-from dapt.methods import METHODS, LossTerm, Method
+from dapt.methods import METHODS, LossTerm, Method, cocoop
 from dapt.methods.fitting import scheduled
 from dapt.methods.losses import INTER
 from dapt.methods.prompts import Context
@@ -70,6 +70,8 @@ TENSORS = {
         f"{kind}_norms.{layer}.{name}.{own}" for kind in ("text", "visual") for layer in range(2)
         for name in ("ln_1", "ln_2") for own in ("weight", "bias")
     },
+    "cocoop": {"text_prompt", *cocoop.NETWORK},
+    "vpt-deep": {f"visual_prompt.{layer}" for layer in range(2)},
 }  # fmt: skip
 
 

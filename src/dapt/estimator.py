@@ -235,7 +235,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         settings = make_settings(json.loads(self.files_["settings.json"]))
-        if get_method(settings.method).head.closed:
+        if get_method(settings.method).closed(settings):
             self._fit_again(settings, classes, tuple(everything), X, y)
             return self
         if X is not None:

@@ -210,7 +210,10 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
         usual = {name: value for name, value in usual.items() if name not in start}
     elif own:  # its words may be more tokens than there are words
         usual.pop("text_vectors", None)
-    return usual | defaults
+    usual |= defaults
+    if given.get("templates") is not None:  # in place of one
+        usual.pop("template", None)
+    return usual
 
 
 def with_epochs(settings: Settings, epochs: int) -> Settings:

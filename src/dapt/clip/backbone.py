@@ -145,6 +145,15 @@ class Backbone(nn.Module):
             raise UserError(f"{what}; use a method that tunes none, or a ViT such as ViT-B-16")
         return found.detach().float()
 
+    @property
+    def text_dimension(self) -> int:
+        """D, of class features, where a context can be learned."""
+        projection = self.text_transformer().text_projection
+        if projection is None:
+            return self.text_width
+        linear = isinstance(projection, nn.Linear)
+        return int(projection.out_features if linear else projection.shape[1])
+
     def text_transformer(self) -> TextTransformer:
         """The text tower, where something can be learned in its layers."""
         if not isinstance(self.text, TextTransformer):

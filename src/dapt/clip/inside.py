@@ -35,6 +35,8 @@ class Pass:
     generator: torch.Generator | None = None
     images: int = 0  # of the batch
     part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
+    # (D,), normalised, of the one image that class features are made for; None: of none.
+    image_features: Tensor | None = None
 
     def dropout(self, x: Tensor, share: float, *place: Any) -> Tensor:
         """``x`` (L, W), or (B, L, W) of images; in training with a share of it zeroed.

@@ -37,6 +37,7 @@ _KEPT_WIDTHS = 24
 # allocator fewer holes. At 20,000 classes of ViT-B/16, peak memory falls from 16.9 to 10 GB.
 _CHUNKS_IN_BUDGET = 8
 _CLASSES_OF_OTHERS = 500  # at a time, in a tower of which it is not known what it keeps
+_CONTEXT = -1  # among ids, where a vector of the context goes
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,25 @@ class ClassTokens:
     shared: tuple[int, ...]  # every class starts with them; a learned context comes right after
     own: tuple[tuple[int, ...], ...]  # of each class the rest, the end token last; never empty
     after: tuple[int, ...] = ()  # what every class has between the context and its own
+    context: int = 0  # vectors of the context
+    # Where not all of them stand before a class's own: how many do, and how many of each class's
+    # own, the tokens of its name, stand before the others.
+    ahead: int | None = None
+    names: tuple[int, ...] = ()
 
     @classmethod
     def for_context(
-        cls, backbone: Backbone, class_names: Sequence[str], length: int, after: str = ""
+        cls,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        length: int,
+        after: str = "",
+        ahead: int | None = None,
     ) -> ClassTokens:
         """Tokens of ``[SOS] <context> <after> <class name> . [EOT]``, the context of some length.
 
-        A `UserError` if a class name leaves no room for the context, or the reverse.
+        Of the context only ``ahead`` vectors may stand there, the others behind the class name. A
+        `UserError` if a class name leaves no room for the context, or the reverse.
         """
         _ = backbone.text_width  # refuses a tower that takes no context
         start, names, rows = _rows_behind_context(backbone, class_names, after)
@@ -74,7 +86,13 @@ class ClassTokens:
         words = tuple(backbone.inner_tokens(after)) if after else ()
         if not all(row[: len(words)] == words for row in rows):
             words = ()  # a tokenizer that joins words: what they share stays each class's own
-        return cls(start, tuple(row[len(words) :] for row in rows), words)
+        own = tuple(row[len(words) :] for row in rows)
+        if ahead is None:
+            return cls(start, own, words, length)
+        sizes = (len(ids) - len(start) - 1 for ids in backbone.tokenize(names))
+        # The end token stays last, whatever a tokenizer makes of a name and its full stop.
+        ends = tuple(min(size, len(row) - 1) for size, row in zip(sizes, own, strict=True))
+        return cls(start, own, words, length, ahead, ends)
 
     @staticmethod
     def room(backbone: Backbone, class_names: Sequence[str], after: str = "") -> tuple[int, str]:
@@ -153,9 +171,8 @@ class TextEncoder(nn.Module):
             and text.cls_emb is None
             and text.pool_type in ("argmax", "eos")
         )
-        self.shares_prefix = (
-            self.ends_at_end and tower.is_plain(text.transformer) and not class_contexts
-        )
+        shared = not class_contexts and tokens.ahead is None
+        self.shares_prefix = self.ends_at_end and tower.is_plain(text.transformer) and shared
         self.order = sorted(range(len(tokens.own)), key=lambda i: (len(tokens.own[i]), i))
         lengths = [len(tokens.own[i]) for i in self.order]
         for name, values in {
@@ -167,8 +184,8 @@ class TextEncoder(nn.Module):
             "restore": torch.tensor(self.order).argsort(),
         }.items():
             self.register_buffer(name, values.to(backbone.device), persistent=False)
-        before = 0 if self.shares_prefix else len(tokens.shared) + len(tokens.after)
-        own = isinstance(text, TextTransformer)
+        frame = len(tokens.shared) + tokens.context + len(tokens.after)
+        before, own = 0 if self.shares_prefix else frame, isinstance(text, TextTransformer)
         whole = None if self.ends_at_end or not own else backbone.context_length
         sizes = [whole or before + length for length in lengths]
         if own:
@@ -236,16 +253,16 @@ class TextEncoder(nn.Module):
         """Features (c, D) of a chunk's c classes, each in full, through the tower's own modules."""
         text, first = self.backbone.text, len(self.tokens.shared)
         length = 0 if context is None else context.shape[-2]
-        ids = self._ids(chunk, length)  # (c, L)
+        ids, places = self._ids(chunk, length)  # (c, L), (c, M)
         if not isinstance(text, TextTransformer):
-            return _of_others(text, ids, context, first, inside, self.order[chunk.classes])
+            context = None if context is None else _rows_of(context, self.order[chunk.classes])
+            return _of_others(text, ids, context, places, inside)
         x, mask = text._embeds(ids)  # (c, L, W), with positional embedding
         x = x.to(self.backbone.dtype)
         if context is not None:
             context = _rows_of(context, self.order[chunk.classes])
-            here = text.positional_embedding[first : first + length].to(x.dtype)
-            placed = (context.to(x.dtype) + here).expand(len(x), -1, -1)
-            x = torch.cat([x[:, :first], placed, x[:, first + length :]], dim=1)
+            placed = context.to(x.dtype) + text.positional_embedding[places].to(x.dtype)
+            x = x.scatter(1, places[..., None].expand_as(placed), placed)
         if mask is not None:
             mask = mask[..., : x.shape[1], : x.shape[1]].to(x.dtype)
         x = tower.through(text.transformer.resblocks, x, inside, first, attn_mask=mask)
@@ -253,21 +270,29 @@ class TextEncoder(nn.Module):
             return _project(text, text.ln_final(x[:, -1]))
         return _project(text, text_global_pool(text.ln_final(x), ids, text.pool_type, text.eos_id))
 
-    def _ids(self, chunk: Chunk, length: int) -> Tensor:
-        """Token ids (c, L), with a context of ``length`` stood in for.
+    def _ids(self, chunk: Chunk, length: int) -> tuple[Tensor, Tensor]:
+        """Token ids (c, L), and the places (c, M) of a context of ``length``, stood in for.
 
         L is what the longest of them needs. A tower of open_clip's without a causal mask sees the
         padding too (in training as in its own forward), and one that reads its last position needs
         it: there L is the tower's own. Those of transformers mask it.
         """
-        backbone, owns = self.backbone, [self.tokens.own[i] for i in self.order[chunk.classes]]
-        pad, after = backbone.pad_token, self.tokens.after
-        # The context's places hold a token that is neither padding nor the end.
-        stand_in = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
-        rows = [[*self.tokens.shared, *[stand_in] * length, *after, *own] for own in owns]
+        backbone, tokens, which = self.backbone, self.tokens, self.order[chunk.classes]
+        owns, pad = [tokens.own[i] for i in which], backbone.pad_token
+        names = [tokens.names[i] if tokens.names else 0 for i in which]
+        first = length if tokens.ahead is None else tokens.ahead
+        ahead, behind = [_CONTEXT] * first, [_CONTEXT] * (length - first)
+        rows = [
+            [*tokens.shared, *ahead, *tokens.after, *own[:name], *behind, *own[name:]]
+            for own, name in zip(owns, names, strict=True)
+        ]
         blind = self.ends_at_end or not isinstance(backbone.text, TextTransformer)
         end = len(rows[-1]) if blind else backbone.context_length
-        return torch.tensor([row + [pad] * (end - len(row)) for row in rows]).to(backbone.device)
+        ids = torch.tensor([row + [pad] * (end - len(row)) for row in rows])
+        places = (ids == _CONTEXT).nonzero()[:, 1].view(len(rows), length)
+        # They hold a token that is neither padding nor the end.
+        ids[ids == _CONTEXT] = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
+        return ids.to(backbone.device), places.to(backbone.device)
 
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:
@@ -299,9 +324,9 @@ def _rows_of(context: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def _of_others(
-    text: Any, ids: Tensor, context: Tensor | None, first: int, inside: Inside, classes: list[int]
+    text: Any, ids: Tensor, context: Tensor | None, places: Tensor, inside: Inside
 ) -> Tensor:
-    """Features (c, D) of ids (c, L) by a text tower of transformers'; a context from ``first``."""
+    """Features (c, D) of ids (c, L) by a text tower of transformers', a context in its places."""
     if inside.layers or inside.linears:
         what = f"the text tower is a {type(text).__name__}, in whose layers nothing is learned"
         raise UserError(f"{what}; use a method of shallow prompts (coop, dapt), or a head (auto)")
@@ -310,8 +335,8 @@ def _of_others(
         return found[0] if isinstance(found, tuple) else found  # CoCa's gives its tokens too
     x = embedded(text, ids)  # (c, L, W)
     mask = (ids != text.config.pad_token_id).long()
-    placed = _rows_of(context, classes).to(x.dtype).expand(len(x), -1, -1)
-    x = torch.cat([x[:, :first], placed, x[:, first + placed.shape[1] :]], 1)
+    placed = context.to(x.dtype).expand(len(x), -1, -1)
+    x = x.scatter(1, places[..., None].expand_as(placed), placed)
     out = text.transformer(inputs_embeds=x, attention_mask=mask)
     return cast(Tensor, text.proj(text.pooler(out, mask)))
 

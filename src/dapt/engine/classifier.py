@@ -61,6 +61,7 @@ class Classifier(nn.Module):
         self.head.offset = backbone.logit_bias
         place, classes = backbone.device, len(self.class_names)
         self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
+        self.reads_images = any(part.reads_images for part in parts_of(self.parts, "text"))
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoders = nn.ModuleList()
         if self.head.reads_text or parts_of(self.parts, "text"):
@@ -79,8 +80,10 @@ class Classifier(nn.Module):
         backbone, names = self.backbone, self.class_names
         if context is None:
             return [ClassTokens.for_template(backbone, names, template) for template in templates]
-        after = " ".join(part.after for part in parts_of(self.parts, "text") if part.after)
-        return [ClassTokens.for_context(backbone, names, context.shape[-2], after)]
+        parts = parts_of(self.parts, "text")
+        after = " ".join(part.after for part in parts if part.after)
+        ahead = next((part.ahead for part in parts if part.ahead is not None), None)
+        return [ClassTokens.for_context(backbone, names, context.shape[-2], after, ahead)]
 
     def of_views(self) -> dict[str, Any]:
         """What decides how an image is seen, by the names that `ImageStore` gives it."""
@@ -102,12 +105,18 @@ class Classifier(nn.Module):
         """How many numbers were learned or fitted."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
-    def text_features(self, now: Pass = EVALUATION) -> Tensor:
+    def text_features(self, image_features: Tensor | None = None, now: Pass = EVALUATION) -> Tensor:
         """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
 
-        Computed once, unless gradients may reach what is learned in the text tower.
+        Where a part reads images, they are (B, C, D), for each of normalised image features (B, D)
+        that are given. Computed once, unless for images, or gradients may reach what is learned in
+        the text tower.
         """
-        return self._text(now)[0]
+        if image_features is None or not self.reads_images:
+            return self._text(now)[0]
+        passes = (Pass(now.generator, image_features=one) for one in image_features)
+        found = [self._encoded(inside_of(self.parts, "text", each))[0] for each in passes]
+        return torch.stack(found)
 
     def text_lengths(self) -> Tensor:
         """(C, 1) lengths of class features before they were normalised; of several, their mean."""
@@ -146,11 +155,19 @@ class Classifier(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits of (B, 3, S, S) views."""
-        return self.logits(self.image_features(views), self.text_features())
+        return self.logits(self.image_features(views))
 
-    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and (C, D)."""
-        found = self.head(image_features, text_features)
+    def logits(self, image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """(B, C) logits of normalised features (B, D) and (C, D), or each image's (B, C, D).
+
+        Without the latter, they are the classifier's own, those of one image at a time.
+        """
+        if text_features is None and self.reads_images:
+            return torch.cat(
+                [self.logits(x, self.text_features(x)) for x in image_features.split(1)]
+            )
+        text = self.text_features() if text_features is None else text_features
+        found = self.head(image_features, text)
         return found if self.sigmoids is None else self.sigmoids(found)
 
     @property
@@ -237,7 +254,7 @@ def new_classifier(
     multilabel: bool = False,
 ) -> Classifier:
     """A classifier as a method's row says, with initial values drawn by the settings' seed."""
-    parts = [part.create(backbone, settings) for part in method.parts]
+    parts = [part.create_for(backbone, settings, len(names)) for part in method.parts]
     learned = [name for part in parts for name, _ in part.named_parameters()]
     for name in learned:
         if learned.count(name) > 1:
@@ -252,6 +269,6 @@ def new_classifier(
         head,
         template=settings.template or template,
         templates=settings.templates or (),
-        text_memory=text_memory(settings),
+        text_memory=text_memory(settings) // (settings.batch_size if method.reads_images else 1),
         multilabel=multilabel,
     )

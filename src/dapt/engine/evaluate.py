@@ -44,8 +44,9 @@ def logits_of(classifier: Classifier, image_features: Tensor) -> Iterator[Tensor
     with torch.inference_mode():
         text = classifier.text_features()
         require_finite(text, "class features")
+        own = None if classifier.reads_images else text
         for rows in image_features.split(_ROWS):
-            yield classifier.logits(rows.to(text.device), text).cpu().clone()
+            yield classifier.logits(rows.to(text.device), own).cpu().clone()
 
 
 def metrics(

@@ -65,7 +65,8 @@ class Tuner:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         classifier, labels = self.classifier, labels.to(self.prototypes.device)
         now = now or Pass(images=len(views))
-        image, text = classifier.image_features(views, now), classifier.text_features(now)
+        image = classifier.image_features(views, now)
+        text = classifier.text_features(image, now)
         logits = classifier.logits(image, text)
         step = Step(
             image, text, labels, logits, self.prototypes, self.settings,

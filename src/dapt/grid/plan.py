@@ -264,7 +264,7 @@ def _targets(suite: Suite, settings: Settings) -> tuple[Target, ...]:
     there = {target: target.settings(settings) for target in asked}
     for target, other in there.items():
         own = target.dataset or other.classes == settings.classes
-        if get_method(settings.method).head.closed and not own:
+        if get_method(settings.method).closed(settings) and not own:
             raise UserError(
                 f"method '{settings.method}' knows only the classes it was fitted on and cannot be "
                 f"evaluated on {other.classes} ones; take it out of the suite's methods"

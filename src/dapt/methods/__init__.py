@@ -11,9 +11,11 @@ from dapt.methods import (
     clap,
     clip_lora,
     clip_svd,
+    cocoop,
     gda,
     ivlp,
     kernel_ridge,
+    kgcoop,
     lp_plus,
     probe,
     prolip,
@@ -44,6 +46,7 @@ ZERO_SHOT, AUTOMATIC = "zero-shot", "auto"
 _TEXT, _VISUAL = prompts.Context, prompts.VisualPrompt
 # How the code that CoOp and DAPT were published with saves one prompt, and two.
 _CTX = (Published("ctx", "text_prompt"),)
+_CTX_NET = (*_CTX, *(Published(name, name) for name in cocoop.NETWORK))
 _VIS = (Published("vis_ctx", "visual_prompt", leading=True),)
 _BOTH = (Published("txt_ctx", "text_prompt"), *_VIS)
 
@@ -54,7 +57,7 @@ METHODS: dict[str, Method] = {
         colour=("#a16208", "#e3b341"), marker="s", shown=True,
     ),
     "coop": Method(
-        "CoOp", (_TEXT,), checkpoint=_CTX,
+        "CoOp", (_TEXT,), checkpoint=_CTX, defaults=prompts.usual,
         colour=("#2563ec", "#6ea8fe"), marker="^", shown=True,
     ),
     "vpt": Method(
@@ -78,6 +81,13 @@ METHODS: dict[str, Method] = {
         colour=("#c2410c", "#fb8b4a"), marker="o", shown=True, tried=True,
         instead=("dapt-text", "dapt-visual", AUTOMATIC),
     ),
+    "cocoop": Method(
+        "CoCoOp", (cocoop.ConditionalContext,), checkpoint=_CTX_NET, defaults=cocoop.usual,
+    ),
+    "kgcoop": Method(
+        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual,
+    ),
+    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
     ),
@@ -116,7 +126,7 @@ def get_method(name: str) -> Method:
     After a plus stands another row, whose head is fitted on what the first one tunes.
 
     Raises:
-        UserError: there is no such row, or the second has no head to fit.
+        UserError: there is no such row, or the second has no head to fit, or the first takes none.
     """
     if name in METHODS:  # some of its own names hold a plus
         return METHODS[name]
@@ -125,6 +135,9 @@ def get_method(name: str) -> Method:
     if head.learns or not head.head.fitted:
         heads = ", ".join(n for n, r in METHODS.items() if r.head.fitted and not r.learns)
         raise UserError(f"method '{other}' fits no head, as {name} would need; use {heads}")
+    if row.reads_images:
+        what = f"method '{first}' makes class features for each image, which no fitted head takes"
+        raise UserError(f"{what}; use it by itself")
     return _together(row, head)
 
 

@@ -51,17 +51,33 @@ class TowerPart(nn.Module):
 
     Attributes:
         towers: those it changes: "text", "image" or both. Features of the others are cached.
+        reads_images: whether its tokens in the text tower depend on the image: class features are
+            then made for each image, whose own are `Pass.image_features`.
         after: words that stand between its tokens and the class name, in the text tower.
+        ahead: how many of its tokens stand before the class name there, if not all of them; the
+            others stand after it, before the full stop.
     """
 
     towers: ClassVar[frozenset[str]] = frozenset()
+    reads_images: ClassVar[bool] = False
     Settings: ClassVar[type[PartSettings]] = PartSettings
     after: str = ""
+    ahead: int | None = None
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> TowerPart:
         """Initial values, drawn by ``settings.seed``; a `UserError` if the backbone takes none."""
         raise NotImplementedError
+
+    @classmethod
+    def create_for(cls, backbone: Backbone, settings: HasSettings, classes: int) -> TowerPart:
+        """As `create`, for so many classes: of a part that has something for each of them."""
+        return cls.create(backbone, settings)
+
+    @classmethod
+    def closed(cls, settings: HasSettings) -> str:
+        """Why it knows the classes it was tuned on alone, where it does."""
+        return ""
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -83,8 +99,9 @@ class TowerPart(nn.Module):
     def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
         """Tokens x (..., T, W) as layer ``layer`` is to see them.
 
-        ``at`` is where this part's own tokens stand. In the text tower x is the prefix that all
-        classes share, or classes in full (C, T, W); in the image tower images (B, T, W).
+        ``at`` is where this part's own tokens stand, if the class name is not among them. In the
+        text tower x is the prefix that all classes share, or classes in full (C, T, W); in the
+        image tower images (B, T, W).
         """
         return x
 
@@ -137,7 +154,7 @@ class Step:
     """
 
     image_features: Tensor  # (B, D), normalised
-    text_features: Tensor  # (C, D), normalised
+    text_features: Tensor  # (C, D), normalised; (B, C, D) where a part reads images
     labels: Tensor  # (B,)
     logits: Tensor  # (B, C)
     prototypes: Tensor  # (C, D), means of the support images' features without anything learned
@@ -232,8 +249,11 @@ class Head(nn.Module):
         return None
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(B, C) logits of normalised features (B, D) and (C, D): the model's own."""
-        logits = self.scale * image @ text.T
+        """(B, C) logits of normalised features (B, D) and (C, D), or each image's (B, C, D)."""
+        if text.dim() == 3:
+            logits = (text @ (self.scale * image)[..., None])[..., 0]
+        else:
+            logits = self.scale * image @ text.T
         return logits + self.offset if self.offset else logits
 
     def carry(self, own: Sequence[str], names: Sequence[str], text: Tensor) -> None:
@@ -321,10 +341,20 @@ class Method:
         """Whether features of the "text" or "image" tower are other than the backbone's own."""
         return any(tower in part.towers for part in self.parts)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether class features are made anew for each image."""
+        return any(part.reads_images for part in self.parts)
+
     @cached_property
     def settings(self) -> frozenset[str]:
         """Names of the settings of its parts."""
         return frozenset(name for kind in self.kinds() for name in kind.model_fields)
+
+    def closed(self, settings: HasSettings) -> str:
+        """Why it knows the classes it was tuned on alone; empty where it knows others too."""
+        reasons = (self.head.closed, *(part.closed(settings) for part in self.parts))
+        return next(filter(None, reasons), "")
 
     def kinds(self) -> list[type[PartSettings]]:
         """Settings of its parts."""

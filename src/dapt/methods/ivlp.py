@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # Two vectors in every layer, 5 epochs of batches of 4 (configs/trainers/IVLP of the code).
 PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a", "lr": 0.0035,
              "batch_size": 4, "epochs": 5}  # fmt: skip
+# Deep VPT: eight of them in the image tower alone, and one sentence whatever the dataset
+# (configs/trainers/VPT; the names of one's own data have its own).
+VPT = {"visual_vectors": 8, "lr": 0.0025, "batch_size": 4, "epochs": 5}
+SENTENCE = {"template": "a photo of a {}."}
 # Of few images of own data, which say little (judged as the others in published.yaml).
 FEW = {"lr": 0.0003}
 
@@ -33,6 +37,11 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
     """Settings of its own: the published ones, with another rate on few images of own data."""
     few = dataset not in published.PUBLISHED and shots <= max(published.FEW)
     return PUBLISHED | (FEW if few else {})
+
+
+def usual_vpt(dataset: str, shots: int) -> dict[str, Any]:
+    """The published settings of deep VPT."""
+    return VPT | (SENTENCE if dataset in published.PUBLISHED else {})
 
 
 class DeepContextSettings(ContextSettings):

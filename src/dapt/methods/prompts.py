@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
 from dapt.errors import UserError
+from dapt.methods import published
 from dapt.methods.contract import HasSettings, PartSettings, TowerPart
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """CoOp's own rate (configs/trainers/CoOp of the code) on benchmarks; the rest is everyone's."""
+    return {"lr": 0.002} if dataset in published.PUBLISHED else {}
 
 
 class ContextSettings(PartSettings):
@@ -23,6 +29,15 @@ class ContextSettings(PartSettings):
 
     text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
     text_init: str | None = Field(None, description="words the text prompt starts from")
+
+
+class PlacedSettings(ContextSettings):
+    """Of a text prompt that may be anywhere about the class name."""
+
+    text_position: Literal["end", "middle", "front"] = Field(
+        "end", description="where in the text prompt the class name stands"
+    )
+    class_contexts: bool = Field(False, description="a text prompt for each class by itself")
 
 
 class VisualSettings(PartSettings):
@@ -35,7 +50,8 @@ class VisualSettings(PartSettings):
 class Prompt(TowerPart):
     """Vectors of one tower: ``<kind>_prompt`` in a run's files, or ``<kind>_prompt.<layer>``.
 
-    They start as the (N, W) values given; of a deep prompt these are a list, by layer.
+    They start as the (N, W) values given, (C, N, W) of a prompt for each class; of a deep prompt
+    these are a list, by layer.
     """
 
     kind: ClassVar[str]  # "text" or "visual"
@@ -68,32 +84,44 @@ class Prompt(TowerPart):
         return {name: n for name, n in found.items() if name in cls.Settings.model_fields}
 
     def tokens(self, tower: str, now: Pass) -> Tensor:
-        """(N, W), in front of the first layer."""
+        """(N, W), or (C, N, W), in front of the first layer."""
         return self.layers[0]
 
 
 class Context(Prompt):
-    """CoOp's context (Zhou et al., 2022), DAPT's too: ``[SOS] u_1 .. u_M <name> . [EOT]``."""
+    """CoOp's context (Zhou et al., 2022), DAPT's too: ``[SOS] u_1 .. u_M <name> . [EOT]``.
+
+    At the position "middle" the name stands behind the first M // 2 vectors, at "front" before all;
+    the full stop always follows. Each class may have a context of its own. (Initial words turn that
+    off in the published code; here, each class's context starts from them.)
+    """
 
     kind, towers = "text", frozenset({"text"})
-    Settings = ContextSettings
+    Settings = PlacedSettings
+
+    def __init__(self, vectors: Tensor, position: str = "end") -> None:
+        super().__init__(vectors)
+        self.ahead = {"middle": vectors.shape[-2] // 2, "front": 0}.get(position)
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> Context:
-        """Vectors from N(0, 0.02); words, where there are any, are the last of them.
+        """One context, as of `first_context`, for all classes."""
+        own: PlacedSettings = settings.of(PlacedSettings)
+        return cls(first_context(backbone, settings), own.text_position)
 
-        That they outnumber the vectors, or the tower takes no context, is a `UserError`.
-        """
-        own: ContextSettings = settings.of(ContextSettings)
-        [vectors] = normal_vectors(1, own.text_vectors, backbone.text_width, 2 * settings.seed)
-        if own.text_init:
-            words = backbone.embed_words(own.text_init)
-            if len(words) > own.text_vectors:
-                what = f"the words '{own.text_init}' take {len(words)} vectors"
-                hint = f"has {own.text_vectors}; use fewer words or more vectors"
-                raise UserError(f"{what} but the text prompt {hint}")
-            vectors[own.text_vectors - len(words) :] = words
-        return cls(vectors)
+    @classmethod
+    def create_for(cls, backbone: Backbone, settings: HasSettings, classes: int) -> Context:
+        """As `create`, or one for each class."""
+        own: PlacedSettings = settings.of(PlacedSettings)
+        if not own.class_contexts:
+            return cls.create(backbone, settings)
+        return cls(first_context(backbone, settings, classes), own.text_position)
+
+    @classmethod
+    def closed(cls, settings: HasSettings) -> str:
+        """Of a context for each class."""
+        own: PlacedSettings = settings.of(PlacedSettings)
+        return "text prompts of its own classes alone (class_contexts)" * own.class_contexts
 
 
 class VisualPrompt(Prompt):
@@ -128,6 +156,24 @@ class VisualPrompt(Prompt):
         # Of the whole batch, so that each process of several draws the same.
         drawn = torch.rand(now.images, *prompt.shape, generator=now.generator)[now.part]
         return prompt * (drawn >= self.dropout).to(prompt.device) / (1 - self.dropout)
+
+
+def first_context(backbone: Backbone, settings: HasSettings, classes: int | None = None) -> Tensor:
+    """(M, W), or one for each class (C, M, W), from N(0, 0.02); words are the last, if any.
+
+    That they outnumber the vectors, or the tower takes no context, is a `UserError`.
+    """
+    own: ContextSettings = settings.of(ContextSettings)
+    shape, count = (own.text_vectors, backbone.text_width), own.text_vectors
+    vectors = torch.stack(normal_vectors(classes or 1, *shape, 2 * settings.seed))
+    if own.text_init:
+        words = backbone.embed_words(own.text_init)
+        if len(words) > count:
+            what = f"the words '{own.text_init}' take {len(words)} vectors"
+            hint = f"has {count}; use fewer words or more vectors"
+            raise UserError(f"{what} but the text prompt {hint}")
+        vectors[:, count - len(words) :] = words
+    return vectors[0] if classes is None else vectors
 
 
 def normal_vectors(layers: int, count: int, width: int, seed: int) -> list[Tensor]:

@@ -70,8 +70,8 @@ def classifier_of(
     """
     method, names = get_method(settings.method), task.class_names
     others = own_names is not None and list(names) != list(own_names)
-    if method.head.closed and others:
-        raise UserError(f"{where} is of {method.head.closed}; use a prompt method for others")
+    if others and (closed := method.closed(settings)):
+        raise UserError(f"{where} is of {closed}; use a prompt method for others")
     if multilabel and others:
         what = f"{where} gives several labels an image, by thresholds of its own classes"
         raise UserError(f"{what}; train again for others")

@@ -61,8 +61,7 @@ class Served:
         batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode():
             features = self.classifier.image_features(batch)
-            logits = self.classifier.logits(features, self.classifier.text_features())
-            probabilities = self.classifier.probabilities(logits.cpu())
+            probabilities = self.classifier.probabilities(self.classifier.logits(features).cpu())
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
                 cosines = features.cpu() @ self.support.features.T

@@ -28,6 +28,7 @@ from dapt.engine.classifier import Classifier, inside_of
 from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError, refusing
+from dapt.methods import get_method
 from dapt.progress import Reporter, quietly
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
@@ -137,6 +138,9 @@ def export(
         hint = "choose another --output"
         raise UserError(f"{card}, where the model card goes, is something else; {hint}")
     run.require()
+    if form != "coop" and get_method(name := run.read_settings().method).reads_images:
+        what = f"class features of method '{name}' are made for each image, by the text tower"
+        raise UserError(f"{what}, which no exported file has; use dapt predict or dapt serve")
     exported = Exported(file, card)
     if form == "coop":
         content = published_bytes(run)

@@ -1,0 +1,71 @@
+"""CoCoOp (Zhou et al., 2022): a context that a small network shifts by the image's features."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dapt.clip.inside import Pass
+from dapt.methods.contract import HasSettings
+from dapt.methods.prompts import ContextSettings, Prompt, first_context
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
+
+# One image a step (configs/trainers/CoCoOp of the code).
+PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch_size": 1,
+             "epochs": 10}  # fmt: skip
+# Its network's tensors, here and in the code.
+NETWORK = [
+    f"meta_net.{layer}.{of}" for layer in ("linear1", "linear2") for of in ("weight", "bias")
+]
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own, whatever the dataset."""
+    return PUBLISHED
+
+
+class ConditionalContext(Prompt):
+    """``[SOS] u_1 + h(f) .. u_M + h(f) <name> . [EOT]`` of an image with features f.
+
+    The network h has one hidden layer, of a sixteenth as many numbers as f, and a ReLU. Without an
+    image, nothing is added.
+    """
+
+    kind, towers, reads_images = "text", frozenset({"text"}), True
+    Settings = ContextSettings
+    text_prompt: nn.Parameter
+
+    def __init__(self, vectors: Tensor, dimension: int) -> None:
+        super().__init__(vectors)
+        hidden = max(1, dimension // 16)
+        down, up = nn.Linear(dimension, hidden), nn.Linear(hidden, vectors.shape[-1])
+        layers = {"linear1": down, "relu": nn.ReLU(), "linear2": up}
+        self.meta_net = nn.Sequential(OrderedDict(layers))
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> ConditionalContext:
+        """A context as of `first_context`; the network as torch draws linear layers."""
+        part = cls(first_context(backbone, settings), backbone.text_dimension)
+        generator = torch.Generator().manual_seed(2 * settings.seed + 1)
+        for layer in part.meta_net:
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                for parameter in layer.parameters():
+                    nn.init.uniform_(parameter, -bound, bound, generator)
+        return part
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """The context, and what shifts it."""
+        return f"{super().describe(settings)} that a network shifts by the image's features"
+
+    def tokens(self, tower: str, now: Pass) -> Tensor:
+        """(M, W), for one image."""
+        if now.image_features is None:
+            return self.text_prompt
+        return self.text_prompt + self.meta_net(now.image_features)

@@ -1,0 +1,39 @@
+"""KgCoOp (Yao et al., 2023): a context whose class features stay near those of given words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dapt.methods.contract import LARGEST, LossTerm, PartSettings, Step
+
+# 100 epochs of large batches (configs/trainers/KgCoOp and scripts of the code).
+PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch_size": 128,
+             "epochs": 100}  # fmt: skip
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own, whatever the dataset."""
+    return PUBLISHED
+
+
+class KgCoOpSettings(PartSettings):
+    """Of the pull to the template's class features."""
+
+    kg_weight: float = Field(8.0, ge=0, le=LARGEST, description="pull to the template's features")
+
+
+def knowledge(step: Step) -> Tensor:
+    """``1 - cos(w_c, t_c)``, a mean over classes: t_c are frozen features in the task's template.
+
+    As in the code; the paper's mean squared distance is twice that. (The code starts from "a photo
+    of a" whatever words are given; here, from these.)
+    """
+    template = F.normalize(step.frozen_text()[0], dim=-1)  # (C, D)
+    return 1 - (step.text_features * template).sum(-1).mean()
+
+
+KNOWLEDGE = LossTerm("kg", "kg_weight", knowledge, KgCoOpSettings, search=(1.0, 0.1, 10.0))
