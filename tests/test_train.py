@@ -58,6 +58,11 @@ def results(run):
 # Of methods that learn something else than one prompt a tower.
 TENSORS = {
     "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "maple": {
+        f"{name}.{layer}{kind}"
+        for layer in range(2)
+        for name, kind in (("text_prompt", ""), ("visual_map", ".weight"), ("visual_map", ".bias"))
+    },
 }
 
 

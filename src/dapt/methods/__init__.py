@@ -13,6 +13,7 @@ from dapt.methods import (
     ivlp,
     kernel_ridge,
     lp_plus,
+    maple,
     probe,
     prolip,
     prompts,
@@ -77,6 +78,7 @@ METHODS: dict[str, Method] = {
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
     ),
+    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
     "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
