@@ -1,7 +1,10 @@
 """Methods that tune both towers against recorded runs of their published code, number by number."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_field import layers, near, recording
 from torch import nn
 
@@ -9,7 +12,9 @@ from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
 from dapt.methods.fitting import learning_rate
+from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.maple import CoupledPrompt
+from dapt.methods.promptsrc import GaussianAverage, teacher
 from dapt.settings import make_settings
 
 
@@ -89,3 +94,58 @@ def test_maple_starts_its_deeper_maps_as_one(backbone):
     assert torch.equal(others[0].weight, others[1].weight)
     assert not torch.equal(first.weight, others[0].weight)
     assert 0.9 < first.weight.abs().max() * backbone.text_width**0.5 <= 1
+
+
+def test_promptsrc(backbone):
+    record, said = recording("promptsrc")
+    text = DeepContext(layers(record, "init.text."))
+    visual = DeepVisual(layers(record, "init.visual."), backbone.norm_before_layers)
+    classifier = Classifier(backbone, said["class_names"], [text, visual])
+    given = {
+        "templates": said["teacher_templates"],
+        "average_mean": said["gpa_mean"],
+        "average_std": said["gpa_std"],
+        "epochs": said["epochs"],
+    }
+    settings = make_settings({"dataset": "bundled", "method": "promptsrc", **given})
+    finish = GaussianAverage(settings, said["epochs"])
+    assert finish.weights == pytest.approx(record["gpa_weights"].tolist(), rel=1e-9)
+    frozen = Tuner(classifier, settings, torch.zeros(13, 32)).frozen_text(*settings.templates)
+    near(frozen.mean(0), record["teacher_text_mean"], 1e-5)
+    scale, teacher = backbone.logit_scale, record["teacher_text_features"]
+    near(F.normalize(frozen.mean(0), dim=-1), teacher, 1e-5)
+    bare = Classifier(backbone, said["class_names"])
+    with torch.no_grad():
+        images = bare.image_features(record["images"][0])
+    near(images, record["teacher_image_features"], 1e-5)
+    near(scale * images @ teacher.T, record["first.teacher_logits"], 1e-5)
+
+    def called(name):
+        return name.replace("_prompt", "")
+
+    for epoch, tensors in follow(classifier, record, said, called, "promptsrc", **given):
+        kept = {name: tensor.clone() for name, tensor in finish.state().items()}
+        finish = GaussianAverage(settings, said["epochs"])  # as one that goes on
+        finish.load_state(kept)
+        finish.after_epoch(epoch, tensors)
+    with torch.no_grad():
+        for name, tensor in finish.end(tensors).items():
+            tensors[name].copy_(tensor)
+    compare_result(classifier, record, said, called)
+
+
+def test_promptsrc_reads_the_settings_templates_or_sixty_of_clip():
+    asked = []
+
+    def frozen(*templates):
+        asked.append(templates)
+        return torch.ones(len(templates), 2, 3)
+
+    for own in (None, ["a {}.", "the {}."]):
+        step = SimpleNamespace(frozen_text=frozen, settings=SimpleNamespace(templates=own))
+        assert torch.allclose(teacher(step), torch.full((2, 3), 3**-0.5))
+    first, second = asked
+    assert len(set(first)) == 60
+    assert "a photo of a {}." in first
+    assert all(template.count("{}") == 1 for template in first)
+    assert second == ("a {}.", "the {}.")

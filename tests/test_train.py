@@ -56,8 +56,10 @@ def results(run):
 
 
 # Of methods that learn something else than one prompt a tower.
+DEEP = {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)}
 TENSORS = {
-    "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "ivlp": DEEP,
+    "promptsrc": DEEP,
     "maple": {
         f"{name}.{layer}{kind}"
         for layer in range(2)

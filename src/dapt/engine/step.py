@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import median
 
 import torch
@@ -69,8 +70,8 @@ class Tuner:
         logits = classifier.logits(image, text)
         step = Step(
             image, text, labels, logits, self.prototypes, self.settings,
-            frozen_image=lambda: image_features(classifier.backbone, views),
-            frozen_text=self.frozen_text,
+            frozen_image=cache(partial(image_features, classifier.backbone, views)),
+            frozen_text=self.frozen_text, logits_of=classifier.logits,
         )  # fmt: skip
         parts = {"cross_entropy": (total := F.cross_entropy(logits, labels))}
         for term in self.terms:

@@ -17,6 +17,7 @@ from dapt.methods import (
     probe,
     prolip,
     prompts,
+    promptsrc,
     prototypes,
     ss_text,
     tip_adapter,
@@ -79,6 +80,10 @@ METHODS: dict[str, Method] = {
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
     ),
     "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual),
+    "promptsrc": Method(
+        "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
+        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
+    ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
     "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
