@@ -55,6 +55,9 @@ def train(
     device: common.DeviceOption = None,
     epochs: common.EpochsOption = None,
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    loss: Annotated[
+        list[str] | None, Option(help="Add a loss: inter=0.1, intra=10; any method that learns.")
+    ] = None,
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: common.SetOption = None,
     tune_settings: Annotated[
@@ -82,7 +85,7 @@ def train(
         run, reporter = RunDirectory(output), RichReporter()
         how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
-        final = _settings(said, config, head, run, resume, every, effort)
+        final = _settings(said, config, head, loss or [], run, resume, every, effort)
         unfinished = resume and run.search_file.is_file() and not run.exists
         searches = unfinished or (effort is not None and time_of(effort) > 0)
         if searches and tune_settings:
@@ -143,6 +146,7 @@ def _settings(
     said: dict[str, Any],
     config: Path | None,
     head: str | None,
+    losses: list[str],
     run: RunDirectory,
     resume: bool,
     every: bool,
@@ -150,9 +154,17 @@ def _settings(
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.data import BENCHMARKS
-    from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
+    from dapt.settings import (
+        absolute_paths,
+        idle_settings,
+        make_settings,
+        parse_weight,
+        read_settings_file,
+    )
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
+    if losses and isinstance(others := given.get("loss_weights", {}), dict):
+        given["loss_weights"] = others | dict(map(parse_weight, losses))
     if head is not None:
         given["method"] = f"{given.get('method', 'dapt')}+{head}"
     if resume and (kept := run.kept_settings()):
@@ -172,7 +184,7 @@ def _settings(
     if every:
         given |= _everything(said, given)
     final = make_settings(given)
-    idle = ", ".join(sorted(said.keys() & idle_settings(final.method)))
+    idle = ", ".join(sorted(said.keys() & idle_settings(final.method, final.loss_weights)))
     if idle and not effort:  # what else is tried may use them
         say_error(
             f"dapt: warning: {final.method} does not use {idle}; 'dapt settings --method "

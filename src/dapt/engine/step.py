@@ -17,10 +17,10 @@ from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import join_processes
-from dapt.methods import Head, Step, get_method
+from dapt.methods import Head, Step
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
-from dapt.settings import Settings, loss_weights
+from dapt.settings import Settings, loss_terms, loss_weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Tuner:
 
     def __init__(self, classifier: Classifier, settings: Settings, prototypes: Tensor) -> None:
         self.classifier, self.settings = classifier, settings
-        self.terms, self.weights = get_method(settings.method).losses, loss_weights(settings)
+        self.terms, self.weights = loss_terms(settings), loss_weights(settings)
         self.prototypes = prototypes.to(classifier.backbone.device)
         self.processes = join_processes()
         self.named = classifier.learned()

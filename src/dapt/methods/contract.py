@@ -143,6 +143,7 @@ class LossTerm:
     compute: Callable[[Step], Tensor]
     Settings: type[PartSettings] = PartSettings
     search: tuple[float, ...] = ()  # multiples of its weight that a search tries
+    tower: str = ""  # whose features it moves, where it is of one alone
 
 
 @dataclass(frozen=True)
