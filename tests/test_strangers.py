@@ -116,7 +116,7 @@ def test_kept_input(kept, place):
 
 # ------------------------------------------------------------------------ settings, suites
 
-SETTINGS = {"dataset": "bundled", "lr": 0.2, "shots": 4, "loss_weights": {"gamma": 1}}
+SETTINGS = {"dataset": "bundled", "lr": 0.2, "shots": 4, "loss_weights": {"inter": 1}}
 SUITE = {
     "datasets": ["bundled"], "methods": ["coop"], "variants": {"mine": {"lr": 2}},
     "sweeps": {"lr": [1, 2]}, "shots": [1], "seeds": [1], "settings": {"epochs": 2},

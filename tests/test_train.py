@@ -56,8 +56,15 @@ def results(run):
 
 
 # Of methods that learn something else than one prompt a tower.
+DEEP = {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)}
 TENSORS = {
-    "ivlp": {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in range(2)},
+    "ivlp": DEEP,
+    "promptsrc": DEEP,
+    "maple": {
+        f"{name}.{layer}{kind}"
+        for layer in range(2)
+        for name, kind in (("text_prompt", ""), ("visual_map", ".weight"), ("visual_map", ".bias"))
+    },
     "clip-lora": {
         f"{kind}_lora.{layer}.{name}.{factor}" for kind in ("text", "visual") for layer in range(2)
         for name in "qkv" for factor in "AB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,7 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import METHODS, PartSettings, find_method, get_method
-from dapt.methods.contract import LARGEST
+from dapt.methods.contract import LARGEST, LossTerm, Method
+from dapt.methods.losses import ADDABLE
 from dapt.methods.published import usual_settings
 from dapt.safe.files import parse_yaml, read_text, read_yaml, user_path
 
@@ -75,7 +76,7 @@ class Settings(BaseModel):
         None, gt=0, le=LARGEST, description="of cosines, where towers are tuned; or the backbone's"
     )
     loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
-        {}, description="weights of further loss terms"
+        {}, description="weights of further loss terms: 'inter', 'intra', or a method's own"
     )
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
@@ -138,13 +139,17 @@ def all_fields() -> dict[str, FieldInfo]:
     return dict(settings_class().model_fields)
 
 
-def idle_settings(method: str) -> frozenset[str]:
-    """Settings that cannot change what a method finds; none of a method that is not known here."""
+def idle_settings(method: str, added: Collection[str] = ()) -> frozenset[str]:
+    """Settings that cannot change what a method finds, with loss terms that are ``added`` to it.
+
+    None of a method that is not known here.
+    """
     if (row := find_method(method)) is None:
         return frozenset()
     parts = frozenset().union(*(other.settings for other in METHODS.values()))
-    idle = frozenset() if row.learns else TUNING
-    return (parts - row.settings) | (idle - VIEWS if row.head.reads_views else idle)
+    used = {n for term in ADDABLE if term in added for n in ADDABLE[term].Settings.model_fields}
+    idle = frozenset() if row.learns else TUNING | {"loss_weights"}
+    return (parts - row.settings - used) | (idle - VIEWS if row.head.reads_views else idle)
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
@@ -157,6 +162,8 @@ def make_settings(given: dict[str, Any]) -> Settings:
         raise UserError(f"unknown setting '{odd}'{nearest(odd, known)}; 'dapt settings' lists all")
     if isinstance(given.get("templates"), str):
         given["templates"] = _templates_in(user_path(given["templates"]))
+    if isinstance(given.get("loss_weights"), dict):
+        given |= _own_weights(given, find_method(str(given.get("method", "dapt"))))
     try:
         settings = _with_values({**default_settings(given), **given})
     except pydantic.ValidationError as error:
@@ -169,11 +176,44 @@ def make_settings(given: dict[str, Any]) -> Settings:
         if template.count("{}") != 1:
             what = f"setting template='{template}' must hold {{}} once"
             raise UserError(f"{what}, where the class name goes")
-    for term in get_method(settings.method).losses:
+    _check_weights(settings)
+    return settings
+
+
+def _own_weights(given: dict[str, Any], row: Method | None) -> dict[str, Any]:
+    """Where ``loss_weights`` name a loss term that a method has, the setting that weighs it."""
+    weights, found = dict(given["loss_weights"]), dict[str, Any]()
+    for term in row.losses if row else ():
+        if term.name not in weights or term.weight not in all_fields():
+            continue
+        found[term.weight] = weight = weights.pop(term.name)
+        if (other := given.get(term.weight)) not in (None, weight):
+            what = f"{term.weight}={shown(other)} and a weight of {shown(weight)} for"
+            raise UserError(f"{what} '{term.name}' are of one loss term; give one of them")
+    return found | {"loss_weights": weights}
+
+
+def _check_weights(settings: Settings) -> None:
+    """Raise `UserError` where a loss term has no weight, or a weight no loss term."""
+    row = get_method(settings.method)
+    for term in row.losses:
         if term.weight not in weights_of(settings):
             what = f"loss term '{term.name}' of method '{settings.method}' needs a weight"
             raise UserError(f"{what}; set loss_weights: {{{term.weight}: ...}}")
-    return settings
+    known = _weighable(row)
+    if odd := next((name for name in settings.loss_weights if name not in known), None):
+        if not row.learns:
+            what = f"method '{settings.method}' takes no steps, so that no loss can be added"
+            raise UserError(f"{what}; leave '{odd}' out of the losses, or use another method")
+        what = f"unknown loss term '{odd}'{nearest(odd, known)}"
+        raise UserError(f"{what}; method '{settings.method}' takes {', '.join(known)}")
+
+
+def _weighable(row: Method) -> list[str]:
+    """What ``loss_weights`` may name."""
+    own = [term.weight for term in row.losses if term.weight not in all_fields()]
+    there = {term.name for term in row.losses}
+    return [*own, *(name for name in ADDABLE if row.learns and name not in there)]
 
 
 def _templates_in(file: Path) -> list[str]:
@@ -187,6 +227,9 @@ def with_method(settings: Settings, method: str) -> Settings:
     place = {"dataset": settings.dataset, "shots": settings.shots}
     usual = make_settings(place | {"method": settings.method}).model_dump()
     said = {name: value for name, value in settings.model_dump().items() if value != usual[name]}
+    row = get_method(method)
+    kept = [*_weighable(row), *(term.name for term in row.losses)]
+    said["loss_weights"] = {n: v for n, v in settings.loss_weights.items() if n in kept}
     return make_settings(said | place | {"method": method})
 
 
@@ -239,10 +282,16 @@ def backbone_name(settings: Settings) -> str:
     return "/".join(Path(s).name if Path(s).is_absolute() else s for s in given)
 
 
+def loss_terms(settings: Settings) -> tuple[LossTerm, ...]:
+    """The method's, and those that ``loss_weights`` add."""
+    added = [ADDABLE[name] for name in ADDABLE if name in settings.loss_weights]
+    return (*get_method(settings.method).losses, *added)
+
+
 def loss_weights(settings: Settings) -> dict[str, float]:
-    """Weight of each of the method's loss terms."""
-    losses, known = get_method(settings.method).losses, weights_of(settings)
-    return {term.name: float(known[term.weight]) for term in losses}
+    """Weight of each loss term."""
+    known = weights_of(settings)
+    return {term.name: float(known[term.weight]) for term in loss_terms(settings)}
 
 
 def weights_of(settings: Settings) -> dict[str, Any]:
@@ -269,6 +318,16 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"settings file {path} must map setting names to values")
     return values
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """Split ``name=weight`` of the command line's ``--loss``; a `UserError` says what is wrong."""
+    name, _, weight = text.partition("=")
+    try:
+        return name.strip(), float(weight)
+    except ValueError:
+        way = "write it as name=weight, such as --loss inter=0.1"
+        raise UserError(f"--loss {text}: {way}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -59,6 +59,9 @@ def train(
     device: common.DeviceOption = None,
     epochs: common.EpochsOption = None,
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    loss: Annotated[
+        list[str] | None, Option(help="Add a loss: inter=0.1, intra=10; any method that learns.")
+    ] = None,
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: common.SetOption = None,
     tune_settings: Annotated[
@@ -80,7 +83,7 @@ def train(
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, how = RunDirectory(output), {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
-        final = _settings(said, config, head, run, resume, every, effort)
+        final = _settings(said, config, head, loss or [], run, resume, every, effort)
         _train(final, run, how, effort, tune_settings)
 
 
@@ -165,6 +168,7 @@ def _settings(
     said: dict[str, Any],
     config: Path | None,
     head: str | None,
+    losses: list[str],
     run: RunDirectory,
     resume: bool,
     every: bool,
@@ -172,9 +176,17 @@ def _settings(
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
     from dapt.data import BENCHMARKS
-    from dapt.settings import absolute_paths, idle_settings, make_settings, read_settings_file
+    from dapt.settings import (
+        absolute_paths,
+        idle_settings,
+        make_settings,
+        parse_weight,
+        read_settings_file,
+    )
 
     given = (absolute_paths(read_settings_file(config)) if config else {}) | said
+    if losses and isinstance(others := given.get("loss_weights", {}), dict):
+        given["loss_weights"] = others | dict(map(parse_weight, losses))
     if head is not None:
         given["method"] = f"{given.get('method', 'dapt')}+{head}"
     if resume and (kept := run.kept_settings()):
@@ -194,7 +206,7 @@ def _settings(
     if every:
         given |= _everything(said, given)
     final = make_settings(given)
-    idle = ", ".join(sorted(said.keys() & idle_settings(final.method)))
+    idle = ", ".join(sorted(said.keys() & idle_settings(final.method, final.loss_weights)))
     if idle and not effort:  # what else is tried may use them
         say_error(
             f"dapt: warning: {final.method} does not use {idle}; 'dapt settings --method "

@@ -265,13 +265,19 @@ class _Loop:
         self.total = total_steps(settings, len(support.store))
         self.epochs = -(-self.total // self.per_epoch)
         self.finish = self.method.finish(settings, self.epochs)
+        for term in self.tuner.terms:
+            if term.tower and not self.method.changes(term.tower):
+                self.reporter.warn(
+                    f"loss term '{term.name}' changes nothing: {settings.method} learns nothing "
+                    f"in the {term.tower} tower"
+                )
         self.done, self.saved, self.lr, self.spent = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
     def run(self) -> float:
         """Take all steps that are left; returns the seconds that earlier sessions had spent."""
         self._resume()
-        self.journal.open([term.name for term in self.method.losses], self.done)
+        self.journal.open([term.name for term in self.tuner.terms], self.done)
         stage = self.reporter.stage(f"tuning {self.method.title}", self.total)
         with stage as advance, _stop_signal() as stop:
             advance(self.done)

@@ -16,7 +16,7 @@ from dapt.engine.fit import Diverged, fit
 from dapt.errors import UserError
 from dapt.methods import get_method
 from dapt.progress import Reporter
-from dapt.settings import Settings, weights_of, with_epochs, with_weights
+from dapt.settings import Settings, loss_terms, weights_of, with_epochs, with_weights
 
 # Multiples of the value the search starts from; loss terms have their own.
 LEARNING_RATES = (1.0, 0.1, 10.0)
@@ -70,7 +70,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     data, shared = open_data(settings), Shared(backbone_of(settings))
     held = hold_out(shared.support(data, settings, reporter).drawn, settings.seed)
     data = Data(replace(data.task, test=held.val), held)
-    weights = {t.weight: t.search for t in method.losses if t.search}
+    weights = {t.weight: t.search for t in loss_terms(settings) if t.search}
     scored: dict[str, float] = {}
 
     def told(candidate: Settings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import median
 
 import torch
@@ -17,10 +18,10 @@ from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import join_processes
-from dapt.methods import Head, Step, get_method
+from dapt.methods import Head, Step
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
-from dapt.settings import Settings, loss_weights
+from dapt.settings import Settings, loss_terms, loss_weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Tuner:
 
     def __init__(self, classifier: Classifier, settings: Settings, prototypes: Tensor) -> None:
         self.classifier, self.settings = classifier, settings
-        self.terms, self.weights = get_method(settings.method).losses, loss_weights(settings)
+        self.terms, self.weights = loss_terms(settings), loss_weights(settings)
         self.prototypes = prototypes.to(classifier.backbone.device)
         self.processes = join_processes()
         self.named = classifier.learned()
@@ -70,8 +71,8 @@ class Tuner:
         logits = classifier.logits(image, text)
         step = Step(
             image, text, labels, logits, self.prototypes, self.settings,
-            frozen_image=lambda: image_features(classifier.backbone, views),
-            frozen_text=self.frozen_text,
+            frozen_image=cache(partial(image_features, classifier.backbone, views)),
+            frozen_text=self.frozen_text, logits_of=classifier.logits,
         )  # fmt: skip
         parts = {"cross_entropy": (total := F.cross_entropy(logits, labels))}
         for term in self.terms:

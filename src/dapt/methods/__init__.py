@@ -17,9 +17,11 @@ from dapt.methods import (
     kernel_ridge,
     kgcoop,
     lp_plus,
+    maple,
     probe,
     prolip,
     prompts,
+    promptsrc,
     prototypes,
     ss_text,
     tip_adapter,
@@ -90,6 +92,11 @@ METHODS: dict[str, Method] = {
     "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt),
     "ivlp": Method(
         "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
+    ),
+    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual),
+    "promptsrc": Method(
+        "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
+        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
     ),
     "clip-lora": Method(
         "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,

@@ -39,6 +39,7 @@ class HasSettings(Protocol):
     """Validated settings of a run, of which a part takes its own."""
 
     seed: int
+    templates: list[str] | None
 
     def of(self, kind: type[Any]) -> Any:
         """Those of one part, as its own model."""
@@ -149,8 +150,9 @@ class TowerPart(nn.Module):
 class Step:
     """What a loss term may look at: one step's features, and what they are compared with.
 
-    The last two give (B, D) features of the batch without anything learned; and (T, C, D) of the
-    classes in T templates (those given, else the task's), not normalised.
+    The last three give (B, D) features of the batch without anything learned; (T, C, D) of the
+    classes in T templates (those given, else the task's), not normalised; and (B, C) logits of
+    normalised features of images and classes.
     """
 
     image_features: Tensor  # (B, D), normalised
@@ -161,6 +163,7 @@ class Step:
     settings: HasSettings
     frozen_image: Callable[[], Tensor]
     frozen_text: Callable[..., Tensor]
+    logits_of: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class LossTerm:
     compute: Callable[[Step], Tensor]
     Settings: type[PartSettings] = PartSettings
     search: tuple[float, ...] = ()  # multiples of its weight that a search tries
+    tower: str = ""  # whose features it moves, where it is of one alone
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,13 @@ FEW = {"lr": 0.0003}
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
     """Settings of its own: the published ones, with another rate on few images of own data."""
+    return PUBLISHED | slower(dataset, shots)
+
+
+def slower(dataset: str, shots: int) -> dict[str, Any]:
+    """The rate for few images of own data; nothing elsewhere."""
     few = dataset not in published.PUBLISHED and shots <= max(published.FEW)
-    return PUBLISHED | (FEW if few else {})
+    return FEW if few else {}
 
 
 def usual_vpt(dataset: str, shots: int) -> dict[str, Any]:
@@ -62,11 +67,13 @@ class DeepPrompt(Prompt):
 
     def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
         """The layer's own prompt in place of what the one before made of the last."""
-        layers = self.layers
-        if not 0 < layer < len(layers):
-            return x
-        own = layers[layer].to(x.dtype).expand(*x.shape[:-2], -1, -1)
-        return torch.cat([x[..., : at.start, :], own, x[..., at.stop :, :]], -2)
+        return put(self.layers[layer], x, at) if 0 < layer < len(self.layers) else x
+
+
+def put(own: Tensor, x: Tensor, at: slice) -> Tensor:
+    """Tokens x (..., T, W) with ``own`` (N, W) where others stood."""
+    own = own.to(x.dtype).expand(*x.shape[:-2], -1, -1)
+    return torch.cat([x[..., : at.start, :], own, x[..., at.stop :, :]], -2)
 
 
 class DeepContext(DeepPrompt):
@@ -83,23 +90,31 @@ class DeepContext(DeepPrompt):
     def create(cls, backbone: Backbone, settings: HasSettings) -> DeepContext:
         """The first layer's vectors are the words' where there are any, all others N(0, 0.02)."""
         own: DeepContextSettings = settings.of(DeepContextSettings)
-        depth, count = min(own.text_depth, backbone.text_layers), own.text_vectors
-        vectors, after = normal_vectors(depth, count, backbone.text_width, 2 * settings.seed), ""
-        if own.text_init:
-            said, words = (
-                own.text_init.replace("_", " ").split(),
-                backbone.embed_words(own.text_init),
-            )
-            if len(said) > count and len(words) != len(said):
-                raise UserError(
-                    f"text_init '{own.text_init}' is {len(words)} tokens, and the {count} vectors "
-                    f"would cut a word; give text_init simpler words or text_vectors={len(words)}"
-                )
-            words, after = words[:count], " ".join(said[count:])
-            vectors[0][count - len(words) :] = words
+        vectors, after = starting(backbone, own, own.text_depth, settings.seed)
         part = cls(vectors)
         part.after = after
         return part
+
+
+def starting(
+    backbone: Backbone, own: ContextSettings, depth: int, seed: int
+) -> tuple[list[Tensor], str]:
+    """Text prompts (N, W) of so many layers as there are, and the words that stay behind them."""
+    depth, count = min(depth, backbone.text_layers), own.text_vectors
+    vectors, after = normal_vectors(depth, count, backbone.text_width, 2 * seed), ""
+    if own.text_init:
+        said, words = (
+            own.text_init.replace("_", " ").split(),
+            backbone.embed_words(own.text_init),
+        )
+        if len(said) > count and len(words) != len(said):
+            raise UserError(
+                f"text_init '{own.text_init}' is {len(words)} tokens, and the {count} vectors "
+                f"would cut a word; give text_init simpler words or text_vectors={len(words)}"
+            )
+        words, after = words[:count], " ".join(said[count:])
+        vectors[0][count - len(words) :] = words
+    return vectors, after
 
 
 class DeepVisual(DeepPrompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,11 +81,16 @@ class IntraSettings(PartSettings):
     beta_visual: float = Field(ge=0, le=LARGEST, description="weight of intra-dispersion")
 
 
-class InterSettings(PartSettings):
+class PotentialSettings(PartSettings):
+    """Of inter-dispersion, whatever weighs it."""
+
+    rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
+
+
+class InterSettings(PotentialSettings):
     """Of inter-dispersion."""
 
     beta_text: float = Field(ge=0, le=LARGEST, description="weight of inter-dispersion")
-    rbf_t: float = Field(2.0, gt=0, le=LARGEST, description="sharpness t of inter-dispersion")
 
 
 def _intra(step: Step) -> Tensor:
@@ -92,8 +98,14 @@ def _intra(step: Step) -> Tensor:
 
 
 def _inter(step: Step) -> Tensor:
-    return inter_dispersion(step.text_features, step.settings.of(InterSettings).rbf_t)
+    return inter_dispersion(step.text_features, step.settings.of(PotentialSettings).rbf_t)
 
 
-INTRA = LossTerm("intra", "beta_visual", _intra, IntraSettings, search=(1.0, 0.1, 10.0))
-INTER = LossTerm("inter", "beta_text", _inter, InterSettings, search=(1.0, 10.0))
+INTRA = LossTerm("intra", "beta_visual", _intra, IntraSettings, (1.0, 0.1, 10.0), "image")
+INTER = LossTerm("inter", "beta_text", _inter, InterSettings, (1.0, 10.0), "text")
+
+# Terms that any method which learns may take too, weighed by their own names in loss_weights.
+ADDABLE = {
+    "inter": replace(INTER, weight="inter", Settings=PotentialSettings),
+    "intra": replace(INTRA, weight="intra", Settings=PartSettings),
+}

@@ -180,3 +180,11 @@ def normal_vectors(layers: int, count: int, width: int, seed: int) -> list[Tenso
     """(N, W) from N(0, 0.02) for each of some layers."""
     generator = torch.Generator().manual_seed(seed)
     return [0.02 * torch.randn(count, width, generator=generator) for _ in range(layers)]
+
+
+def linear_map(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear map with a bias, drawn as torch draws one by default."""
+    made = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    for parameter in made.parameters():
+        nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5, generator=generator)
+    return made

@@ -159,7 +159,7 @@ class Study:
         """Warn if methods have not a setting in common, as they should to be compared."""
         found: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for run in runs:
-            if name not in _idle(run.method):
+            if name not in _idle(run):
                 value = full_settings(run).get(name)
                 known = run.environment.backbone_sha256 if name == "backbone" else None
                 # Zero-shot's one run stands for all shots; epochs and support sets go by them.
@@ -321,9 +321,11 @@ def _result(run: Run) -> object:
     return run.metrics and (run.metrics.test or run.metrics.forecast)
 
 
-def _idle(method: str) -> frozenset[str]:
-    """Settings that cannot change a method's result."""
-    return idle_settings(method) | ({"support_set"} if method == ZERO_SHOT else set())
+def _idle(run: Run) -> frozenset[str]:
+    """Settings that cannot change a run's result."""
+    added = full_settings(run)["loss_weights"]
+    found = idle_settings(run.method, added if isinstance(added, dict) else ())
+    return found | ({"support_set"} if run.method == ZERO_SHOT else set())
 
 
 def full_settings(run: Run) -> dict[str, Any]:
@@ -341,7 +343,7 @@ def _comparable(run: Run) -> dict[str, tuple[str, str]]:
     settings = full_settings(run)
     given = {"dataset": str(settings["dataset"]), "shots": run.shots, "method": run.method}
     usual = {**full_settings(replace(run, settings={})), **default_settings(given)}
-    names = settings.keys() - _IDENTITY - _NO_RESULT - _idle(run.method)
+    names = settings.keys() - _IDENTITY - _NO_RESULT - _idle(run)
     found = {name: (_json(settings[name]), _json(usual.get(name))) for name in names}
     known = {name: ("" if own == usual else own, own) for name, (own, usual) in found.items()}
     return {name: value for name, value in known.items() if value != _ABSENT}

@@ -43,7 +43,8 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     """
     settings, task, images = run.read_settings(), run.read_task(), run.read_support().train
     given = {IMPORTED: "not recorded", FITTED: "images given in Python"}
-    idle, tuned = _NOT_TOLD | idle_settings(settings.method), {i.class_name for i in images}
+    idle = _NOT_TOLD | idle_settings(settings.method, settings.loss_weights)
+    tuned = {item.class_name for item in images}
     local = "/" in settings.backbone or Path(settings.backbone).suffix
     openai = settings.pretrained in (None, "openai") and not local
     metrics = run.read_metrics() if run.finished else None

@@ -1,0 +1,137 @@
+"""PromptSRC (Khattak et al., 2023): deep prompts that stay near what the frozen model says.
+
+Prompts of both towers as in IVLP, and three additions. Prompted features are pulled towards those
+of the frozen model, of images and of class names in many templates; prompted logits likewise; and
+the result is an average over epochs, weighed by a Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dapt.methods.contract import (
+    LARGEST,
+    Finish,
+    HasSettings,
+    LossTerm,
+    PartSettings,
+    Step,
+    Tensors,
+)
+from dapt.methods.ivlp import slower
+
+# Four vectors in each of nine layers, batches of 4 (configs/trainers/PromptSRC of the code, its
+# setting of few shots). Own data has another rate where images are few, as in IVLP.
+PUBLISHED = {"text_vectors": 4, "visual_vectors": 4, "text_depth": 9, "visual_depth": 9,
+             "text_init": "a photo of a", "lr": 0.0025, "batch_size": 4, "epochs": 50}  # fmt: skip
+# Datasets for which later epochs count, and how much.
+_LATE = {"stanford_cars", "oxford_flowers", "fgvc_aircraft", "dtd", "eurosat"}
+_LATER = {"average_mean": 45.0, "average_std": 5.0}
+# How many of CLIP's templates for ImageNet, which open_clip lists, the teacher reads.
+_TEMPLATES = 60
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: the published ones, with another rate on few images of own data."""
+    late = _LATER if dataset in _LATE else {}
+    return PUBLISHED | late | slower(dataset, shots)
+
+
+class NearFrozenSettings(PartSettings):
+    """Of the pull towards the frozen model."""
+
+    near_text: float = Field(25.0, ge=0, le=LARGEST, description="pull to frozen text features")
+    near_image: float = Field(10.0, ge=0, le=LARGEST, description="pull to frozen image features")
+    near_logits: float = Field(1.0, ge=0, le=LARGEST, description="pull to frozen logits")
+
+
+class AverageSettings(PartSettings):
+    """Of the average over epochs, which are counted from 1."""
+
+    average_mean: float = Field(
+        30.0, ge=-LARGEST, le=LARGEST, description="epoch that counts most in the average"
+    )
+    average_std: float = Field(
+        30.0, gt=0, le=LARGEST, description="epochs around it that count, as a deviation"
+    )
+
+
+def teacher(step: Step) -> Tensor:
+    """(C, D), normalised: the frozen class features' mean over templates.
+
+    Those of the settings, else 60 of CLIP's. As in the published code, features are not normalised
+    before they are averaged.
+    """
+    return F.normalize(step.frozen_text(*(step.settings.templates or _templates())).mean(0), dim=-1)
+
+
+def _templates() -> list[str]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:_TEMPLATES]]
+
+
+def near_text(step: Step) -> Tensor:
+    """Mean absolute difference of class features from the teacher's, over classes and numbers."""
+    return F.l1_loss(step.text_features, teacher(step))
+
+
+def near_image(step: Step) -> Tensor:
+    """Mean absolute difference of image features from the frozen ones, over batch and numbers."""
+    return F.l1_loss(step.image_features, step.frozen_image())
+
+
+def near_logits(step: Step) -> Tensor:
+    """Divergence KL(frozen || prompted), a mean over batch and classes as in the published code.
+
+    (The paper's is a sum over classes.)
+    """
+    frozen = step.logits_of(step.frozen_image(), teacher(step))
+    said, wanted = step.logits.log_softmax(-1), frozen.log_softmax(-1)
+    return F.kl_div(said, wanted, log_target=True, reduction="sum") / said.numel()
+
+
+NEAR_FROZEN = tuple(
+    LossTerm(term.__name__, term.__name__, term, NearFrozenSettings)
+    for term in (near_text, near_image, near_logits)
+)
+
+
+class GaussianAverage(Finish):
+    """The learned tensors' sum over epochs e = 1 .. E, each weighed by a normal density at e.
+
+    Weights are divided by their sum; the first epoch, whose rate is tiny, counts as any other.
+    """
+
+    Settings = AverageSettings
+
+    def __init__(self, settings: HasSettings, epochs: int) -> None:
+        super().__init__(settings, epochs)
+        own: AverageSettings = settings.of(AverageSettings)
+        away = (torch.arange(1, epochs + 1).double() - own.average_mean) / own.average_std
+        self.weights = (-away.square() / 2).softmax(0).tolist()
+        self.sums: Tensors = {}
+
+    def after_epoch(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
+        """Add this epoch's."""
+        for name, tensor in tensors.items():
+            share = self.weights[epoch] * tensor.detach().cpu()
+            self.sums[name] = self.sums[name] + share if name in self.sums else share
+
+    def end(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """The average."""
+        return self.sums
+
+    def state(self) -> Tensors:
+        """The sum so far."""
+        return dict(self.sums)
+
+    def load_state(self, state: Tensors) -> None:
+        """Go on from a sum."""
+        self.sums = dict(state)

@@ -1,0 +1,151 @@
+"""Methods that tune both towers against recorded runs of their published code, number by number."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_field import layers, near, recording
+from torch import nn
+
+from dapt.clip.sources import load_backbone
+from dapt.engine.classifier import Classifier
+from dapt.engine.step import Tuner
+from dapt.methods.fitting import learning_rate
+from dapt.methods.ivlp import DeepContext, DeepVisual
+from dapt.methods.maple import CoupledPrompt
+from dapt.methods.promptsrc import GaussianAverage, teacher
+from dapt.settings import make_settings
+
+
+@pytest.fixture(scope="module")
+def backbone(recorded_clip):
+    return load_backbone(str(recorded_clip))
+
+
+def follow(classifier, record, said, called, method, **given):
+    """Take a recorded run's steps, and compare all of them; yields after each epoch.
+
+    ``called`` gives the record's name of a learned tensor.
+    """
+    images, labels = record["images"], record["labels"].long()
+    with torch.no_grad():
+        near(classifier.image_features(images[0]), record["first.image_features"], 1e-5)
+        near(classifier.text_features(), record["first.text_features"], 1e-5)
+        near(classifier(images[0]), record["first.logits"], 1e-5)
+    given |= {name: said[name] for name in ("lr", "weight_decay", "epochs")}
+    settings = make_settings({"dataset": "bundled", "method": method, **given})
+    tuner = Tuner(classifier, settings, torch.zeros(13, 32))
+    tuner.losses(images[0], labels[0])[0].backward()
+    assert {called(name) for name in tuner.named} == {
+        name.removeprefix("init.") for name in record if name.startswith("init.")
+    }
+    for name, parameter in tuner.named.items():
+        near(parameter.grad, record[f"grad1.{called(name)}"], 1e-4)
+    each = said["iterations_per_epoch"]
+    for step, (lr, losses) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
+        rate = learning_rate(step // each, said["epochs"], said["lr"])
+        assert rate == pytest.approx(lr.item(), rel=1e-12)
+        result = tuner.step(images[step % len(images)], labels[step % len(images)], rate)
+        found = [result.cross_entropy, *result.terms.values(), result.total]
+        assert found[: len(losses)] == pytest.approx(losses.tolist(), rel=1e-3)
+        if (step + 1) % each == 0:
+            yield step // each, tuner.named
+
+
+def compare_result(classifier, record, said, called):
+    """What is learned, and logits of classes trained on and others."""
+    for name, tensor in classifier.learned().items():
+        near(tensor.detach(), record[f"final.{called(name)}"], 1e-3)
+    new = Classifier(classifier.backbone, said["new_class_names"], classifier.parts)
+    with torch.no_grad():
+        near(classifier(record["images"][0]), record["final.logits"], 1e-3)
+        near(new(record["images"][0]), record["final.logits_new"], 1e-3)
+
+
+def linear(weight, bias):
+    found = nn.Linear(*weight.shape[::-1])
+    found.load_state_dict({"weight": weight, "bias": bias})
+    return found
+
+
+def test_maple(backbone):
+    record, said = recording("maple")
+    maps = [
+        linear(record[f"init.proj.{i}.weight"], record[f"init.proj.{i}.bias"])
+        for i in range(said["depth"])
+    ]
+    part = CoupledPrompt(layers(record, "init.text."), maps, backbone.norm_before_layers)
+    part.after = "of a"
+    classifier = Classifier(backbone, said["class_names"], [part])
+
+    def called(name):
+        return name.replace("text_prompt", "text").replace("visual_map", "proj")
+
+    for _ in follow(classifier, record, said, called, "maple"):
+        pass
+    compare_result(classifier, record, said, called)
+
+
+def test_maple_starts_its_deeper_maps_as_one(backbone):
+    settings = make_settings({"dataset": "bundled", "method": "maple"})
+    first, *others = CoupledPrompt.create(backbone, settings).visual_map
+    assert len(others) == 2  # of three layers
+    assert torch.equal(others[0].weight, others[1].weight)
+    assert not torch.equal(first.weight, others[0].weight)
+    assert 0.9 < first.weight.abs().max() * backbone.text_width**0.5 <= 1
+
+
+def test_promptsrc(backbone):
+    record, said = recording("promptsrc")
+    text = DeepContext(layers(record, "init.text."))
+    visual = DeepVisual(layers(record, "init.visual."), backbone.norm_before_layers)
+    classifier = Classifier(backbone, said["class_names"], [text, visual])
+    given = {
+        "templates": said["teacher_templates"],
+        "average_mean": said["gpa_mean"],
+        "average_std": said["gpa_std"],
+        "epochs": said["epochs"],
+    }
+    settings = make_settings({"dataset": "bundled", "method": "promptsrc", **given})
+    finish = GaussianAverage(settings, said["epochs"])
+    assert finish.weights == pytest.approx(record["gpa_weights"].tolist(), rel=1e-9)
+    frozen = Tuner(classifier, settings, torch.zeros(13, 32)).frozen_text(*settings.templates)
+    near(frozen.mean(0), record["teacher_text_mean"], 1e-5)
+    scale, teacher = backbone.logit_scale, record["teacher_text_features"]
+    near(F.normalize(frozen.mean(0), dim=-1), teacher, 1e-5)
+    bare = Classifier(backbone, said["class_names"])
+    with torch.no_grad():
+        images = bare.image_features(record["images"][0])
+    near(images, record["teacher_image_features"], 1e-5)
+    near(scale * images @ teacher.T, record["first.teacher_logits"], 1e-5)
+
+    def called(name):
+        return name.replace("_prompt", "")
+
+    for epoch, tensors in follow(classifier, record, said, called, "promptsrc", **given):
+        kept = {name: tensor.clone() for name, tensor in finish.state().items()}
+        finish = GaussianAverage(settings, said["epochs"])  # as one that goes on
+        finish.load_state(kept)
+        finish.after_epoch(epoch, tensors)
+    with torch.no_grad():
+        for name, tensor in finish.end(tensors).items():
+            tensors[name].copy_(tensor)
+    compare_result(classifier, record, said, called)
+
+
+def test_promptsrc_reads_the_settings_templates_or_sixty_of_clip():
+    asked = []
+
+    def frozen(*templates):
+        asked.append(templates)
+        return torch.ones(len(templates), 2, 3)
+
+    for own in (None, ["a {}.", "the {}."]):
+        step = SimpleNamespace(frozen_text=frozen, settings=SimpleNamespace(templates=own))
+        assert torch.allclose(teacher(step), torch.full((2, 3), 3**-0.5))
+    first, second = asked
+    assert len(set(first)) == 60
+    assert "a photo of a {}." in first
+    assert all(template.count("{}") == 1 for template in first)
+    assert second == ("a {}.", "the {}.")
