@@ -43,10 +43,12 @@ class Inside:
     """What is put into one tower in one pass; by itself, nothing.
 
     ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``
-    and ``linears`` say whether `before_layer` and `linear` do anything.
+    and ``linears`` say whether `before_layer` and `linear` do anything; ``reads`` how many of the
+    inserted tokens the image tower gives `features` at its end.
     """
 
     layers = linears = False
+    reads = 0
 
     def __init__(self, tokens: Tensor | None = None) -> None:
         self.tokens = tokens
@@ -58,6 +60,10 @@ class Inside:
     def linear(self, layer: int, names: tuple[str, ...], x: Tensor, out: Tensor) -> Tensor:
         """What a linear map of a layer gives, ``out`` being the frozen one's."""
         return out
+
+    def features(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """What becomes of a tower's features (..., D), and of tokens read (B, reads, W)."""
+        return x
 
 
 NOTHING = Inside()

@@ -126,10 +126,15 @@ class Classifier(nn.Module):
 
     def _encoded(self, inside: Inside) -> tuple[Tensor, Tensor]:
         found = [_unit_and_length(encoder(inside)) for encoder in self.text_encoders]
-        if len(found) == 1:
-            return found[0]
-        features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
-        return F.normalize(features, dim=-1), lengths
+        features, lengths = found[0]
+        if len(found) > 1:
+            features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
+            features = F.normalize(features, dim=-1)
+        return inside.features(features, None), lengths
+
+    def as_own(self, features: Tensor) -> Tensor:
+        """The frozen image tower's features (..., D) among those that this classifier makes."""
+        return inside_of(self.parts, "image").features(features, None)
 
     def image_features(
         self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
@@ -192,6 +197,7 @@ class Together(Inside):
             any(getattr(type(part), hook) is not getattr(TowerPart, hook) for part in parts)
             for hook in ("before_layer", "linear")
         )
+        self.reads = sum(part.reads for part in parts)
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""
@@ -205,6 +211,12 @@ class Together(Inside):
         for part in self.parts:
             out = part.linear(self.tower, layer, names, x, out)
         return out
+
+    def features(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Each part in turn."""
+        for part in self.parts:
+            x = part.features(self.tower, x, tokens)
+        return x
 
 
 def new_classifier(
@@ -222,6 +234,9 @@ def new_classifier(
     for name in learned:
         if learned.count(name) > 1:
             raise UserError(f"'{name}' is the name of two tensors of {method.title}; rename one")
+    if method.head.projects and any(part.reads for part in parts):
+        what = f"{method.title} puts a head before the image tower's projection"
+        raise UserError(f"{what}, and reads what it has after it; use another head")
     return Classifier(
         backbone,
         names,

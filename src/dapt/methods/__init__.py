@@ -14,6 +14,7 @@ from dapt.methods import (
     kernel_ridge,
     lp_plus,
     maple,
+    mmrl,
     probe,
     prolip,
     prompts,
@@ -83,6 +84,9 @@ METHODS: dict[str, Method] = {
     "promptsrc": Method(
         "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
         finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
+    ),
+    "mmrl": Method(
+        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies, defaults=mmrl.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
