@@ -11,9 +11,11 @@ from torch import nn
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
+from dapt.methods.contract import Head
 from dapt.methods.fitting import learning_rate
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.maple import CoupledPrompt
+from dapt.methods.mmrl import Representation
 from dapt.methods.promptsrc import GaussianAverage, teacher
 from dapt.settings import make_settings
 
@@ -23,34 +25,40 @@ def backbone(recorded_clip):
     return load_backbone(str(recorded_clip))
 
 
-def follow(classifier, record, said, called, method, **given):
-    """Take a recorded run's steps, and compare all of them; yields after each epoch.
+def compare_start(classifier, record):
+    """Features and logits before training."""
+    images = record["images"][0]
+    with torch.no_grad():
+        near(classifier.image_features(images), record["first.image_features"], 1e-5)
+        near(classifier.text_features(), record["first.text_features"], 1e-5)
+        near(classifier(images), record["first.logits"], 1e-5)
+
+
+def tuner_of(classifier, said, method, **given):
+    given |= {name: said[name] for name in ("lr", "weight_decay", "epochs")}
+    settings = make_settings({"dataset": "bundled", "method": method, **given})
+    features = classifier.text_features()
+    return Tuner(classifier, settings, torch.zeros_like(features))
+
+
+def follow(tuner, record, said, called):
+    """Take a recorded run's steps, and compare gradients and rates; yields losses of each step.
 
     ``called`` gives the record's name of a learned tensor.
     """
     images, labels = record["images"], record["labels"].long()
-    with torch.no_grad():
-        near(classifier.image_features(images[0]), record["first.image_features"], 1e-5)
-        near(classifier.text_features(), record["first.text_features"], 1e-5)
-        near(classifier(images[0]), record["first.logits"], 1e-5)
-    given |= {name: said[name] for name in ("lr", "weight_decay", "epochs")}
-    settings = make_settings({"dataset": "bundled", "method": method, **given})
-    tuner = Tuner(classifier, settings, torch.zeros(13, 32))
     tuner.losses(images[0], labels[0])[0].backward()
     assert {called(name) for name in tuner.named} == {
         name.removeprefix("init.") for name in record if name.startswith("init.")
     }
     for name, parameter in tuner.named.items():
         near(parameter.grad, record[f"grad1.{called(name)}"], 1e-4)
-    each = said["iterations_per_epoch"]
     for step, (lr, losses) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
-        rate = learning_rate(step // each, said["epochs"], said["lr"])
+        rate = learning_rate(step // said["iterations_per_epoch"], said["epochs"], said["lr"])
         assert rate == pytest.approx(lr.item(), rel=1e-12)
-        result = tuner.step(images[step % len(images)], labels[step % len(images)], rate)
-        found = [result.cross_entropy, *result.terms.values(), result.total]
-        assert found[: len(losses)] == pytest.approx(losses.tolist(), rel=1e-3)
-        if (step + 1) % each == 0:
-            yield step // each, tuner.named
+        batch = step % len(images)
+        result = tuner.step(images[batch], labels[batch], rate)
+        yield [result.cross_entropy, *result.terms.values(), result.total], losses.tolist()
 
 
 def compare_result(classifier, record, said, called):
@@ -82,8 +90,9 @@ def test_maple(backbone):
     def called(name):
         return name.replace("text_prompt", "text").replace("visual_map", "proj")
 
-    for _ in follow(classifier, record, said, called, "maple"):
-        pass
+    compare_start(classifier, record)
+    for found, losses in follow(tuner_of(classifier, said, "maple"), record, said, called):
+        assert found[:1] == pytest.approx(losses, rel=1e-3)
     compare_result(classifier, record, said, called)
 
 
@@ -123,14 +132,18 @@ def test_promptsrc(backbone):
     def called(name):
         return name.replace("_prompt", "")
 
-    for epoch, tensors in follow(classifier, record, said, called, "promptsrc", **given):
-        kept = {name: tensor.clone() for name, tensor in finish.state().items()}
-        finish = GaussianAverage(settings, said["epochs"])  # as one that goes on
-        finish.load_state(kept)
-        finish.after_epoch(epoch, tensors)
+    compare_start(classifier, record)
+    tuner, each = tuner_of(classifier, said, "promptsrc", **given), said["iterations_per_epoch"]
+    for step, (found, losses) in enumerate(follow(tuner, record, said, called)):
+        assert found == pytest.approx(losses, rel=1e-3)
+        if (step + 1) % each == 0:
+            kept = {name: tensor.clone() for name, tensor in finish.state().items()}
+            finish = GaussianAverage(settings, said["epochs"])  # as one that goes on
+            finish.load_state(kept)
+            finish.after_epoch(step // each, tuner.named)
     with torch.no_grad():
-        for name, tensor in finish.end(tensors).items():
-            tensors[name].copy_(tensor)
+        for name, tensor in finish.end(tuner.named).items():
+            tuner.named[name].copy_(tensor)
     compare_result(classifier, record, said, called)
 
 
@@ -149,3 +162,49 @@ def test_promptsrc_reads_the_settings_templates_or_sixty_of_clip():
     assert "a photo of a {}." in first
     assert all(template.count("{}") == 1 for template in first)
     assert second == ("a {}.", "the {}.")
+
+
+def representation(record, said):
+    blocks = said["blocks"]
+    maps = [
+        [linear(record[f"init.to_{t}.{b}.weight"], record[f"init.to_{t}.{b}.bias"]) for b in blocks]
+        for t in ("visual", "text")
+    ]
+    how = {"first": blocks[0] - 1, "alpha": said["alpha"]}
+    return Representation(record["init.tokens"], *maps, record["init.proj_rep"], **how)
+
+
+def test_mmrl(backbone):
+    record, said = recording("mmrl")
+    part, alpha, images = representation(record, said), said["alpha"], record["images"]
+    classifier = Classifier(backbone, said["class_names"], [part], Head(100.0))
+    with torch.no_grad():
+        one, other = classifier.image_features(images[0]).chunk(2, -1)
+        first, second = classifier.text_features().chunk(2, -1)
+        near(classifier(images[0]), record["first.logits_fusion"], 1e-5)
+    one, text = one / alpha**0.5, first / alpha**0.5
+    near(one, record["first.image_features"], 1e-5)
+    near(text, record["first.text_features"], 1e-5)
+    near(second / (1 - alpha) ** 0.5, text, 1e-5)
+    near(100 * one @ text.T, record["first.logits"], 1e-5)
+    near(100 * other @ text.T / (1 - alpha) ** 0.5, record["first.logits_rep"], 1e-5)
+
+    given = {"rep_alpha": alpha, "near_frozen": said["reg_weight"]}
+    tuner = tuner_of(classifier, said, "mmrl", **given)
+    tuner.optimizer = torch.optim.AdamW(tuner.named.values(), weight_decay=said["weight_decay"])
+
+    def called(name):
+        kind, *rest = name.removeprefix("rep_").replace("projection", "proj_rep").split(".")
+        return ".".join([kind, *(str(said["blocks"][int(i)]) for i in rest[:1]), *rest[1:]])
+
+    for found, (usual, rep, image, text, total) in follow(tuner, record, said, called):
+        both = alpha * usual + (1 - alpha) * rep
+        assert found == pytest.approx([both, image, text, total], rel=1e-3)
+    for name, tensor in classifier.learned().items():
+        near(tensor.detach(), record[f"final.{called(name)}"], 1e-3)
+    with torch.no_grad():
+        near(classifier(images[0]), record["final.logits_fusion"], 1e-3)
+        part.for_others()
+        for names, kind in (("class_names", ""), ("new_class_names", "_new")):
+            alone = Classifier(backbone, said[names], [part], Head(100.0))
+            near(alone(images[0]), record[f"final.logits{kind}"], 1e-3)

@@ -60,6 +60,8 @@ DEEP = {f"{kind}_prompt.{layer}" for kind in ("text", "visual") for layer in ran
 TENSORS = {
     "ivlp": DEEP,
     "promptsrc": DEEP,
+    "mmrl": {"rep_tokens", "rep_projection"}
+    | {f"rep_to_{tower}.0.{kind}" for tower in ("text", "visual") for kind in ("weight", "bias")},
     "maple": {
         f"{name}.{layer}{kind}"
         for layer in range(2)

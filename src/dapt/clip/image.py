@@ -50,8 +50,9 @@ def encode_image(
     if tokens is not None:
         tokens = tokens.to(images.dtype).expand(images.shape[0], -1, -1)  # (B, N, W)
     if isinstance(visual, VisionTransformer):
-        x = _encode_vit(visual, images, tokens, inside)  # (B, W)
-        return (x @ visual.proj if projected and visual.proj is not None else x).float()
+        x, read = _encode_vit(visual, images, tokens, inside)  # (B, W), (B, reads, W)
+        x = (x @ visual.proj if projected and visual.proj is not None else x).float()
+        return inside.features(x, None if read is None else read.float())
     if tokens is None and not (inside.layers or inside.linears):
         return visual(images).float()
     return _encode_timm(visual, images, tokens, inside).float()
@@ -59,20 +60,16 @@ def encode_image(
 
 def _encode_vit(
     visual: VisionTransformer, images: Tensor, tokens: Tensor | None, inside: Inside
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     x = visual._embeds(images)  # (B, T, W): class token, patches
     # Layers do not tell where a token stands: with the inserted last, the rest is one frozen piece.
     start, parts = x.shape[1], [x]
     if tokens is not None:
         parts = [x, tokens]
         x = torch.cat(parts, dim=1)
-    if not (
-        tower.is_plain(visual.transformer)
-        and visual.attn_pool is None
-        and visual.pool_type == "tok"
-    ):
+    if not unrolls(visual):
         x = tower.through(visual.transformer.resblocks, x, inside, start)
-        return visual._pool(x[:, :start])[0]
+        return visual._pool(x[:, :start])[0], None
     *layers, last = tower.unrolled(visual.transformer, inside)
     for layer in layers:
         if (entered := layer.enter(x, start)) is not x:
@@ -81,12 +78,22 @@ def _encode_vit(
         x = layer.finish(x, tower.attend(q, k, v))
         parts = [x]
     x = last.enter(x, start)
-    first = (slice(None), slice(0, 1))  # only the class token is read
-    mixed = tower.attend(
-        *(tower.split_heads(t, last.heads) for t in last.asked(x, first))
-    )  # (B, 1, W)
-    x = last.finish(x[first], mixed)[:, 0]  # (B, W)
-    return tower.norm(visual.ln_post, x)
+    # Only the class token is read, and those that are asked for: R = 1 + reads.
+    wanted = [0, *range(start, start + inside.reads)] if inside.reads else slice(0, 1)
+    at = (slice(None), wanted)
+    mixed = tower.attend(*(tower.split_heads(t, last.heads) for t in last.asked(x, at)))
+    x = tower.norm(visual.ln_post, last.finish(x[at], mixed))  # (B, R, W)
+    return x[:, 0], x[:, 1:] if inside.reads else None
+
+
+def unrolls(visual: Any) -> bool:
+    """Whether an image tower is of open_clip's ordinary layers, and its class token is read."""
+    return (
+        isinstance(visual, VisionTransformer)
+        and tower.is_plain(visual.transformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+    )
 
 
 def _encode_timm(visual: Any, images: Tensor, tokens: Tensor | None, inside: Inside) -> Tensor:

@@ -63,10 +63,11 @@ class Inside:
 
     ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``,
     ``linears`` and ``norms`` say whether `before_layer`, `weight` or `linear`, and `norm` do
-    anything.
+    anything; ``reads`` how many of the inserted tokens the image tower gives `features` at its end.
     """
 
     layers = linears = norms = False
+    reads = 0
 
     def __init__(self, tokens: Tensor | None = None) -> None:
         self.tokens = tokens
@@ -86,6 +87,10 @@ class Inside:
     def norm(self, layer: int, name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer norm of a layer, the frozen ones being given."""
         return weight, bias
+
+    def features(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """What becomes of a tower's features (..., D), and of tokens read (B, reads, W)."""
+        return x
 
 
 NOTHING = Inside()

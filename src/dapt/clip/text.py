@@ -233,7 +233,9 @@ class TextEncoder(nn.Module):
     def _own(self, chunk: Chunk, inside: Inside, *prefix: Tensor) -> Tensor:
         """Features (c, D) of a chunk's c classes, in sorted order, given the prefix."""
         text, dtype = self.backbone.text, self.backbone.dtype
-        length = prefix[0].shape[-2]
+        # Of what has positions; a layer may have been given more.
+        length = len(self.shared) + len(self.after)
+        length += 0 if inside.tokens is None else len(inside.tokens)
         x = text.token_embedding(self.packed[chunk.tokens]).to(dtype)  # (N, W)
         x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
         *layers, last = tower.unrolled(text.transformer, inside)

@@ -137,10 +137,15 @@ class Classifier(nn.Module):
 
     def _encoded(self, inside: Inside) -> tuple[Tensor, Tensor]:
         found = [_unit_and_length(encoder(inside)) for encoder in self.text_encoders]
-        if len(found) == 1:
-            return found[0]
-        features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
-        return F.normalize(features, dim=-1), lengths
+        features, lengths = found[0]
+        if len(found) > 1:
+            features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
+            features = F.normalize(features, dim=-1)
+        return inside.features(features, None), lengths
+
+    def as_own(self, features: Tensor) -> Tensor:
+        """The frozen image tower's features (..., D) among those that this classifier makes."""
+        return inside_of(self.parts, "image").features(features, None)
 
     def image_features(
         self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
@@ -212,6 +217,7 @@ class Together(Inside):
             for hook in ("before_layer", "weight", "linear", "norm")
         )
         self.linears = weights or linears
+        self.reads = sum(part.reads for part in parts)
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""
@@ -238,6 +244,12 @@ class Together(Inside):
             weight, bias = part.norm(self.tower, layer, name, weight, bias)
         return weight, bias
 
+    def features(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Each part in turn."""
+        for part in self.parts:
+            x = part.features(self.tower, x, tokens)
+        return x
+
 
 def tuning_head(backbone: Backbone, settings: Settings) -> Head:
     """The head that gradient descent sees: cosines at the settings' scale."""
@@ -262,6 +274,9 @@ def new_classifier(
     head = method.head.create(backbone)
     if method.learns and not method.head.fitted:
         head = tuning_head(backbone, settings)
+    if method.head.projects and any(part.reads for part in parts):
+        what = f"{method.title} puts a head before the image tower's projection"
+        raise UserError(f"{what}, and reads what it has after it; use another head")
     return Classifier(
         backbone,
         names,

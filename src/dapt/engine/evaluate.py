@@ -218,8 +218,8 @@ def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
         plain = _zero_shot(own.backbone, own.class_names, own.template, settings)
     with torch.inference_mode():
         text = [mean_text_distance(c.text_features().cpu()) for c in (plain, own)]
-    labels, prototypes = support.labels, support.prototypes
-    features = (support.features, support.features_of(own, settings))
+    labels, prototypes = support.labels, own.as_own(support.prototypes)
+    features = (own.as_own(support.features), support.features_of(own, settings))
     image = [mean_prototype_distance(z, labels, prototypes) for z in features]
     found = {"inter": text, "intra": image}
     return {name: {"before": before, "after": after} for name, (before, after) in found.items()}

@@ -260,7 +260,8 @@ class _Loop:
     def __post_init__(self) -> None:
         self.settings, self.support = settings, support = self.tuned.settings, self.tuned.support
         self.method = get_method(settings.method)
-        self.tuner = Tuner(self.tuned.classifier, settings, support.prototypes)
+        classifier = self.tuned.classifier
+        self.tuner = Tuner(classifier, settings, classifier.as_own(support.prototypes))
         self.per_epoch = steps_per_epoch(len(support.store), settings.batch_size)
         self.total = total_steps(settings, len(support.store))
         self.epochs = -(-self.total // self.per_epoch)

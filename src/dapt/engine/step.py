@@ -9,7 +9,6 @@ from functools import cache, partial
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
@@ -18,7 +17,7 @@ from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import join_processes
-from dapt.methods import Head, Step
+from dapt.methods import Head, Step, get_method
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
 from dapt.settings import Settings, loss_terms, loss_weights
@@ -42,6 +41,7 @@ class Tuner:
 
     def __init__(self, classifier: Classifier, settings: Settings, prototypes: Tensor) -> None:
         self.classifier, self.settings = classifier, settings
+        self.method = get_method(settings.method)
         self.terms, self.weights = loss_terms(settings), loss_weights(settings)
         self.prototypes = prototypes.to(classifier.backbone.device)
         self.processes = join_processes()
@@ -74,7 +74,7 @@ class Tuner:
             frozen_image=cache(partial(image_features, classifier.backbone, views)),
             frozen_text=self.frozen_text, logits_of=classifier.logits,
         )  # fmt: skip
-        parts = {"cross_entropy": (total := F.cross_entropy(logits, labels))}
+        parts = {"cross_entropy": (total := self.method.loss(step))}
         for term in self.terms:
             parts[term.name] = term.compute(step)
             total = total + self.weights[term.name] * parts[term.name]

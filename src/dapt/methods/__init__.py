@@ -18,6 +18,7 @@ from dapt.methods import (
     kgcoop,
     lp_plus,
     maple,
+    mmrl,
     probe,
     prolip,
     prompts,
@@ -97,6 +98,9 @@ METHODS: dict[str, Method] = {
     "promptsrc": Method(
         "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
         finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
+    ),
+    "mmrl": Method(
+        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies, defaults=mmrl.usual,
     ),
     "clip-lora": Method(
         "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,

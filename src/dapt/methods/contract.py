@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ class TowerPart(nn.Module):
         after: words that stand between its tokens and the class name, in the text tower.
         ahead: how many of its tokens stand before the class name there, if not all of them; the
             others stand after it, before the full stop.
+        reads: how many tokens that it put among the patches are read at the image tower's end.
     """
 
     towers: ClassVar[frozenset[str]] = frozenset()
@@ -64,6 +66,7 @@ class TowerPart(nn.Module):
     Settings: ClassVar[type[PartSettings]] = PartSettings
     after: str = ""
     ahead: int | None = None
+    reads: int = 0
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> TowerPart:
@@ -130,6 +133,17 @@ class TowerPart(nn.Module):
         """Weight and bias that a layer norm, "ln_1" or "ln_2", has: those given if frozen."""
         return weight, bias
 
+    def features(self, tower: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """What becomes of features (..., D): of classes, normalised; of images (B, D), not yet.
+
+        With images come the ``tokens`` read (B, reads, W), after the tower's last layer norm; none
+        come with features of the frozen tower that are to be compared with others.
+        """
+        return x
+
+    def for_others(self) -> None:
+        """Other classes than those tuned on follow."""
+
     def load(self, tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> None:
         """Take what `named_parameters` had; a `UserError` of ``where`` if it has other shapes."""
         for name, own in self.named_parameters():
@@ -176,6 +190,11 @@ class LossTerm:
     Settings: type[PartSettings] = PartSettings
     search: tuple[float, ...] = ()  # multiples of its weight that a search tries
     tower: str = ""  # whose features it moves, where it is of one alone
+
+
+def cross_entropy(step: Step) -> Tensor:
+    """What a method's loss terms are added to, if its row says nothing else."""
+    return F.cross_entropy(step.logits, step.labels)
 
 
 @dataclass(frozen=True)
@@ -319,6 +338,7 @@ class Method:
     title: str  # how tables call it
     parts: tuple[type[TowerPart], ...] = ()
     losses: tuple[LossTerm, ...] = ()
+    loss: Callable[[Step], Tensor] = cross_entropy  # what these are added to
     head: type[Head] = Head
     finish: type[Finish] = Finish
     # Of a dataset and number of shots: settings of its own, where others' would not do.

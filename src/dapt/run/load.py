@@ -89,6 +89,8 @@ def classifier_of(
         raise UserError(f"{where} does not hold {what}; train again")
     for part in classifier.parts:
         cast(TowerPart, part).load(tensors, backbone, where)
+        if others:
+            cast(TowerPart, part).for_others()
     if head.fitted:
         size = backbone.preprocessing.size
         with torch.inference_mode():

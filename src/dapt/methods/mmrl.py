@@ -1,0 +1,184 @@
+"""MMRL (Guo and Gu, 2025): tokens of a space that both towers share, in their later layers.
+
+What the image tower makes of the tokens is a second feature of an image. Both features are tuned to
+name the class, the usual one also stays near the frozen model's. The published code takes AdamW
+and a logit scale of 100 throughout; here optimiser and scale are the engine's and the backbone's.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dapt.errors import UserError
+from dapt.methods.contract import LARGEST, HasSettings, LossTerm, PartSettings, Step, TowerPart
+from dapt.methods.ivlp import put
+from dapt.methods.prompts import linear_map
+
+if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
+    from dapt.clip.backbone import Backbone
+
+# configs/trainers/MMRL of the code, its setting of few shots.
+PUBLISHED = {"lr": 0.001, "batch_size": 32, "epochs": 50, "crop_min": 0.5}
+# Weights of the pull to the frozen model (trainers/config.py of the code).
+_NEAR = {"stanford_cars": 7.0, "fgvc_aircraft": 6.0, "sun397": 6.0, "dtd": 6.0, "food101": 5.0,
+         "oxford_flowers": 4.0, "ucf101": 3.0, "oxford_pets": 0.2, "eurosat": 0.01}  # fmt: skip
+_WIDE = {"eurosat": {"rep_width": 2048}}
+
+
+def usual(dataset: str, shots: int) -> dict[str, Any]:
+    """Settings of its own: the published ones."""
+    near = {"near_frozen": _NEAR[dataset]} if dataset in _NEAR else {}
+    return PUBLISHED | near | _WIDE.get(dataset, {})
+
+
+class BlendSettings(PartSettings):
+    """Of the two features of an image."""
+
+    rep_alpha: float = Field(0.7, gt=0, lt=1, description="share of the usual feature in logits")
+
+
+class RepresentationSettings(BlendSettings):
+    """Of tokens that both towers share."""
+
+    rep_tokens: int = Field(5, ge=1, le=2**10, description="tokens of the shared space")
+    rep_width: int = Field(512, ge=1, le=2**16, description="width of the shared space")
+    rep_from: int = Field(6, ge=1, le=2**10, description="first layer with tokens, counted from 1")
+
+
+class NearFrozenSettings(PartSettings):
+    """Of the pull towards the frozen model."""
+
+    near_frozen: float = Field(
+        0.5, ge=0, le=LARGEST, description="pull to the frozen model's features"
+    )
+
+
+class Representation(TowerPart):
+    """Tokens R (n, rep_width), a linear map of them for each later layer of each tower.
+
+    They enter without positions at the first of these layers, after the start token of a text and
+    beside an image's class token, and replace what became of them at each later one. Logits are
+    ``a f·t + (1 - a) r·t`` times the scale: f is the class token's feature, r the projected mean of
+    the tokens at the image tower's end. Both fit into one dot product of vectors of length one,
+    ``[sqrt(a) f, sqrt(1 - a) r]·[sqrt(a) t, sqrt(1 - a) t]``: these are the features, so that any
+    head may follow. Classes that were not tuned on are told by f alone, as in the published code.
+    """
+
+    towers = frozenset({"text", "image"})
+    Settings = RepresentationSettings
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        to_visual: list[nn.Linear],
+        to_text: list[nn.Linear],
+        projection: Tensor,
+        *,
+        first: int,
+        alpha: float,
+        starts: int = 1,
+    ) -> None:
+        """Layers count from 0 here; ``starts`` is the number of start tokens of a text."""
+        super().__init__()
+        self.rep_tokens = nn.Parameter(tokens.float().clone())  # (n, rep_width)
+        self.rep_to_visual, self.rep_to_text = nn.ModuleList(to_visual), nn.ModuleList(to_text)
+        self.rep_projection = nn.Parameter(projection.float().clone())  # (vision width, D)
+        self.first, self.alpha, self.starts, self.reads = first, alpha, starts, len(tokens)
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> Representation:
+        """Tokens from N(0, 0.02), equal maps in all layers of a tower, a random projection."""
+        own: RepresentationSettings = settings.of(RepresentationSettings)
+        _require_plain(backbone)
+        layers = min(backbone.text_layers, backbone.vision_layers)
+        first = min(own.rep_from, layers) - 1
+        generator = torch.Generator().manual_seed(2 * settings.seed)
+        tokens = 0.02 * torch.randn(own.rep_tokens, own.rep_width, generator=generator)
+        visual, text = (
+            linear_map(own.rep_width, width, generator)
+            for width in (backbone.vision_width, backbone.text_width)
+        )
+        maps = [[deepcopy(one) for _ in range(first, layers)] for one in (visual, text)]
+        projection = torch.randn(backbone.projection.shape, generator=generator)
+        projection *= backbone.vision_width**-0.5
+        starts = len(backbone.start_tokens)
+        learned = (tokens, maps[0], maps[1], projection)
+        return cls(*learned, first=first, alpha=own.rep_alpha, starts=starts)
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """What a model card says of it."""
+        own: RepresentationSettings = settings.of(RepresentationSettings)
+        words = f"{own.rep_tokens} learned tokens, mapped into both towers from layer"
+        return f"{words} {own.rep_from} on, and a second image feature of what becomes of them,"
+
+    def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
+        """The layer's own tokens, new at the first and in place of the last at later ones."""
+        maps = self.rep_to_visual if tower == "image" else self.rep_to_text
+        if not 0 <= (index := layer - self.first) < len(maps):
+            return x
+        start = at.start if tower == "image" else self.starts
+        there = self.reads if index else 0
+        return put(maps[index](self.rep_tokens), x, slice(start, start + there))
+
+    def features(self, tower: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """(..., 2 D): both features of images, each as long as its share; what is alone, twice."""
+        other = x
+        if tokens is not None:
+            x, other = (F.normalize(f, dim=-1) for f in (x, tokens.mean(1) @ self.rep_projection))
+        return torch.cat([self.alpha**0.5 * x, (1 - self.alpha) ** 0.5 * other], -1)
+
+    def for_others(self) -> None:
+        """The usual feature alone."""
+        self.alpha = 1.0
+
+
+def _require_plain(backbone: Backbone) -> None:
+    """Raise `UserError` if a tower's layers are not such as tokens can be put between."""
+    from dapt.clip.image import unrolls
+    from dapt.clip.text import ClassTokens, TextEncoder
+
+    tokens = ClassTokens.for_template(backbone, ["thing"], "{}")
+    if not (unrolls(backbone.visual) and TextEncoder(backbone, tokens).shares_prefix):
+        what = f"MMRL puts tokens between layers as CLIP's, and '{backbone.name}' has others"
+        raise UserError(f"{what}; use another method, or a backbone such as ViT-B-16")
+
+
+def _alone(step: Step) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Alpha, and what features are put together of: f, r (B, D) and t (C, D), each normalised."""
+    alpha: float = step.settings.of(BlendSettings).rep_alpha
+    usual, other = step.image_features.chunk(2, -1)
+    text = step.text_features.chunk(2, -1)[0]
+    return alpha, usual / alpha**0.5, other / (1 - alpha) ** 0.5, text / alpha**0.5
+
+
+def both_entropies(step: Step) -> Tensor:
+    """``a`` times the cross-entropy by f, ``1 - a`` times that by r."""
+    alpha, usual, other, text = _alone(step)
+    first, second = (
+        F.cross_entropy(step.logits_of(images, text), step.labels) for images in (usual, other)
+    )
+    return alpha * first + (1 - alpha) * second
+
+
+def near_image(step: Step) -> Tensor:
+    """1 - mean cosine of f and the frozen feature of the same view."""
+    return 1 - F.cosine_similarity(_alone(step)[1], step.frozen_image()).mean()
+
+
+def near_text(step: Step) -> Tensor:
+    """1 - mean cosine of class features and the frozen ones, in the same templates."""
+    frozen = F.normalize(step.frozen_text(*(step.settings.templates or ())), dim=-1).mean(0)
+    return 1 - F.cosine_similarity(_alone(step)[3], frozen).mean()
+
+
+NEAR_FROZEN = tuple(
+    LossTerm(term.__name__, "near_frozen", term, NearFrozenSettings)
+    for term in (near_image, near_text)
+)
