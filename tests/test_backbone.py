@@ -47,6 +47,75 @@ def test_torch_files_are_loaded_weights_only(state, tmp_path, wrap):
     assert load_backbone(str(file)).vision_width == 64
 
 
+def prefixed(state, prefix):
+    return {f"{prefix}{k}": v for k, v in state.items()}
+
+
+LEFT_BY_TRAINING = {
+    "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "distributed and compiled": lambda s: {"state_dict": prefixed(s, "module._orig_mod.")},
+    "compiled and distributed": lambda s: {"model": prefixed(s, "_orig_mod.module.")},
+    "an attribute": lambda s: {"state_dict": prefixed(s, "model.module.")},
+    "another's attribute": lambda s: {"state_dict": prefixed(s, "clip_model._orig_mod.")},
+    "towers wrapped alone": lambda s: {
+        k.replace("visual.", "visual._fsdp_wrapped_module.").replace("mlp.", "mlp.module."): v
+        for k, v in s.items()
+    },
+    "averaged": lambda s: {"ema": {**prefixed(s, "module."), "n_averaged": torch.tensor(3)}},
+    "wrapped twice": lambda s: {"model": {"state_dict": s, "step": 3}, "epoch": 1},
+    "with an optimiser": lambda s: {
+        "model_state_dict": s, "epoch": 3, "loss": 0.5, "args": _Anything(),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1.0}]},
+    },
+    "under another name": lambda s: {"weights": s, "epoch": 3, "opt": {"state": {}, "a": [1]}},
+    "net": lambda s: {"net": s, "acc": 91.2},
+    "half": lambda s: {"net": {k: v.half() for k, v in s.items()}},
+    "bf16": lambda s: {"ema": {k: v.bfloat16() for k, v in s.items()}},
+    "open_clip's text tower": lambda s: {
+        k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in s.items()
+    },
+}  # fmt: skip
+
+
+class _Anything:
+    """An object of training code's own, of which nothing is made."""
+
+
+@pytest.mark.parametrize("how", LEFT_BY_TRAINING)
+def test_checkpoints_as_training_code_leaves_them(state, tmp_path, how, tiny_weights):
+    file = tmp_path / "epoch_3.ckpt"
+    torch.save(LEFT_BY_TRAINING[how](state), file)
+    found = load_backbone(str(file))
+    if how not in ("half", "bf16"):
+        assert found.fingerprint == load_backbone(str(tiny_weights)).fingerprint
+    assert found.text.token_embedding.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: {**s, "head.weight": torch.ones(2)}, "no place for 'head.weight'"),
+        (lambda s: prefixed(s, "module.") | {"loss.scale": torch.ones(1)}, "for 'loss.scale'"),
+        (lambda s: {k: v for k, v in s.items() if k != "visual.ln_post.bias"},
+         "'visual.ln_post.bias' is not among them"),
+        (lambda s: {**s, "visual.proj": torch.ones(64, 31)},
+         r"'visual.proj' has shape \(64, 31\), where \(64, 32\) is needed"),
+        (lambda s: {k: v for k, v in s.items() if k != "ln_final.bias"},
+         "'ln_final.bias' is not among them"),
+        (lambda s: prefixed(s, "model.") | {"visual.proj": s["visual.proj"]},
+         "holds both 'model.visual.proj' and 'visual.proj'"),
+        (lambda s: {"model": _Anything(), "epoch": 3}, "holds no state dict"),
+        (lambda s: {"student": s, "teacher": s}, "'student', which is no tensor"),
+        (lambda s: {"encoder.weight": torch.ones(2)}, "names them, but 'encoder.weight'"),
+    ],
+)  # fmt: skip
+def test_the_odd_tensor_is_named(state, tmp_path, change, said):
+    file = tmp_path / "a.pt"
+    torch.save(change(state), file)
+    with pytest.raises(UserError, match=said):
+        load_backbone(str(file))
+
+
 def test_torchscript_archive(state, tmp_path, tiny_weights):
     model = CLIP(**tiny_config()).eval()
     model.load_state_dict(state)

@@ -220,6 +220,10 @@ def _part(config: Configuration, tower: str, defaults: Configuration) -> Configu
     found = defaults | (config.get(f"{tower}_config") or {})
     if (twice := config.get(f"{tower}_config_dict")) is not None:
         found |= defaults | twice
+    for key, usual in defaults.items():
+        kinds = {bool: (bool,), int: (int,), float: (float, int)}.get(type(usual))
+        if kinds and (type(found[key]) not in kinds or found[key] < 0):
+            raise ValueError(f"its {key} is {shown(found[key])}")
     return found
 
 

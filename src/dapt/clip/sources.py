@@ -246,6 +246,8 @@ def _tell_of_text(config: dict[str, Any], *keys: str) -> None:
 
 def _from_file(path: Path) -> Loaded:
     state = read_state_dict(path)
+    if "text.text_projection" in state:  # of open_clip's newer models, the same tower
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
     if "visual.conv1.weight" not in state or "text_projection" not in state:
         what = f"{path} has no weights named as OpenAI's CLIP names them, but '{min(state)}'"
         ways = "give a folder that says what they are: open_clip_config.json, or config.json of"
@@ -308,7 +310,8 @@ def _build(
         _check_config(config, state, source)
         if odd := [k for k, v in state.items() if not bool(v.isfinite().all())]:
             raise ValueError(f"'{name_of(odd[0])}' holds numbers that are not finite")
-        state = convert_to_custom_text_state_dict(state)
+        if "text_projection" in state:  # OpenAI's names, of which those of the text tower change
+            state, name_of = convert_to_custom_text_state_dict(state), _openai_name
         _need_transformers(config, f"the text tower of {source}", "hf_model_name")
         _tell_of_text(config, "hf_model_name")
         with torch.device("meta"):
@@ -316,6 +319,10 @@ def _build(
         model = make(**config)
         model.load_state_dict({k: v.float() for k, v in state.items()})
     return model
+
+
+def _openai_name(name: str) -> str:
+    return name.removeprefix("text.")
 
 
 def _check_fit(needed: StateDict, state: StateDict, name_of: Callable[[str], str]) -> None:
