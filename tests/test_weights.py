@@ -5,11 +5,14 @@ import torch
 from safetensors.torch import save_file
 from test_contract import Stopping
 
+from dapt.clip import text
 from dapt.clip.inside import Pass
+from dapt.clip.sources import load_backbone
+from dapt.engine.classifier import new_classifier
 from dapt.engine.data import open_data
 from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.errors import UserError
-from dapt.methods import Head
+from dapt.methods import Head, get_method
 from dapt.run.load import load_classifier
 from dapt.run.train import train
 from dapt.settings import make_settings, with_method
@@ -65,10 +68,10 @@ def test_classes_that_a_second_stage_has_not_seen_are_named_by_their_text(given,
     other = load_classifier(run, run.read_task().model_copy(update={"class_names": names}))
     with torch.no_grad():
         known, found = first(views), other(views)
-        text = Head(first.head.scale)(other.image_features(views), other.text_features())
+        by_text = Head(first.head.scale)(other.image_features(views), other.text_features())
     torch.testing.assert_close(found[:, 1:].flip(-1), known)
-    torch.testing.assert_close(found[:, 0], text[:, 0])
-    assert (found[:, 1:] - text[:, 1:]).abs().max() > 0.1
+    torch.testing.assert_close(found[:, 0], by_text[:, 0])
+    assert (found[:, 1:] - by_text[:, 1:]).abs().max() > 0.1
     tensors = {n: t.repeat(2, 1) if n == "weight" else t for n, t in first.tensors().items()}
     save_file(tensors, run.prompts_file)
     with pytest.raises(UserError, match="has weights of more than 3 classes"):
@@ -90,6 +93,27 @@ def test_dropout_is_a_function_of_step_and_place():
         Pass(now.generator, 4, part).dropout(x[part], 0.25, "image", 0, "q"), first[part]
     )
     assert Pass().dropout(x, 0.25) is x
+
+
+def test_what_is_dropped_stays_so_where_classes_are_computed_anew(tiny_weights, monkeypatch):
+    backbone, names = load_backbone(str(tiny_weights)), ["cat", "dog", "hot air balloon"]
+    settings = make_settings({"dataset": "bundled", "method": "clip-lora", "text_memory": 1e-6})
+    found = []
+    for anew in (True, False):
+        if not anew:
+            monkeypatch.setattr(text, "checkpoint", lambda encode, *args, **how: encode(*args))
+        row = (names, "a photo of a {}.", get_method("clip-lora"), settings)
+        classifier = new_classifier(backbone, *row)
+        assert len(classifier.text_encoder.chunks) == 3
+        learned = {n: p for n, p in classifier.learned().items() if n.startswith("text")}
+        for name, parameter in learned.items():
+            if name.endswith("B"):
+                parameter.data.fill_(0.1)
+        features = classifier.text_features(Pass(torch.Generator().manual_seed(5), 4))
+        features.cumsum(-1).sum().backward()
+        found.append((features.detach(), *(p.grad for p in learned.values())))
+        assert not torch.equal(features, classifier.text_features())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_epochs_that_are_given_stand_in_place_of_published_steps(given):

@@ -49,15 +49,15 @@ class SingularValues(WeightChange):
     def __init__(self, maps: list[dict[str, tuple[Tensor, float]]]) -> None:
         super().__init__()
         learned = []
+        # (layer, map) -> U, s and V of the frozen weight; no part of what is kept of a run.
+        self._found: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
         for layer, own in enumerate(maps):
-            values = nn.ParameterDict()
             for name, (weight, factor) in own.items():
-                found = torch.linalg.svd(weight.detach().double() / factor, full_matrices=False)
-                u, s, v = (tensor.float() for tensor in found)
-                for kind, fixed in (("u", u * factor), ("s", s), ("v", v)):
-                    self.register_buffer(f"{kind}_{layer}_{name}", fixed, persistent=False)
-                values[name] = s.clone()
-            learned.append(values)
+                whole = weight.detach().cpu().double() / factor  # the same on every device
+                found = torch.linalg.svd(whole, full_matrices=False)
+                u, s, v = (tensor.float().to(weight.device) for tensor in found)
+                self._found[layer, name] = u * factor, s, v
+            learned.append(nn.ParameterDict({n: self._found[layer, n][1].clone() for n in own}))
         setattr(self, f"{self.kind}_svd", nn.ModuleList(learned))
 
     @classmethod
@@ -75,10 +75,10 @@ class SingularValues(WeightChange):
 
     def change(self, layer: int, name: str) -> Tensor | None:
         """``U diag(s - s_0) V``: where s stays, the weight does to the bit."""
-        layers: Any = getattr(self, f"{self.kind}_svd")
-        if name not in layers[layer]:
+        if (layer, name) not in self._found:
             return None
-        u, s, v = (getattr(self, f"{kind}_{layer}_{name}") for kind in "usv")
+        layers: Any = getattr(self, f"{self.kind}_svd")
+        u, s, v = self._found[layer, name]
         return (u * (layers[layer][name] - s)) @ v
 
 

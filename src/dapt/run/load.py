@@ -91,18 +91,18 @@ def classifier_of(
         cast(TowerPart, part).load(tensors, backbone, where)
         if others:
             cast(TowerPart, part).for_others()
+    classifier.requires_grad_(False)
     if head.fitted:
         size = backbone.preprocessing.size
         with torch.inference_mode():
             seen = classifier.image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            text = classifier.text_features()
         own_names = own_names if own_names is not None else names
         known = own_names if head.carries else names
         head.load(fitted, len(known), seen.shape[1], where)
         head.to(backbone.device)
         if head.carries:
-            head.carry(own_names, names, text)
-    return classifier.requires_grad_(False)
+            head.carry(own_names, names, classifier.text_features())
+    return classifier
 
 
 def same_images(run: RunDirectory, data: Data) -> bool:

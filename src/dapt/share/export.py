@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from dapt import __version__
 from dapt.clip.image import encode_image
-from dapt.engine.classifier import Classifier, inside_of
+from dapt.engine.classifier import Classifier, inside_of, parts_of
 from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.errors import UserError, refusing
@@ -81,7 +81,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.visual, self.head = classifier.backbone.visual, classifier.head
         self.sigmoids = classifier.sigmoids
-        self.parts = classifier.parts
+        self.parts = nn.ModuleList(parts_of(classifier.parts, "image"))
         with torch.inference_mode(False), torch.no_grad():
             self.register_buffer("text", classifier.text_features().detach().clone())  # (C, D)
         self.eval().requires_grad_(False)
