@@ -80,7 +80,7 @@ class Prompt(TowerPart):
     def settings_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Numbers of vectors and, of a deep prompt, of layers."""
         own = [t for name, t in tensors.items() if name.split(".")[0] == f"{cls.kind}_prompt"]
-        found = {f"{cls.kind}_vectors": len(own[0]), f"{cls.kind}_depth": len(own)}
+        found = {f"{cls.kind}_vectors": own[0].shape[-2], f"{cls.kind}_depth": len(own)}
         return {name: n for name, n in found.items() if name in cls.Settings.model_fields}
 
     def tokens(self, tower: str, now: Pass) -> Tensor:
@@ -121,7 +121,15 @@ class Context(Prompt):
     def closed(cls, settings: HasSettings) -> str:
         """Of a context for each class."""
         own: PlacedSettings = settings.of(PlacedSettings)
-        return "text prompts of its own classes alone (class_contexts)" * own.class_contexts
+        return (
+            "text prompts of its own classes alone (class_contexts)" if own.class_contexts else ""
+        )
+
+    @classmethod
+    def describe(cls, settings: HasSettings) -> str:
+        """Such as "16 learned text prompt vectors for each class"."""
+        own: PlacedSettings = settings.of(PlacedSettings)
+        return super().describe(settings) + (" for each class" if own.class_contexts else "")
 
 
 class VisualPrompt(Prompt):

@@ -71,7 +71,7 @@ def classifier_of(
     method, names = get_method(settings.method), task.class_names
     others = own_names is not None and list(names) != list(own_names)
     if others and (closed := method.closed(settings)):
-        raise UserError(f"{where} is of {closed}; use a prompt method for others")
+        raise UserError(f"{where} is of {closed}; use prompts that all classes share for others")
     if multilabel and others:
         what = f"{where} gives several labels an image, by thresholds of its own classes"
         raise UserError(f"{what}; train again for others")
