@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,9 +182,9 @@ def asked(name: str) -> dict[str, tuple[str, str]]:
             found[what] = (REFUSED if needs else FAILS, f"{type(error).__name__}: {error}")
         return None
 
-    if (backbone := keep("loads", lambda: load(name))) is not None:
+    if (backbone := keep("loads", partial(load, name))) is not None:
         for what, check in CHECKS.items():
-            keep(what, lambda check=check: check(backbone))
+            keep(what, partial(check, backbone))
     return found
 
 
