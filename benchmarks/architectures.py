@@ -182,7 +182,7 @@ def asked(name: str) -> dict[str, tuple[str, str]]:
             found[what] = (REFUSED if needs else FAILS, f"{type(error).__name__}: {error}")
         return None
 
-    if (backbone := keep("loads", lambda: load(name))) is not None:
+    if (backbone := keep("loads", partial(load, name))) is not None:
         for what, check in CHECKS.items():
             keep(what, partial(check, backbone))
     return found

@@ -18,6 +18,7 @@ from timm.layers import HybridEmbed
 from timm.models import Eva, NaFlexVit, NaFlexVitCfg, VisionTransformer
 from torch import nn
 
+from benchmarks import architectures
 from dapt.clip.backbone import Backbone, Preprocessing
 from dapt.clip.image import encode_image
 from dapt.clip.inside import Inside
@@ -434,3 +435,19 @@ def test_a_run_keeps_what_its_backbone_took_and_resumes(photo_folder, tmp_path):
     with pytest.raises(UserError, match="is a ResNet of timm's, which takes no visual prompt"):
         train(refused, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_table_tells_what_works_from_what_is_refused_and_what_fails(monkeypatch):
+    made = {
+        "turning": backbone_of(tower_of(TRUNKS["pe-core"]())),
+        "conv": backbone_of(tower_of(timm.create_model("resnet10t", num_classes=OUT))),
+    }
+    monkeypatch.setattr(architectures, "load", made.__getitem__)
+    found = {name: architectures.asked(name) for name in (*made, "missing")}
+    entries = {name: {k: v for k, (v, _) in row.items()} for name, row in found.items()}
+    kinds = ("text prompt", "visual prompt", "deep prompts", "head", "projection", "ONNX")
+    for name, refused in (("turning", kinds[4:5]), ("conv", (*kinds[1:3], kinds[4]))):
+        works = {k for k, v in entries[name].items() if v == "works"}
+        assert works == {"loads", "zero-shot", *kinds} - {*refused}
+        assert all(entries[name][k] == "refused" and found[name][k][1] for k in refused)
+    assert found["missing"] == {"loads": ("FAILS", "KeyError: 'missing'")}
