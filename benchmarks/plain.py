@@ -82,7 +82,7 @@ class PlainClassifier(nn.Module):
         """Both prompts, by their names in a run's files."""
         return {name: p for part in self.parts for name, p in part.named_parameters()}
 
-    def text_features(self) -> Tensor:
+    def text_features(self, _images: Any = None, _now: Pass = EVALUATION) -> Tensor:
         """(C, D), normalised."""
         prompt = self.learned()["text_prompt"]
         return F.normalize(text_plain(self.model.text, self.ids, prompt), dim=-1)

@@ -217,7 +217,6 @@ def test_wrong_input_is_one_sentence(options, run, tmp_path, photo_folder):
     fails("unknown setting 'lrr'", "train", *options, "-o", new,
           "--set", "lrr=1")  # fmt: skip
     fails("unknown backbone 'ViT-B-61'", "train", "bundled", "-b", "ViT-B-61", "-o", new)
-    fails("does not fit the 77 tokens", "train", *options, "-o", new, "--set", "text_vectors=80")
     fails("holds a finished run", "train", *options, "-o", run)
     fails("is no run directory", "predict", tmp_path, photo_folder)
     fails("does not exist", "predict", run, tmp_path / "none.jpg")

@@ -109,7 +109,7 @@ def test_what_is_dropped_stays_so_where_classes_are_computed_anew(tiny_weights, 
         for name, parameter in learned.items():
             if name.endswith("B"):
                 parameter.data.fill_(0.1)
-        features = classifier.text_features(Pass(torch.Generator().manual_seed(5), 4))
+        features = classifier.text_features(now=Pass(torch.Generator().manual_seed(5), 4))
         features.cumsum(-1).sum().backward()
         found.append((features.detach(), *(p.grad for p in learned.values())))
         assert not torch.equal(features, classifier.text_features())
@@ -125,10 +125,8 @@ def test_epochs_that_are_given_stand_in_place_of_published_steps(given):
 
 
 def test_maps_are_given_by_name(given):
-    assert make_settings({**given, "method": "clip-lora", "lora_maps": "q,o"}).lora_maps == (
-        "q",
-        "o",
-    )
+    own = {**given, "method": "clip-lora"}
+    assert make_settings({**own, "lora_maps": "q,o"}).lora_maps == ("q", "o")
     for wrong in ("", "q,fc"):
         with pytest.raises(UserError, match="setting lora_maps"):
             make_settings({**own, "lora_maps": wrong})
