@@ -122,3 +122,11 @@ def test_epochs_that_are_given_stand_in_place_of_published_steps(given):
     assert make_settings({**given, "method": "clip-lora", "epochs": 3}).steps is None
     other = with_method(make_settings({**given, "method": "dapt"}), "clip-lora")
     assert (other.steps, other.logit_scale) == (1000, 100.0)
+
+
+def test_maps_are_given_by_name(given):
+    own = {**given, "method": "clip-lora"}
+    assert make_settings({**own, "lora_maps": "q,o"}).lora_maps == ("q", "o")
+    for wrong in ("", "q,fc"):
+        with pytest.raises(UserError, match="setting lora_maps"):
+            make_settings({**own, "lora_maps": wrong})

@@ -9,7 +9,7 @@ which gradients miss the changes of later layers: a mistake, not followed here.
 from __future__ import annotations
 
 from math import sqrt
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
 from dapt.methods.contract import LARGEST, HasSettings, PartSettings
-from dapt.methods.weights import DESCENT, WeightChange
+from dapt.methods.weights import DESCENT, LISTED, WeightChange
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
@@ -31,7 +31,7 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class LoraSettings(PartSettings):
     """Of low-rank changes."""
 
-    lora_maps: tuple[Literal["q", "k", "v", "o"], ...] = Field(
+    lora_maps: Annotated[tuple[Literal["q", "k", "v", "o"], ...], LISTED] = Field(
         ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o"
     )
     lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")

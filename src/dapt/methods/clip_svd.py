@@ -8,7 +8,7 @@ number of epochs for the cosine's period, in steps: a mistake, not followed here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import linear_maps
 from dapt.methods.contract import HasSettings, PartSettings
-from dapt.methods.weights import DESCENT, WeightChange
+from dapt.methods.weights import DESCENT, LISTED, WeightChange
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
@@ -32,7 +32,7 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class SvdSettings(PartSettings):
     """Of learned singular values."""
 
-    svd_maps: tuple[Map, ...] = Field(
+    svd_maps: Annotated[tuple[Map, ...], LISTED] = Field(
         ("q", "k", "v", "o", "fc", "proj"), min_length=1, description="maps that CLIP-SVD changes"
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from dapt.methods.contract import TowerPart
@@ -17,6 +18,10 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 DESCENT: dict[str, Any] = {
     "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "batch_size": 32
 }  # fmt: skip
+
+
+# Of settings that are a list of names: on the command line, "q,v" is as good as "[q, v]".
+LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 
 
 class WeightChange(TowerPart):
