@@ -56,7 +56,7 @@ def test_ivlp(backbone):
     text.after = "of a"
     visual = DeepVisual(layers(record, "init.visual."), backbone.norm_before_layers)
     classifier = Classifier(backbone, said["class_names"], [text, visual])
-    tokens = classifier.text_encoder.tokens
+    tokens = classifier.text_encoders[0].tokens
     for row, own in zip(record["tokenized_prompts"].tolist(), tokens.own, strict=True):
         rest = [*tokens.after, *own]
         assert row[3 : 3 + len(rest)] == rest

@@ -29,7 +29,7 @@ class OfFeatures(Classifier):
 
 def require_tokens(classifier, ids, start):
     """Each class's own tokens are those of the published code, which are ``ids`` from ``start``."""
-    tokens = classifier.text_encoder.tokens
+    tokens = classifier.text_encoders[0].tokens
     for row, own in zip(ids.tolist(), tokens.own, strict=True):
         rest = [*tokens.after, *own]
         assert row[start : start + len(rest)] == rest

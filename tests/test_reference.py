@@ -36,7 +36,7 @@ def prepared(recorded):
 
 def test_tokens_are_those_of_the_record(prepared):
     record, settings, classifier, _ = prepared
-    tokens = classifier.text_encoder.tokens
+    tokens = classifier.text_encoders[0].tokens
     for row, own in zip(record["tokenized_prompts"].tolist(), tokens.own, strict=True):
         start = len(tokens.shared) + settings["n_text"]
         assert row[start : start + len(own)] == list(own)

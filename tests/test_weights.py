@@ -104,7 +104,7 @@ def test_what_is_dropped_stays_so_where_classes_are_computed_anew(tiny_weights, 
             monkeypatch.setattr(text, "checkpoint", lambda encode, *args, **how: encode(*args))
         row = (names, "a photo of a {}.", get_method("clip-lora"), settings)
         classifier = new_classifier(backbone, *row)
-        assert len(classifier.text_encoder.chunks) == 3
+        assert len(classifier.text_encoders[0].chunks) == 3
         learned = {n: p for n, p in classifier.learned().items() if n.startswith("text")}
         for name, parameter in learned.items():
             if name.endswith("B"):

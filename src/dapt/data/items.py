@@ -183,15 +183,14 @@ def make_task(
         label, *others = sorted({labels[k] for k in key}) if several else [labels[key]]
         item = Item(check_path(path, where), label, called[label], tuple(others))
         parts[part].append(item)
-    whole = split is not None  # a share of none leaves none to test on
-    fraction, _ = split = split or (0.0, 0)
-    tested = _to_test_on(parts[""], called, split)
+    fraction = split[0] if split else 0.0
+    tested = _to_test_on(parts[""], called, split) if split else set[Item]()
     for item in parts[""]:
         parts["test" if item in tested else "train"].append(item)
     train, val, test, _ = map(tuple, parts.values())
     if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
-    if not test and (fraction or not whole):
+    if not test and (fraction or split is None):  # a share of none leaves none to test on
         way = "add some, or tune on every image (--all)" if parts[""] else "add some"
         raise UserError(f"{where} names no test images (one a class is not enough); {way}")
     taught = {label for item in train for label in item.labels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +70,6 @@ class Classifier(nn.Module):
             for tokens in self._tokens(context, templates or (template,)):
                 self.text_encoders.append(TextEncoder(backbone, tokens, text_memory, **own))
         self._fixed_text: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def text_encoder(self) -> TextEncoder | None:
-        """The only encoder of class names, or that of the first template; None where none is."""
-        return cast(TextEncoder, self.text_encoders[0]) if len(self.text_encoders) else None
 
     def _tokens(self, context: Tensor | None, templates: Sequence[str]) -> list[ClassTokens]:
         backbone, names = self.backbone, self.class_names

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import cos, pi
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -31,6 +32,27 @@ def descend(
         value.backward()
         optimizer.step()
         yield value.item(), rate
+
+
+def entropy_of_views(
+    head: Callable[[Tensor, Tensor], Tensor],
+    views: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    batches: Sequence[tuple[int, Tensor]],
+) -> Callable[[int], Tensor]:
+    """For `descend`: cross-entropy of what a head says of the batch of a step.
+
+    Views are (V, n, D), not normalised, labels (n,), text (C, D); a batch is a view's number and
+    places among its n.
+    """
+
+    def loss(step: int) -> Tensor:
+        view, part = batches[step]
+        images = F.normalize(views[view][part], dim=-1)
+        return F.cross_entropy(head(images, text), labels[part])
+
+    return loss
 
 
 def cosine(lr: float, steps: int, least: float = 0.0) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dapt.errors import UserError
 from dapt.methods import contract
 from dapt.methods.contract import LARGEST, Evidence, Examples, HasSettings, Tensors
-from dapt.methods.fitting import cosine, descend, most_accurate
+from dapt.methods.fitting import cosine, descend, entropy_of_views, most_accurate
 
 
 class TipSettings(contract.PartSettings):
@@ -153,10 +153,6 @@ class TipAdapterF(TipAdapter):
             ).split(batch)
         ]
 
-        def loss(step: int) -> Tensor:
-            view, part = batches[step]
-            images = F.normalize(views[view][part], dim=-1)
-            return F.cross_entropy(self(images, text), labels[part])
-
+        loss = entropy_of_views(self, views, labels, text, batches)
         yield from descend(optimizer, cosine(lr, len(batches)), loss)
         self.keys = self.keys.detach()

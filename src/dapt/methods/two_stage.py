@@ -25,7 +25,7 @@ from dapt.methods.contract import (
     Tensors,
     TowerPart,
 )
-from dapt.methods.fitting import LEAST_LR, cosine, descend
+from dapt.methods.fitting import LEAST_LR, cosine, descend, entropy_of_views
 from dapt.methods.weights import DESCENT
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -146,11 +146,7 @@ class TwoStage(Head):
         """
         self.weight = text.clone().requires_grad_()
 
-        def loss(step: int) -> Tensor:
-            view, part = batches[step]
-            images = F.normalize(views[view][part], dim=-1)
-            return F.cross_entropy(self(images, text), labels[part])
-
+        loss = entropy_of_views(self, views, labels, text, batches)
         decay = DESCENT["weight_decay"]
         yield from descend(torch.optim.AdamW([self.weight], weight_decay=decay), rates, loss)
         self.weight = self.weight.detach()
