@@ -22,7 +22,7 @@ from dapt.engine.features import Shared
 from dapt.engine.fit import fit
 from dapt.engine.forecast import forecast, frequencies, wilson
 from dapt.errors import UserError
-from dapt.methods import METHODS, Evidence, get_method
+from dapt.methods import METHODS, Evidence, auto, get_method
 from dapt.methods.contract import Examples
 from dapt.methods.held_out import rounds, sharpness
 from dapt.methods.kernel_ridge import Ridge
@@ -81,6 +81,20 @@ def test_class_names_that_mean_nothing_get_no_say():
     _, found = accuracy(coded, chosen)
     _, probe = accuracy(coded, chosen.model_copy(update={"method": "linear-probe"}))
     assert found >= probe - 0.02
+
+
+def test_of_very_many_images_some_tell_whether_names_mean_anything(monkeypatch):
+    labels = torch.arange(40).repeat_interleave(4)
+    x, text = features(labels, 40)
+
+    def fitted():
+        head = METHODS["auto"].head(20.0)
+        head.fit(Evidence(Examples(x, labels), None, text, 20.0, lambda v: x[None]), bundled())
+        return head(x, text)
+
+    whole = fitted()
+    monkeypatch.setattr(auto, "MOST_LOGITS", 1000)  # of 6400
+    torch.testing.assert_close(fitted(), whole)
 
 
 def test_what_is_held_out_is_what_a_fit_without_it_says():

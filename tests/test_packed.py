@@ -81,10 +81,13 @@ def same(rows):
     return [(p.read_bytes(), name) for p, name in rows]
 
 
-@pytest.mark.parametrize("labels", ["names", "text"])
-def test_hugging_face_with_parts(photo_folder, tmp_path, labels):
+@pytest.mark.parametrize(
+    ("labels", "train", "test"),
+    [("names", "train", "test"), ("text", "train", "test"), ("names", "Training", "eval")],
+)
+def test_hugging_face_with_parts(photo_folder, tmp_path, labels, train, test):
     train_rows, test_rows = photos(photo_folder, "train"), photos(photo_folder, "test")
-    path = hugging_face(tmp_path / "data", {"train": train_rows, "test": test_rows}, labels=labels)
+    path = hugging_face(tmp_path / "data", {train: train_rows, test: test_rows}, labels=labels)
     task = open_task(str(path))
     assert task.class_names == ("blue", "green thing", "red_thing")
     assert contents(task, "train") == same(train_rows)
@@ -93,8 +96,14 @@ def test_hugging_face_with_parts(photo_folder, tmp_path, labels):
 
 
 @pytest.mark.parametrize("label", [TEXT, JSON], ids=["cls", "json"])
-@pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "test-0.tar"),
-                                   ("train/0.tar", "train/1.tar", "test/0.tar")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-0.tar", "train-1.tar", "test-0.tar"),
+        ("train/0.tar", "train/1.tar", "test/0.tar"),
+        ("Training/0.tar", "Training/1.tar", "holdout/0.tar"),
+    ],
+)
 def test_shards_with_parts(photo_folder, tmp_path, label, names):
     train_rows, test_rows = photos(photo_folder, "train"), photos(photo_folder, "test")
     for name, rows in zip(names, (train_rows[:10], train_rows[10:], test_rows), strict=True):

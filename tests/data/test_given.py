@@ -170,6 +170,8 @@ def test_tables_of_paths_and_labels(files):
         frame,
         frame.rename(columns=str.title),
         frame.rename(columns={"path": "file_name", "label": "class"}),
+        frame.rename(columns={"path": "File Path", "label": "Label-Name"}).assign(id=7),
+        frame.rename(columns={"path": "photo", "label": "species"}),
         frame.astype({"label": "category"}),
         frame.assign(image=[*map(Path.read_bytes, map(Path, files))]).drop(columns="path"),
         {"path": files, "label": WORDS},

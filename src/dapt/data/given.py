@@ -13,14 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from dapt.data.images import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
-    PATH_COLUMNS,
-    first_of,
-    image_in,
-    is_pair,
-)
+from dapt.data.images import FILE_COLUMNS, IMAGE_COLUMNS, first_of, image_in, is_pair
+from dapt.data.spellings import LABEL_COLUMNS
 from dapt.errors import InputError, shown
 
 # What a missing value is called once it was made text, and no class is.
@@ -82,7 +76,7 @@ def _of_mapping(given: Mapping[Any, Any]) -> Any:
     if parts:
         names = ", ".join(repr(str(name)) for name in parts)
         raise InputError(f"give one dataset, not {len(parts)} parts: pick one of {names}")
-    column = given.get(first_of((*IMAGE_COLUMNS, *PATH_COLUMNS), given))
+    column = given.get(first_of((*IMAGE_COLUMNS, *FILE_COLUMNS), given))
     if not isinstance(column, list | tuple) and getattr(column, "ndim", 0) != 4:
         return given
     if len({len(values) for values in given.values()}) > 1:
@@ -120,7 +114,7 @@ def _of_hugging_face(data: Any) -> tuple[Any, Any]:
     if (getattr(data, "format", None) or {}).get("type") == "custom":
         return data, None
     data = data.with_format(None)
-    for kind, known in (("Image", (*IMAGE_COLUMNS, *PATH_COLUMNS)), ("ClassLabel", LABEL_COLUMNS)):
+    for kind, known in (("Image", (*IMAGE_COLUMNS, *FILE_COLUMNS)), ("ClassLabel", LABEL_COLUMNS)):
         alike = [
             n for n, feature in (data.features or {}).items() if type(feature).__name__ == kind
         ]

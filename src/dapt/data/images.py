@@ -23,22 +23,13 @@ from torch import Tensor
 from dapt.data.arrays import pixels_of
 from dapt.data.grey import Scale, extent_of, is_deep, scale_for
 from dapt.data.pictures import decode_image, grey_extent, open_image, upright_rgb
+from dapt.data.spellings import PATH_COLUMNS, column_key
 from dapt.data.views import CROP_MIN, centre_view, check_resizing, train_view
 from dapt.errors import InputError, UserError
 
-# Names that columns of images and labels have, the usual ones first.
+# Columns that hold images themselves, and those that say where images are.
 IMAGE_COLUMNS = ("image", "img", "picture")
-PATH_COLUMNS = ("path", "file_name", "filename", "filepath", "file", "image_path")
-LABEL_COLUMNS = (
-    "label",
-    "labels",
-    "fine_label",
-    "class",
-    "cls",
-    "class_name",
-    "category",
-    "target",
-)
+FILE_COLUMNS = tuple(name for name in PATH_COLUMNS if not name.endswith("id"))
 
 _View = Callable[[int], Image.Image]
 # Two threads must not decode one picture that PIL has opened and not yet decoded.
@@ -48,8 +39,8 @@ _CHUNK = 8  # images a thread takes at a time: enough to hide the cost of handin
 
 
 def first_of(names: Iterable[str], there: Iterable[Any]) -> Any:
-    """Of a table's columns or a row's keys the one of the first name that is there, in any case."""
-    own = {str(key).lower(): key for key in there}
+    """Of a table's columns or a row's keys the first of these names, however it is spelt there."""
+    own = {column_key(str(key)): key for key in there}
     return next((own[name] for name in names if name in own), None)
 
 
@@ -116,8 +107,8 @@ def image_in(value: Any) -> Any:
     """What stands for the image in a row or a pair, None where it is missing; else ``value``."""
     if isinstance(value, Mapping):
         # Bytes and path are those of an image that a dataset has not decoded.
-        own = {str(name).lower(): cell for name, cell in value.items()}
-        cells = [own[n] for n in (*IMAGE_COLUMNS, "bytes", *PATH_COLUMNS) if n in own]
+        own = {column_key(str(name)): cell for name, cell in value.items()}
+        cells = [own[n] for n in (*IMAGE_COLUMNS, "bytes", *FILE_COLUMNS) if n in own]
         if not cells:
             raise InputError(f"a row of columns {[*value]} has no image; name the column 'image'")
         return next((cell for cell in cells if cell is not None), None)

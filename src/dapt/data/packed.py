@@ -18,14 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from dapt.data import items
-from dapt.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
+from dapt.data.images import IMAGE_COLUMNS, first_of
 from dapt.data.items import check_path, make_task
-from dapt.data.spellings import is_service
+from dapt.data.spellings import LABEL_COLUMNS, PART_WORDS, is_service, plain_part
 from dapt.errors import UserError, refusing
 from dapt.safe import files
 
-# What both formats call parts, and what we call them.
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAMES_FILE = "classnames.txt"  # beside shards whose .cls are numbers: in label order
 _LISTING = "listing.json"
@@ -169,8 +167,9 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
         parted = isinstance(loaded, datasets.DatasetDict)
         for part, rows in loaded.items() if parted else [("", loaded)]:
             where, there = f"dataset {path}{f', {part}' if part else ''}", rows.column_names
-            if parted and part not in _PARTS:
-                raise UserError(f"{where}: split '{part}' is none of {', '.join(_PARTS)}; rename")
+            if parted and not plain_part(part):
+                known = ", ".join(PART_WORDS)
+                raise UserError(f"{where}: split '{part}' is none of {known}; rename")
             image, label = (first_of(known, there) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             for what, column in (("images", image), ("labels", label)):
                 if column is None:
@@ -185,7 +184,7 @@ def _hugging_face(path: Path) -> Iterator[_Image]:
             for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
                 line = f"{where}, row {number}"
                 name = _named(row[label], names, line)
-                yield _PARTS.get(part, ""), name, _content(row[image], line, path)
+                yield plain_part(part), name, _content(row[image], line, path)
 
 
 def _listed(file: Path, key: str) -> list[Path]:
@@ -214,7 +213,7 @@ def _content(value: Any, where: str, root: Path) -> bytes:
 
 
 def _shards(folder: Path) -> list[Path]:
-    places = (folder, *(folder / part for part in _PARTS))
+    places = (folder, *(place for place in folder.glob("*/") if plain_part(place.name)))
     return sorted(p for place in places for p in place.glob("*.tar") if p.is_file())
 
 
@@ -227,7 +226,7 @@ def _webdataset(path: Path) -> Iterator[_Image]:
         names = [line.strip() for line in items.text_of(file).splitlines()]
     for shard in shards:
         # Of a single shard, the name says nothing.
-        part = _PARTS.get(re.split("[^a-z]", shard.relative_to(path).as_posix())[0], "")
+        part = plain_part(re.split("[^a-zA-Z]", shard.relative_to(path).as_posix())[0])
         # The file is opened here: the library would take some names for commands or addresses.
         refuse = refusing(f"shard {shard} cannot be read", "copy it anew", Exception)
         with refuse, files.open_regular(shard) as stream:
