@@ -50,11 +50,13 @@ class Decoders:
         self._idle: list[subprocess.Popen[bytes]] = []
         self._busy: dict[subprocess.Popen[bytes], float] = {}  # since when
         self._lock, self._closed = threading.Lock(), threading.Event()
+        # Set now and then, as several servers' are added up in files and cannot be asked for.
         about = "Decoders that are at a picture."
-        Gauge("dapt_decoders_busy", about, registry=registry).set_function(lambda: len(self._busy))
+        how: dict[str, Any] = {"registry": registry, "multiprocess_mode": "livesum"}
+        self._gauge = Gauge("dapt_decoders_busy", about, **how)
         about = "Seconds that a decoder has been at its picture, of the one that has been longest."
-        longest = Gauge("dapt_decoder_longest_seconds", about, registry=registry)
-        longest.set_function(lambda: max(self._ages().values(), default=0.0))
+        how = {"registry": registry, "multiprocess_mode": "livemax"}
+        self._longest = Gauge("dapt_decoder_longest_seconds", about, **how)
         about = "Decoders that a picture held up or brought down."
         self._ended = Counter("dapt_decoders_ended", about, registry=registry)
 
@@ -135,7 +137,10 @@ class Decoders:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK):
-            for process, age in self._ages().items():
+            ages = self._ages()
+            self._gauge.set(len(ages))
+            self._longest.set(max(ages.values(), default=0.0))
+            for process, age in ages.items():
                 if age > self._patience:
                     process.kill()
 
