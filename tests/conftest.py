@@ -17,6 +17,9 @@ from miniatures import make_photos, make_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+# No test waits for a hub; what is fetched there is put into a cache by hand.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # Time limits a single example would break on a busy machine say nothing about the code.
 settings.register_profile("dapt", deadline=None)
 settings.load_profile("dapt")

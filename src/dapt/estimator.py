@@ -17,7 +17,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.sources import load_backbone
+from dapt.clip.known import STAND_IN
+from dapt.clip.sources import BUNDLED, SUITED, load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.given import as_labels, as_sequence, is_missing, labels_of, names_of_labels
 from dapt.data.items import check_class_names
@@ -27,6 +28,7 @@ from dapt.engine.effort import choose, new_search, settings_to_begin_with, summa
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
+from dapt.engine.suited import differing
 from dapt.errors import InputError, UserError, reason_of, shown
 from dapt.methods import get_method
 from dapt.progress import Reporter, RichReporter
@@ -52,7 +54,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     probability of each class by itself.
 
     Args:
-        backbone: 'bundled', an open_clip name, a hub id, or a file.
+        backbone: 'auto', the best for photographs on this machine (see ``dapt backbones``), which
+            is fetched once; 'bundled', an open_clip name, a hub id, or a file.
         method: a row of the method table, such as auto, dapt, coop, vpt, linear-probe, zero-shot.
         shots: at most this many images a class are tuned on, drawn by ``seed``; None takes all.
         pretrained: open_clip tag, weights file, or 'random'.
@@ -75,7 +78,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         effort_: what was tried beside auto, and what it gave; None where nothing was asked for.
     """
 
-    backbone: str = "bundled"
+    backbone: str = "auto"
     _: KW_ONLY
     method: str = "auto"
     shots: int | None = 16
@@ -132,7 +135,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
-        self._tune(data, settings, self._backbone(settings), classes)
+        backbone = self._backbone(settings)
+        if settings.backbone == SUITED and backbone.name == BUNDLED:
+            hint = "connect and start Python anew, or give backbone the name of a model"
+            warnings.warn(f"{STAND_IN}; {hint}", stacklevel=2)
+        self._tune(data, settings, backbone, classes)
         return self
 
     def _tune(
@@ -152,6 +159,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
         self.effort_ = more.get("effort")
+        if other := differing(settings, tuned.settings):
+            more["asked"] = other
         self._adopt(files_of(tuned, journal, **more), classes, tuned.classifier)
         self._data = data
 

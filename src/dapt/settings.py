@@ -49,7 +49,9 @@ class Settings(BaseModel):
     )
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
-    backbone: str = Field("bundled", description="'bundled', open_clip name, hub id, or file")
+    backbone: str = Field(
+        "bundled", description="'bundled', open_clip name, hub id, file; 'auto': the best here"
+    )
     pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -238,7 +240,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
 
     Who gives the text prompt's start or length gets no other part of it from here.
     """
-    from dapt.data import usual_template
+    from dapt.data import BENCHMARKS, usual_template
 
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
@@ -256,6 +258,8 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     usual |= defaults
     if given.get("templates") is not None:  # in place of one
         usual.pop("template", None)
+    if dataset not in ("bundled", IMPORTED, *BENCHMARKS) and given.get("pretrained") is None:
+        usual["backbone"] = "auto"  # photographs, which the bundled model does not know
     return usual
 
 
@@ -268,7 +272,7 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Paths among the settings made absolute, so that a run is found again from anywhere."""
     from dapt.data import BENCHMARKS
 
-    given, names = dict(given), {"bundled", *BENCHMARKS}
+    given, names = dict(given), {"bundled", "auto", *BENCHMARKS}
     for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
         value = given.get(setting)
         if isinstance(value, str) and value and value not in names and user_path(value).exists():

@@ -91,6 +91,7 @@ def _train(
     final: Settings, run: RunDirectory, how: dict[str, Any], effort: str | None, tune: bool
 ) -> None:
     """Look for better settings or a method, if asked to; tune, and tell what came of it."""
+    from dapt.clip.known import STAND_IN
     from dapt.engine import data, features, processes, search
     from dapt.engine.effort import time_of
     from dapt.run import train as training
@@ -123,6 +124,8 @@ def _train(
         tuned = show_run(run).test
         if tuned and images and shared and len(images.task.test) <= COMPARED_IMAGES:
             _compare(final, tuned, images, shared, reporter)
+        if run.stands_in():
+            say_error(f"dapt: warning: {STAND_IN}; see 'dapt backbones'")
 
 
 def _compare(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent import futures
 from importlib.resources import files
 from importlib.util import find_spec
 from math import isfinite
@@ -16,13 +17,13 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import hub_format
+from dapt.clip import hub_format, known
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.errors import UserError, lacking, nearest, refusing
 from dapt.progress import errors, quietly, say
@@ -30,6 +31,8 @@ from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
+SUITED = "auto"  # the one that is recommended for this machine and photographs
+_PATIENCE = 5.0  # seconds in which the hub must answer, before it is done without
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".index.json")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")  # listed in an index
 _HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
@@ -64,7 +67,9 @@ def load_backbone(
 
     Args:
         name: one of
-            ``"bundled"``, the small CLIP in this package;
+            ``"bundled"``, the small CLIP in this package, which knows drawings;
+            ``"auto"``, the one in ``known.yaml`` that is best for photographs on this machine, or
+            the bundled one, with a warning, where that cannot be had;
             an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
             a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
             or of one, ``"org/repo@commit"``;
@@ -84,6 +89,8 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
     place = choose_device(device)
+    if name == SUITED and pretrained is None:
+        return _load_suited(place, precision)
     precision = usable_precision(precision, place)
     hub = pretrained is None and _is_hub_id(name)
     source = _from_hub(name, revision) if hub else Path(name)
@@ -92,6 +99,42 @@ def load_backbone(
     how: dict[str, Any] = {"device": place, "precision": precision, "revision": commit}
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, **how)
+
+
+def _load_suited(place: torch.device, precision: str) -> Backbone:
+    """The model for photographs, fetched once into the usual cache; else the bundled one."""
+    model, how = known.recommended(place.type, memory_of(place)), {"precision": precision}
+    if model is None:
+        why = "this machine has too little memory for a model that knows photographs"
+    else:
+        try:
+            if not has_weights(model.name, model.pretrained):
+                _reach_hub(model.name, model.pretrained)
+                what = f"{model} ({model.megabytes:,} MB, licence {model.licence})"
+                say(f"dapt: {what} is the model for photographs on this machine", to=errors)
+            return load_backbone(model.name, model.pretrained, device=str(place), **how)
+        except UserError as error:
+            why = f"{model}, the model for photographs on this machine, cannot be had: {error}"
+    say(f"dapt: warning: {why}. {known.STAND_IN}; see 'dapt backbones'", to=errors)
+    return load_backbone(BUNDLED, device=str(place), **how)
+
+
+def memory_of(place: torch.device) -> float:
+    """GiB of a device in all (untested on a GPU)."""
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[1] / 2**30
+    return known.memory_of_machine()
+
+
+def _reach_hub(name: str, pretrained: str) -> None:
+    """See that a tag's weights can be fetched; a `UserError` if the hub does not answer soon."""
+    repo = open_clip.get_pretrained_cfg(name, pretrained)["hf_hub"].strip("/")
+    asked = futures.ThreadPoolExecutor(1)  # names may take longer to look up than any time-out
+    with refusing("the hub does not answer", "see to the connection", Exception):
+        try:
+            asked.submit(HfApi().model_info, repo, timeout=_PATIENCE).result(_PATIENCE)
+        finally:
+            asked.shutdown(wait=False)
 
 
 def load_model(name: str, pretrained: str | None) -> Loaded:
@@ -225,13 +268,20 @@ def _tell_of(what: str, where: str = "the Hugging Face hub") -> None:
     say(f"dapt: fetching {what} from {where}", to=errors)
 
 
-def _tell_of_open_clip(name: str, pretrained: str) -> None:
-    """Name a tag's weights, where open_clip has not fetched them before."""
+def has_weights(name: str, pretrained: str) -> bool:
+    """Whether open_clip has fetched a tag's weights before."""
     found = open_clip.get_pretrained_cfg(name, pretrained)
     repo, _, file = str(found.get("hf_hub", "")).rpartition("/")
     place = Path("~/.cache/clip").expanduser() / Path(found.get("url", "")).name
     files = (file, str(Path(file).with_suffix(".safetensors"))) if file else _HUB_WEIGHTS
-    if not (_cached(repo, *files) if repo else place.is_file()):
+    return _cached(repo, *files) if repo else place.is_file()
+
+
+def _tell_of_open_clip(name: str, pretrained: str) -> None:
+    """Name a tag's weights, where open_clip has not fetched them before."""
+    if not has_weights(name, pretrained):
+        found = open_clip.get_pretrained_cfg(name, pretrained)
+        repo = str(found.get("hf_hub", "")).rpartition("/")[0]
         where = f"'{repo}' of the Hugging Face hub" if repo else str(found.get("url"))
         _tell_of(f"weights '{pretrained}' of '{name}'", where)
 

@@ -1,8 +1,9 @@
 """What becomes of settings on a backbone that does not take all they ask for.
 
-Who asked for no method gets another in place of the default one, where a tower takes no prompt. A
-text prompt has no more vectors than the longest class name leaves. Both are told, and nothing else
-is changed: what cannot be is refused by the parts themselves.
+Who left the backbone to this machine has its name from here on. Who asked for no method gets
+another in place of the default one, where a tower takes no prompt. A text prompt has no more
+vectors than the longest class name leaves. The last two are told, and nothing else is changed: what
+cannot be is refused by the parts themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.sources import SUITED
 from dapt.clip.text import ClassTokens
 from dapt.engine.classifier import inside_of, parts_of
 from dapt.errors import UserError
 from dapt.methods import get_method
-from dapt.settings import Settings, with_method
+from dapt.settings import Settings, make_settings, with_method
+
+# Of which a text prompt's length is told, where there are no classes yet.
+_NAMES = ("cat", "dog")
 
 
 def nobody(_sentence: str) -> None:
@@ -33,13 +38,21 @@ def suited(
     Given what it returned, it returns the same. Whether a method was asked for is known of settings
     from `make_settings`; of those that were read from a file, all were.
     """
-    return _short_enough(_with_taken_method(settings, backbone, tell), class_names, backbone, tell)
+    settings = _with_taken_method(_with_named_backbone(settings, backbone), backbone, tell)
+    return _short_enough(settings, class_names, backbone, tell)
 
 
 def differing(settings: Settings, other: Settings) -> dict[str, Any]:
     """Values of settings that are others in ``other``."""
     values = other.model_dump()
     return {name: v for name, v in settings.model_dump().items() if values[name] != v}
+
+
+def _with_named_backbone(settings: Settings, backbone: Backbone) -> Settings:
+    if settings.backbone != SUITED:
+        return settings
+    name, _, tag = backbone.name.partition("/")
+    return settings.model_copy(update={"backbone": name, "pretrained": tag or None})
 
 
 def _with_taken_method(
@@ -60,6 +73,18 @@ def _refusal(method: str, backbone: Backbone) -> str | None:
     """Why a tower takes nothing of what a method learns there; None where all do."""
     towers = {tower for part in get_method(method).parts for tower in part.towers}
     return next(filter(None, map(backbone.refusal, sorted(towers))), None)
+
+
+def refusal_of(method: str, backbone: Backbone) -> str | None:
+    """Why a backbone does not take a method, in a sentence; None where it does."""
+    row, settings = get_method(method), make_settings({"dataset": "bundled", "method": method})
+    try:
+        for part in row.parts:
+            part.create_for(backbone, suited(settings, _NAMES, backbone), len(_NAMES))
+        row.head.create(backbone)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _short_enough(

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.sources import BUNDLED, SUITED
 from dapt.data import SupportSet, Task, content_digest
 from dapt.errors import UserError, refusing
 from dapt.run import records
@@ -300,6 +301,11 @@ class RunDirectory:
         """Those that were asked for, where the run's are what `dapt.engine.suited` made of them."""
         kept = self.read_settings()
         return make_settings(kept.model_dump() | (self.read_environment().asked or {}))
+
+    def stands_in(self) -> bool:
+        """Whether its backbone is the bundled one for want of that which was meant."""
+        asked = self.read_environment().asked or {}
+        return asked.get("backbone") == SUITED and self.read_settings().backbone == BUNDLED
 
     def read_search(self) -> records.SearchRecord:
         """The search for the run's method."""

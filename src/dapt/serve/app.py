@@ -278,6 +278,8 @@ def create_app(
         found: _Json = {"classes": served.class_names, "support_images": len(pictures)}
         if (told := served.forecast) is not None:
             found["forecast"] = told.model_dump(include=_FORECAST)
+        if served.warning:
+            found["warning"] = served.warning
         return {**about, **found, "limits": bounds}
 
     @app.get("/support/{number}")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dapt.clip.known import STAND_IN
 from dapt.data import ImageStore
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import task_of
@@ -45,6 +46,7 @@ class Served:
     classifier: Classifier
     support: Support | None  # where the run has support images to show
     forecast: ForecastRecord | None = None  # how well it is expected to do, where that is known
+    warning: str = ""  # of its backbone, if there is one
 
     @property
     def thresholds(self) -> Tensor | None:
@@ -96,7 +98,9 @@ def load_served(
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
     name, settings = run.path.resolve().name, run.read_settings()
-    return Served(name, settings.method, backbone_name(settings), classifier, support, told)
+    warning = f"{STAND_IN}." if run.stands_in() else ""
+    about = (name, settings.method, backbone_name(settings))
+    return Served(*about, classifier, support, told, warning)
 
 
 def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> Support:

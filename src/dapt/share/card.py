@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dapt import __version__
+from dapt.clip.known import STAND_IN, known_models
 from dapt.clip.sources import BUNDLED
 from dapt.errors import printable, refusing
 from dapt.methods import get_method
@@ -47,6 +48,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     tuned = {item.class_name for item in images}
     local = "/" in settings.backbone or Path(settings.backbone).suffix
     openai = settings.pretrained in (None, "openai") and not local
+    licences = {(m.name, m.pretrained): m.licence for m in known_models()}
     metrics = run.read_metrics() if run.finished else None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -65,6 +67,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         task=task,
         data=given.get(task.dataset, task.dataset),
         backbone=backbone_name(settings),
+        warning=f"{STAND_IN}." if run.stands_in() else "",
         environment=run.read_environment(),
         images=images,
         added=[name for name in task.class_names if name not in tuned],
@@ -72,6 +75,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
         test=metrics.test if metrics else None,
         forecast=metrics.forecast if metrics else None,
         weights=settings.backbone if settings.backbone == BUNDLED else "openai" if openai else "",
+        licence=licences.get((settings.backbone, settings.pretrained or "")),
     )
 
 

@@ -57,6 +57,8 @@ async function describe() {
   $("run").textContent = found.run;
   $("about").textContent =
     `${found.classes.length.toLocaleString()} classes · ${found.method} on ${found.backbone}`;
+  $("warning").textContent = found.warning || "";
+  $("warning").hidden = !found.warning;
   $("forecast").textContent = found.forecast ? expected(found.forecast) : "";
   $("forecast").hidden = !found.forecast;
   $("classes").replaceChildren(...found.classes.map((name) => element("li", name)));
