@@ -1,8 +1,8 @@
 """MMRL (Guo and Gu, 2025): tokens of a space that both towers share, in their later layers.
 
 What the image tower makes of the tokens is a second feature of an image. Both features are tuned to
-name the class, the usual one also stays near the frozen model's. The published code takes AdamW
-and a logit scale of 100 throughout; here optimiser and scale are the engine's and the backbone's.
+name the class, the usual one also stays near the frozen model's. Tuned by AdamW at a fixed logit
+scale of 100, as in the published code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
     from dapt.clip.backbone import Backbone
 
 # configs/trainers/MMRL of the code, its setting of few shots.
-PUBLISHED = {"lr": 0.001, "batch_size": 32, "epochs": 50, "crop_min": 0.5}
+PUBLISHED: dict[str, Any] = {
+    "lr": 0.001, "batch_size": 32, "epochs": 50, "crop_min": 0.5, "optimizer": "adamw",
+    "logit_scale": 100.0,
+}  # fmt: skip
 # Weights of the pull to the frozen model (trainers/config.py of the code).
 _NEAR = {"stanford_cars": 7.0, "fgvc_aircraft": 6.0, "sun397": 6.0, "dtd": 6.0, "food101": 5.0,
          "oxford_flowers": 4.0, "ucf101": 3.0, "oxford_pets": 0.2, "eurosat": 0.01}  # fmt: skip
