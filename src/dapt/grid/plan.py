@@ -123,8 +123,8 @@ class Suite(BaseModel, extra="forbid", frozen=True):
         names = list(dict.fromkeys(n for name in names for n in groups.get(name, [name])))
         for name in names:
             if name not in columns:
-                near = f"{nearest(name, list(columns))}; use some of {', '.join(columns)}"
-                near += f", or {' or '.join(GROUPS)}"
+                known = [*columns, *GROUPS]
+                near = f"{nearest(name, known)}; use some of {', '.join(known)}"
                 raise UserError(f"{where}: '{name}' is no method and no variant of the suite{near}")
         methods = [name for name in names if name in METHODS]
         variants = {name: columns[name] for name in names if name not in METHODS}
