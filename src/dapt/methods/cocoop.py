@@ -22,7 +22,7 @@ PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch
              "epochs": 10}  # fmt: skip
 # Of own data: a shift that is random at the start takes many steps to make good again.
 OWN = {"batch_size": 4, "shift_start": 0.0}
-FEW = {"epochs": 5, "text_init": None, "text_vectors": None}
+FEW = {"lr": 5e-4, "epochs": 5, "text_init": None, "text_vectors": None}
 # Its network's tensors, here and in the code.
 NETWORK = [
     f"meta_net.{layer}.{of}" for layer in ("linear1", "linear2") for of in ("weight", "bias")
