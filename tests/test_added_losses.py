@@ -2,15 +2,18 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cli import dapt, fails
 
 from dapt.engine.data import open_data
 from dapt.engine.fit import Journal, fit
 from dapt.engine.search import search_settings
 from dapt.errors import UserError
+from dapt.methods.losses import INTER
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
 from dapt.settings import idle_settings, loss_weights, make_settings, with_method
@@ -62,6 +65,19 @@ def test_a_loss_that_a_method_has_is_the_setting_that_weighs_it(given):
         made(beta_text=0.2, loss_weights={"inter": 0.3})
     with pytest.raises(UserError, match="setting beta_text=-1: input should be greater"):
         made(loss_weights={"inter": -1})
+
+
+def test_classes_of_each_image_are_dispersed_by_themselves():
+    generator = torch.Generator().manual_seed(1)
+    text = F.normalize(torch.randn(4, 5, 8, generator=generator), dim=-1)  # (B, C, D)
+    settings = make_settings({"dataset": "bundled", "method": "cocoop"})
+
+    def inter(features):
+        return INTER.compute(SimpleNamespace(text_features=features, settings=settings))
+
+    torch.testing.assert_close(inter(text), torch.stack([inter(own) for own in text]).mean())
+    pairs = [(text[0, a] - text[0, b]).square().sum() for a in range(5) for b in range(a)]
+    torch.testing.assert_close(inter(text[0]), torch.stack(pairs).mul(-2).exp().mean())
 
 
 def test_losses_that_are_nowhere_are_refused(given):

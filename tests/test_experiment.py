@@ -24,8 +24,9 @@ from dapt.grid import SUITES, Grid, make_plan, read_suite, suite_file
 from dapt.grid.grid import Estimator
 from dapt.grid.plan import DONE
 from dapt.grid.work import Session, Worker
+from dapt.methods import METHODS
 from dapt.progress import Reporter
-from dapt.settings import all_fields
+from dapt.settings import all_fields, make_settings
 
 SETTINGS = {
     "device": "cpu", "batch_size": 5, "epochs": 3, "text_vectors": 4, "visual_vectors": 2,
@@ -646,3 +647,23 @@ def test_a_lost_node_costs_no_run(grid, tmp_path, ray):
     assert "its worker died; the run goes on in another" in result.output
     assert Grid(plan_of(file, tmp_path / "b"), threads=1).run().done == 2
     assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_a_name_stands_for_the_methods_of_the_field():
+    field = [name for name, row in METHODS.items() if row.field]
+    assert {"coop", "maple", "gda", "prolip"} <= set(field)
+    assert not {"dapt", "vlpt", "zero-shot", "auto"} & set(field)
+
+    def asked(suite, *names, **part):
+        return read_suite(suite_file(suite)).changed(part, "here").select([*names], "here").methods
+
+    assert asked("few-shot", "dapt", "field", "coop") == ["dapt", *field]
+    assert asked("few-shot", "all") == list(METHODS)
+    # What knows only its own classes is left out where there are others.
+    opened = [n for n in field if not METHODS[n].closed(make_settings({"dataset": "dtd"}))]
+    for suite in ("base-to-new", "cross-dataset", "domain-generalization"):
+        assert asked(suite, "field") == opened
+    assert asked("domain-generalization", "field", evaluations=[{"domain": "streamline"}]) == field
+    assert "gda" not in opened
+    with pytest.raises(UserError, match=r"'fields' is no method .*did you mean 'field'"):
+        asked("few-shot", "fields")

@@ -9,9 +9,8 @@ from test_field import layers, near, recording
 from torch import nn
 
 from dapt.clip.sources import load_backbone
-from dapt.engine.classifier import Classifier
+from dapt.engine.classifier import Classifier, tuning_head
 from dapt.engine.step import Tuner
-from dapt.methods.contract import Head
 from dapt.methods.fitting import learning_rate
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.maple import CoupledPrompt
@@ -36,7 +35,7 @@ def compare_start(classifier, record):
 
 def tuner_of(classifier, said, method, **given):
     given |= {name: said[name] for name in ("lr", "weight_decay", "epochs")}
-    settings = make_settings({"dataset": "bundled", "method": method, **given})
+    settings = make_settings({"dataset": "caltech101", "method": method, **given})
     features = classifier.text_features()
     return Tuner(classifier, settings, torch.zeros_like(features))
 
@@ -177,7 +176,9 @@ def representation(record, said):
 def test_mmrl(backbone):
     record, said = recording("mmrl")
     part, alpha, images = representation(record, said), said["alpha"], record["images"]
-    classifier = Classifier(backbone, said["class_names"], [part], Head(100.0))
+    published = make_settings({"dataset": "caltech101", "method": "mmrl"})
+    head = tuning_head(backbone, published)
+    classifier = Classifier(backbone, said["class_names"], [part], head)
     with torch.no_grad():
         one, other = classifier.image_features(images[0]).chunk(2, -1)
         first, second = classifier.text_features().chunk(2, -1)
@@ -191,7 +192,7 @@ def test_mmrl(backbone):
 
     given = {"rep_alpha": alpha, "near_frozen": said["reg_weight"]}
     tuner = tuner_of(classifier, said, "mmrl", **given)
-    tuner.optimizer = torch.optim.AdamW(tuner.named.values(), weight_decay=said["weight_decay"])
+    assert published.weight_decay == said["weight_decay"]
 
     def called(name):
         kind, *rest = name.removeprefix("rep_").replace("projection", "proj_rep").split(".")
@@ -206,5 +207,5 @@ def test_mmrl(backbone):
         near(classifier(images[0]), record["final.logits_fusion"], 1e-3)
         part.for_others()
         for names, kind in (("class_names", ""), ("new_class_names", "_new")):
-            alone = Classifier(backbone, said[names], [part], Head(100.0))
+            alone = Classifier(backbone, said[names], [part], head)
             near(alone(images[0]), record[f"final.logits{kind}"], 1e-3)

@@ -3,8 +3,9 @@
 import pytest
 
 from dapt.data import open_task
+from dapt.engine.fit import total_steps
 from dapt.errors import UserError
-from dapt.methods import get_method
+from dapt.methods import METHODS, get_method
 from dapt.methods.published import PUBLISHED
 from dapt.settings import loss_weights, make_settings, parse_assignment, read_settings_file
 
@@ -53,6 +54,62 @@ def test_few_images_change_nothing_published_and_nothing_of_more_images():
             assert of_few(dataset=dataset, shots=shots) == (
                 PUBLISHED[dataset][0], epochs, None, 16, 16)  # fmt: skip
     assert of_few(dataset="bundled", shots=16) == (8, 200, None, 16, 16)
+
+
+WARM = {"optimizer": "sgd", "schedule": "warm-cosine", "weight_decay": 5e-4, "logit_scale": None}
+STEPS = {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "batch_size": 32}
+WORDS = {"text_init": "a photo of a"}
+# As the field's code has them, with 4 images a class (PromptSRC: of few shots; MMRL too).
+OF_THE_FIELD = {
+    "coop": {**WARM, "lr": 0.002, "batch_size": 32, "epochs": 100, "text_vectors": 16},
+    "cocoop": {**WARM, **WORDS, "lr": 0.002, "batch_size": 1, "epochs": 10, "text_vectors": 4,
+               "shift_start": 1.0},
+    "kgcoop": {**WARM, **WORDS, "lr": 0.002, "batch_size": 128, "epochs": 100, "text_vectors": 4,
+               "kg_weight": 8.0},
+    "vpt-deep": {**WARM, "lr": 0.0025, "batch_size": 4, "epochs": 5, "visual_vectors": 8,
+                 "visual_depth": 12, "template": "a photo of a {}."},
+    "ivlp": {**WARM, **WORDS, "lr": 0.0035, "batch_size": 4, "epochs": 5, "text_vectors": 2,
+             "visual_vectors": 2, "text_depth": 12, "visual_depth": 12},
+    "maple": {**WARM, **WORDS, "lr": 0.0035, "batch_size": 4, "epochs": 5, "text_vectors": 2,
+              "prompt_depth": 9},
+    "promptsrc": {**WARM, **WORDS, "lr": 0.0025, "batch_size": 4, "epochs": 50, "near_text": 25.0,
+                  "near_image": 10.0, "near_logits": 1.0, "text_vectors": 4, "visual_vectors": 4,
+                  "text_depth": 9, "visual_depth": 9},
+    "mmrl": {**WARM, "lr": 0.001, "batch_size": 32, "epochs": 50, "optimizer": "adamw",
+             "logit_scale": 100.0, "rep_alpha": 0.7, "rep_tokens": 5, "rep_width": 512,
+             "rep_from": 6},
+    "clip-lora": {**STEPS, "lr": 2e-4, "steps": 2000, "logit_scale": 100.0, "lora_rank": 2,
+                  "lora_alpha": 1.0, "lora_dropout": 0.25, "lora_maps": ("q", "k", "v")},
+    "2sfs": {**STEPS, "lr": 2e-4, "steps": 720, "classifier_steps": 480, "classifier_lr": 2e-4,
+             "classifier_batch": 32, "logit_scale": None},
+    "clip-svd": {**STEPS, "lr": 5e-4, "steps": 800, "logit_scale": 100.0},
+    "tip-adapter-f": {"tip_views": 10, "tip_lr": 0.001, "tip_batch": 256, "tip_epochs": 20},
+    "gda": {"gda_views": 10},
+    "clap": {"clap_views": 20, "clap_lr": 0.1, "clap_batch": 256, "clap_epochs": 300},
+    "lp++": {"lp_plus_epochs": 300},
+    "prolip": {"prolip_steps": 300, "prolip_views": 300, "prolip_lr": 1e-5, "prolip_lambda": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", list(OF_THE_FIELD))
+def test_methods_of_the_field_are_as_published_on_benchmarks(method):
+    settings, wanted = (
+        make_settings({"dataset": "sun397", "shots": 4, "method": method}), OF_THE_FIELD[method],
+    )  # fmt: skip
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.learns])
+def test_own_data_is_seen_no_more_often_than_by_dapt(method, shots):
+    images = 34 * shots
+
+    def passes(name):
+        own = make_settings({"dataset": "photos/mine", "shots": shots, "method": name})
+        assert own.logit_scale is None  # the backbone's
+        return total_steps(own, images) * min(own.batch_size, images) / images
+
+    assert passes(method) <= passes("dapt")
 
 
 def test_ivlp_is_slower_with_few_images_of_ones_own_alone():

@@ -117,6 +117,7 @@ def test_what_is_dropped_stays_so_where_classes_are_computed_anew(tiny_weights, 
 
 
 def test_epochs_that_are_given_stand_in_place_of_published_steps(given):
+    given["dataset"] = "caltech101"
     usual = make_settings({**given, "method": "clip-lora"})
     assert (usual.steps, usual.optimizer, usual.schedule) == (1000, "adamw", "cosine")
     assert make_settings({**given, "method": "clip-lora", "epochs": 3}).steps is None

@@ -37,7 +37,14 @@ from dapt.run.load import classifier_of, load_classifier
 from dapt.run.records import SupportRecord, TaskRecord
 from dapt.run.train import check_output, files_of
 from dapt.safe.files import to_json
-from dapt.settings import FITTED, Settings, absolute_paths, all_fields, make_settings
+from dapt.settings import (
+    FITTED,
+    Settings,
+    absolute_paths,
+    all_fields,
+    kept_values,
+    make_settings,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -357,7 +364,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         classifier = load_classifier(run, backbone=found._backbone(settings, commit))
         run.check_links(run.files())
         files = {file.name: file.read_bytes() for file in run.files()}
-        files[run.settings_file.name] = to_json(settings.model_dump(), indent=1)
+        files[run.settings_file.name] = to_json(kept_values(settings), indent=1)
         found._adopt(files, np.asarray(labels), classifier)
         return found
 

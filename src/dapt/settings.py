@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dapt.errors import UserError, nearest, refusing, shown
-from dapt.methods import METHODS, PartSettings, find_method, get_method
+from dapt.methods import BUILT_IN, METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST, LossTerm, Method
 from dapt.methods.losses import ADDABLE
 from dapt.methods.published import usual_settings
@@ -131,7 +131,13 @@ def settings_class() -> type[Settings]:
 
 @lru_cache(maxsize=8)
 def _settings_class(kinds: tuple[type[PartSettings], ...]) -> type[Settings]:
-    known = {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    known = dict[str, FieldInfo]()
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            same = repr(known.setdefault(name, field)) == repr(field)
+            if name in Settings.model_fields or not same:
+                what = f"setting '{name}' of {kind.__name__} has a name that means something else"
+                raise UserError(f"{what} already; give it another")
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in known.items()}
     return pydantic.create_model("Settings", __base__=Settings, __module__=__name__, **fields)
 
@@ -139,6 +145,18 @@ def _settings_class(kinds: tuple[type[PartSettings], ...]) -> type[Settings]:
 def all_fields() -> dict[str, FieldInfo]:
     """Every setting there is, by name: its default, bounds and description."""
     return dict(settings_class().model_fields)
+
+
+def kept_values(settings: Settings) -> dict[str, Any]:
+    """All values, but for settings of parts that are neither dapt's own nor of the method.
+
+    So whoever has not these parts can read them.
+    """
+    method = get_method(settings.method)
+    others = [row for name, row in METHODS.items() if name not in BUILT_IN]
+    known = frozenset(Settings.model_fields).union(*(METHODS[n].settings for n in BUILT_IN))
+    left = frozenset().union(*(row.settings for row in others)) - known - method.settings
+    return {name: value for name, value in settings.model_dump().items() if name not in left}
 
 
 def idle_settings(method: str, added: Collection[str] = ()) -> frozenset[str]:

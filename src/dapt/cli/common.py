@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +46,9 @@ PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
 DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 StrictOption = Annotated[bool, Option("--strict", help="Stop at an unreadable image, skip none.")]
 OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
+PluginOption = Annotated[
+    list[Path] | None, Option("--plugin", help="Your Python file with methods; it is executed.")
+]
 SetOption = Annotated[
     list[str] | None, Option("--set", "-s", help="Any as name=value; see 'dapt settings'.")
 ]
@@ -131,7 +134,16 @@ def command(name: str, group: Typer = app, **how: Any) -> Callable[..., Any]:
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         told = f"{function.__doc__}\n{_HELP.get(name, '')}"
-        return group.command(name, help=told, **how)(readable_errors()(function))
+
+        @wraps(function)
+        def with_plugins(**given: Any) -> None:
+            if files := given.get("plugin"):
+                from dapt.methods import load_plugins
+
+                load_plugins(files)
+            function(**given)
+
+        return group.command(name, help=told, **how)(readable_errors()(with_plugins))
 
     return add
 

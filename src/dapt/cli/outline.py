@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -61,9 +62,10 @@ class _Finder(MetaPathFinder, Loader):
 def outlines() -> Iterator[None]:
     """Inside, modules are imported to be asked what they say, not to compute.
 
-    Where torch is there already, it stays: nothing is to be gained.
+    Where torch is there already, it stays: nothing is to be gained. So it does where packages add
+    methods, which may ask anything of it.
     """
-    if _HEAVY in sys.modules:
+    if _HEAVY in sys.modules or entry_points(group="dapt.methods"):
         yield
         return
     before, finder = set(sys.modules), _Finder()

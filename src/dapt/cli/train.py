@@ -64,6 +64,7 @@ def train(
     ] = None,
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: common.SetOption = None,
+    plugin: common.PluginOption = None,
     tune_settings: Annotated[
         bool, Option("--tune-settings", help="Search lr and betas on held-out support images.")
     ] = False,
@@ -230,7 +231,7 @@ def _everything(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 @command("methods")
-def methods() -> None:
+def methods(plugin: common.PluginOption = None) -> None:
     """List the methods: what each learns, and by which loss terms."""
     made = table("name", "method", "what is learned", "losses besides cross-entropy")
     with outlines():
@@ -249,6 +250,7 @@ def list_settings(
     dataset: Annotated[str, Argument(help="Show the settings published for it.")] = "bundled",
     shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
     method: common.MethodOption = None,
+    plugin: common.PluginOption = None,
 ) -> None:
     """List every setting with its default for a dataset, and what it means; or one method's."""
     made = table("setting", "default", "meaning")
@@ -290,7 +292,9 @@ def experiment(
     root: common.RootOption = None,
     output: Annotated[Path, Option("--output", "-o", help="Where runs go.")] = Path("results"),
     datasets: Annotated[str | None, Option(help="Instead of the suite's: a,b.")] = None,
-    methods: Annotated[str | None, Option(help="Methods, and variants of the suite: a,b.")] = None,
+    methods: Annotated[
+        str | None, Option(help="Methods, variants of the suite, field or all: a,b.")
+    ] = None,
     shots: Annotated[str | None, Option(help="Instead of the suite's: 1,16.")] = None,
     seeds: Annotated[str | None, Option(help="Instead of the suite's: 1,2,3.")] = None,
     backbone: common.BackboneOption = None,
@@ -298,6 +302,7 @@ def experiment(
     precision: common.PrecisionOption = None,
     device: common.DeviceOption = None,
     settings: common.SetOption = None,
+    plugin: common.PluginOption = None,
     quick: Annotated[bool, Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its time.")] = False,
     yaml: Annotated[bool, Option("--yaml", help="Print the suite's file, to copy.")] = False,
@@ -412,6 +417,7 @@ def report(
     features: Annotated[
         bool, Option("--features", help="Feature maps, reliability, misnamed images, too.")
     ] = False,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Tables and figures of any set of runs, on one HTML page that needs nothing else."""
     from dapt.report import write_report

@@ -47,6 +47,7 @@ def evaluate(
     device: common.DeviceOption = None,
     strict: common.StrictOption = False,
     as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Evaluate a run's prompts: on its own test images, another domain, or another dataset."""
     from dapt.run.directory import RunDirectory
@@ -84,6 +85,7 @@ def predict(
     null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
     device: common.DeviceOption = None,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Classify images with a run's prompts."""
     from dapt.predict import Unreadable, named_in, predict_each
@@ -268,6 +270,7 @@ def suggest(
     form: Annotated[str, Option("--format", "-f", help="lines, json or csv.")] = "lines",
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
     device: common.DeviceOption = None,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Say which unlabelled photos to label next: unsure ones, unlike each other."""
     from dapt.data import ImageStore
@@ -327,6 +330,7 @@ def serve(
     workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
     root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
     device: common.DeviceOption = None,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""
     try:
@@ -357,9 +361,15 @@ def serve(
     # The host by its own port: other servers there are others.
     who["names"] += [f"{f'[{host}]' if ':' in host else host}:{port}"]
     if workers > 1:
+        from dapt.methods import plugins
         from dapt.serve.workers import Work, serve
 
-        serve(Work(run, device, nearest, limits, who), workers, listening, lambda: say(told))
+        serve(
+            Work(run, device, nearest, limits, who, plugins.files()),
+            workers,
+            listening,
+            lambda: say(told),
+        )
         return
     served = load_served(directory, device=device, nearest=nearest, reporter=RichReporter())
     made = server.make_server(served, listening, limits, **who, ready=lambda: say(told))
@@ -422,6 +432,7 @@ def export(
     int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
     fp16: Annotated[bool, Option("--fp16", help="ONNX in 16 bits: half as large.")] = False,
     batch: Annotated[int | None, Option(min=1, help="Fix the number of images it takes.")] = None,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Write a run's classifier to one file that needs no dapt, with a model card beside it."""
     from dapt.run.directory import RunDirectory
@@ -441,6 +452,7 @@ def push(
     repo_id: Annotated[str, Argument(help="Model repository, such as name/flowers.")],
     private: Annotated[bool, Option("--private", help="Make it a private one.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be uploaded.")] = False,
+    plugin: common.PluginOption = None,
 ) -> None:
     """Upload a run and its model card to the Hugging Face hub, in one commit."""
     from dapt.run.directory import RunDirectory

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dapt.data import BENCHMARKS
 from dapt.errors import UserError, nearest, shown
-from dapt.methods import METHODS, get_method
+from dapt.methods import GROUPS, METHODS, get_method, load_plugins
 from dapt.run.directory import RunDirectory
 from dapt.run.train import Target, check_output, recorded
 from dapt.safe.files import read_yaml, user_path
@@ -57,6 +57,7 @@ class Suite(BaseModel, extra="forbid", frozen=True):
 
     name: str  # folder of its runs; the file's name, if not given
     about: str = ""  # what it is for
+    plugins: list[str] = []  # files of one's own methods, which are executed
     bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
     quick: dict[str, Any] = {}  # changes for --quick
     datasets: list[str] = []  # to tune on; each one's name or path
@@ -113,15 +114,36 @@ class Suite(BaseModel, extra="forbid", frozen=True):
         return not self.settings.get("root") and any(name in BENCHMARKS for name in asked)
 
     def select(self, names: list[str], where: str) -> Suite:
-        """This suite with only the columns named, or a `UserError`: its variants, or any method."""
+        """This suite with only the columns named, or a `UserError`: its variants, or any method.
+
+        A name in `GROUPS` stands for methods: for those that can be evaluated wherever it asks.
+        """
         columns = {**self.columns(), **{name: {"method": name} for name in METHODS}}
+        groups = {name: self.group(name) for name in names if name in GROUPS.keys() - columns}
+        names = list(dict.fromkeys(n for name in names for n in groups.get(name, [name])))
         for name in names:
             if name not in columns:
-                near = f"{nearest(name, list(columns))}; use some of {', '.join(columns)}"
+                known = [*columns, *GROUPS]
+                near = f"{nearest(name, known)}; use some of {', '.join(known)}"
                 raise UserError(f"{where}: '{name}' is no method and no variant of the suite{near}")
         methods = [name for name in names if name in METHODS]
         variants = {name: columns[name] for name in names if name not in METHODS}
         return self.changed({"methods": methods, "variants": variants, "sweeps": {}}, where)
+
+    def group(self, name: str) -> list[str]:
+        """The methods that a name in `GROUPS` stands for.
+
+        Where there are evaluations on other classes, or on datasets that may have others, without
+        those that know their own alone.
+        """
+        own = self.settings.get("classes", "all")
+        elsewhere = any(e.dataset or (e.classes or own) != own for e in self.evaluations)
+        given = {"dataset": self.datasets[0], **self.settings}
+        return [
+            method for method, row in METHODS.items()
+            if GROUPS[name](row)
+            and not (elsewhere and row.closed(make_settings({**given, "method": method})))
+        ]  # fmt: skip
 
     def columns(self) -> dict[str, dict[str, Any]]:
         """Methods, variants and sweeps as name -> settings, in this order."""
@@ -146,6 +168,8 @@ def read_suite(file: Path) -> Suite:
     values, where = read_yaml(file, "suite file"), f"suite file {file}"
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UserError(f"{where} must map keys such as datasets and methods to values")
+    if isinstance(own := values.get("plugins"), list) and all(isinstance(f, str) for f in own):
+        load_plugins(own)  # before its methods are looked up
     suite = _checked({"name": file.stem, **values}, where)
     for part in ("bundled", "quick"):
         suite.changed(getattr(suite, part), f"{where}, {part}")

@@ -25,6 +25,7 @@ from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Interrupted
 from dapt.errors import UserError, reason_of
 from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, backbone_key, task_key
+from dapt.methods import load_plugins, plugins
 from dapt.progress import Reporter
 from dapt.run.directory import InUse
 from dapt.run.load import same_images
@@ -46,10 +47,17 @@ _TASKS_KEPT = 16  # listings, not images: a source and its targets, whatever the
 class Session:
     """What a worker does runs with: the backbone in use with what it saw, and tasks.
 
-    Each run's ``progress`` is told; ``threads`` are given where the process is all its own.
+    Each run's ``progress`` is told; ``threads`` are given where the process is all its own, and
+    files of the user's ``plugins`` where it does not know them yet.
     """
 
-    def __init__(self, progress: Reporter | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        progress: Reporter | None = None,
+        threads: int | None = None,
+        plugins: Sequence[str] = (),
+    ) -> None:
+        load_plugins(plugins)  # before runs come, whose settings may be of theirs
         self.progress = progress or Reporter()
         self.backbones, self._tasks = dict[object, Shared](), dict[object, Task]()
         if threads is not None:
@@ -194,7 +202,7 @@ def process(threads: int) -> Worker:
     """A process of this machine with its own backbone; it dies with this one."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    started = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+    started = context.Process(target=_serve, args=(theirs, threads, plugins.files()), daemon=True)
     # Ctrl-C reaches the whole process group; who is not tuning must not die of it with a
     # traceback, and is told to stop by this process.
     with answering(signal.SIGINT, signal.SIG_IGN):
@@ -209,7 +217,7 @@ def process(threads: int) -> Worker:
     return Worker(lambda run: thread.submit(ask, run), started.terminate, started.kill)
 
 
-def _serve(pipe: Connection, threads: int) -> None:
+def _serve(pipe: Connection, threads: int, plugins: Sequence[str]) -> None:
     """A worker process: do what comes through the pipe, until something stops the grid."""
 
     def end() -> None:  # with a grid that was killed; a run may be cut off at any moment
@@ -218,7 +226,7 @@ def _serve(pipe: Connection, threads: int) -> None:
             os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()
-    session, told = Session(threads=threads), None
+    session, told = Session(threads=threads, plugins=plugins), None
     with suppress(EOFError, OSError):  # nobody is there any more
         while not isinstance(told, BaseException):
             told = session.do(pipe.recv())
@@ -268,7 +276,7 @@ def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Wo
         remote = ray.remote(num_cpus=each, num_gpus=gpus, max_restarts=0, max_task_retries=0)
 
         def hire() -> Worker:  # ready when some node has room for it
-            actor: Any = remote(Session).remote(threads=each)
+            actor: Any = remote(Session).remote(threads=each, plugins=plugins.files())
 
             def end() -> None:  # where it is: the last checkpoint stays
                 with suppress(Exception):

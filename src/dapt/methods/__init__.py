@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 from dapt.errors import UserError, nearest
 from dapt.methods import (
@@ -19,6 +21,7 @@ from dapt.methods import (
     lp_plus,
     maple,
     mmrl,
+    plugins,
     probe,
     prolip,
     prompts,
@@ -41,8 +44,9 @@ from dapt.methods.contract import (
 )
 from dapt.methods.losses import INTER, INTRA
 
-__all__ = ["AUTOMATIC", "METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
-           "PartSettings", "Step", "TowerPart", "find_method", "get_method"]  # fmt: skip
+__all__ = ["AUTOMATIC", "BUILT_IN", "GROUPS", "METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head",
+           "LossTerm", "Method", "PartSettings", "Step", "TowerPart", "find_method", "get_method",
+           "load_plugins"]  # fmt: skip
 
 ZERO_SHOT, AUTOMATIC = "zero-shot", "auto"
 
@@ -61,7 +65,7 @@ METHODS: dict[str, Method] = {
     ),
     "coop": Method(
         "CoOp", (_TEXT,), checkpoint=_CTX, defaults=prompts.usual,
-        colour=("#2563ec", "#6ea8fe"), marker="^", shown=True,
+        colour=("#2563ec", "#6ea8fe"), marker="^", shown=True, field=True,
     ),
     "vpt": Method(
         "VPT", (_VISUAL,), checkpoint=_VIS,
@@ -86,49 +90,69 @@ METHODS: dict[str, Method] = {
     ),
     "cocoop": Method(
         "CoCoOp", (cocoop.ConditionalContext,), checkpoint=_CTX_NET, defaults=cocoop.usual,
+        field=True,
     ),
     "kgcoop": Method(
-        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual,
+        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual, field=True,
     ),
-    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt),
+    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt, field=True),
     "ivlp": Method(
-        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
+        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True, field=True,
     ),
-    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual),
+    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual, field=True),
     "promptsrc": Method(
         "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
-        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
+        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual, field=True,
     ),
     "mmrl": Method(
         "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies, defaults=mmrl.usual,
+        field=True,
     ),
     "clip-lora": Method(
         "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
+        field=True,
     ),
     "2sfs": Method(
         "2SFS", (two_stage.TextNorms, two_stage.VisualNorms), head=two_stage.TwoStage,
-        defaults=two_stage.usual,
+        defaults=two_stage.usual, field=True,
     ),
     "clip-svd": Method(
         "CLIP-SVD", (clip_svd.TextSingularValues, clip_svd.VisualSingularValues),
-        defaults=clip_svd.usual,
+        defaults=clip_svd.usual, field=True,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),
-    "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter),
-    "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF),
-    "gda": Method("GDA", head=gda.Gda),
-    "clap": Method("CLAP", head=clap.Clap),
-    "zs-lp": Method("ZS-LP", head=clap.ZeroShotProbe),
-    "lp++": Method("LP++", head=lp_plus.LPPlus),
-    "ss-text": Method("SS-Text", head=ss_text.SSText),
-    "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus),
-    "prolip": Method("ProLIP", head=prolip.ProLIP),
+    "tip-adapter": Method("Tip-Adapter", head=tip_adapter.TipAdapter, field=True),
+    "tip-adapter-f": Method("Tip-Adapter-F", head=tip_adapter.TipAdapterF, field=True),
+    "gda": Method("GDA", head=gda.Gda, field=True),
+    "clap": Method("CLAP", head=clap.Clap, field=True),
+    "zs-lp": Method("ZS-LP", head=clap.ZeroShotProbe, field=True),
+    "lp++": Method("LP++", head=lp_plus.LPPlus, field=True),
+    "ss-text": Method("SS-Text", head=ss_text.SSText, field=True),
+    "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus, field=True),
+    "prolip": Method("ProLIP", head=prolip.ProLIP, field=True),
     AUTOMATIC: Method(
         "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.65},
         colour=("#15803d", "#4ade80"), marker="*", shown=True,
     ),
 }  # fmt: skip
+
+
+# Names that stand for several methods.
+GROUPS: dict[str, Callable[[Method], bool]] = {
+    "all": lambda row: True,
+    "field": lambda row: row.field,
+}
+# Those that come with dapt; others are of plugins, or of whoever imports it.
+BUILT_IN = frozenset(METHODS)
+
+
+def load_plugins(files: Iterable[Path | str]) -> None:
+    """Add the methods of a user's own files, which are executed; a `UserError` says what is wrong.
+
+    To be called with files that the user named themselves, and with nothing that was read.
+    """
+    plugins.load(files, METHODS)
 
 
 def get_method(name: str) -> Method:
@@ -176,3 +200,6 @@ def _together(row: Method, head: Method) -> Method:
             head.defaults(dataset, shots) | row.defaults(dataset, shots)
         ),
     )  # fmt: skip
+
+
+plugins.load_installed(METHODS)

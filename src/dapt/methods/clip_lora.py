@@ -1,9 +1,9 @@
 """CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes of attention in both towers.
 
 ``W x + b`` becomes ``W x + b + s B A dropout(x)``, with A (r, in) and B (out, r). As in the
-published code, and unlike LoRA's paper, ``s = alpha / sqrt(r)``; the loss is cross-entropy at a
-fixed scale of 100, whatever the backbone's. Where dropout is 0, that code takes another path, on
-which gradients miss the changes of later layers: a mistake, not followed here.
+published code, and unlike LoRA's paper, ``s = alpha / sqrt(r)``; on benchmarks the loss is
+cross-entropy at a fixed scale of 100, whatever the backbone's. Where dropout is 0, that code takes
+another path, on which gradients miss the changes of later layers: a mistake, not followed here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
 from dapt.methods.contract import LARGEST, HasSettings, PartSettings
-from dapt.methods.weights import DESCENT, LISTED, WeightChange
+from dapt.methods.published import settings_for
+from dapt.methods.weights import DESCENT, FEW, LISTED, WeightChange, own_steps
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: those of the published code (run_utils.py)."""
-    return DESCENT | {"lr": 2e-4, "steps": 500 * shots, "logit_scale": 100.0}
+    """As published (run_utils.py); fewer steps and the backbone's scale on own data."""
+    published = {"lr": 2e-4, "steps": 500 * shots, "logit_scale": 100.0}
+    return settings_for(dataset, shots, DESCENT | published, own_steps(shots), FEW | {"lr": 1e-3})
 
 
 class LoraSettings(PartSettings):

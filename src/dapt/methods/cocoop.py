@@ -6,9 +6,11 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
+from dapt.methods import published
 from dapt.methods.contract import HasSettings
 from dapt.methods.prompts import ContextSettings, Prompt, first_context
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # One image a step (configs/trainers/CoCoOp of the code).
 PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch_size": 1,
              "epochs": 10}  # fmt: skip
+# Of own data: a shift that is random at the start takes many steps to make good again.
+OWN = {"batch_size": 4, "shift_start": 0.0}
+FEW = {"lr": 5e-4, "epochs": 5, "text_init": None, "text_vectors": None}
 # Its network's tensors, here and in the code.
 NETWORK = [
     f"meta_net.{layer}.{of}" for layer in ("linear1", "linear2") for of in ("weight", "bias")
@@ -25,8 +30,16 @@ NETWORK = [
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own, whatever the dataset."""
-    return PUBLISHED
+    """The published settings; on own data, steps of several images from an unshifted context."""
+    return published.settings_for(dataset, shots, PUBLISHED, OWN, FEW)
+
+
+class ConditionalSettings(ContextSettings):
+    """Of a context that a network shifts."""
+
+    shift_start: float = Field(
+        1.0, ge=0, le=1, description="CoCoOp's shift at the start, as a share of a usual draw's"
+    )
 
 
 class ConditionalContext(Prompt):
@@ -37,7 +50,7 @@ class ConditionalContext(Prompt):
     """
 
     kind, towers, reads_images = "text", frozenset({"text"}), True
-    Settings = ContextSettings
+    Settings = ConditionalSettings
     text_prompt: nn.Parameter
 
     def __init__(self, vectors: Tensor, dimension: int) -> None:
@@ -49,7 +62,11 @@ class ConditionalContext(Prompt):
 
     @classmethod
     def create(cls, backbone: Backbone, settings: HasSettings) -> ConditionalContext:
-        """A context as of `first_context`; the network as torch draws linear layers."""
+        """A context as of `first_context`; the network as torch draws linear layers.
+
+        Of the last of them, it is the share that the settings say. At 0, the context starts as it
+        is, and only learning shifts it.
+        """
         part = cls(first_context(backbone, settings), backbone.text_dimension)
         generator = torch.Generator().manual_seed(2 * settings.seed + 1)
         for layer in part.meta_net:
@@ -57,6 +74,9 @@ class ConditionalContext(Prompt):
                 bound = layer.in_features**-0.5
                 for parameter in layer.parameters():
                     nn.init.uniform_(parameter, -bound, bound, generator)
+        with torch.no_grad():
+            for parameter in part.meta_net[-1].parameters():
+                parameter.mul_(settings.of(ConditionalSettings).shift_start)
         return part
 
     @classmethod

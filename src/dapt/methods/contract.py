@@ -347,6 +347,7 @@ class Method:
     colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few
     marker: str = "o"  # in curves
     shown: bool = False  # whether the demo compares it
+    field: bool = False  # whether others published it, and it is checked against their runs
     tried: bool = False  # whether `dapt.engine.effort` tries it, with a head on what it tunes
     # Rows in place of it, where nobody asked for it and a tower does not take its parts.
     instead: tuple[str, ...] = ()

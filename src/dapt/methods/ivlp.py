@@ -27,26 +27,20 @@ PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a"
              "batch_size": 4, "epochs": 5}  # fmt: skip
 # Deep VPT: eight of them in the image tower alone, and one sentence whatever the dataset
 # (configs/trainers/VPT; the names of one's own data have its own).
-VPT = {"visual_vectors": 8, "lr": 0.0025, "batch_size": 4, "epochs": 5}
-SENTENCE = {"template": "a photo of a {}."}
+VPT = {"visual_vectors": 8, "lr": 0.0025, "batch_size": 4, "epochs": 5,
+       "template": "a photo of a {}."}  # fmt: skip
 # Of few images of own data, which say little (judged as the others in published.yaml).
 FEW = {"lr": 0.0003}
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: the published ones, with another rate on few images of own data."""
-    return PUBLISHED | slower(dataset, shots)
-
-
-def slower(dataset: str, shots: int) -> dict[str, Any]:
-    """The rate for few images of own data; nothing elsewhere."""
-    few = dataset not in published.PUBLISHED and shots <= max(published.FEW)
-    return FEW if few else {}
+    """The published settings, with another rate on few images of own data."""
+    return published.settings_for(dataset, shots, PUBLISHED, of_few=FEW)
 
 
 def usual_vpt(dataset: str, shots: int) -> dict[str, Any]:
-    """The published settings of deep VPT."""
-    return VPT | (SENTENCE if dataset in published.PUBLISHED else {})
+    """The same of deep VPT."""
+    return published.settings_for(dataset, shots, VPT, {"template": None}, FEW)
 
 
 class DeepContextSettings(ContextSettings):

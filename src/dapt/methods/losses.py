@@ -98,7 +98,10 @@ def _intra(step: Step) -> Tensor:
 
 
 def _inter(step: Step) -> Tensor:
-    return inter_dispersion(step.text_features, step.settings.of(PotentialSettings).rbf_t)
+    t, text = step.settings.of(PotentialSettings).rbf_t, step.text_features
+    # Of class features made for each image (B, C, D), a mean over images.
+    sets = text.reshape(-1, *text.shape[-2:])
+    return torch.stack([inter_dispersion(features, t) for features in sets]).mean()
 
 
 INTRA = LossTerm("intra", "beta_visual", _intra, IntraSettings, (1.0, 0.1, 10.0), "image")

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.clip.inside import Pass, norm
+from dapt.methods import published
 from dapt.methods.contract import HasSettings
-from dapt.methods.ivlp import put, slower, starting
+from dapt.methods.ivlp import FEW, put, starting
 from dapt.methods.prompts import ContextSettings, Prompt, linear_map
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -27,8 +28,8 @@ PUBLISHED = {"text_vectors": 2, "text_init": "a photo of a", "prompt_depth": 9, 
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: the published ones, with another rate on few images of own data."""
-    return PUBLISHED | slower(dataset, shots)
+    """The published settings, with another rate on few images of own data."""
+    return published.settings_for(dataset, shots, PUBLISHED, of_few=FEW)
 
 
 class CoupledSettings(ContextSettings):

@@ -1,8 +1,8 @@
 """MMRL (Guo and Gu, 2025): tokens of a space that both towers share, in their later layers.
 
 What the image tower makes of the tokens is a second feature of an image. Both features are tuned to
-name the class, the usual one also stays near the frozen model's. The published code takes AdamW
-and a logit scale of 100 throughout; here optimiser and scale are the engine's and the backbone's.
+name the class, the usual one also stays near the frozen model's. As published, it is
+tuned by AdamW, and on benchmarks at a fixed logit scale of 100.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dapt.errors import UserError
+from dapt.methods import published
 from dapt.methods.contract import LARGEST, HasSettings, LossTerm, PartSettings, Step, TowerPart
 from dapt.methods.ivlp import put
 from dapt.methods.prompts import linear_map
@@ -24,7 +25,13 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
     from dapt.clip.backbone import Backbone
 
 # configs/trainers/MMRL of the code, its setting of few shots.
-PUBLISHED = {"lr": 0.001, "batch_size": 32, "epochs": 50, "crop_min": 0.5}
+PUBLISHED: dict[str, Any] = {
+    "lr": 0.001, "batch_size": 32, "epochs": 50, "crop_min": 0.5, "optimizer": "adamw",
+    "logit_scale": 100.0,
+}  # fmt: skip
+# Of own data, whose backbone has a scale of its own; of few images passes are everyone's.
+OWN = {"logit_scale": None}
+FEW = {"lr": 5e-4, "epochs": None}
 # Weights of the pull to the frozen model (trainers/config.py of the code).
 _NEAR = {"stanford_cars": 7.0, "fgvc_aircraft": 6.0, "sun397": 6.0, "dtd": 6.0, "food101": 5.0,
          "oxford_flowers": 4.0, "ucf101": 3.0, "oxford_pets": 0.2, "eurosat": 0.01}  # fmt: skip
@@ -32,9 +39,10 @@ _WIDE = {"eurosat": {"rep_width": 2048}}
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: the published ones."""
+    """The published settings, and on own data the backbone's scale; fewer steps of few images."""
     near = {"near_frozen": _NEAR[dataset]} if dataset in _NEAR else {}
-    return PUBLISHED | near | _WIDE.get(dataset, {})
+    own = PUBLISHED | near | _WIDE.get(dataset, {})
+    return published.settings_for(dataset, shots, own, OWN, FEW)
 
 
 class BlendSettings(PartSettings):

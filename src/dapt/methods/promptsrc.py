@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dapt.methods import ivlp, published
 from dapt.methods.contract import (
     LARGEST,
     Finish,
@@ -24,23 +25,25 @@ from dapt.methods.contract import (
     Step,
     Tensors,
 )
-from dapt.methods.ivlp import slower
 
 # Four vectors in each of nine layers, batches of 4 (configs/trainers/PromptSRC of the code, its
-# setting of few shots). Own data has another rate where images are few, as in IVLP.
+# setting of few shots).
 PUBLISHED = {"text_vectors": 4, "visual_vectors": 4, "text_depth": 9, "visual_depth": 9,
              "text_init": "a photo of a", "lr": 0.0025, "batch_size": 4, "epochs": 50}  # fmt: skip
 # Datasets for which later epochs count, and how much.
 _LATE = {"stanford_cars", "oxford_flowers", "fgvc_aircraft", "dtd", "eurosat"}
 _LATER = {"average_mean": 45.0, "average_std": 5.0}
+# Of own data, as published for base classes; of few images half of it, at IVLP's rate.
+OWN = {"epochs": 20, "average_mean": 15.0, "average_std": 1.0}
+FEW = ivlp.FEW | {"epochs": 10, "average_mean": 7.5}
 # How many of CLIP's templates for ImageNet, which open_clip lists, the teacher reads.
 _TEMPLATES = 60
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
-    """Settings of its own: the published ones, with another rate on few images of own data."""
+    """The published settings, with fewer steps on own data, and another rate on few images."""
     late = _LATER if dataset in _LATE else {}
-    return PUBLISHED | late | slower(dataset, shots)
+    return published.settings_for(dataset, shots, PUBLISHED | late, OWN, FEW)
 
 
 class NearFrozenSettings(PartSettings):

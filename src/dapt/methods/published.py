@@ -30,6 +30,30 @@ def usual_settings(dataset: str, shots: int, template: str) -> dict[str, Any]:
     return OWN_DATA | epochs | own
 
 
+def few(dataset: str, shots: int) -> bool:
+    """Whether images are own data, and few."""
+    return dataset not in PUBLISHED and shots <= max(FEW)
+
+
+def settings_for(
+    dataset: str,
+    shots: int,
+    published: dict[str, Any],
+    own: dict[str, Any] | None = None,
+    of_few: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A method's settings: as published on benchmarks, with changes on own data and on few images.
+
+    Published steps, rates and scales are for benchmarks and large backbones; the changes are what
+    did best on validation images of the bundled task, at no more passes over the images than
+    DAPT's. A change to None leaves a setting to what is everyone's (`usual_settings`).
+    """
+    if dataset in PUBLISHED:
+        return published
+    changed = published | (own or {}) | ((of_few or {}) if few(dataset, shots) else {})
+    return {name: value for name, value in changed.items() if value is not None}
+
+
 def _start(template: str) -> dict[str, Any]:
     """A text prompt of the words before the class name; nothing where there are none."""
     words = template.partition("{}")[0].strip()

@@ -19,6 +19,14 @@ DESCENT: dict[str, Any] = {
     "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "batch_size": 32
 }  # fmt: skip
 
+# Of few images of own data, they are tuned for everyone's epochs.
+FEW: dict[str, Any] = {"steps": None}
+
+
+def own_steps(shots: int) -> dict[str, Any]:
+    """Changes of published settings for own data: steps as DAPT's, and the backbone's scale."""
+    return {"steps": 100 * shots, "logit_scale": None}
+
 
 # Of settings that are a list of names: on the command line, "q,v" is as good as "[q, v]".
 LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)

@@ -24,6 +24,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.sources import BUNDLED, SUITED
 from dapt.data import SupportSet, Task, content_digest
 from dapt.errors import UserError, refusing
+from dapt.methods import find_method
 from dapt.run import records
 from dapt.run.records import as_file, read_object, read_record
 from dapt.safe.files import (
@@ -226,6 +227,7 @@ class RunDirectory:
                     f"{file.name}; restore the data, or start anew with --overwrite"
                 )
         before, now = self.read_environment(), records.environment(backbone)
+        now |= records.plugin_entry(self.read_settings().method)
         known = before.support_content_sha256
         if known is not None and known != content_digest(task, support):
             raise UserError(
@@ -234,7 +236,7 @@ class RunDirectory:
             )
         self.add_to_environment(resumed=[*before.resumed, now])
         then, now = records.rounding(before.model_dump()), records.rounding(now)
-        changed = [f"{n} was {then[n]}, is {now[n]}" for n in then if then[n] != now[n]]
+        changed = [f"{n} was {then[n]}, is {now.get(n)}" for n in then if then[n] != now.get(n)]
         return "; ".join(changed) or None
 
     def revision(self) -> str | None:
@@ -295,7 +297,18 @@ class RunDirectory:
 
     def read_settings(self) -> Settings:
         """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
-        return make_settings(read_object(self.settings_file, "settings of the run"))
+        found = read_object(self.settings_file, "settings of the run")
+        method = found.get("method")
+        if isinstance(method, str) and find_method(method) is None and (of := self._plugin()):
+            raise UserError(
+                f"{self.path} is of method '{method}' of {of.name}, which is not loaded; give "
+                "--plugin with a copy of that file that you trust, or install the package"
+            )
+        return make_settings(found)
+
+    def _plugin(self) -> records.PluginRecord | None:
+        """What the run's method is of, if that is recorded."""
+        return self.read_environment().plugin if self.environment_file.is_file() else None
 
     def asked_settings(self) -> Settings:
         """Those that were asked for, where the run's are what `dapt.engine.suited` made of them."""

@@ -14,7 +14,7 @@ from dapt.run.directory import RunDirectory
 from dapt.run.records import SearchRecord
 from dapt.run.train import check_output, other_setting
 from dapt.safe.files import write_json
-from dapt.settings import Settings, make_settings
+from dapt.settings import Settings, kept_values, make_settings
 
 
 def choose_method(
@@ -69,7 +69,7 @@ def _begun(
     if kept is None:
         search = new_search(effort or "")
         return SearchRecord(
-            settings=settings.model_dump(), support_sha256=digest, backbone_sha256=weights,
+            settings=kept_values(settings), support_sha256=digest, backbone_sha256=weights,
             search=search,
         )  # fmt: skip
     what = other_setting(make_settings(kept.settings), settings)

@@ -20,8 +20,9 @@ from dapt.data.grey import Scale
 from dapt.data.items import check_class_names
 from dapt.engine.effort import Search
 from dapt.errors import UserError
+from dapt.methods.plugins import plugin_of
 from dapt.safe.files import read_json, to_json
-from dapt.settings import Settings, make_settings
+from dapt.settings import Settings, kept_values, make_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -228,6 +229,13 @@ class TaskRecord(Record):
         return self
 
 
+class PluginRecord(Record):
+    """What a method is of that does not come with dapt; nothing that could be loaded."""
+
+    name: str = Field(max_length=200)
+    sha256: str | None = None
+
+
 class Environment(Record):
     """environment.json: what a run was made with; of the seconds, as far as it came."""
 
@@ -239,6 +247,7 @@ class Environment(Record):
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
     asked: dict[str, Any] | None = None  # values of settings that the backbone did not take
     resumed: list[dict[str, Any]] = []
+    plugin: PluginRecord | None = None  # that the method is of
     imported_from: str | None = None
     imported_sha256: str | None = None
     copied_from: str | None = None
@@ -302,9 +311,9 @@ def made_of(
     settings: Settings, task: Task, support: SupportSet, backbone: Backbone, **known: Any
 ) -> dict[str, bytes]:
     """Files, by name, that say what a run is made of; ``known`` is added to environment.json."""
-    made = environment(backbone, settings.seed) | known
+    made = environment(backbone, settings.seed) | plugin_entry(settings.method) | known
     return {
-        "settings.json": as_file(settings.model_dump()),
+        "settings.json": as_file(kept_values(settings)),
         "task.json": as_file(task_record(task)),
         "support_set.json": as_file(support.to_json()),
         "environment.json": as_file(made),
@@ -348,11 +357,18 @@ def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
     }
 
 
+def plugin_entry(method: str) -> dict[str, Any]:
+    """What environment.json keeps of the plugin that a method is of, if it is of one."""
+    plugin = plugin_of(method)
+    return {} if plugin is None else {"plugin": {"name": plugin.name, "sha256": plugin.sha256}}
+
+
 def rounding(record: dict[str, Any]) -> dict[str, Any]:
     """What of an `environment` decides how sums are rounded, as far as it is recorded."""
     versions = record.get("versions")
     found = {**record, "torch": versions.get("torch") if isinstance(versions, dict) else None}
-    names = ("torch", "threads", "cpu", "device")
+    found["plugin"] = (record.get("plugin") or {}).get("sha256")
+    names = ("torch", "threads", "cpu", "device", "plugin")
     return {name: found[name] for name in names if found.get(name) is not None}
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -19,6 +19,7 @@ import torch
 from prometheus_client.multiprocess import mark_process_dead
 
 from dapt.errors import UserError
+from dapt.methods import load_plugins
 from dapt.progress import Reporter, RichReporter, errors, say
 from dapt.run.directory import RunDirectory
 from dapt.serve.app import Limits
@@ -37,6 +38,7 @@ class Work:
     nearest: bool
     limits: Limits
     who: dict[str, Any]
+    plugins: Sequence[str] = ()  # files of the user's own methods
 
 
 def serve(work: Work, count: int, listening: socket.socket, ready: Callable[[], None]) -> None:
@@ -121,6 +123,7 @@ def _work(
     torch.set_num_threads(threads)
     how: dict[str, Any] = {"device": work.device, "nearest": work.nearest}
     try:
+        load_plugins(work.plugins)
         told = RichReporter() if tells else Reporter()
         served = load_served(RunDirectory(work.run), reporter=told, **how)
     except UserError as error:
