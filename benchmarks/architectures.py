@@ -34,6 +34,8 @@ from dapt.share.export import TOLERANCE, ImageClassifier
 
 NAMES, TEMPLATE = ["cat", "sea lion", "hot air balloon"], "a photo of a {}."
 WORKS, REFUSED, FAILS = "works", "refused", "FAILS"
+# The random ones of a text tower by transformers too, for which open_clip would fetch others.
+HOW = {"force_custom_text": True, "pretrained_hf": False}
 app = typer.Typer(add_completion=False)
 
 
@@ -55,7 +57,7 @@ class Letters:
 def parameters(name: str) -> int:
     """How many numbers an architecture has, without making room for them."""
     with quietly(), torch.device("meta"):
-        model = open_clip.create_model(name, force_custom_text=True, device="meta")
+        model = open_clip.create_model(name, device="meta", **HOW)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -65,7 +67,7 @@ def load(name: str) -> Backbone:
     if not text.get("hf_tokenizer_name"):
         return load_backbone(name, "random", device="cpu")
     with quietly():
-        model = open_clip.create_model(name, force_custom_text=True)
+        model = open_clip.create_model(name, **HOW)
     length = text.get("context_length", 77)
     seen = Preprocessing(int(model.visual.image_size[0]), (0.5,) * 3, (0.5,) * 3)
     how: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
