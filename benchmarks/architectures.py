@@ -42,12 +42,12 @@ app = typer.Typer(add_completion=False)
 class Letters:
     """A token a letter, in place of a vocabulary; ends as a text tower that reads the last one."""
 
-    def __init__(self, length: int) -> None:
-        self.context_length = length
+    def __init__(self, length: int, pad: int = 1) -> None:
+        self.context_length, self.pad = length, pad
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
         """(n, L) ids."""
-        ids = torch.ones(len(texts), context_length or self.context_length, dtype=torch.long)
+        ids = torch.full((len(texts), context_length or self.context_length), self.pad)
         for row, text in zip(ids, texts, strict=True):
             own = [2 + ord(letter) % 90 for letter in text.replace(" ", "")][: len(row) - 1]
             row[: len(own)] = torch.tensor(own, dtype=torch.long)
@@ -71,7 +71,9 @@ def load(name: str) -> Backbone:
     length = text.get("context_length", 77)
     seen = Preprocessing(int(model.visual.image_size[0]), (0.5,) * 3, (0.5,) * 3)
     how: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
-    return Backbone(model, Letters(length), seen, name=name, **how)
+    # transformers' towers mask what their configuration calls padding.
+    pad = model.text.config.pad_token_id if text.get("hf_model_name") else 1
+    return Backbone(model, Letters(length, pad), seen, name=name, **how)
 
 
 def classifier_of(backbone: Backbone, method: str) -> Classifier:

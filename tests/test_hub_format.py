@@ -154,6 +154,9 @@ def test_what_a_trainer_leaves_beside_the_weights(tmp_path):
     places = {"text_model.embeddings.position_ids": torch.arange(20)[None]}
     torch.save({**state, **places}, tmp_path / "whole" / "pytorch_model.bin")
     assert load_backbone(str(tmp_path / "whole")).fingerprint == whole.fingerprint
+    # Below an attribute of a model around it.
+    torch.save({f"clip.{k}": v for k, v in state.items()}, tmp_path / "whole" / "pytorch_model.bin")
+    assert load_backbone(str(tmp_path / "whole")).fingerprint == whole.fingerprint
 
 
 # ----------------------------------------------------------------- packages and the hub

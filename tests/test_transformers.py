@@ -188,10 +188,12 @@ def text_towers():
     small = {"vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 2, "pad_token_id": 1,
              "num_attention_heads": 4, "intermediate_size": 64}  # fmt: skip
     return {
+        # Chinese-CLIP's
+        "bert": (transformers.BertConfig(**small), "cls_last_hidden_state_pooler"),
         "roberta": (transformers.RobertaConfig(**small), "mean_pooler"),
         "xlm-roberta": (transformers.XLMRobertaConfig(**small), "mean_pooler"),
         "mt5": (transformers.MT5Config(vocab_size=100, d_model=48, d_kv=12, d_ff=64, num_layers=2,
-                                       num_heads=4, pad_token_id=1), "mean_pooler"),
+                                       num_heads=4), "mean_pooler"),
         "nllb": (transformers.M2M100Config(
             vocab_size=100, d_model=48, encoder_layers=2, encoder_attention_heads=4,
             encoder_ffn_dim=64, decoder_layers=1, decoder_ffn_dim=8, pad_token_id=1),
@@ -199,9 +201,9 @@ def text_towers():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mt5", "nllb"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mt5", "nllb"])
 def test_nothing_fails_with_text_towers_of_transformers(kind, monkeypatch):
-    """Those that open_clip's architectures have, small: zero-shot, prompts, heads."""
+    """Those of open_clip's architectures and Chinese-CLIP, small: zero-shot, prompts, heads."""
     config, pooler = text_towers()[kind]
     torch.manual_seed(4)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: config)
@@ -211,7 +213,7 @@ def test_nothing_fails_with_text_towers_of_transformers(kind, monkeypatch):
     model.text, model.logit_scale = text.eval(), nn.Parameter(torch.tensor(1.5))
     seen = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
     how = {"name": kind, "device": torch.device("cpu"), "precision": "fp32"}
-    backbone = Backbone(model, architectures.Letters(24), seen, **how)
+    backbone = Backbone(model, architectures.Letters(24, config.pad_token_id), seen, **how)
     monkeypatch.setattr(architectures, "load", lambda _: backbone)
     monkeypatch.delitem(architectures.CHECKS, "ONNX")  # which has no text tower in it
     found = architectures.asked(kind)
