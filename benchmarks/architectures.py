@@ -34,18 +34,20 @@ from dapt.share.export import TOLERANCE, ImageClassifier
 
 NAMES, TEMPLATE = ["cat", "sea lion", "hot air balloon"], "a photo of a {}."
 WORKS, REFUSED, FAILS = "works", "refused", "FAILS"
+# The random ones of a text tower by transformers too, for which open_clip would fetch others.
+HOW = {"force_custom_text": True, "pretrained_hf": False}
 app = typer.Typer(add_completion=False)
 
 
 class Letters:
     """A token a letter, in place of a vocabulary; ends as a text tower that reads the last one."""
 
-    def __init__(self, length: int) -> None:
-        self.context_length = length
+    def __init__(self, length: int, pad: int = 1) -> None:
+        self.context_length, self.pad = length, pad
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
         """(n, L) ids."""
-        ids = torch.ones(len(texts), context_length or self.context_length, dtype=torch.long)
+        ids = torch.full((len(texts), context_length or self.context_length), self.pad)
         for row, text in zip(ids, texts, strict=True):
             own = [2 + ord(letter) % 90 for letter in text.replace(" ", "")][: len(row) - 1]
             row[: len(own)] = torch.tensor(own, dtype=torch.long)
@@ -55,7 +57,7 @@ class Letters:
 def parameters(name: str) -> int:
     """How many numbers an architecture has, without making room for them."""
     with quietly(), torch.device("meta"):
-        model = open_clip.create_model(name, force_custom_text=True, device="meta")
+        model = open_clip.create_model(name, device="meta", **HOW)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -65,11 +67,13 @@ def load(name: str) -> Backbone:
     if not text.get("hf_tokenizer_name"):
         return load_backbone(name, "random", device="cpu")
     with quietly():
-        model = open_clip.create_model(name, force_custom_text=True)
+        model = open_clip.create_model(name, **HOW)
     length = text.get("context_length", 77)
     seen = Preprocessing(int(model.visual.image_size[0]), (0.5,) * 3, (0.5,) * 3)
     how: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
-    return Backbone(model, Letters(length), seen, name=name, **how)
+    # transformers' towers mask what their configuration calls padding.
+    pad = model.text.config.pad_token_id if text.get("hf_model_name") else 1
+    return Backbone(model, Letters(length, pad), seen, name=name, **how)
 
 
 def classifier_of(backbone: Backbone, method: str) -> Classifier:

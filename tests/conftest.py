@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from miniatures import make_photos, make_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from theirs import LetterTokenizer
 
 # No test waits for a hub; what is fetched there is put into a cache by hand.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,6 +73,13 @@ def tiny_weights(tmp_path_factory):
     file = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
     make_weights(file)
     return file
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """Folders in transformers' form are read with letters for their vocabulary."""
+    monkeypatch.setattr("dapt.clip.hub_format.HFTokenizer", LetterTokenizer)
+    return LetterTokenizer
 
 
 RECORDED = REPOSITORY / "tests" / "fixtures" / "recorded"

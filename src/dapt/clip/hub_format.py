@@ -29,7 +29,10 @@ from dapt.safe.weights import StateDict
 
 CONFIG = "config.json"
 _PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+                 "vocab.txt")  # fmt: skip
+# transformers' numbers of Pillow's filters, those that views of images can be made with.
+_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic")
 _ORDINARY = 49408  # tokens of the vocabulary that CLIPs share, which open_clip brings
 
 Configuration = dict[str, Any]
@@ -305,7 +308,8 @@ def _clip(config: Configuration, vision: Configuration, text: Configuration) -> 
         raise UserError(f"{what}, which open_clip's towers do not have together")
     told, end = _text(text), text["eos_token_id"]
     # Early configurations say 2 of vocabularies that end otherwise, and mean the greatest id.
-    if end not in (2, told["vocab_size"] - 1):
+    greatest = (2, told["vocab_size"] - 1) if config["model_type"] == "clip" else ()
+    if end not in greatest:
         told |= {"pool_type": "eos", "eos_id": end}
     return {"embed_dim": config.get("projection_dim", 512), "quick_gelu": acts == {"quick"},
             "vision_cfg": _vision(vision), "text_cfg": told}  # fmt: skip
@@ -391,19 +395,30 @@ def _seen(folder: Path, side: int) -> Configuration:
         return {}
     said = _object(file)
     said = said.get("image_processor", said)
-    size, crop, seen = said.get("size"), said.get("crop_size"), Configuration()
+    size = said.get("size")
+    # A crop that is not made may be told of all the same.
+    crop = said.get("crop_size") if said.get("do_center_crop", True) else None
     if isinstance(size, int):
         size = {"shortest_edge": size}
+    if isinstance(size, list):
+        size = dict(zip(("height", "width"), size, strict=True))
     asked = [part if isinstance(part, dict) else {"": part} for part in (size, crop) if part]
     sides = {value for part in asked for value in part.values() if value is not None}
     scale = said.get("rescale_factor") or 1 / 255
+    if not said.get("do_resize", True):
+        raise UserError(f"{file} asks for images that are not resized; here they are, to {side} px")
     if not sides <= {side} or not said.get("do_rescale", True) or abs(scale * 255 - 1) > 1e-6:
         what = f"{file} asks for images resized or cropped to {sorted(sides)}, times {scale:.3g}"
         raise UserError(f"{what}; here they are resized to the tower's {side} px, from 0 to 1")
-    if size:
-        seen["resize_mode"] = "shortest" if size.get("shortest_edge") else "squash"
+    seen = Configuration()
+    if size or said.get("use_square_size"):
+        shortest = not said.get("use_square_size") and size.get("shortest_edge")
+        seen["resize_mode"] = "shortest" if shortest else "squash"
     if (resample := said.get("resample")) is not None:
-        seen["interpolation"] = ("nearest", "lanczos", "bilinear", "bicubic")[resample]
+        if resample not in range(len(_FILTERS)):
+            what = f"{file} asks for the resampling {shown(resample)}, which is not known here"
+            raise UserError(f"{what}; known are 0 to 3 ({', '.join(_FILTERS)})")
+        seen["interpolation"] = _FILTERS[resample]
     plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for key, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if (value := (said if said.get("do_normalize", True) else plain).get(theirs)) is not None:
@@ -459,6 +474,8 @@ FAMILIES = {
                      _HALF | {"interpolation": "bicubic"}, "lower"),
     "siglip2": Family(_SIGLIP_VIT, _SIGLIP_TEXT, _SIGLIP_NAMES, _siglip, _make_siglip,
                       _HALF | {"interpolation": "bilinear"}, "lower"),
+    "metaclip_2": Family(_VIT, _CLIP_TEXT, _CLIP_NAMES, _clip, CustomTextCLIP,
+                         _OPENAI | {"resize_mode": "shortest"}, "whitespace"),
     "chinese_clip": Family(_VIT, _BERT, _CHINESE_NAMES, _chinese, _make_chinese,
                            _OPENAI | {"resize_mode": "squash"}, "whitespace"),
 }  # fmt: skip

@@ -6,8 +6,9 @@ Nothing that comes with it is executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from math import isfinite
@@ -74,7 +75,7 @@ def load_backbone(
             a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
             or of one, ``"org/repo@commit"``;
             a directory with ``open_clip_config.json`` and weights, or one of transformers' with
-            ``config.json`` (of types clip, siglip, siglip2, chinese_clip);
+            ``config.json`` (of types clip, siglip, siglip2, metaclip_2, chinese_clip);
             a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
             whose architecture is read from the shapes.
         pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
@@ -180,16 +181,11 @@ def taken_for_granted(name: str) -> str | None:
 
 
 def _from_directory(path: Path) -> Loaded:
-    config_file = path / "open_clip_config.json"
+    config_file = path / _HUB_CONFIG[0]
     if not config_file.is_file():
-        if hub_format.is_transformers(path):
-            return _from_transformers(path)
-        what = f"{path} has no {config_file.name}, and no config.json of transformers'"
-        raise UserError(f"{what}; a folder of a backbone holds one of them")
-    what = f"{config_file} is no open_clip configuration"
-    with refusing(what, "give the one that came with the weights", OSError, *_ODD):
-        config = parse_json(read_text(config_file))
-        model_config = dict(config["model_cfg"])
+        return _from_transformers(path)
+    config = _told_by_open_clip(config_file)
+    model_config = config["model_cfg"]
     weights = _weights_in(path, "open_clip")
     model = _build(model_config, read_state_dict(weights), weights)
     # The standard CLIP vocabulary ships with open_clip; others are files beside the weights.
@@ -197,19 +193,37 @@ def _from_directory(path: Path) -> Loaded:
     return model, tokenizer, _preprocessing(model, config.get("preprocess_cfg", {}), config_file)
 
 
-@quietly()
+def _told_by_open_clip(config_file: Path) -> dict[str, Any]:
+    with refusing(
+        f"{config_file} is no open_clip configuration",
+        "give the one that came with the weights", OSError, *_ODD,
+    ):  # fmt: skip
+        config = dict(parse_json(read_text(config_file)))
+        return config | {"model_cfg": dict(config["model_cfg"])}
+
+
 def _from_transformers(path: Path) -> Loaded:
-    hint = "give the files that came with the weights"
-    with refusing(f"{path} is no transformers model that can be read", hint, OSError, *_ODD):
-        theirs = hub_format.translate(path)
+    theirs, tokenizer = _told_by_transformers(path)
     weights = _weights_in(path, "model", "pytorch_model")
     state = read_state_dict(weights)
     with refusing(f"the weights in {weights} do not fit their model", "check both", *_ODD):
         state = theirs.weights(state)
-    model = _build(theirs.config, state, weights, theirs.family.make, theirs.name_of)
-    with refusing(f"the vocabulary in {path} cannot be used", hint, Exception):
-        tokenizer = theirs.tokenizer()
+    with quietly():
+        model = _build(theirs.config, state, weights, theirs.family.make, theirs.name_of)
     return model, tokenizer, _preprocessing(model, theirs.preprocessing, path)
+
+
+@quietly()
+def _told_by_transformers(path: Path) -> tuple[hub_format.Translated, Any]:
+    """What the small files of a folder of transformers' say, and its tokenizer."""
+    if not hub_format.is_transformers(path):
+        what = f"{path} has no {_HUB_CONFIG[0]}, and no {_HUB_CONFIG[1]} of transformers'"
+        raise UserError(f"{what}; a folder of a backbone holds one of them")
+    hint = "give the files that came with the weights"
+    with refusing(f"{path} is no transformers model that can be read", hint, OSError, *_ODD):
+        theirs = hub_format.translate(path)
+    with refusing(f"the vocabulary in {path} cannot be used", hint, Exception):
+        return theirs, theirs.tokenizer()
 
 
 def _weights_in(folder: Path, *names: str) -> Path:
@@ -228,33 +242,42 @@ def _from_hub(name: str, revision: str | None = None) -> Path:
     All of it is of one commit, that of ``revision`` or of the name itself, else the latest.
     """
     repo, _, own = name.removeprefix("hf-hub:").partition("@")
-    what = f"'{repo}' is no local file and could not be fetched from the hub"
     at = own or revision or None
     if at is not None and not _REVISION.fullmatch(at):
         raise UserError(f"backbone '{name}' asks for no commit, branch or tag of the hub; give one")
     kinds = ["*.json", "*.txt", "*.model"]
-    # The hub's client raises a wide family.
-    with (
-        refusing(what, "check the name and the connection", Exception),
-        lacking(f"fetching '{repo}' from the hub"),
-        quietly(),
-    ):
-        # Of a branch, there may be something new.
-        weights = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin")
-        whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, weights))
-        if not (whole and at and _COMMIT.fullmatch(at)):
-            _tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
-        # First what is small: configuration and vocabulary. The weights arrive beside them.
+    # Of a branch, there may be something new.
+    weights = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin")
+    whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, weights))
+    if not (whole and at and _COMMIT.fullmatch(at)):
+        _tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
+    # First what is small: configuration and vocabulary. The weights arrive beside them, and only
+    # if those can be used.
+    with _fetching(repo):
         folder = Path(snapshot_download(repo, revision=at, allow_patterns=kinds))
-        pinned = folder.name if folder.parent.name == "snapshots" else None
-        if (folder / _HUB_CONFIG[0]).is_file() or not hub_format.is_transformers(folder):
+    pinned = folder.name if folder.parent.name == "snapshots" else None
+    if (folder / _HUB_CONFIG[0]).is_file():
+        _told_by_open_clip(folder / _HUB_CONFIG[0])
+        with _fetching(repo):
             download_pretrained_from_hf(repo, **({"revision": pinned} if pinned else {}))
-            return folder
-        for patterns in _THEIR_WEIGHTS:
+        return folder
+    if not whole:
+        _told_by_transformers(folder)
+    for patterns in _THEIR_WEIGHTS:
+        with _fetching(repo):
             snapshot_download(repo, revision=pinned or at, allow_patterns=patterns)
-            if any(folder.glob(patterns[0])) or any(folder.glob(patterns[-1])):
-                break
+        if any(match for pattern in patterns for match in folder.glob(pattern)):
+            break
     return folder
+
+
+@contextmanager
+def _fetching(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises, a wide family, into sentences."""
+    what = f"'{repo}' is no local file and could not be fetched from the hub"
+    hint = "check the name and the connection"
+    with refusing(what, hint, Exception), lacking(f"fetching '{repo}' from the hub"), quietly():
+        yield
 
 
 def _cached(repo: str, *files: str, at: str | None = None) -> bool:
@@ -454,7 +477,8 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     if pretrained == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained, yet the same everywhere
-            model = open_clip.create_model(name, force_custom_text=True)
+            # Of a text tower by transformers, open_clip would fetch weights that were learned.
+            model = open_clip.create_model(name, force_custom_text=True, pretrained_hf=False)
     elif pretrained in tags:
         # Which activation the weights were trained with is the tag's to say, not the name's.
         quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
