@@ -21,7 +21,7 @@ from dapt.data import items
 from dapt.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, first_of
 from dapt.data.items import check_path, make_task
 from dapt.data.spellings import is_service
-from dapt.errors import UserError, refusing
+from dapt.errors import UserError, install, refusing
 from dapt.safe import files
 
 # What both formats call parts, and what we call them.
@@ -33,7 +33,7 @@ _DICTIONARY, _INFO = "dataset_dict.json", "dataset_info.json"  # of a Hugging Fa
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
-_INSTALL = "pip install 'dapt[sources]'"
+_INSTALL = install("sources")
 _ANEW = "delete it, and it is unpacked anew"
 _Image = tuple[str, str, bytes]  # part ("" where nothing is split), class name, the file's bytes
 
