@@ -346,7 +346,7 @@ def method(name: str) -> str:
 
 On this page you see what `{name}` learns, when to take it and what can be set.
 
-{said["when"]}
+**When to take it.** {said["when"]}
 
 ```console
 $ dapt train photos/ -o runs/{name} -m {name}
