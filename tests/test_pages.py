@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import REPOSITORY
 from dapt.cli import app
+from dapt.clip import sources
 from dapt.errors import DISTRIBUTION
 from dapt.methods import METHODS
 
@@ -24,6 +26,7 @@ PAGES = sorted([*DOCS.rglob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CON
 PROJECT = (REPOSITORY / "pyproject.toml").read_text("utf-8")
 NOT_RUN = "Not run by the tests: "  # how the title of such a block begins
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+LOADED = cache(sources.load_model)  # once for all pages, as reading it is half of a short command
 # Options of other programs that pages mention.
 _OTHERS = {"--nproc-per-node", "--index-url", "--help"}
 
@@ -105,6 +108,7 @@ def place(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DAPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "load_model", LOADED)
     before = dict(METHODS)
     yield tmp_path
     METHODS.clear()
