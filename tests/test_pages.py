@@ -15,6 +15,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from benchmarks.command import app as yardsticks
 from conftest import REPOSITORY
 from dapt.cli import app
 from dapt.clip import sources
@@ -170,7 +171,7 @@ def test_options_that_pages_mention_are_there():
         own = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         return own.union(*map(options, inner))
 
-    known = options(get_command(app)) | _OTHERS
+    known = options(get_command(app)) | options(get_command(yardsticks)) | _OTHERS
     for page in PAGES:
         spans = re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
         mentioned = {o for span in spans for o in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
