@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench torture fuzz lowest audit package pretrain clean
+.PHONY: demo test lint docs bench torture fuzz lowest audit package release pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -16,6 +16,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, into build/site; warnings are errors. Nothing of it is loaded from elsewhere.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Times a training step and an evaluation, the plain way and ours; ARGS='--help' says what else.
 bench: $(VENV)/.installed
@@ -61,6 +65,13 @@ package:
 	    cd $$place && $$python -m dapt.cli demo --epochs 2 --output $$place/demo && \
 	    $$python -m pytest --collect-only > collected.txt && wc -l collected.txt && rm -r $$place
 
+# Builds, checks and tests what is uploaded, then uploads it: TWINE_PASSWORD is a token of the index.
+release: package
+	@test -n "$$TWINE_PASSWORD" || { echo "set TWINE_PASSWORD to a token of the index"; exit 2; }
+	build/package/venv/bin/pip install --quiet twine
+	build/package/venv/bin/twine check --strict build/package/dist/*
+	TWINE_USERNAME=__token__ build/package/venv/bin/twine upload --non-interactive build/package/dist/*
+
 # Trains the bundled backbone anew, about 65 minutes on two cores; needs npm, see pretrain/README.md.
 pretrain: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[pretrain]'
@@ -75,6 +86,11 @@ $(VENV)/.installed-test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+# pip makes one thing at a time: after the tests' packages, if both are asked for.
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-audit build dist demo

@@ -1,4 +1,4 @@
-"""Size and images/s of a run's ONNX files beside torch, and of 'dapt predict': README's figures.
+"""Size and images/s of a run's ONNX files beside torch, and of 'dapt predict': figures of the docs.
 
     python examples/export_speed.py runs/photos --rounds 5 --threads 1
 

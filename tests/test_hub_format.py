@@ -167,7 +167,7 @@ def without_transformers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
 
 
-PIP = r"needs the package transformers, which is not installed: pip install 'dapt\[siglip\]'"
+PIP = r"needs the package transformers, which is not installed: pip install 'dapt-clip\[siglip\]'"
 
 
 def test_a_missing_package_is_named(tmp_path, without_transformers):

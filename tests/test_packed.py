@@ -358,7 +358,7 @@ def test_a_missing_library_is_named(photo_folder, tmp_path, monkeypatch, library
         path = shard(tmp_path / "data.tar", samples(rows, TEXT))
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, f"{library}.tariterators", None)
-    with pytest.raises(UserError, match=r"pip install 'dapt\[sources\]'"):
+    with pytest.raises(UserError, match=r"pip install 'dapt-clip\[sources\]'"):
         open_task(str(path))
 
 

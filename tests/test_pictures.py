@@ -477,12 +477,12 @@ def heic():
 @pytest.mark.parametrize(
     ("module", "name", "data", "extra"),
     [
-        ("pillow_heif", "a.heic", heic(), "pillow-heif: pip install 'dapt[heic]'"),
+        ("pillow_heif", "a.heic", heic(), "pillow-heif: pip install 'dapt-clip[heic]'"),
         (
             "pydicom",
             "a.dcm",
             bytes(128) + b"DICM" + bytes(64),
-            "pydicom: pip install 'dapt[dicom]'",
+            "pydicom: pip install 'dapt-clip[dicom]'",
         ),
     ],
 )

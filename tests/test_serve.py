@@ -727,7 +727,8 @@ def test_what_cannot_be_served_is_said_in_a_sentence(run, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = runner.invoke(app, ["serve", str(run.path)])
     assert result.exit_code == 2
-    assert "serving needs uvicorn: pip install 'dapt[serve]'" in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    assert "serving needs uvicorn: pip install 'dapt-clip[serve]'" in said
 
 
 def decoders_of(process):

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 
+# What pip calls this package: its index has another one by the name of dapt.
+DISTRIBUTION = "dapt-clip"
+
 # Nobody reads on; names from files may be of any length.
 _LONGEST = 4000
 # Controls, lone surrogates, line and paragraph separators, and what turns the line around.
@@ -93,8 +96,13 @@ def refusing(what: str, hint: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 # Packages that libraries ask for, by their modules, and what pip is to be told.
-_EXTRAS = {"sentencepiece": "dapt[siglip]", "transformers": "dapt[siglip]", "tiktoken": "tiktoken",
-           "google": "protobuf"}  # fmt: skip
+_EXTRAS = {"sentencepiece": f"{DISTRIBUTION}[siglip]", "transformers": f"{DISTRIBUTION}[siglip]",
+           "tiktoken": "tiktoken", "google": "protobuf"}  # fmt: skip
+
+
+def install(extra: str) -> str:
+    """The line that installs an extra of this package, such as "onnx"."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 @contextmanager

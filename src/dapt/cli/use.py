@@ -21,6 +21,7 @@ from dapt.cli import common
 from dapt.cli.common import command, given_settings, say_error
 from dapt.errors import (
     UserError,
+    install,
     nearest,
     printable,
     refusing,
@@ -336,7 +337,7 @@ def serve(
     try:
         from dapt.serve import server
     except ModuleNotFoundError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'dapt[serve]'") from error
+        raise UserError(f"serving needs {error.name}: {install('serve')}") from error
     from dapt.run.directory import RunDirectory
     from dapt.serve.app import Limits
     from dapt.serve.served import load_served

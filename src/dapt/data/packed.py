@@ -21,7 +21,7 @@ from dapt.data import items
 from dapt.data.images import IMAGE_COLUMNS, first_of
 from dapt.data.items import check_path, make_task
 from dapt.data.spellings import LABEL_COLUMNS, PART_WORDS, is_service, plain_part
-from dapt.errors import UserError, refusing
+from dapt.errors import UserError, install, refusing
 from dapt.safe import files
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -31,7 +31,7 @@ _DICTIONARY, _INFO = "dataset_dict.json", "dataset_info.json"  # of a Hugging Fa
 _LARGEST_IMAGE = 2**30  # bytes of a file
 _PLAIN = re.compile("u?int[0-9]+|(large_)?string")  # types of a column of labels
 _META = re.compile(r"__[^/]*__(/|$)")  # names in a shard that say something of it
-_INSTALL = "pip install 'dapt[sources]'"
+_INSTALL = install("sources")
 _ANEW = "delete it, and it is unpacked anew"
 _Image = tuple[str, str, bytes]  # part ("" where nothing is split), class name, the file's bytes
 

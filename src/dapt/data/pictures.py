@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from dapt.data.colour import to_srgb
 from dapt.data.dicom import first_frame, is_dicom
 from dapt.data.grey import Extent, Scale, extent_of, is_deep, to_8_bits
-from dapt.errors import UserError, reason_of
+from dapt.errors import UserError, install, reason_of
 from dapt.safe.files import open_regular
 from dapt.safe.pictures import EXIF, bounded
 
@@ -28,8 +28,8 @@ _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Pictures of phones and of clinics, which are read where an extra is installed: its module, what
 # to install, and names.
 _EXTRAS = {
-    "HEIC": ("pillow_heif", "pillow-heif: pip install 'dapt[heic]'", (".heic", ".heif", ".hif")),
-    "DICOM": ("pydicom", "pydicom: pip install 'dapt[dicom]'", (".dcm", ".dicom")),
+    "HEIC": ("pillow_heif", f"pillow-heif: {install('heic')}", (".heic", ".heif", ".hif")),
+    "DICOM": ("pydicom", f"pydicom: {install('dicom')}", (".dcm", ".dicom")),
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 

@@ -30,7 +30,7 @@ from dapt.data.spellings import (
     is_service,
     plain_part,
 )
-from dapt.errors import UserError
+from dapt.errors import UserError, install
 from dapt.safe import files
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -404,7 +404,7 @@ def _csv(file: Path, text: str) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a parquet file, of the columns that are meant."""
-    with refusing(f"{file} is parquet", "pip install 'dapt[sources]'", ImportError):
+    with refusing(f"{file} is parquet", install("sources"), ImportError):
         from pyarrow import parquet, types
     # Arrow's errors are a wide family.
     with refusing(f"{file} cannot be read", "write it anew", Exception):

@@ -65,7 +65,7 @@ class Suite(BaseModel, extra="forbid", frozen=True):
     variants: dict[str, dict[str, Any]] = {}  # further columns beside these: name -> settings
     sweeps: dict[str, list[Any]] = {}  # setting -> values, each a variant named setting=value
     shots: list[Annotated[int, Field(strict=True, ge=1)]] = [16]  # support images a class
-    seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]
+    seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]  # each a run
     settings: dict[str, Any] = {}  # fixed for all runs
     evaluations: list[Evaluation] = []  # to do after each run
 

@@ -23,7 +23,7 @@ from dapt.data import Task
 from dapt.engine.data import Data, support_of, task_of, tell_notes
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Interrupted
-from dapt.errors import UserError, reason_of
+from dapt.errors import UserError, install, reason_of
 from dapt.grid.plan import DONE, FAILED, NEW, PlannedRun, backbone_key, task_key
 from dapt.methods import load_plugins, plugins
 from dapt.progress import Reporter
@@ -256,7 +256,7 @@ def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Wo
     try:
         import ray
     except ImportError as error:
-        raise UserError("--ray needs Ray: pip install 'dapt[ray]'") from error
+        raise UserError(f"--ray needs Ray: {install('ray')}") from error
     if begun := not ray.is_initialized():
         dashboard = False if address == "local" else None
         quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}

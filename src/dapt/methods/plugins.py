@@ -92,7 +92,7 @@ def _adopt(plugin: Plugin, before: dict[str, Any], table: dict[str, Any]) -> Non
     if changed := next((n for n in before if table.get(n) is not before[n]), None):
         raise UserError(f"it changes method '{changed}', which was there; give its own a new name")
     if not (added := table.keys() - before.keys()):
-        way = 'METHODS["name"] = Method(...), as docs/plugins.md shows'
+        way = 'METHODS["name"] = Method(...), as docs/how-to/plugins.md shows'
         raise UserError(f"it adds no method; write {way}")
     _ROWS.update(dict.fromkeys(added, plugin))
 

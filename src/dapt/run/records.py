@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from dapt import __version__
 from dapt.clip.backbone import Backbone
 from dapt.data import SupportSet, Task
 from dapt.data.grey import Scale
@@ -27,7 +28,7 @@ from dapt.settings import Settings, kept_values, make_settings
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
-_PACKAGES = ("dapt", "torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
 
 
 class Record(BaseModel):
@@ -334,7 +335,7 @@ def task_record(task: Task) -> dict[str, Any]:
 
 def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
     """Versions, source commit, machine, device and backbone of this process."""
-    device, versions = backbone.device, {}
+    device, versions = backbone.device, {"dapt": __version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)

@@ -27,7 +27,7 @@ from dapt.clip.image import encode_image
 from dapt.engine.classifier import Classifier, inside_of, parts_of
 from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
-from dapt.errors import UserError, refusing
+from dapt.errors import UserError, install, refusing
 from dapt.methods import get_method
 from dapt.progress import Reporter, quietly
 from dapt.run.directory import RunDirectory
@@ -146,7 +146,7 @@ def export(
         content = published_bytes(run)
     else:
         for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
-            with refusing(f"ONNX needs {name}", "pip install 'dapt[onnx]'", ImportError):
+            with refusing(f"ONNX needs {name}", install("onnx"), ImportError):
                 importlib.import_module(name)
         with (reporter or Reporter()).stage(f"exporting {file.name}", 3) as advance:
             how = _How(form, "".join(smaller), batch)
