@@ -16,6 +16,7 @@ from dapt.methods import (
     ivlp,
     kernel_ridge,
     kgcoop,
+    lora_files,
     lp_plus,
     maple,
     mmrl,
@@ -35,10 +36,10 @@ from dapt.methods.contract import (
     LossTerm,
     Method,
     PartSettings,
-    Published,
     Step,
     TowerPart,
 )
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.losses import INTER, INTRA
 
 __all__ = ["AUTOMATIC", "METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head", "LossTerm", "Method",
@@ -48,10 +49,10 @@ ZERO_SHOT, AUTOMATIC = "zero-shot", "auto"
 
 _TEXT, _VISUAL = prompts.Context, prompts.VisualPrompt
 # How the code that CoOp and DAPT were published with saves one prompt, and two.
-_CTX = (Published("ctx", "text_prompt"),)
-_CTX_NET = (*_CTX, *(Published(name, name) for name in cocoop.NETWORK))
-_VIS = (Published("vis_ctx", "visual_prompt", leading=True),)
-_BOTH = (Published("txt_ctx", "text_prompt"), *_VIS)
+_CTX = (Layout((Published("ctx", "text_prompt"),)),)
+_VISUAL_KEY = Published("vis_ctx", "visual_prompt", leading=True)
+_VIS = (Layout((_VISUAL_KEY,)),)
+_BOTH = (Layout((Published("txt_ctx", "text_prompt"), _VISUAL_KEY)),)
 
 METHODS: dict[str, Method] = {
     ZERO_SHOT: Method("Zero-shot CLIP", colour=("#6b7281", "#9aa3b0"), marker="_", shown=True),
@@ -85,33 +86,41 @@ METHODS: dict[str, Method] = {
         instead=("dapt-text", "dapt-visual", AUTOMATIC),
     ),
     "cocoop": Method(
-        "CoCoOp", (cocoop.ConditionalContext,), checkpoint=_CTX_NET, defaults=cocoop.usual,
+        "CoCoOp", (cocoop.ConditionalContext,), checkpoint=cocoop.LAYOUTS, defaults=cocoop.usual,
     ),
     "kgcoop": Method(
-        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual,
+        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=kgcoop.LAYOUTS,
+        defaults=kgcoop.usual,
     ),
-    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt),
+    "vpt-deep": Method(
+        "VPT-deep", (ivlp.DeepVisual,), checkpoint=ivlp.VPT_LAYOUTS, defaults=ivlp.usual_vpt,
+    ),
     "ivlp": Method(
-        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True,
+        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), checkpoint=ivlp.LAYOUTS, defaults=ivlp.usual,
+        tried=True,
     ),
-    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual),
+    "maple": Method(
+        "MaPLe", (maple.CoupledPrompt,), checkpoint=maple.LAYOUTS, defaults=maple.usual,
+    ),
     "promptsrc": Method(
         "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
-        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual,
+        finish=promptsrc.GaussianAverage, checkpoint=promptsrc.LAYOUTS, defaults=promptsrc.usual,
     ),
     "mmrl": Method(
-        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies, defaults=mmrl.usual,
+        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies,
+        checkpoint=mmrl.LAYOUTS, defaults=mmrl.usual,
     ),
     "clip-lora": Method(
-        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
+        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank),
+        checkpoint=lora_files.LAYOUTS, defaults=clip_lora.usual,
     ),
     "2sfs": Method(
         "2SFS", (two_stage.TextNorms, two_stage.VisualNorms), head=two_stage.TwoStage,
-        defaults=two_stage.usual,
+        checkpoint=two_stage.LAYOUTS, defaults=two_stage.usual,
     ),
     "clip-svd": Method(
         "CLIP-SVD", (clip_svd.TextSingularValues, clip_svd.VisualSingularValues),
-        defaults=clip_svd.usual,
+        checkpoint=clip_svd.LAYOUTS, defaults=clip_svd.usual,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

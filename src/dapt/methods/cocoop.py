@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import Pass
 from dapt.methods.contract import HasSettings
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.prompts import ContextSettings, Prompt, first_context
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -18,10 +19,12 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # One image a step (configs/trainers/CoCoOp of the code).
 PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch_size": 1,
              "epochs": 10}  # fmt: skip
-# Its network's tensors, here and in the code.
+# Its network's tensors, here and in the code (trainers/cocoop.py), which saves its prompt learner.
 NETWORK = [
     f"meta_net.{layer}.{of}" for layer in ("linear1", "linear2") for of in ("weight", "bias")
 ]
+_OF_NETWORK = [Published(n, n, dims=1 if n.endswith("bias") else 2) for n in NETWORK]
+LAYOUTS = (Layout((Published("ctx", "text_prompt"), *_OF_NETWORK)),)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

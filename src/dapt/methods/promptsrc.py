@@ -8,6 +8,7 @@ the result is an average over epochs, weighed by a Gaussian.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from dapt.methods import ivlp
 from dapt.methods.contract import (
     LARGEST,
     Finish,
@@ -35,6 +37,10 @@ _LATE = {"stanford_cars", "oxford_flowers", "fgvc_aircraft", "dtd", "eurosat"}
 _LATER = {"average_mean": 45.0, "average_std": 5.0}
 # How many of CLIP's templates for ImageNet, which open_clip lists, the teacher reads.
 _TEMPLATES = 60
+# As IVLP's, whose code it derives from, with a frozen image encoder beside them.
+LAYOUTS = tuple(
+    replace(one, sign="ZS_image_encoder.", aside=("ZS_image_encoder.",)) for one in ivlp.LAYOUTS
+)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
