@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.meters import count_operations, now, peak_memory
+from benchmarks.meters import count_operations, now
 from benchmarks.plain import PlainClassifier
 from dapt.clip.sources import load_backbone, load_model
 from dapt.engine.classifier import Classifier
+from dapt.engine.cost import peak_memory
 from dapt.engine.processes import keep_freed_memory
 from dapt.engine.step import Tuner
 from dapt.errors import UserError

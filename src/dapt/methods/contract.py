@@ -353,6 +353,20 @@ class Method:
         """Whether nothing at all depends on the support images."""
         return not (self.learns or self.head.fitted)
 
+    @property
+    def kind(self) -> str:
+        """What is tuned: "prompts" (tokens), "weights", "heads", or "nothing".
+
+        A row with a head behind learned parts goes by these.
+        """
+        if not self.learns:
+            return "heads" if self.head.fitted else "nothing"
+        tokens = any(
+            part.tokens is not TowerPart.tokens or part.before_layer is not TowerPart.before_layer
+            for part in self.parts
+        )
+        return "prompts" if tokens else "weights"
+
     def changes(self, tower: str) -> bool:
         """Whether features of the "text" or "image" tower are other than the backbone's own."""
         return any(tower in part.towers for part in self.parts)

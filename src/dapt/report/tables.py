@@ -147,6 +147,9 @@ KINDS = {
     "expected": SHARE,  # of new photos, and the interval of that
     **dict.fromkeys(("from", "to"), SHARE._replace(spread=False)),
     "tuning": Kind(digits=1, unit="s", spread=False),
+    "step": Kind(1e3, 1, "ms", spread=False),
+    "predict": Kind(1e3, 2, "ms", spread=False),
+    "peak": Kind(1e-9, 2, "GB", spread=False),
     "learned": Kind(spread=False),
     **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
     "inter after": Kind(digits=3, best=max),

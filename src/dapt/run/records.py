@@ -237,6 +237,9 @@ class Environment(Record):
     support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
+    step_seconds: FiniteFloat | None = Field(None, ge=0)  # a mean, with decoding and whatever else
+    predict_seconds: FiniteFloat | None = Field(None, ge=0)  # of a decoded image
+    peak_bytes: Count | None = None  # the most memory that the process held in the run
     asked: dict[str, Any] | None = None  # values of settings that the backbone did not take
     resumed: list[dict[str, Any]] = []
     imported_from: str | None = None
