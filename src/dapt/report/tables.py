@@ -19,6 +19,7 @@ from dapt.safe.files import open_regular
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 CONFIDENCE = 0.95
+MOST_ROWS = 8  # of a table of methods that needs no groups
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,7 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.tests["of_kind"] = lambda method, row_of, kind: row_of(method).kind == kind
 TEMPLATES.filters |= {
     "csv": _csv,
     "clean": clean,
