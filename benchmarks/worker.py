@@ -150,11 +150,14 @@ class Variant:
         The plain way knows no "once": it makes class features for every batch.
         """
         started = now(self.device)
-        text = None if self.plain else self.classifier.text_features()
+        own = self.classifier
+        each = getattr(own, "reads_images", False)  # class features are made for each image
+        text = None if self.plain or each else own.text_features()
         made = now(self.device)
         for _ in range(EVAL_BATCHES):
-            image = self.classifier.image_features(self.eval_views)
-            self.classifier.logits(image, self.classifier.text_features() if text is None else text)
+            image = own.image_features(self.eval_views)
+            text_of = own.text_features(image) if each or text is None else text
+            own.logits(image, text_of)
         batch = (now(self.device) - made) / EVAL_BATCHES
         return {"eval_class_features": 0.0 if self.plain else made - started, "eval_batch": batch}
 
