@@ -23,7 +23,7 @@ from dapt.clip.backbone import PRECISIONS, choose_device
 from dapt.errors import UserError
 
 VARIANTS = (PLAIN, *PRECISIONS)
-SETTING = ("backbone", "names", "batch_size")
+SETTING = ("backbone", "names", "batch_size", "method")
 
 
 def run_bench(
@@ -38,6 +38,7 @@ def run_bench(
     tasks: Sequence[str] = ("train", "eval"),
     together: bool = False,
     device: str = "auto",
+    methods: Sequence[str] = ("dapt",),
     advance: Callable[..., None] = lambda count, note="": None,
 ) -> dict[str, Any]:
     """Time the training step and evaluation of each variant in each setting, in turns.
@@ -57,6 +58,7 @@ def run_bench(
             those of another: settings, too, compare in the same minutes, but all processes stay
             in memory.
         device: of all cases.
+        methods: whose steps; heads have none, and are fitted to features of nothing.
         advance: is told of each finished turn.
 
     Returns:
@@ -86,11 +88,14 @@ def run_bench(
                     eval_batch_size=eval_batch_size,
                     device=device,
                     variant=variant,
+                    method=method,
                 )
             )
             for variant in variants
         ]
-        for backbone, names, batch_size in product(backbones, class_names, batch_sizes)
+        for backbone, names, batch_size, method in product(
+            backbones, class_names, batch_sizes, methods
+        )
     ]
     cases = [case for setting in settings for case in setting]
     for group in [cases] if together else settings:
@@ -193,6 +198,7 @@ class Case:
             batches = eval_images / self.job.eval_batch_size
             seconds = row["eval_class_features"] + batches * row["eval_batch"]
             row["eval_images_per_second"] = eval_images / seconds
+            row["predict"] = row["eval_batch"] / self.job.eval_batch_size
         if "step" in row:
             row["steps"] = [turn["step"] for turn in self.turns]
             row["flops_per_second"] = row["flops"] / row["step"]

@@ -55,6 +55,10 @@ def bench(
     no_train: Annotated[bool, typer.Option("--no-train", help="Time evaluation only.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Time training steps only.")] = False,
     device: DeviceOption = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Of rows of the table, or all: a table of what each costs."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to it.")] = (
         None
     ),
@@ -69,6 +73,8 @@ def bench(
         dapt bench --class-names sun397.json --batch-size 16 --json bench.json
 
         dapt bench --class-names a.json --class-names b.json --variants bf16 --together
+
+        dapt bench --methods all -b bundled --batch-size 4 --json costs.json
 
         dapt bench -b bundled -b ViT-B-32 --batch-size 8 --batch-size 32 --variants plain,fp32
     """
@@ -97,21 +103,19 @@ def bench(
         }
         sizes = list(dict.fromkeys(batch_sizes or [32]))
         columns = list(dict.fromkeys(v.strip() for v in variants.split(",") if v.strip()))
+        what: dict[str, Any] = {
+            "backbones": chosen, "class_names": names, "batch_sizes": sizes,
+            "eval_batch_size": eval_batch_size, "eval_images": eval_images, "variants": columns,
+            "rounds": rounds, "tasks": tasks, "together": together, "device": device or "auto",
+        }  # fmt: skip
+        if methods is not None:
+            from benchmarks.costs import bench_methods, show_costs
+
+            show_costs(bench_methods(methods, json_file, what))
+            return
         count = len(chosen) * len(names) * len(sizes) * len(columns)
         with RichReporter().stage("bench", (rounds + 1) * count) as advance:
-            report = run_bench(
-                backbones=chosen,
-                class_names=names,
-                batch_sizes=sizes,
-                eval_batch_size=eval_batch_size,
-                eval_images=eval_images,
-                variants=columns,
-                rounds=rounds,
-                tasks=tasks,
-                together=together,
-                device=device or "auto",
-                advance=advance,
-            )
+            report = run_bench(**what, advance=advance)
         if json_file:
             write_json(json_file, report)
         _show(report["cases"])
@@ -155,7 +159,7 @@ def _show(cases: list[dict[str, Any]]) -> None:
     """A table for each setting: a row a variant, with ratios to the first one."""
     from benchmarks.bench import SETTING
 
-    for (backbone, names, batch_size), rows in groupby(cases, lambda c: [c[k] for k in SETTING]):
+    for (backbone, names, batch_size, _), rows in groupby(cases, lambda c: [c[k] for k in SETTING]):
         first, *others = rows
         title = f"{backbone}, {names} ({first['classes']:,} names), batch {batch_size}"
         table = Table(title=cell(title), title_justify="left")

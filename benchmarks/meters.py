@@ -1,12 +1,9 @@
-"""What is measured with: a clock, peak memory, the rate of matrix products, their operations."""
+"""What is measured with: a clock, the rate of matrix products, their operations."""
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,25 +33,6 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
         torch.mm(a, b, out=product)
         best = max(best, 2 * MATMUL_SIDE**3 / (now(device) - started))
     return best
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes of the most memory this process ever held; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # Unlike ru_maxrss, this knows nothing of the parent that this process was forked from.
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def count_operations(loss: Callable[[], torch.Tensor]) -> int:

@@ -6,9 +6,9 @@ features computed for every batch, all in fp32. The package itself never uses it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.inside import EVALUATION, Pass
+from dapt.clip.text import Chunk
+from dapt.engine.classifier import Classifier
 from dapt.methods import TowerPart
 
 
@@ -99,3 +101,15 @@ class PlainClassifier(nn.Module):
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features."""
         return self.backbone.logit_scale * image_features @ text_features.T
+
+
+def all_tokens(classifier: Classifier) -> None:
+    """Let a classifier of any method send each class's 77 tokens, padding and all, through.
+
+    The plain way of methods that are not written out here: no prefix is run once for all classes,
+    nothing is left away behind a name, all classes are one batch. The image tower stays ours.
+    """
+    for encoder in cast(Iterable[Any], classifier.text_encoders):
+        encoder.shares_prefix = encoder.ends_at_end = False
+        count = len(encoder.tokens.own)
+        encoder.chunks = [Chunk(slice(0, count), slice(0, len(encoder.packed)), ())]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.meters import count_operations, now, peak_memory
-from benchmarks.plain import PlainClassifier
+from benchmarks.meters import count_operations, now
+from benchmarks.plain import PlainClassifier, all_tokens
 from dapt.clip.sources import load_backbone, load_model
-from dapt.engine.classifier import Classifier
+from dapt.engine.classifier import Classifier, tuning_head
+from dapt.engine.cost import peak_memory
 from dapt.engine.processes import keep_freed_memory
 from dapt.engine.step import Tuner
 from dapt.errors import UserError
-from dapt.methods import get_method
+from dapt.methods import Evidence, get_method
+from dapt.methods.contract import Examples
 from dapt.settings import make_settings
 
 PLAIN = "plain"
@@ -38,6 +41,7 @@ class Job:
     eval_batch_size: int
     device: str
     variant: str
+    method: str = "dapt"
 
     @property
     def precision(self) -> str:
@@ -72,19 +76,28 @@ class Variant:
         backbone = load_backbone(
             job.backbone, job.pretrained, device=job.device, precision=job.precision
         )
-        settings = make_settings({"dataset": "bundled", "beta_visual": 10.0, "beta_text": 0.1})
-        parts = [part.create(backbone, settings) for part in get_method("dapt").parts]
+        row = get_method(job.method)
+        settings = make_settings({
+            "dataset": "bundled", "method": job.method, "beta_visual": 10.0, "beta_text": 0.1,
+            # What a teacher says of more of them is made once, before all steps.
+            **({"templates": ["a photo of a {}."]} if row.changes("text") else {}),
+        })  # fmt: skip
         self.device, self.plain = backbone.device, job.variant == PLAIN
+        self.learns, self.head = row.learns, row.head
+        parts = [part.create_for(backbone, settings, len(names)) for part in row.parts]
         classifier: Any
-        if self.plain:
+        if self.plain and job.method == "dapt":
             # Its own weights, unfolded; those that drew the prompts go before these come.
             del backbone.visual, backbone.text
             model, _, _ = load_model(job.backbone, job.pretrained)
             classifier = PlainClassifier(backbone, model.to(backbone.device), names, parts)
         else:
             keep_freed_memory()
-            classifier = Classifier(backbone, names, parts)
-        self.classifier = classifier
+            head = tuning_head(backbone, settings) if row.learns else row.head.create(backbone)
+            classifier = Classifier(backbone, names, parts, head)
+            if self.plain:
+                all_tokens(classifier)
+        self.classifier, self.settings = classifier, settings
 
         # Drawn from a generator of their own: the same for all variants.
         draw = torch.Generator().manual_seed(0)
@@ -97,10 +110,32 @@ class Variant:
         with torch.no_grad():
             dimension = classifier.image_features(self.views[:1]).shape[-1]
         prototypes = F.normalize(torch.randn(len(names), dimension, generator=draw), dim=-1)
-        self.tuner = _Timed(classifier, settings, prototypes)
+        if row.learns:
+            self.tuner = _Timed(classifier, settings, prototypes)
+        elif row.head.fitted:
+            self.fit_seconds = self._fit(prototypes.shape[-1], draw)
+
+    def _fit(self, dimension: int, draw: torch.Generator) -> float:
+        """Seconds of fitting the head to features (n, D) of nothing, four of each class."""
+        own, classes = self.classifier, len(self.classifier.class_names)
+        shape = (4 * classes, dimension)
+        features = F.normalize(torch.randn(shape, generator=draw), dim=-1)
+        support = Examples(features, torch.arange(classes).repeat(4))
+        text, lengths = own.text_features(), own.text_lengths()
+        views = partial(_views, features)
+        evidence = Evidence(support, None, text, own.backbone.logit_scale, views, lengths,
+                            lambda: features)  # fmt: skip
+        started = now(self.device)
+        own.head.fit(evidence, self.settings)
+        return now(self.device) - started
 
     def train(self) -> dict[str, Any]:
-        """One training step: seconds of forward, of backward, of all; and its loss."""
+        """One training step: seconds of forward, of backward, of all; and its loss.
+
+        Of a head that is fitted, the seconds of that.
+        """
+        if not self.learns:
+            return {"fit": self.fit_seconds} if self.head.fitted else {}
         started = now(self.device)
         # At a learning rate of zero, every step is the first.
         result = self.tuner.step(self.views, self.labels, lr=0.0)
@@ -115,11 +150,14 @@ class Variant:
         The plain way knows no "once": it makes class features for every batch.
         """
         started = now(self.device)
-        text = None if self.plain else self.classifier.text_features()
+        own = self.classifier
+        each = getattr(own, "reads_images", False)  # class features are made for each image
+        text = None if self.plain or each else own.text_features()
         made = now(self.device)
         for _ in range(EVAL_BATCHES):
-            image = self.classifier.image_features(self.eval_views)
-            self.classifier.logits(image, self.classifier.text_features() if text is None else text)
+            image = own.image_features(self.eval_views)
+            text_of = own.text_features(image) if each or text is None else text
+            own.logits(image, text_of)
         batch = (now(self.device) - made) / EVAL_BATCHES
         return {"eval_class_features": 0.0 if self.plain else made - started, "eval_batch": batch}
 
@@ -128,8 +166,19 @@ class Variant:
         return {"peak_bytes": peak_memory(self.device)}
 
     def count(self) -> dict[str, Any]:
-        """Floating-point operations of one training step, forward and backward."""
-        return {"flops": count_operations(lambda: self.tuner.losses(self.views, self.labels)[0])}
+        """Operations of one training step, forward and backward, and how many numbers it learns."""
+        own = self.classifier
+        learned = {"learned": sum(p.numel() for p in own.learned().values())}
+        if not self.learns:
+            return {"learned": own.learned_parameters}
+        return learned | {
+            "flops": count_operations(lambda: self.tuner.losses(self.views, self.labels)[0])
+        }
+
+
+def _views(features: torch.Tensor, count: int) -> torch.Tensor:
+    """(V, n, D), each the same."""
+    return features.expand(count, -1, -1)
 
 
 class _Timed(Tuner):

@@ -282,3 +282,42 @@ def test_what_bench_refuses(tmp_path):
 def test_precision_example_compares_both():
     columns = read_suite(REPOSITORY / "examples" / "precision.yaml").columns()
     assert [c["precision"] for c in columns.values()] == ["fp32", "bf16"]
+
+
+def test_every_method_is_measured_once(tiny_weights, tmp_path):
+    file = tmp_path / "costs.json"
+    arguments = ["bench", "-b", tiny_weights, "--methods", "dapt,gda", "--variants", "plain,fp32",
+                 "--batch-size", 2, "--eval-batch-size", 2, "--rounds", 1, "--device", "cpu",
+                 "--json", file]  # fmt: skip
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    rows = {(row["method"], row["variant"]): row for row in json.loads(file.read_text())["cases"]}
+    assert set(rows) == {(m, v) for m in ("dapt", "gda") for v in ("plain", "fp32")}
+    assert rows["dapt", "fp32"]["step"] > 0
+    assert rows["dapt", "fp32"]["learned"] == 2 * 16 * 64
+    assert rows["gda", "fp32"]["fit"] >= 0
+    assert "step" not in rows["gda", "fp32"]
+    assert all(row["predict"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+    again = [str(a) for a in arguments]
+    again[again.index("dapt,gda")] = "dapt,gda,gda"
+    before = file.read_bytes()
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert file.read_bytes() == before  # nothing was left to measure
+    again[again.index("--rounds") + 1] = "2"
+    other = CliRunner().invoke(app, again)
+    assert other.exit_code == 2
+    assert "figures of something else" in " ".join(other.output.split())
+
+
+@pytest.mark.parametrize("method", ["maple", "promptsrc", "clip-lora", "coop"])
+def test_the_plain_way_of_any_method_has_its_loss(tiny_weights, method):
+    found = []
+    for variant in ("plain", "fp32"):
+        job = worker.Job(str(tiny_weights), None, "a", WORDS, 2, 1, "cpu", variant, method)
+        made = worker.Variant(job)
+        if made.plain:
+            encoder = made.classifier.text_encoders[0]
+            assert encoder._ids(encoder.chunks[0], encoder.tokens.context)[0].shape == (5, 77)
+        torch.manual_seed(0)
+        found.append(made.tuner.losses(made.views, made.labels)[0].item())
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -820,3 +820,50 @@ def test_the_page_fits_its_screen_in_light_and_dark(browser, hundred):
                                    ("figure svg text", "fill")):  # fmt: skip
                 assert abs(brightness(selector, what) - paper) > 300
     assert browser.complaints() == []
+
+
+MANY = ("zero-shot", "coop", "vpt", "dapt", "maple", "clip-lora", "clip-svd", "gda", "clap", "auto")
+
+
+def test_methods_are_chosen_on_the_page_and_the_rest_is_greyed(browser, tmp_path):
+    for number, method in enumerate(MANY):
+        for shots in (1, 4):
+            accuracy = 0.4 + number / 40 + shots / 50
+            make_run(tmp_path / f"runs/{method}-{shots}", accuracy, method=method, shots=shots)
+    written, page = report(tmp_path / "runs", tmp_path)
+    names = [row[0].strip() for row in page.tables["overview"][1:]]
+    assert names == [
+        "others", "Zero-shot CLIP", "prompts", "CoOp", "VPT", "DAPT", "MaPLe",
+        "weights", "CLIP-LoRA", "CLIP-SVD", "heads", "GDA", "CLAP", "Automatic",
+    ]  # fmt: skip
+    browser.look(1280)
+    browser.open(written.page.as_uri())
+    count = "document.querySelectorAll(`{}`).length".format
+    assert browser.evaluate(count("#choice label[data-row] input:checked")) == len(MANY)
+    # By the keyboard: the box of all heads, then that of one method.
+    browser.evaluate("document.querySelectorAll('#choice [data-group]')[3].focus()")
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=" ", code="Space", text=" ",
+                     windowsVirtualKeyCode=32)  # fmt: skip
+    assert browser.evaluate(count("#choice label[data-row] input:checked")) == len(MANY) - 3
+    assert browser.evaluate(count("tr[data-row='GDA']:not([hidden])")) == 0
+    assert browser.evaluate(count("svg .off[data-row='GDA']")) > 0
+    assert browser.evaluate(count("svg .off[data-row='MaPLe']")) == 0
+    heading = "[...document.querySelectorAll('tr.group')].filter((r) => !r.hidden).at(-1).innerText"
+    assert browser.evaluate(heading).strip() == "weights"
+    browser.evaluate("document.querySelector('.key li[data-row=\"MaPLe\"]').dispatchEvent("
+                     "new MouseEvent('mouseover', {bubbles: true}))")  # fmt: skip
+    assert browser.evaluate(count("svg .dim[data-row='CoOp']")) > 0
+    assert browser.evaluate(count("svg .dim[data-row='MaPLe']")) == 0
+    browser.open(written.page.as_uri())  # nothing is remembered
+    assert browser.evaluate(count("#choice label[data-row] input:checked")) == len(MANY)
+    assert browser.complaints() == []
+
+
+def test_what_a_run_cost_is_shown(tmp_path):
+    make_run(tmp_path / "runs", 0.5)
+    cost = {"step_seconds": 0.25, "predict_seconds": 0.004, "peak_bytes": 2 * 10**9}
+    edit(tmp_path / "runs" / "environment.json", **cost)
+    _, page = report(tmp_path / "runs", tmp_path)
+    for column, value in (("a step", "250.0"), ("an image", "4.00"), ("peak memory", "2.00")):
+        assert page.cell("overview", "DAPT", column) == value

@@ -1,7 +1,9 @@
 """Settings: presets, overrides, and refusals that help."""
 
 import pytest
+from typer.testing import CliRunner
 
+from dapt.cli import app
 from dapt.data import open_task
 from dapt.engine.fit import total_steps
 from dapt.errors import UserError
@@ -197,3 +199,14 @@ def test_the_table_matches_the_paper():
         (True, True, []),
         (True, True, ["inter", "intra"]),
     ]
+
+
+def test_methods_tells_how_many_numbers_a_backbone_has_of_each(tiny_weights):
+    result = CliRunner().invoke(app, ["methods", "-b", str(tiny_weights)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    assert rows["dapt"].rstrip("│ ").endswith(" 2,048")  # two prompts of 16 vectors, 64 wide
+    assert rows["gda"].rstrip("│ ").endswith(" 0")
+    assert [rows[name].split("│")[3].strip() for name in ("maple", "2sfs", "gda", "zero-shot")] == [
+        "prompts", "weights", "heads", "nothing",
+    ]  # fmt: skip

@@ -231,9 +231,20 @@ def _everything(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 @command("methods")
-def methods(plugin: common.PluginOption = None) -> None:
-    """List the methods: what each learns, and by which loss terms."""
-    made = table("name", "method", "what is learned", "losses besides cross-entropy")
+def methods(
+    backbone: common.BackboneOption = None,
+    pretrained: common.PretrainedOption = None,
+    classes: Annotated[int, Option(min=1, help="Classes to count numbers for.")] = 100,
+    plugin: common.PluginOption = None,
+) -> None:
+    """List the methods: what each learns, by which loss terms; of a backbone, how many numbers.
+
+    Numbers are those of gradient descent; those of heads follow from the images.
+    """
+    counted = _counted(backbone, pretrained, classes) if backbone is not None else {}
+    figures = [f"numbers, {classes} classes"] if counted else []
+    made = table("name", "method", "kind", "what is learned", "losses besides cross-entropy",
+                 figures=figures)  # fmt: skip
     with outlines():
         from dapt.methods import METHODS
         from dapt.settings import make_settings
@@ -241,8 +252,26 @@ def methods(plugin: common.PluginOption = None) -> None:
         for name, row in METHODS.items():
             settings = make_settings({"dataset": "bundled", "method": name})
             losses = ", ".join(term.name for term in row.losses)
-            made.add_row(name, row.title, row.describe(settings) or "–", losses or "–")
+            said = (name, row.title, row.kind, row.describe(settings) or "–", losses or "–")
+            made.add_row(*said, *([counted[name]] if counted else []))
     console.print(made)
+
+
+def _counted(backbone: str, pretrained: str | None, classes: int) -> dict[str, str]:
+    """How many numbers gradient descent learns of each method; "–" where a backbone takes none."""
+    from dapt.clip.sources import load_backbone
+    from dapt.methods import METHODS
+    from dapt.settings import make_settings
+
+    loaded, found = load_backbone(backbone, pretrained, device="cpu"), dict[str, str]()
+    for name, row in METHODS.items():
+        settings = make_settings({"dataset": "bundled", "method": name, "backbone": backbone})
+        try:
+            parts = [part.create_for(loaded, settings, classes) for part in row.parts]
+            found[name] = f"{sum(p.numel() for one in parts for p in one.parameters()):,}"
+        except UserError:
+            found[name] = "–"
+    return found
 
 
 @command("settings")

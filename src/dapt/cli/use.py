@@ -414,7 +414,7 @@ def import_(
     device: common.DeviceOption = None,
     overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Make a run of prompts that the field's published code has tuned, on the same backbone."""
+    """Make a run of what the field's published code has tuned, on the same backbone."""
     from dapt.share.exchange import import_checkpoint
 
     told, given = RichReporter(), given_settings(context)
@@ -429,7 +429,7 @@ def import_(
 def export(
     run: common.RunArgument,
     output: Annotated[Path, Option("--output", "-o", help="File to write.")],
-    form: Annotated[str, Option("--format", "-f", help="onnx, torch or coop.")] = "onnx",
+    form: Annotated[str, Option("--format", "-f", help="onnx, torch, coop or peft.")] = "onnx",
     int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
     fp16: Annotated[bool, Option("--fp16", help="ONNX in 16 bits: half as large.")] = False,
     batch: Annotated[int | None, Option(min=1, help="Fix the number of images it takes.")] = None,

@@ -18,6 +18,7 @@ from dapt.methods import (
     ivlp,
     kernel_ridge,
     kgcoop,
+    lora_files,
     lp_plus,
     maple,
     mmrl,
@@ -38,10 +39,10 @@ from dapt.methods.contract import (
     LossTerm,
     Method,
     PartSettings,
-    Published,
     Step,
     TowerPart,
 )
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.losses import INTER, INTRA
 
 __all__ = ["AUTOMATIC", "BUILT_IN", "GROUPS", "METHODS", "ZERO_SHOT", "Evidence", "Finish", "Head",
@@ -52,10 +53,10 @@ ZERO_SHOT, AUTOMATIC = "zero-shot", "auto"
 
 _TEXT, _VISUAL = prompts.Context, prompts.VisualPrompt
 # How the code that CoOp and DAPT were published with saves one prompt, and two.
-_CTX = (Published("ctx", "text_prompt"),)
-_CTX_NET = (*_CTX, *(Published(name, name) for name in cocoop.NETWORK))
-_VIS = (Published("vis_ctx", "visual_prompt", leading=True),)
-_BOTH = (Published("txt_ctx", "text_prompt"), *_VIS)
+_CTX = (Layout((Published("ctx", "text_prompt"),)),)
+_VISUAL_KEY = Published("vis_ctx", "visual_prompt", leading=True)
+_VIS = (Layout((_VISUAL_KEY,)),)
+_BOTH = (Layout((Published("txt_ctx", "text_prompt"), _VISUAL_KEY)),)
 
 METHODS: dict[str, Method] = {
     ZERO_SHOT: Method("Zero-shot CLIP", colour=("#6b7281", "#9aa3b0"), marker="_", shown=True),
@@ -89,36 +90,51 @@ METHODS: dict[str, Method] = {
         instead=("dapt-text", "dapt-visual", AUTOMATIC),
     ),
     "cocoop": Method(
-        "CoCoOp", (cocoop.ConditionalContext,), checkpoint=_CTX_NET, defaults=cocoop.usual,
+        "CoCoOp", (cocoop.ConditionalContext,), checkpoint=cocoop.LAYOUTS, defaults=cocoop.usual,
         field=True,
     ),
     "kgcoop": Method(
-        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=_CTX, defaults=kgcoop.usual, field=True,
+        "KgCoOp", (_TEXT,), (kgcoop.KNOWLEDGE,), checkpoint=kgcoop.LAYOUTS,
+        defaults=kgcoop.usual,
+        field=True,
     ),
-    "vpt-deep": Method("VPT-deep", (ivlp.DeepVisual,), defaults=ivlp.usual_vpt, field=True),
+    "vpt-deep": Method(
+        "VPT-deep", (ivlp.DeepVisual,), checkpoint=ivlp.VPT_LAYOUTS, defaults=ivlp.usual_vpt,
+        field=True,
+    ),
     "ivlp": Method(
-        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), defaults=ivlp.usual, tried=True, field=True,
+        "IVLP", (ivlp.DeepContext, ivlp.DeepVisual), checkpoint=ivlp.LAYOUTS, defaults=ivlp.usual,
+        tried=True,
+        field=True,
     ),
-    "maple": Method("MaPLe", (maple.CoupledPrompt,), defaults=maple.usual, field=True),
+    "maple": Method(
+        "MaPLe", (maple.CoupledPrompt,), checkpoint=maple.LAYOUTS, defaults=maple.usual,
+        field=True,
+    ),
     "promptsrc": Method(
         "PromptSRC", (ivlp.DeepContext, ivlp.DeepVisual), promptsrc.NEAR_FROZEN,
-        finish=promptsrc.GaussianAverage, defaults=promptsrc.usual, field=True,
+        finish=promptsrc.GaussianAverage, checkpoint=promptsrc.LAYOUTS, defaults=promptsrc.usual,
+        field=True,
     ),
     "mmrl": Method(
-        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies, defaults=mmrl.usual,
+        "MMRL", (mmrl.Representation,), mmrl.NEAR_FROZEN, mmrl.both_entropies,
+        checkpoint=mmrl.LAYOUTS, defaults=mmrl.usual,
         field=True,
     ),
     "clip-lora": Method(
-        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank), defaults=clip_lora.usual,
+        "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank),
+        checkpoint=lora_files.LAYOUTS, defaults=clip_lora.usual,
         field=True,
     ),
     "2sfs": Method(
         "2SFS", (two_stage.TextNorms, two_stage.VisualNorms), head=two_stage.TwoStage,
-        defaults=two_stage.usual, field=True,
+        checkpoint=two_stage.LAYOUTS, defaults=two_stage.usual,
+        field=True,
     ),
     "clip-svd": Method(
         "CLIP-SVD", (clip_svd.TextSingularValues, clip_svd.VisualSingularValues),
-        defaults=clip_svd.usual, field=True,
+        checkpoint=clip_svd.LAYOUTS, defaults=clip_svd.usual,
+        field=True,
     ),
     "text-prototype": Method("Text + prototype", head=prototypes.TextPrototype),
     "kernel-ridge": Method("Kernel ridge", head=kernel_ridge.KernelRidge),

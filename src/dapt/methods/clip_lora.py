@@ -8,6 +8,7 @@ another path, on which gradients miss the changes of later layers: a mistake, no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -72,6 +73,13 @@ class LowRank(WeightChange):
         own: LoraSettings = settings.of(LoraSettings)
         maps = ", ".join(own.lora_maps)
         return f"changes of rank {own.lora_rank} to {maps} in the {cls.tower} tower"
+
+    @classmethod
+    def settings_of(cls, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Any]:
+        """Which maps are changed, and the rank."""
+        there = {name.split(".")[2]: t for name, t in tensors.items() if name.endswith(".A")}
+        rank = next(iter(there.values())).shape[0]
+        return {"lora_maps": tuple(name for name in "qkvo" if name in there), "lora_rank": rank}
 
     def _pair(self, layer: int, name: str) -> Any:
         layers: Any = getattr(self, f"{self.kind}_lora")

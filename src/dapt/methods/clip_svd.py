@@ -8,6 +8,7 @@ takes the number of epochs for the cosine's period, in steps: a mistake, not fol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dapt.clip.inside import linear_maps
 from dapt.methods.contract import HasSettings, PartSettings
+from dapt.methods.layouts import CLIP, Layout, Published
 from dapt.methods.published import settings_for
 from dapt.methods.weights import DESCENT, FEW, LISTED, WeightChange, own_steps
 
@@ -29,6 +31,25 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
     """As published (configs/few_shot); fewer steps and the backbone's scale on own data."""
     published = {"lr": 5e-4, "steps": 200 * shots, "logit_scale": 100.0}
     return settings_for(dataset, shots, DESCENT | published, own_steps(shots), FEW)
+
+
+# What maps are called in CLIP whose attention is taken apart, as this code and CLIP-LoRA's do.
+_CALLED = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.proj",
+           "fc": "mlp.c_fc", "proj": "mlp.c_proj"}  # fmt: skip
+# The whole model, in which singular values are called vector_S (1, r). That name, and that of
+# attention's maps, are those of the code of singular value fine-tuning which it derives from: no
+# recorded run shows them.
+LAYOUTS = (
+    Layout(
+        tuple(
+            Published(f"{where}transformer.resblocks.{{}}.{key}.vector_S",
+                      f"{kind}_svd.{{}}.{name}", leading=True, dims=1)
+            for where, kind in (("", "text"), ("visual.", "visual"))
+            for name, key in _CALLED.items()
+        ),
+        aside=CLIP,
+    ),
+)  # fmt: skip
 
 
 class SvdSettings(PartSettings):
@@ -74,6 +95,12 @@ class SingularValues(WeightChange):
         """Such as "singular values of q, k, v, o, fc, proj in the image tower"."""
         maps = ", ".join(settings.of(SvdSettings).svd_maps)
         return f"singular values of {maps} in the {cls.tower} tower"
+
+    @classmethod
+    def settings_of(cls, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Any]:
+        """Which maps they are of."""
+        there = {name.rpartition(".")[2] for name in tensors}
+        return {"svd_maps": tuple(name for name in _CALLED if name in there)}
 
     def change(self, layer: int, name: str) -> Tensor | None:
         """``U diag(s - s_0) V``: where s stays, the weight does to the bit."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dapt.clip.inside import Pass
 from dapt.methods import published
 from dapt.methods.contract import HasSettings
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.prompts import ContextSettings, Prompt, first_context
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -23,10 +24,12 @@ PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch
 # Of own data: a shift that is random at the start takes many steps to make good again.
 OWN = {"batch_size": 4, "shift_start": 0.0}
 FEW = {"lr": 5e-4, "epochs": 5, "text_init": None, "text_vectors": None}
-# Its network's tensors, here and in the code.
+# Its network's tensors, here and in the code (trainers/cocoop.py), which saves its prompt learner.
 NETWORK = [
     f"meta_net.{layer}.{of}" for layer in ("linear1", "linear2") for of in ("weight", "bias")
 ]
+_OF_NETWORK = [Published(n, n, dims=1 if n.endswith("bias") else 2) for n in NETWORK]
+LAYOUTS = (Layout((Published("ctx", "text_prompt"), *_OF_NETWORK)),)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

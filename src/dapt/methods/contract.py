@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dapt.clip.inside import Pass
 from dapt.errors import UserError
 from dapt.methods.held_out import HeldOut
+from dapt.methods.layouts import Layout
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
@@ -89,7 +90,7 @@ class TowerPart(nn.Module):
         return cls.__name__
 
     @classmethod
-    def settings_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def settings_of(cls, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Any]:
         """Settings that follow from the shapes of what somebody else has learned."""
         return {}
 
@@ -323,15 +324,6 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Published:
-    """How the field's published code calls a tensor in its checkpoints."""
-
-    key: str  # its name there
-    tensor: str  # its name in a run's files
-    leading: bool = False  # whether it has a first dimension of one there
-
-
-@dataclass(frozen=True)
 class Method:
     """A row of the table: the parts that a method is put together of."""
 
@@ -343,7 +335,7 @@ class Method:
     finish: type[Finish] = Finish
     # Of a dataset and number of shots: settings of its own, where others' would not do.
     defaults: Callable[[str, int], dict[str, Any]] = lambda dataset, shots: {}
-    checkpoint: tuple[Published, ...] = ()  # how published code saves what is learned
+    checkpoint: tuple[Layout, ...] = ()  # how published code saves it, its own way first
     colour: tuple[str, str] | None = None  # for light and for dark paper; others share a few
     marker: str = "o"  # in curves
     shown: bool = False  # whether the demo compares it
@@ -361,6 +353,20 @@ class Method:
     def still(self) -> bool:
         """Whether nothing at all depends on the support images."""
         return not (self.learns or self.head.fitted)
+
+    @property
+    def kind(self) -> str:
+        """What is tuned: "prompts" (tokens), "weights", "heads", or "nothing".
+
+        A row with a head behind learned parts goes by these.
+        """
+        if not self.learns:
+            return "heads" if self.head.fitted else "nothing"
+        tokens = any(
+            part.tokens is not TowerPart.tokens or part.before_layer is not TowerPart.before_layer
+            for part in self.parts
+        )
+        return "prompts" if tokens else "weights"
 
     def changes(self, tower: str) -> bool:
         """Whether features of the "text" or "image" tower are other than the backbone's own."""

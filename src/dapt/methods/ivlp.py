@@ -17,6 +17,7 @@ from dapt.clip.inside import Pass, norm
 from dapt.errors import UserError
 from dapt.methods import published
 from dapt.methods.contract import HasSettings, PartSettings
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.prompts import ContextSettings, Prompt, VisualSettings, normal_vectors
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -29,6 +30,20 @@ PUBLISHED = {"text_vectors": 2, "visual_vectors": 2, "text_init": "a photo of a"
 # (configs/trainers/VPT; the names of one's own data have its own).
 VPT = {"visual_vectors": 8, "lr": 0.0025, "batch_size": 4, "epochs": 5,
        "template": "a photo of a {}."}  # fmt: skip
+# As the code (trainers/independentVL.py, clip/model.py) saves them: the whole model, in which the
+# prompt of a layer after the first is that layer's own. It does not say which words the text
+# prompt began with; they are taken to be the published ones.
+_VISUAL = (
+    Published("image_encoder.VPT", "visual_prompt.0"),
+    Published("image_encoder.transformer.resblocks.{}.VPT_shallow", "visual_prompt.{}"),
+)
+_TEXT = (
+    Published("prompt_learner.ctx", "text_prompt.0"),
+    Published("text_encoder.transformer.resblocks.{}.VPT_shallow", "text_prompt.{}"),
+)
+VPT_LAYOUTS = (Layout(_VISUAL),)
+BEGUN = {"text_init": PUBLISHED["text_init"]}
+LAYOUTS = (Layout((*_TEXT, *_VISUAL), settings=lambda facts: BEGUN),)
 # Of few images of own data, which say little (judged as the others in published.yaml).
 FEW = {"lr": 0.0003}
 

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from dapt.methods import published
 from dapt.methods.contract import LARGEST, LossTerm, PartSettings, Step
+from dapt.methods.layouts import Layout, Published
 
 # 100 epochs of large batches (configs/trainers/KgCoOp and scripts of the code).
 PUBLISHED = {"text_vectors": 4, "text_init": "a photo of a", "lr": 0.002, "batch_size": 128,
              "epochs": 100}  # fmt: skip
 # Of few images of own data, passes and words of the context are everyone's.
 FEW = {"text_vectors": None, "text_init": None, "batch_size": None, "epochs": None}
+# As the code (trainers/kgcoop.py) saves it, with modules beside the context that it never uses.
+LAYOUTS = (
+    Layout(
+        (Published("ctx", "text_prompt"),), sign="bias_vectors", aside=("bias_vectors", "meta_net.")
+    ),
+)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dapt.clip.inside import Pass, norm
 from dapt.methods import published
 from dapt.methods.contract import HasSettings
-from dapt.methods.ivlp import FEW, put, starting
+from dapt.methods.ivlp import BEGUN, FEW, put, starting
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.prompts import ContextSettings, Prompt, linear_map
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -25,6 +26,17 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
 # Two vectors in each of nine layers, 5 epochs of batches of 4 (configs/trainers/MaPLe of the code).
 PUBLISHED = {"text_vectors": 2, "text_init": "a photo of a", "prompt_depth": 9, "lr": 0.0035,
              "batch_size": 4, "epochs": 5}  # fmt: skip
+# As the code (trainers/maple.py) saves it: the whole model.
+_LEARNED = (
+    Published("prompt_learner.ctx", "text_prompt.0"),
+    Published("prompt_learner.compound_prompts_text.{}", "text_prompt.{}", shift=-1),
+    *(
+        Published(f"prompt_learner.{key}.{of}", f"visual_map.{layer}.{of}", dims=dims, shift=shift)
+        for key, layer, shift in (("proj", "0", 0), ("compound_prompt_projections.{}", "{}", -1))
+        for of, dims in (("weight", 2), ("bias", 1))
+    ),
+)
+LAYOUTS = (Layout(_LEARNED, settings=lambda facts: BEGUN),)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

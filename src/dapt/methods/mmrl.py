@@ -7,6 +7,7 @@ tuned by AdamW, and on benchmarks at a fixed logit scale of 100.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dapt.errors import UserError
 from dapt.methods import published
 from dapt.methods.contract import LARGEST, HasSettings, LossTerm, PartSettings, Step, TowerPart
 from dapt.methods.ivlp import put
+from dapt.methods.layouts import Layout, Published
 from dapt.methods.prompts import linear_map
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -36,6 +38,19 @@ FEW = {"lr": 5e-4, "epochs": None}
 _NEAR = {"stanford_cars": 7.0, "fgvc_aircraft": 6.0, "sun397": 6.0, "dtd": 6.0, "food101": 5.0,
          "oxford_flowers": 4.0, "ucf101": 3.0, "oxford_pets": 0.2, "eurosat": 0.01}  # fmt: skip
 _WIDE = {"eurosat": {"rep_width": 2048}}
+# As the code (trainers/mmrl.py) saves it: the whole model. It keeps no share of the two features.
+LAYOUTS = (
+    Layout((
+        Published("representation_learner.compound_rep_tokens", "rep_tokens"),
+        Published("image_encoder.proj_rep", "rep_projection"),
+        *(
+            Published(f"representation_learner.compound_rep_tokens_{key}.{{}}.{of}",
+                      f"{name}.{{}}.{of}", dims=dims)
+            for key, name in (("r2vproj", "rep_to_visual"), ("r2tproj", "rep_to_text"))
+            for of, dims in (("weight", 2), ("bias", 1))
+        ),
+    )),
+)  # fmt: skip
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
@@ -125,6 +140,14 @@ class Representation(TowerPart):
         own: RepresentationSettings = settings.of(RepresentationSettings)
         words = f"{own.rep_tokens} learned tokens, mapped into both towers from layer"
         return f"{words} {own.rep_from} on, and a second image feature of what becomes of them,"
+
+    @classmethod
+    def settings_of(cls, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Any]:
+        """Number and width of tokens, and the layer from which on there are maps."""
+        count, width = tensors["rep_tokens"].shape
+        maps = sum(name.startswith("rep_to_text.") for name in tensors) // 2
+        first = min(backbone.text_layers, backbone.vision_layers) - maps + 1
+        return {"rep_tokens": count, "rep_width": width, "rep_from": max(1, first)}
 
     def before_layer(self, tower: str, layer: int, x: Tensor, at: slice) -> Tensor:
         """The layer's own tokens, new at the first and in place of the last at later ones."""

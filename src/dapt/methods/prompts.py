@@ -77,10 +77,11 @@ class Prompt(TowerPart):
         return f"{words} in each of up to {depth} layers" if depth else words
 
     @classmethod
-    def settings_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def settings_of(cls, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Any]:
         """Numbers of vectors and, of a deep prompt, of layers."""
         own = [t for name, t in tensors.items() if name.split(".")[0] == f"{cls.kind}_prompt"]
-        found = {f"{cls.kind}_vectors": own[0].shape[-2], f"{cls.kind}_depth": len(own)}
+        depths = dict.fromkeys((f"{cls.kind}_depth", "prompt_depth"), len(own))
+        found = {f"{cls.kind}_vectors": own[0].shape[-2], **depths}
         return {name: n for name, n in found.items() if name in cls.Settings.model_fields}
 
     def tokens(self, tower: str, now: Pass) -> Tensor:

@@ -8,6 +8,7 @@ the result is an average over epochs, weighed by a Gaussian.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ OWN = {"epochs": 20, "average_mean": 15.0, "average_std": 1.0}
 FEW = ivlp.FEW | {"epochs": 10, "average_mean": 7.5}
 # How many of CLIP's templates for ImageNet, which open_clip lists, the teacher reads.
 _TEMPLATES = 60
+# As IVLP's, whose code it derives from, with a frozen image encoder beside them.
+LAYOUTS = tuple(
+    replace(one, sign="ZS_image_encoder.", aside=("ZS_image_encoder.",)) for one in ivlp.LAYOUTS
+)
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dapt.methods.contract import (
     TowerPart,
 )
 from dapt.methods.fitting import LEAST_LR, cosine, descend, entropy_of_views
+from dapt.methods.layouts import CLIP, Layout, Published
 from dapt.methods.published import settings_for
 from dapt.methods.weights import DESCENT
 
@@ -33,6 +34,23 @@ if TYPE_CHECKING:  # it brings open_clip along, which the table of methods shoul
     from dapt.clip.backbone import Backbone
 
 _NORMS = ("ln_1", "ln_2")
+# As the state dict of the code's last model (fs/twostage.py) has it, which holds CLIP, that one's
+# image tower once more, and class weights; names without CLIP's attribute are taken too.
+LAYOUTS = (
+    Layout(
+        (
+            *(
+                Published(f"clip_model.{where}transformer.resblocks.{{}}.{norm}.{of}",
+                          f"{kind}_norms.{{}}.{norm}.{of}", dims=1)
+                for where, kind in (("", "text"), ("visual.", "visual"))
+                for norm in _NORMS
+                for of in ("weight", "bias")
+            ),
+            Published("classifier", "weight"),
+        ),
+        aside=("backbone.", *CLIP),
+    ),
+)  # fmt: skip
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:

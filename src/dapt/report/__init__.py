@@ -19,8 +19,17 @@ from dapt.errors import UserError
 from dapt.progress import Reporter
 from dapt.report import comparison, figures, inside
 from dapt.report.collect import Run, collect
-from dapt.report.study import Block, Study, full_settings, row_of
-from dapt.report.tables import CONFIDENCE, PAGE, TEMPLATES, Table, clean, require_page, shown
+from dapt.report.study import KINDS_OF_METHODS, Block, Study, full_settings, row_of
+from dapt.report.tables import (
+    CONFIDENCE,
+    MOST_ROWS,
+    PAGE,
+    TEMPLATES,
+    Table,
+    clean,
+    require_page,
+    shown,
+)
 from dapt.safe.files import TEMPORARY, read_json, write_atomic, write_json
 
 __all__ = ["Report", "write_report"]
@@ -139,6 +148,8 @@ def _page(study: Study, failures: Mapping[Path, str], **told: object) -> str:
         anchor=anchor,
         figures=figures,
         row_of=row_of,
+        kinds=KINDS_OF_METHODS,
+        most_rows=MOST_ROWS,
         confidence=CONFIDENCE,
         ece_bins=ECE_BINS,
         generator=_GENERATOR,

@@ -112,7 +112,9 @@ class Run:
             return {}
         values: dict[str, Any] = dict(self.metrics.test or {})
         values["learned"] = self.metrics.learned_parameters
-        values["tuning"] = self.environment.tuning_seconds
+        made = self.environment
+        values |= {"tuning": made.tuning_seconds, "step": made.step_seconds,
+                   "predict": made.predict_seconds, "peak": made.peak_bytes}  # fmt: skip
         if (told := self.metrics.forecast) is not None:
             values |= {"expected": told.accuracy, "from": told.low, "to": told.high}
         for kind, change in self.metrics.dispersion.items():

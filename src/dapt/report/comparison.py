@@ -15,6 +15,11 @@ from dapt.report.tables import HIGHER, POINTS, Column, Named, Row, Samples, Tabl
 
 _AVERAGE = "Averages are over seeds that every dataset has; a method that lacks one has none."
 
+_COST = (
+    "A step is a mean over tuning, with all around it; an image is predicted decoded, four at a "
+    "time; peak memory is the process's in the run."
+)
+
 
 def averaged(datasets: Sequence[str]) -> list[Sequence[str]]:
     """All datasets, if there are several, and each alone."""
@@ -39,8 +44,11 @@ def overview(study: Study) -> Iterator[Block]:
         "ECE": "ece",
         "learned": "learned",
     }
-    for title, measure in (more | {"tuning": "tuning"}).items():
+    cost = {"tuning": "tuning", "a step": "step", "an image": "predict", "peak memory": "peak"}
+    for title, measure in (more | cost).items():
         columns.append(study.column(title, scope, measure))
+    if any("peak" in run.figures for run in study.runs):
+        note = f"{note} {_COST}".strip()
     about = study.named("overview", caption=f"All methods at {scope.at}")
     tables = [study.by_method(about, columns, note)]
     if len(study.datasets) > 1:

@@ -32,6 +32,7 @@ _LIGHT: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
 _VARIABLES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
 _LEGEND_ROW, _LEGEND_COLUMNS = 0.24, 4  # inches; entries a row
 _DASHED = (0, (4, 3))
+_ROW = "row-"  # begins the id of a method's marks; after it, a number, "-", and its label
 
 
 class Entry(NamedTuple):
@@ -72,6 +73,12 @@ def method_colour(method: str, methods: Sequence[str]) -> str:
     if method in _OWN:
         return method
     return f"other-{[m for m in methods if m not in _OWN].index(method) % 3}"
+
+
+def _mark(entry: Entry, *artists: Any) -> None:
+    """Say whose marks these are, by which the page greys the others' (see `_for_page`)."""
+    for number, artist in enumerate(artists):
+        artist.set_gid(f"{_ROW}{number}-{entry.label}")
 
 
 def draw(paint: Callable[..., Layout], about: Named, *shown: Any) -> Drawing:
@@ -126,6 +133,9 @@ def _for_page(svg: bytes, title: str, cut: float) -> str:
             # A style would hold for the whole page, which says the same itself.
             if child.get("id") == "legend" or child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
+    for element in root.iter():
+        if (own := element.get("id", "")).startswith(_ROW):
+            element.set("data-row", own.removeprefix(_ROW).partition("-")[2])
     values = [value for element in root.iter() for value in element.attrib.values()]
     used = {i for value in values for i in re.findall(r"(?:^|url\()#([\w.-]+)", value)}
     for element in root.iter():
@@ -150,14 +160,15 @@ def accuracy_over_shots(axes: Any, lines: Mapping[Entry, Mapping[int, Estimate]]
         means = np.array([point.mean for point in known])
         every += means.tolist()
         if marker(entry.colour) == "_":
-            axes.axhline(float(np.mean(means)), color=colour, linestyle=_DASHED, linewidth=1.5)
+            level = float(np.mean(means))
+            _mark(entry, axes.axhline(level, color=colour, linestyle=_DASHED, linewidth=1.5))
             continue
         # Two seeds' interval is twelve standard errors wide: only a table can hold it.
         half = np.array([(p.half if p.count > 2 else None) or 0.0 for p in known])
         x, low, high = [shots.index(k) for k in sorted(points)], means - half, means + half
-        if half.any():
-            axes.fill_between(x, low, high, color=colour, alpha=0.08, linewidth=0)
-        axes.plot(x, means, color=colour, marker=marker(entry.colour))
+        bands = [axes.fill_between(x, low, high, color=colour, alpha=0.08, linewidth=0)
+                 for _ in range(int(half.any()))]  # fmt: skip
+        _mark(entry, *axes.plot(x, means, color=colour, marker=marker(entry.colour)), *bands)
     # Wide bands of few seeds must not flatten the lines.
     room = max(0.25 * (max(every) - min(every)), 2.0)
     axes.set(xlabel="shots", ylabel="accuracy, %", xlim=(-0.3, len(shots) - 0.7))
@@ -172,7 +183,8 @@ def accuracy_by_method(axes: Any, lines: Mapping[Entry, Mapping[int, Estimate]])
     style = {"fmt": "o", "markersize": 7, "capsize": 0, "elinewidth": 2.5}
     for y, entry in enumerate(list(means)[::-1]):
         mean, half = means[entry].mean, means[entry].half or None
-        axes.errorbar(mean, y, xerr=half, color=_LIGHT[entry.colour], **style)
+        drawn = axes.errorbar(mean, y, xerr=half, color=_LIGHT[entry.colour], **style)
+        _mark(entry, *(artist for artist in drawn.get_children() if artist is not None))
     ends = [mean.mean + side * (mean.half or 0.0) for mean in means.values() for side in (-1, 1)]
     return _by_method(axes, "accuracy, %", list(means), ends, room=(0.08, 1))
 
@@ -181,9 +193,9 @@ def before_and_after(axes: Any, what: str, changes: Mapping[Entry, tuple[float, 
     """For each method a hollow dot (before), a filled one (after), and the way between."""
     for y, entry in enumerate(list(changes)[::-1]):
         (before, after), colour = changes[entry], _LIGHT[entry.colour]
-        axes.plot([before, after], [y, y], color=colour, linewidth=2.2)
-        axes.plot(before, y, "o", markersize=7, markerfacecolor="none", color=colour)
-        axes.plot(after, y, "o", markersize=7.5, color=colour)
+        way = axes.plot([before, after], [y, y], color=colour, linewidth=2.2)
+        hollow = axes.plot(before, y, "o", markersize=7, markerfacecolor="none", color=colour)
+        _mark(entry, *way, *hollow, *axes.plot(after, y, "o", markersize=7.5, color=colour))
     axes.locator_params(axis="x", nbins=5)
     ends = [value for pair in changes.values() for value in pair]
     return _by_method(axes, what, list(changes), ends, room=(0.1, 0.002))
@@ -210,12 +222,12 @@ def training_curves(axes: Any, what: str, curves: Mapping[Entry, np.ndarray]) ->
         # More points than pixels would only make the page larger.
         step = max(1, values.shape[1] // 200)
         colour, x = _LIGHT[entry.colour], np.arange(1, values.shape[1] + 1)[::step]
-        values = values[:, ::step]
+        values, bands = values[:, ::step], list[Any]()
         if len(values) > 1:
             low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        shape = "o" if len(x) == 1 else None
-        axes.plot(x, np.nanmean(values, 0), color=colour, linewidth=1.6, marker=shape)
+            bands = [axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)]
+        look = {"color": colour, "linewidth": 1.6, "marker": "o" if len(x) == 1 else None}
+        _mark(entry, *axes.plot(x, np.nanmean(values, 0), **look), *bands)
     axes.set(xlabel="epoch", ylabel=what)
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.xaxis.get_major_locator().set_params(integer=True)

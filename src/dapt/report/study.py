@@ -34,6 +34,9 @@ MOST_DATASETS = 12
 # taken for and how sure that was.
 HardClass = tuple[str, float, list[tuple[str, str, float]]]
 _Seeds = list[int] | None
+# Groups of methods, by what they tune, with their headings.
+KINDS_OF_METHODS = {"nothing": "others", "prompts": "prompts", "weights": "weights",
+                    "heads": "heads"}  # fmt: skip
 Variant = tuple[tuple[str, str], ...]  # (varied setting, its value as JSON or ""), by name
 
 
@@ -312,7 +315,10 @@ class Study:
         self, about: Named, columns: list[Column], note: str = "", methods: Iterable[str] = ()
     ) -> Table:
         """A table with a row for each method, or for some."""
-        rows = [Row(row_of(m).title, m, m) for m in methods or self.methods]
+        shown = list(methods or self.methods)
+        if len(shown) > tables.MOST_ROWS:  # in groups, which have headings then
+            shown.sort(key=lambda m: [*KINDS_OF_METHODS].index(row_of(m).kind))
+        rows = [Row(row_of(m).title, m, m) for m in shown]
         return Table(about, "method", columns, rows, note)
 
 

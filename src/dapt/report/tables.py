@@ -19,6 +19,7 @@ from dapt.safe.files import open_regular
 
 PAGE = Path(__file__).parent / "page"  # templates and data
 CONFIDENCE = 0.95
+MOST_ROWS = 8  # of a table of methods that needs no groups
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ KINDS = {
     "expected": SHARE,  # of new photos, and the interval of that
     **dict.fromkeys(("from", "to"), SHARE._replace(spread=False)),
     "tuning": Kind(digits=1, unit="s", spread=False),
+    "step": Kind(1e3, 1, "ms", spread=False),
+    "predict": Kind(1e3, 2, "ms", spread=False),
+    "peak": Kind(1e-9, 2, "GB", spread=False),
     "learned": Kind(spread=False),
     **dict.fromkeys(("inter before", "intra before"), Kind(digits=3)),
     "inter after": Kind(digits=3, best=max),
@@ -246,6 +250,7 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.tests["of_kind"] = lambda method, row_of, kind: row_of(method).kind == kind
 TEMPLATES.filters |= {
     "csv": _csv,
     "clean": clean,

@@ -246,6 +246,9 @@ class Environment(Record):
     support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
+    step_seconds: FiniteFloat | None = Field(None, ge=0)  # a mean, with decoding and whatever else
+    predict_seconds: FiniteFloat | None = Field(None, ge=0)  # of a decoded image
+    peak_bytes: Count | None = None  # the most memory that the process held in the run
     asked: dict[str, Any] | None = None  # values of settings that the backbone did not take
     resumed: list[dict[str, Any]] = []
     plugin: PluginRecord | None = None  # that the method is of

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.data import Task, content_digest, load_support_set, support_digest
+from dapt.engine.cost import forget_peak, peak_memory, predict_seconds
 from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overlap
 from dapt.engine.effort import Search, named, seconds_of, summary
 from dapt.engine.evaluate import dispersion, evaluate_task
 from dapt.engine.features import Shared, backbone_of
-from dapt.engine.fit import Journal, Tuned, fit
+from dapt.engine.fit import Journal, Tuned, fit, total_steps
 from dapt.engine.forecast import forecast, forecast_map
 from dapt.engine.processes import join_processes
 from dapt.engine.step import StepResult
@@ -81,6 +82,7 @@ def train(
         how = {"device": processes.device(settings.device), "revision": pinned(run, resume)}
         shared = Shared(backbone_of(settings, **how))
     tell = reporter.warn if processes.first else nobody
+    forget_peak(shared.backbone.device)
     used = suited(settings, data.task.class_names, shared.backbone, tell)
     with ExitStack() as stack:
         parts: dict[str, Any] = {"reporter": reporter, "stack": stack}
@@ -235,7 +237,12 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
     spent: dict[str, Any] = {
         "tuning_seconds": round(tuned.seconds, 2),
         "evaluation_seconds": round(seconds, 2),
+        "predict_seconds": predict_seconds(classifier),
+        "peak_bytes": peak_memory(classifier.backbone.device),
     }
+    if classifier.learned():
+        steps = total_steps(settings, len(tuned.support.store))
+        spent["step_seconds"] = tuned.seconds / steps
     more, folds = dict[str, Any](), None
     if (search := journal.search) is not None:
         spent["effort_seconds"], more["effort"] = seconds_of(search), summary(search)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -28,17 +29,13 @@ from torch import Tensor
 
 from dapt.errors import UserError, reason_of
 from dapt.safe.files import open_regular, read_json, read_yaml
+from dapt.safe.wrappers import renamed, unwrapped
 
 StateDict = dict[str, Tensor]
 
 # Tensors that describe a model or its training and are no weights.
 _DESCRIPTIONS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids",
                  "n_averaged")  # fmt: skip
-# Under what training code keeps a state dict; of several, the first.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
-# What DistributedDataParallel, torch.compile, FSDP and checkpointed activations put into names.
-_IN_NAMES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_BEFORE_NAMES = {"model", "net"}  # attributes in which training code keeps its model
 _INDEX = ".index.json"  # ends the name of a file that tells in which file each tensor is
 
 # A pickle of names and shapes; the tensors' bytes are elsewhere. A thousand tensors take about
@@ -48,10 +45,11 @@ _MAX_PARTS, _MAX_NAME = 64, 1000  # of a tensor's dimensions or a call's argumen
 
 
 class Checkpoint(NamedTuple):
-    """What training code saved: its state dict, and after which epoch if it says so."""
+    """What training code saved: its state dict, after which epoch if it says so, and metadata."""
 
     state: StateDict
     epoch: int | None
+    facts: Mapping[str, Any] = MappingProxyType({})  # texts and numbers, not looked at
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -96,7 +94,7 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read the state dict, alone or as ``{"state_dict": ..., "epoch": ...}``, of training code.
 
-    Other wrappers (`_WRAPPERS`) and what wrapped modules put into names are taken off too.
+    Other wrappers and what wrapped modules put into names are taken off too.
 
     Tensors whose names end in a part to ``ignore`` are not read; ``what`` is for messages. It is a
     `UserError` if the file is missing or damaged, holds no state dict, anything but tensors in it,
@@ -114,10 +112,10 @@ def read_checkpoint(
                 value: Any = load_file(path)
             else:
                 value = _read_pickled(file)
-            state = _unwrapped(value)
+            state = unwrapped(value, _is_tensor)
             if not isinstance(state, dict) or not _plain(state):
                 raise UserError(f"{path} holds no state dict; save model.state_dict() into it")
-            state = _renamed(state, ignore, path)
+            state = renamed(state, ignore, path)
             described = {name: v for name, v in state.items() if isinstance(v, _Described)}
             state |= _build_tensors(described, path.stat().st_size)
     except (UserError, MemoryError, PermissionError):
@@ -130,47 +128,16 @@ def read_checkpoint(
         if not tensor.numel():
             shape = tuple(tensor.shape)
             raise UserError(f"{path} holds '{name}' of shape {shape}, a tensor without numbers")
-    epoch = value.get("epoch") if isinstance(value, dict) else None
-    return Checkpoint(state, epoch if type(epoch) is int and 0 < epoch < 2**31 else None)
-
-
-def _unwrapped(value: Any) -> Any:
-    """The state dict in what training code saved, which may be wrapped more than once."""
-    for _ in range(_MAX_PARTS):
-        if not isinstance(value, dict):
-            break
-        wrapped = [value[name] for name in _WRAPPERS if name in value]
-        inner = [v for v in wrapped if isinstance(v, dict)]
-        if not inner:
-            if any(map(_is_tensor, value.values())):
-                break
-            if wrapped:
-                return None  # a whole model, say, which would have to be run
-            # Under another name: what holds nothing but tensors, if that is one thing.
-            inner = [v for v in value.values() if isinstance(v, dict) and v]
-            inner = [v for v in inner if all(map(_is_tensor, v.values()))]
-            if len(inner) != 1:
-                break
-        value = inner[0]
-    return value
+    epoch, facts = (
+        value.get(n) if isinstance(value, dict) else None for n in ("epoch", "metadata")
+    )
+    said = {k: v for k, v in facts.items() if type(k) is str} if isinstance(facts, dict) else {}
+    plain = {name: v for name, v in said.items() if isinstance(v, int | float | str)}
+    return Checkpoint(state, epoch if type(epoch) is int and 0 < epoch < 2**31 else None, plain)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor | _Described)
-
-
-def _renamed(state: dict[str, Any], ignore: Container[str], path: Path) -> dict[str, Any]:
-    """A state dict without what is to be ignored, under names as its bare model has them."""
-    found, was = dict[str, Any](), dict[str, str]()
-    for name, value in state.items():
-        parts = [part for part in name.split(".") if part not in _IN_NAMES]
-        while len(parts) > 1 and parts[0] in _BEFORE_NAMES:
-            del parts[0]
-        if (bare := ".".join(parts)) in found:
-            raise UserError(f"{path} holds both '{was[bare]}' and '{name}'; keep one of them")
-        if parts and parts[-1] not in ignore:
-            found[bare], was[bare] = value, name
-    return found
 
 
 def is_torchscript(path: Path) -> bool:

@@ -35,14 +35,16 @@ from dapt.run.load import load_classifier
 from dapt.safe.files import write_atomic
 from dapt.settings import backbone_name
 from dapt.share.card import is_card, model_card
-from dapt.share.exchange import published_bytes
+from dapt.share.exchange import ADAPTER, published_files
 
 # Each form, in the words of its card.
 FORMATS = {
     "onnx": "an ONNX graph: normalised images in, probabilities out",
     "torch": "a program for torch.export.load: normalised images in, probabilities out",
-    "coop": "the prompts alone, as CoOp's code and its descendants save them",
+    "coop": "what was learned alone, as CoOp's code and its descendants save it",
+    "peft": "low-rank changes alone, as PEFT saves those of a CLIP of transformers",
 }
+_LEARNED_ALONE = ("coop", "peft")
 _SMALLER = {
     "int8": ", with its linear layers at 8 bits (the metrics below are those of the run at fp32)",
     "fp16": ", computed at 16 bits (the metrics below are those of the run at fp32)",
@@ -63,7 +65,7 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export; the last three are missing where nothing is computed (coop)."""
+    """What came of an export; the last three are missing where nothing is computed."""
 
     file: Path
     card: Path  # the model card beside it
@@ -108,8 +110,8 @@ def export(
 
     Args:
         run, file: from where and to where; ``<stem>.md`` beside it becomes the card.
-        form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, the prompts
-            as the published code saves them.
+        form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, what was
+            learned as the method's published code saves it, or ``peft``, as that library does.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
         fp16: with ``onnx``, weights and what is computed at 16 bits; images and probabilities stay
             at fp32.
@@ -128,22 +130,26 @@ def export(
         raise UserError(f"--{smaller[0]} goes with --format onnx, not with {form}")
     if len(smaller) > 1:
         raise UserError("--int8 and --fp16 exclude each other; give one")
-    if batch is not None and (batch < 1 or form == "coop"):
+    if batch is not None and (batch < 1 or form in _LEARNED_ALONE):
         raise UserError(f"--batch {batch} is 1 or more, with --format onnx or torch; change it")
     if file.is_dir() or card == file:
         raise UserError(f"--output {file} must name a file, such as classifier.onnx")
-    if file.suffix.lower() in _OF_RUNS:
+    adapter = form == "peft"
+    if adapter and file.name != ADAPTER:
+        raise UserError(f"--output {file}: PEFT reads {ADAPTER} alone; give folder/{ADAPTER}")
+    if file.suffix.lower() in _OF_RUNS and not adapter:
         raise UserError(f"--output {file} has the name of a run's own files; give classifier.onnx")
     if card.exists() and not is_card(card):
         hint = "choose another --output"
         raise UserError(f"{card}, where the model card goes, is something else; {hint}")
     run.require()
-    if form != "coop" and get_method(name := run.read_settings().method).reads_images:
+    if form not in _LEARNED_ALONE and get_method(name := run.read_settings().method).reads_images:
         what = f"class features of method '{name}' are made for each image, by the text tower"
         raise UserError(f"{what}, which no exported file has; use dapt predict or dapt serve")
-    exported = Exported(file, card)
-    if form == "coop":
-        content = published_bytes(run)
+    exported, beside = Exported(file, card), dict[str, bytes]()
+    if form in _LEARNED_ALONE:
+        beside = published_files(run, form)
+        content = beside.pop("")
     else:
         for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
             with refusing(f"ONNX needs {name}", install("onnx"), ImportError):
@@ -155,7 +161,8 @@ def export(
     rounded = "".join(_SMALLER[name] for name in smaller)
     said = model_card(run, f"`{file.name}`, {FORMATS[form]}{fixed}{rounded}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, content)
+    for name, more in {file.name: content, **beside}.items():
+        write_atomic(file.with_name(name), more)
     write_atomic(card, said)
     return exported
 
