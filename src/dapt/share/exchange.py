@@ -205,6 +205,9 @@ def published_bytes(run: RunDirectory) -> bytes:
     if not entries:
         what = f"what {settings.method} learned in {run.path} has no place in a CoOp checkpoint"
         raise UserError(f"{what}; use --format onnx or torch")
+    if not run.read_environment().reads_text:
+        what = f"{run.path} has class vectors beside its prompts, which a CoOp checkpoint has not"
+        raise UserError(f"{what}; use --format onnx or torch")
     tensors, _ = run.read_tensors(run.prompts_file)
     state = {e.key: tensors[e.tensor][None] if e.leading else tensors[e.tensor] for e in entries}
     file = io.BytesIO()
