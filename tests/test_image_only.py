@@ -207,13 +207,13 @@ def test_who_asked_for_no_method_gets_auto(given, tmp_path):
 
 
 def test_class_vectors_start_at_the_support_means_and_are_learned(given, shared):
-    settings = settings_of(given, "vpt", lr=20.0)
+    settings = settings_of(given, "vpt", lr=20.0, logit_scale=2.0)
     tuned = fit(open_data(settings), settings, shared=shared)
     vectors = tuned.classifier.tensors()["class_vectors"]
     means = torch.nn.functional.normalize(tuned.support.prototypes, dim=-1)
     cosines = (torch.nn.functional.normalize(vectors, dim=-1) * means).sum(-1)
     assert vectors.shape == (3, 64)
-    assert (cosines > 0.99).all()
+    assert (cosines > 0.9).all()
     assert not torch.allclose(vectors, vectors.norm(dim=-1, keepdim=True) * means, atol=1e-5)
     spread = dispersion(tuned)["inter"]
     assert spread["before"] == pytest.approx(float(torch.pdist(means).mean()), rel=1e-4)
@@ -228,8 +228,8 @@ def test_a_head_that_is_fitted_afterwards_sees_no_class_vectors(given, shared):
 
 
 def test_a_loss_of_class_features_moves_the_class_vectors(given, shared):
-    settings = settings_of(given, "vpt", loss_weights={"inter": 50.0})
-    plain = settings_of(given, "vpt")
+    settings = settings_of(given, "vpt", lr=20.0, loss_weights={"inter": 50.0})
+    plain = settings_of(given, "vpt", lr=20.0)
     data = open_data(settings)
     one, other = (fit(data, s, shared=shared).classifier.tensors() for s in (settings, plain))
     assert not torch.equal(one["class_vectors"], other["class_vectors"])
