@@ -128,7 +128,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         shots = most if self.shots is None else self.shots
         settings = self._settings(shots)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
-        if numbers and not given and get_method(settings.method).head.reads_text:
+        backbone, head = self._backbone(settings), get_method(settings.method).head
+        if numbers and not given and head.reads_text and backbone.reads_text:
             called = f"prompts call the classes {names[0]!r}, {names[1]!r} and so on"
             hint = "give class_names, such as {0: 'cat', 1: 'dog'}"
             warnings.warn(f"{called}, for want of names; {hint}", stacklevel=2)
@@ -142,7 +143,6 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         support = draw_support_set(task, shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
-        backbone = self._backbone(settings)
         if settings.backbone == SUITED and backbone.name == BUNDLED:
             hint = "connect and start Python anew, or give backbone the name of a model"
             warnings.warn(f"{STAND_IN}; {hint}", stacklevel=2)
@@ -188,8 +188,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self, "files_")
         images = as_sequence(X)
-        if not hasattr(self, "_classifier"):  # it is not pickled
-            self._classifier = self._built(self.files_)
+        self._require_classifier()
         store = ImageStore(images, **self._classifier.of_views())
         try:
             logits = classify(self._classifier, store)
@@ -251,7 +250,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         settings = make_settings(json.loads(self.files_["settings.json"]))
-        if get_method(settings.method).closed(settings):
+        self._require_classifier()
+        if self._classifier.closed(settings):
             self._fit_again(settings, classes, tuple(everything), X, y)
             return self
         if X is not None:
@@ -276,7 +276,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if len(given) != len(images) or not set(given) <= set(added):
             raise InputError("add_classes needs a label for each image, one of the added classes")
         lacking = [names[code] for code in added if code not in given]
-        if lacking and not get_method(settings.method).head.reads_text:
+        read = self._classifier.backbone.reads_text
+        if lacking and not (read and get_method(settings.method).head.reads_text):
             what = f"method '{settings.method}' knows classes by images alone"
             raise InputError(f"{what}; give some of '{lacking[0]}': add_classes(names, X, y)")
         known = self._known()
@@ -393,6 +394,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if hasattr(self, "_classifier"):
             return self._classifier.backbone
         return self._backbone(settings)
+
+    def _require_classifier(self) -> None:
+        if not hasattr(self, "_classifier"):  # it is not pickled
+            self._classifier = self._built(self.files_)
 
     def _built(self, files: dict[str, bytes], own_names: Sequence[str] | None = None) -> Classifier:
         """The classifier that a run's files hold; it was tuned on other classes, if given."""

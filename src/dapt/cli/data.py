@@ -201,7 +201,8 @@ def _show_findings(dataset: str, found: Findings) -> None:
         ],
         f"classes hard to tell apart: {len(found.classes):,}": [
             f"'{one.classes[0]}' and '{one.classes[1]}': {one.confused:.0%} of their photos are "
-            f"nearer to the other; cosine of the names {one.text_cosine:.2f}"
+            "nearer to the other"
+            + ("" if (cos := one.text_cosine) is None else f"; cosine of the names {cos:.2f}")
             for one in found.classes
         ],
     }

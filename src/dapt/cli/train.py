@@ -136,7 +136,7 @@ def _compare(
     from dapt.engine.evaluate import evaluate_zero_shot
     from dapt.methods import get_method
 
-    if get_method(final.method).still:
+    if get_method(final.method).still or not shared.backbone.reads_text:
         return
     found = evaluate_zero_shot(images.task, final, reporter, shared)
     figure, called = ("accuracy", "") if tuned.map is None else ("map", "mAP ")

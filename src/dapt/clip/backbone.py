@@ -22,6 +22,8 @@ from dapt.errors import UserError, refusing
 _PROBE = (
     "A Photo of the Quick-Brown FOX, jumping over 12,345 lazy_dogs & 67.890 Vexed Wizards' boxes!"
 )
+# Methods that need no words, as sentences name them.
+WORDLESS = "auto, linear-probe, vpt"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,9 +45,12 @@ class Preprocessing:
 class Backbone(nn.Module):
     """A frozen vision-language model, in eval mode, which is the only one it has.
 
+    A model of images alone is one too: its ``model`` has no ``text``, and it has no tokenizer.
+
     Attributes:
-        visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D).
-        tokenizer: open_clip's, list of strings -> (C, L) ids.
+        visual: image tower, (B, 3, S, S) -> (B, D); ``text``: text tower, (C, L) ids -> (C, D), or
+            None; ``reads_text`` says which.
+        tokenizer: open_clip's, list of strings -> (C, L) ids; None where no text is read.
         name: what it was loaded as; ``revision`` the commit of its hub repository, if it has one.
         weights_sha256: of its weights; ``fingerprint`` of all that decides what it makes of images
             and texts: weights, layout, preprocessing and vocabulary.
@@ -79,7 +84,7 @@ class Backbone(nn.Module):
         self.revision, self.weights_sha256 = revision, _digest(model.state_dict())
         seen = (self.weights_sha256, _layout(model), asdict(preprocessing), _vocabulary(tokenizer))
         self.fingerprint = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
-        self.visual, self.text = model.visual, model.text
+        self.visual, self.text = model.visual, getattr(model, "text", None)
         # A plain number: nothing learns it, and fp32 arithmetic on it is wanted everywhere.
         self.logit_scale = float(cast(Tensor, model.logit_scale).detach().float().exp())
         bias = getattr(model, "logit_bias", None)
@@ -87,10 +92,11 @@ class Backbone(nn.Module):
         for part in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, part)).view(1, 3, 1, 1)
             self.register_buffer(part, values, persistent=False)
-        a, b, empty = tokenizer(["a", "b", ""], context_length=8).tolist()
-        self.start_tokens: list[int] = a[:1] if a[0] == b[0] else []
-        self.pad_token: int = empty[-1]
-        self.end_token = next((t for t in reversed(empty) if t != empty[-1]), empty[-1])
+        if self.reads_text:
+            a, b, empty = tokenizer(["a", "b", ""], context_length=8).tolist()
+            self.start_tokens: list[int] = a[:1] if a[0] == b[0] else []
+            self.pad_token: int = empty[-1]
+            self.end_token = next((t for t in reversed(empty) if t != empty[-1]), empty[-1])
         self.eval().requires_grad_(False)
         if device.type == "cuda" and self.dtype == torch.float32:
             # fp32 is the reference: PyTorch would run convolutions in TF32 (untested on a GPU).
@@ -98,7 +104,7 @@ class Backbone(nn.Module):
         for module in model.modules():
             if isinstance(module, transformer.ResidualAttentionBlock):
                 _fold_quick_gelu(module.mlp)
-        for tower in (self.visual, self.text):
+        for tower in filter(None, (self.visual, self.text)):
             _cast(tower, self.dtype)
         self.to(device)
 
@@ -123,6 +129,17 @@ class Backbone(nn.Module):
     )
 
     @property
+    def reads_text(self) -> bool:
+        """Whether there is a text tower: without one, class names have no features."""
+        return self.text is not None
+
+    def require_text(self) -> None:
+        """Raise `UserError` where class names have no features."""
+        if not self.reads_text:
+            what = f"backbone '{self.name}' reads no text, so class names tell it nothing"
+            raise UserError(f"{what}; use a method of images alone ({WORDLESS})")
+
+    @property
     def context_length(self) -> int:
         """Longest text in tokens, start and end included."""
         own = isinstance(self.text, TextTransformer)  # others say what their positions reach to
@@ -132,7 +149,8 @@ class Backbone(nn.Module):
         """What of the image tower visual prompts need to know."""
         if (found := trunks.layers_of(self.visual)) is None:
             what = f"the image tower of '{self.name}' is a {trunks.name_of(self.visual)}"
-            hint = "use a method without one (dapt-text, coop, auto), or a ViT such as ViT-B-16"
+            others = "dapt-text, coop, auto" if self.reads_text else "auto, linear-probe"
+            hint = f"use a method without one ({others}), or a ViT such as ViT-B-16"
             raise UserError(f"{what}, which takes no visual prompt; {hint}")
         return found
 
@@ -146,6 +164,11 @@ class Backbone(nn.Module):
         return found.detach().float()
 
     @property
+    def image_dimension(self) -> int:
+        """D, of image features."""
+        return int(self.visual.output_dim)
+
+    @property
     def text_dimension(self) -> int:
         """D, of class features, where a context can be learned."""
         projection = self.text_transformer().text_projection
@@ -156,6 +179,7 @@ class Backbone(nn.Module):
 
     def text_transformer(self) -> TextTransformer:
         """The text tower, where something can be learned in its layers."""
+        self.require_text()
         if not isinstance(self.text, TextTransformer):
             what = f"the text tower of '{self.name}' is a {type(self.text).__name__}"
             hint = "use a method of shallow prompts (coop, dapt), or a model such as ViT-B-16"
@@ -164,6 +188,7 @@ class Backbone(nn.Module):
 
     def _words(self) -> Tensor:
         """(V, W): embeddings of all tokens, where the text tower takes others in their place."""
+        self.require_text()
         if isinstance(self.text, TextTransformer):
             return self.text.token_embedding.weight
         if isinstance(self.text, HFTextEncoder):
@@ -286,7 +311,12 @@ def _layout(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's words with their ids, its merges, and what it makes of a text."""
+    """SHA-256 over a tokenizer's words with their ids, its merges, and what it makes of a text.
+
+    Empty where there is none.
+    """
+    if tokenizer is None:
+        return ""
     inner: Any = getattr(tokenizer, "tokenizer", None)
     words = inner.get_vocab() if hasattr(inner, "get_vocab") else getattr(tokenizer, "encoder", {})
     merges = [" ".join(pair) for pair in getattr(tokenizer, "bpe_ranks", {})]

@@ -18,13 +18,13 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import hub_format, known
+from dapt.clip import hub_format, image_only, known
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.errors import UserError, lacking, nearest, refusing
 from dapt.progress import errors, quietly, say
@@ -71,6 +71,7 @@ def load_backbone(
             ``"bundled"``, the small CLIP in this package, which knows drawings;
             ``"auto"``, the one in ``known.yaml`` that is best for photographs on this machine, or
             the bundled one, with a warning, where that cannot be had;
+            a model of timm's, which reads no text (``"timm:vit_small_patch14_dinov2.lvd142m"``);
             an open_clip model (``"ViT-B-16"``), with ``pretrained`` one of its tags;
             a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
             or of one, ``"org/repo@commit"``;
@@ -78,8 +79,9 @@ def load_backbone(
             ``config.json`` (of types clip, siglip, siglip2, metaclip_2, chinese_clip);
             a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
             whose architecture is read from the shapes.
-        pretrained: tag or weights file for an open_clip name; ``"random"`` for untrained
-            weights, always the same; by default OpenAI's weights where the model has them.
+        pretrained: tag or weights file for a name of open_clip's or timm's; ``"random"`` for
+            untrained weights, always the same; by default OpenAI's weights where the model has
+            them, of timm's models those that timm takes.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         precision: ``"fp32"``, ``"bf16"`` (fp16 on a GPU without it) or ``"fp16"``.
         revision: commit of a hub id that names none.
@@ -141,6 +143,8 @@ def _reach_hub(name: str, pretrained: str) -> None:
 def load_model(name: str, pretrained: str | None) -> Loaded:
     """open_clip's own model, tokenizer and preprocessing; sources and errors of `load_backbone`."""
     path = user_path(name)
+    if name.startswith(image_only.PREFIX):
+        return _from_timm(name.removeprefix(image_only.PREFIX), pretrained)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
         what = f"--pretrained {pretrained} goes with open_clip model names"
         raise UserError(f"{what}; backbone '{name}' brings its own weights, so leave it out")
@@ -157,7 +161,7 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
 
 def _is_hub_id(name: str) -> bool:
     path = user_path(name)
-    local = path.exists() or path.name.endswith(_WEIGHTS)
+    local = path.exists() or path.name.endswith(_WEIGHTS) or name.startswith(image_only.PREFIX)
     return not local and (name.startswith("hf-hub:") or "/" in name)
 
 
@@ -463,7 +467,9 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     config = open_clip.get_model_config(name)
     if config is None:
         what = f"unknown backbone '{name}'{nearest(name, open_clip.list_models())}"
-        ways = "'bundled', an open_clip model name, a hub id org/repo, or a file of weights"
+        ways = (
+            "'bundled', an open_clip model name, timm:NAME, a hub id org/repo, or a file of weights"
+        )
         raise UserError(f"{what}; use {ways}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     _need_transformers(config, f"the text tower of '{name}'", "hf_model_name")
@@ -497,6 +503,43 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         raise UserError(f"{what}; use {ways}")
     seen = getattr(model.visual, "preprocess_cfg", {})
     return model, _tokenizer(name, config), _preprocessing(model, seen, name)
+
+
+@quietly()
+def _from_timm(name: str, pretrained: str | None) -> Loaded:
+    file = Path(pretrained or "")
+    if pretrained not in (None, "random") and not file.is_file():
+        if "." in name or file.name.endswith(_WEIGHTS):
+            raise UserError(f"there is no weights file {file} for 'timm:{name}'; check the path")
+        name, pretrained = f"{name}.{pretrained}", None
+    seed = torch.random.fork_rng(devices=[])
+    with seed, refusing(f"timm cannot make '{name}'", "give another model", *_ODD):
+        torch.manual_seed(0)  # untrained, yet the same everywhere
+        trunk = image_only.new_trunk(name)
+    if pretrained != "random":
+        file = file if pretrained else _timm_weights(name)
+        with refusing(f"the weights in {file} do not fit 'timm:{name}'", "check both", *_ODD):
+            state = image_only.adapted(read_state_dict(file), trunk, name)
+            _check_fit(trunk.state_dict(), state, str)
+            trunk.load_state_dict({n: t.float() if t.is_floating_point() else t
+                                   for n, t in state.items()})  # fmt: skip
+    seen = image_only.preprocessing_of(trunk)
+    model = image_only.ImageOnly(image_only.ImageTower(trunk, seen["size"]))
+    return model, None, _preprocessing(model, seen, f"timm:{name}")
+
+
+def _timm_weights(name: str) -> Path:
+    """timm's weights of a model as safetensors, fetched into the hub's cache."""
+    found = image_only.configuration(name)
+    file = found.hf_hub_filename or "model.safetensors"
+    if not found.hf_hub_id or not file.endswith(".safetensors"):
+        what = f"timm has no weights of '{name}' on the hub that can be read without running them"
+        raise UserError(f"{what}; name others, or give --pretrained FILE or random")
+    if not _cached(found.hf_hub_id, file):
+        _tell_of(f"weights of 'timm:{name}'", f"'{found.hf_hub_id}' of the Hugging Face hub")
+    what = f"weights of 'timm:{name}' could not be fetched from the hub"
+    with refusing(what, "check the connection, or give --pretrained FILE", Exception):
+        return Path(hf_hub_download(found.hf_hub_id, file))
 
 
 @quietly()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from dapt.data.grey import Scale
 from dapt.data.items import DEFAULT_TEMPLATE
 from dapt.errors import UserError
 from dapt.methods import Head, Method, TowerPart
+from dapt.methods.class_vectors import ClassVectors
 from dapt.methods.sigmoids import Sigmoids
 from dapt.settings import Settings, text_memory
 
@@ -64,7 +65,7 @@ class Classifier(nn.Module):
         self.reads_images = any(part.reads_images for part in parts_of(self.parts, "text"))
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoders = nn.ModuleList()
-        if self.head.reads_text or parts_of(self.parts, "text"):
+        if backbone.reads_text and (self.head.reads_text or parts_of(self.parts, "text")):
             context = inside_of(self.parts, "text").tokens
             own = {"class_contexts": context is not None and context.dim() == 3}
             for tokens in self._tokens(context, templates or (template,)):
@@ -95,6 +96,11 @@ class Classifier(nn.Module):
             found |= {SIGMOIDS + name: t for name, t in self.sigmoids.state_dict().items()}
         return found
 
+    def closed(self, settings: Settings) -> str:
+        """Why it knows the classes it was tuned on alone; empty where it knows others too."""
+        reasons = (self.head.closed, *(cast(TowerPart, p).closed(settings) for p in self.parts))
+        return next(filter(None, reasons), "")
+
     @property
     def learned_parameters(self) -> int:
         """How many numbers were learned or fitted."""
@@ -102,6 +108,8 @@ class Classifier(nn.Module):
 
     def text_features(self, image_features: Tensor | None = None, now: Pass = EVALUATION) -> Tensor:
         """(C, D) normalised class features in fp32, (C, 0) where the head reads none.
+
+        Of a backbone that reads no text they are what a part learned in their place, else zeros.
 
         Where a part reads images, they are (B, C, D), for each of normalised image features (B, D)
         that are given. Computed once, unless for images, or gradients may reach what is learned in
@@ -118,9 +126,6 @@ class Classifier(nn.Module):
         return self._text()[1]
 
     def _text(self, now: Pass = EVALUATION) -> tuple[Tensor, Tensor]:
-        if not len(self.text_encoders):
-            empty = torch.zeros(len(self.class_names), 0, device=self.backbone.device)
-            return empty, empty.norm(dim=-1, keepdim=True)
         parts = parts_of(self.parts, "text")
         if any(p.requires_grad for part in parts for p in part.parameters()):
             return self._encoded(inside_of(parts, "text", Pass(now.generator)))
@@ -131,6 +136,11 @@ class Classifier(nn.Module):
         return self._fixed_text
 
     def _encoded(self, inside: Inside) -> tuple[Tensor, Tensor]:
+        if not len(self.text_encoders):
+            backbone = self.backbone
+            size = len(self.class_names), 0 if backbone.reads_text else backbone.image_dimension
+            empty = torch.zeros(size, device=backbone.device)
+            return inside.features(empty, None), empty.norm(dim=-1, keepdim=True)
         found = [_unit_and_length(encoder(inside)) for encoder in self.text_encoders]
         features, lengths = found[0]
         if len(found) > 1:
@@ -259,16 +269,23 @@ def new_classifier(
     settings: Settings,
     *,
     multilabel: bool = False,
+    tuned: bool = False,
 ) -> Classifier:
-    """A classifier as a method's row says, with initial values drawn by the settings' seed."""
-    parts = [part.create_for(backbone, settings, len(names)) for part in method.parts]
+    """A classifier as a method's row says, with initial values drawn by the settings' seed.
+
+    Where the backbone reads no text, `ClassVectors` stand beside the row's parts: to be tuned with
+    them and, if no head is fitted afterwards, in what is ``tuned`` too.
+    """
+    rows = method.parts
+    if method.learns and not backbone.reads_text and not (tuned and method.head.fitted):
+        rows = (*rows, ClassVectors)
+    parts = [part.create_for(backbone, settings, len(names)) for part in rows]
     learned = [name for part in parts for name, _ in part.named_parameters()]
     for name in learned:
         if learned.count(name) > 1:
             raise UserError(f"'{name}' is the name of two tensors of {method.title}; rename one")
-    head = method.head.create(backbone)
-    if method.learns and not method.head.fitted:
-        head = tuning_head(backbone, settings)
+    by_cosines = method.learns and not method.head.fitted
+    head = tuning_head(backbone, settings) if by_cosines else method.head.create(backbone)
     if method.head.projects and any(part.reads for part in parts):
         what = f"{method.title} puts a head before the image tower's projection"
         raise UserError(f"{what}, and reads what it has after it; use another head")

@@ -17,6 +17,7 @@ from dapt.engine.features import Shared, encode_store, labels_of, require_finite
 from dapt.engine.fit import Tuned
 from dapt.errors import UserError
 from dapt.methods import ZERO_SHOT, get_method
+from dapt.methods.class_vectors import ClassVectors
 from dapt.progress import Advance, Reporter, nothing
 from dapt.settings import Settings
 
@@ -207,18 +208,22 @@ def _zero_shot(
 def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
     """Inter- and intra-dispersion, means of distances, before and after tuning; empty without any.
 
-    Class text features are in the template's words before, in the learned context after.
+    Class text features are in the template's words before, in the learned context after; vectors
+    that are learned in their place start at the support images' means.
     """
     settings, own, support = tuned.settings, tuned.classifier, tuned.support
     method = get_method(settings.method)
     if not method.learns:
         return {}
+    labels, prototypes = support.labels, own.as_own(support.prototypes)
     plain = own  # where the words are not learned, they are those before
     if method.changes("text"):
         plain = _zero_shot(own.backbone, own.class_names, own.template, settings)
     with torch.inference_mode():
-        text = [mean_text_distance(c.text_features().cpu()) for c in (plain, own)]
-    labels, prototypes = support.labels, own.as_own(support.prototypes)
+        classes = [c.text_features().cpu() for c in (plain, own)]
+    if vectors := [part for part in own.parts if isinstance(part, ClassVectors)]:
+        classes[0] = vectors[0].first(prototypes)
+    text = [mean_text_distance(each) for each in classes]
     features = (own.as_own(support.features), support.features_of(own, settings))
     image = [mean_prototype_distance(z, labels, prototypes) for z in features]
     found = {"inter": text, "intra": image}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice, tee
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from dapt.clip.backbone import Backbone
 from dapt.clip.sources import taken_for_granted
 from dapt.data import Task
-from dapt.engine.classifier import Classifier, new_classifier, tuning_head
+from dapt.engine.classifier import Classifier, new_classifier, parts_of, tuning_head
 from dapt.engine.data import Data, tell_notes
 from dapt.engine.features import (
     Shared,
@@ -37,7 +37,8 @@ from dapt.engine.processes import join_processes, keep_freed_memory
 from dapt.engine.step import WARMUP_LR, StepResult, Tuner
 from dapt.engine.suited import nobody, suited
 from dapt.errors import UserError
-from dapt.methods import METHODS, Evidence, get_method
+from dapt.methods import METHODS, Evidence, TowerPart, get_method
+from dapt.methods.class_vectors import ClassVectors
 from dapt.methods.contract import Examples
 from dapt.methods.fitting import scheduled
 from dapt.methods.held_out import HeldOut
@@ -154,6 +155,9 @@ def fit(
         spent = _Loop(tuned, journal, reporter).run()
         classifier.head = head
         classifier.parts.requires_grad_(False)  # so that what follows from them is made once
+        if method.head.fitted:  # what stood in for words has seen the images that it is fitted on
+            kept = [part for part in classifier.parts if not isinstance(part, ClassVectors)]
+            classifier.parts = torch.nn.ModuleList(kept)
         if rose := _rise(journal.rows):
             reporter.warn(
                 f"cross-entropy rose from {rose['first']:.2f} in the first epoch to "
@@ -261,13 +265,16 @@ class _Loop:
         self.settings, self.support = settings, support = self.tuned.settings, self.tuned.support
         self.method = get_method(settings.method)
         classifier = self.tuned.classifier
-        self.tuner = Tuner(classifier, settings, classifier.as_own(support.prototypes))
+        prototypes = classifier.as_own(support.prototypes)
+        for part in classifier.parts:
+            cast(TowerPart, part).begin(prototypes)
+        self.tuner = Tuner(classifier, settings, prototypes)
         self.per_epoch = steps_per_epoch(len(support.store), settings.batch_size)
         self.total = total_steps(settings, len(support.store))
         self.epochs = -(-self.total // self.per_epoch)
         self.finish = self.method.finish(settings, self.epochs)
         for term in self.tuner.terms:
-            if term.tower and not self.method.changes(term.tower):
+            if term.tower and not parts_of(classifier.parts, term.tower):
                 self.reporter.warn(
                     f"loss term '{term.name}' changes nothing: {settings.method} learns nothing "
                     f"in the {term.tower} tower"

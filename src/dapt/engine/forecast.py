@@ -143,7 +143,7 @@ def _advice_of_several(tuned: Tuned, aps: dict[int, float]) -> str:
     """One sentence on what would help most, by average precisions of labels held out."""
     names, counts = tuned.data.task.class_names, tuned.support.labels.sum(0).tolist()
     if lacking := [name for name, count in zip(names, counts, strict=True) if not count]:
-        return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
+        return _of_none(tuned, lacking[0])
     if min(counts) < 4:
         return "More photos would help most: give each class at least four."
     worst = min(aps, key=lambda c: (aps[c], c))
@@ -181,6 +181,13 @@ def confused(truth: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, i
     return [(a, b, count) for (a, b), count in pairs.most_common(_PAIRS) if count > 1]
 
 
+def _of_none(tuned: Tuned, name: str) -> str:
+    """What to do about a class without images."""
+    read = tuned.classifier.backbone.reads_text
+    known = "it is known by its name alone" if read else "the backbone reads no names"
+    return f"Photos of '{name}' would help: {known}."
+
+
 def _advice(
     tuned: Tuned,
     truth: np.ndarray,
@@ -192,7 +199,7 @@ def _advice(
     names, text = tuned.data.task.class_names, tuned.classifier.text_features().detach()
     counts = Counter(tuned.support.labels.tolist())
     if lacking := [name for c, name in enumerate(names) if not counts[c]]:
-        return f"Photos of '{lacking[0]}' would help: it is known by its name alone."
+        return _of_none(tuned, lacking[0])
     for a, b, _ in pairs if text.shape[1] else ():
         if float(text[a] @ text[b]) >= SAME_TEXT:
             return (

@@ -103,7 +103,7 @@ class Alike:
     """
 
     classes: tuple[str, str]
-    text_cosine: float
+    text_cosine: float | None  # None where the backbone reads no text
     confused: float
 
 
@@ -292,7 +292,7 @@ def _judge(
         if doubts.doubtful[i] and counts[labels[i]] > 1
     ]
     found.classes = [
-        Alike((names[a], names[b]), round(cosine, 4), round(share, 4))
+        Alike((names[a], names[b]), round(cosine, 4) if text.any() else None, round(share, 4))
         for a, b, cosine, share in classes_alike(features, labels, text)
     ]
 

@@ -16,7 +16,7 @@ from dapt.clip.sources import SUITED
 from dapt.clip.text import ClassTokens
 from dapt.engine.classifier import inside_of, parts_of
 from dapt.errors import UserError
-from dapt.methods import get_method
+from dapt.methods import AUTOMATIC, get_method
 from dapt.settings import Settings, make_settings, with_method
 
 # Of which a text prompt's length is told, where there are no classes yet.
@@ -61,7 +61,8 @@ def _with_taken_method(
     refused = _refusal(settings.method, backbone)
     if refused is None or "method" in settings.model_fields_set:
         return settings
-    ways = get_method(settings.method).instead
+    # Without words, what is left of a method of both towers is not what it is known for.
+    ways = get_method(settings.method).instead if backbone.reads_text else (AUTOMATIC,)
     other = next((name for name in ways if _refusal(name, backbone) is None), settings.method)
     if other == settings.method:
         return settings

@@ -186,7 +186,7 @@ class Auto(contract.Head):
     """
 
     Settings = AutoSettings
-    fitted = reads_views = multilabel = True
+    fitted = without_text = reads_views = multilabel = True
     closed = "an automatic head, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "keys": "mD", "values": "mC", "width": ""}
     weight: Tensor
@@ -213,8 +213,9 @@ class Auto(contract.Head):
         factor, losses = sharpness(by_names, labels[few])
         # Of several labels, too few images can tell: names have a say, and folds weigh it.
         meaning = several or len(losses) * log(len(text)) - float(losses.sum()) > MEANING
+        meaning &= (words := bool(text.any()))  # none, where the backbone reads no text
         pieces = Pieces(x, labels, text, settings.seed)
-        chosen = weigh(pieces, meaning or bool((counts == 0).any()))
+        chosen = weigh(pieces, meaning or (words and bool((counts == 0).any())))
         held: HeldOut | None = None
         if pieces.left_out:
             logits = sum((amount * pieces.held_out(c) for c, amount in chosen), torch.zeros(()))

@@ -142,6 +142,9 @@ class TowerPart(nn.Module):
         """
         return x
 
+    def begin(self, prototypes: Tensor) -> None:
+        """Tuning begins, of class prototypes (C, D) as the frozen tower gives them."""
+
     def for_others(self) -> None:
         """Other classes than those tuned on follow."""
 
@@ -215,7 +218,9 @@ class Evidence:
 
     support: Examples  # the images tuned on, in the plain view
     val: Examples | None  # held-out ones, where there are
-    text: Tensor  # (C, D) normalised class features, (C, 0) where the head reads none
+    # (C, D) normalised class features, (C, 0) where the head reads none; zeros, which have no say,
+    # where the backbone reads no text.
+    text: Tensor
     scale: float  # exp(logit_scale) of the backbone
     views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
     text_lengths: Tensor | float = 1.0  # (C, 1) of class features before they were normalised
@@ -243,7 +248,8 @@ class Head(nn.Module):
     shapes: ClassVar[dict[str, str]] = {}
     Settings: ClassVar[type[PartSettings]] = PartSettings
     fitted: ClassVar[bool] = False  # whether there is anything to fit
-    reads_text: ClassVar[bool] = True  # whether it needs class features at all
+    reads_text: ClassVar[bool] = True  # whether it takes class features at all
+    without_text: ClassVar[bool] = False  # whether it does as well where those are zeros
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
     reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
     projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
@@ -261,6 +267,8 @@ class Head(nn.Module):
     @classmethod
     def create(cls, backbone: Backbone) -> Head:
         """Not fitted yet; a `UserError` if the backbone has not what it needs."""
+        if not cls.without_text:
+            backbone.require_text()
         return cls(backbone.logit_scale)
 
     @classmethod

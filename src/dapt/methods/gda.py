@@ -33,7 +33,7 @@ class Gda(contract.Head):
     """
 
     Settings = GdaSettings
-    fitted = reads_views = reads_val = True
+    fitted = without_text = reads_views = reads_val = True
     closed = "a Gaussian classifier, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "bias": "C", "alpha": ""}
     weight: Tensor

@@ -91,7 +91,7 @@ class KernelRidge(contract.Head):
     The penalty is chosen, and the sharpness fitted, on held-out images, in closed form.
     """
 
-    fitted = multilabel = True
+    fitted = without_text = multilabel = True
     closed = "a kernel ridge regression, which knows only the classes it was fitted on"
     shapes: ClassVar = {"keys": "mD", "values": "mC", "sharpness": ""}
     keys: Tensor
@@ -105,7 +105,7 @@ class KernelRidge(contract.Head):
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
         """What a model card says of it."""
-        return "a kernel ridge regression on image features, beside the text classifier,"
+        return "a kernel ridge regression on image features"
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
         """Values, their penalty, and the sharpness."""

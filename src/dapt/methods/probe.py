@@ -23,7 +23,7 @@ class LinearProbe(Head):
     (too few images a class) a middle one is taken. A class without images never wins.
     """
 
-    fitted, reads_text, reads_val = True, False, True
+    fitted, reads_text, without_text, reads_val = True, False, True, True
     closed = "a linear probe, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "bias": "C"}
     weight: Tensor

@@ -46,6 +46,7 @@ class ProLIP(contract.Head):
     @classmethod
     def create(cls, backbone: Backbone) -> ProLIP:
         """With the projection of the backbone, as zero-shot CLIP."""
+        backbone.require_text()
         head = cls(backbone.logit_scale)
         head.projection = backbone.projection.clone()
         return head

@@ -40,7 +40,7 @@ class TipAdapter(contract.Head):
     """
 
     Settings: ClassVar[type[contract.PartSettings]] = TipSettings
-    fitted = reads_views = reads_val = True
+    fitted = without_text = reads_views = reads_val = True
     closed = "a Tip-Adapter, whose memory is of the classes it was fitted on"
     shapes: ClassVar = {"keys": "nD", "labels": "n", "alpha": "", "beta": ""}
     keys: Tensor

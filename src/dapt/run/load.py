@@ -70,14 +70,14 @@ def classifier_of(
     """
     method, names = get_method(settings.method), task.class_names
     others = own_names is not None and list(names) != list(own_names)
-    if others and (closed := method.closed(settings)):
-        raise UserError(f"{where} is of {closed}; use prompts that all classes share for others")
     if multilabel and others:
         what = f"{where} gives several labels an image, by thresholds of its own classes"
         raise UserError(f"{what}; train again for others")
     classifier = new_classifier(
-        backbone, names, task.template, method, settings, multilabel=multilabel
+        backbone, names, task.template, method, settings, multilabel=multilabel, tuned=True
     )
+    if others and (closed := classifier.closed(settings)):
+        raise UserError(f"{where} is of {closed}; use prompts that all classes share for others")
     if classifier.sigmoids is not None:
         own = {n.removeprefix(SIGMOIDS): t for n, t in tensors.items() if n.startswith(SIGMOIDS)}
         classifier.sigmoids.load(own, where)

@@ -243,6 +243,7 @@ class Environment(Record):
     backbone_sha256: str | None = None  # of its weights
     backbone_fingerprint: str | None = None  # of all of it
     backbone_revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")  # of the hub's repository
+    reads_text: bool = True  # whether the backbone does
     support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)
     evaluation_seconds: FiniteFloat | None = Field(None, ge=0)
@@ -357,6 +358,7 @@ def environment(backbone: Backbone, seed: int | None = None) -> dict[str, Any]:
         "backbone_sha256": backbone.weights_sha256,
         "backbone_fingerprint": backbone.fingerprint,
         **({} if backbone.revision is None else {"backbone_revision": backbone.revision}),
+        **({} if backbone.reads_text else {"reads_text": False}),
         "command": sys.argv,
     }
 

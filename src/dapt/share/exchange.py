@@ -262,6 +262,9 @@ def published_files(run: RunDirectory, form: str = DASSL) -> dict[str, bytes]:
     if (layout := next((one for one in layouts if one.form == form), None)) is None:
         what = f"what {settings.method} learned in {run.path} has no place in a {_FORMS[form]}"
         raise UserError(f"{what}; use --format onnx or torch")
+    if not run.read_environment().reads_text:
+        what = f"{run.path} has class vectors beside its prompts, which a CoOp checkpoint has not"
+        raise UserError(f"{what}; use --format onnx or torch")
     tensors, _ = run.read_tensors(run.prompts_file)
     keys, facts = layout.keys(tensors), layout.facts(settings)
     state = {
