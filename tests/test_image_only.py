@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dapt.cli import app
-from dapt.clip import sources
+from dapt.clip import hub
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.image_only import ImageOnly
@@ -146,7 +146,7 @@ def test_timms_own_weights_are_fetched_as_safetensors_and_told(tmp_path, monkeyp
         asked.append((repo, file))
         return str(tmp_path / file)
 
-    monkeypatch.setattr(sources, "hf_hub_download", fetched)
+    monkeypatch.setattr(hub, "hf_hub_download", fetched)
     load_backbone(f"{VIT}.r160_in1k", device="cpu")
     assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
     assert "fetching weights of 'timm:test_vit.r160_in1k'" in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_what_cannot_be_fetched_is_said(monkeypatch):
     def broken(repo, file):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(sources, "hf_hub_download", broken)
+    monkeypatch.setattr(hub, "hf_hub_download", broken)
     with pytest.raises(UserError, match="could not be fetched from the hub.*--pretrained FILE"):
         load_backbone(VIT, device="cpu")
 

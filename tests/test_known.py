@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dapt import PromptClassifier, estimator
 from dapt.cli import app
-from dapt.clip import known, sources
+from dapt.clip import hub, known, sources
 from dapt.run.directory import RunDirectory
 from dapt.serve.served import load_served
 from dapt.settings import make_settings
@@ -102,8 +102,8 @@ def test_the_model_for_photographs_is_told_with_size_and_licence_and_recorded(
         return loaded(name, "random")
 
     monkeypatch.setattr(known, "recommended", lambda kind, memory: chosen)
-    monkeypatch.setattr(sources, "has_weights", lambda name, tag: False)
-    monkeypatch.setattr(sources, "_reach_hub", lambda name, tag: None)
+    monkeypatch.setattr(hub, "has_weights", lambda name, tag: False)
+    monkeypatch.setattr(hub, "reach", lambda name, tag: None)
     monkeypatch.setattr(sources, "load_model", load_model)
     estimator._load_backbone.cache_clear()
     files = sorted((photos / "train").rglob("*.png"))

@@ -64,7 +64,8 @@ def _recommend(memory: float | None, seconds: float | None, device: str) -> None
     """The best that fits, and what it takes here."""
     from dapt.clip import known
     from dapt.clip.backbone import choose_device
-    from dapt.clip.sources import has_weights, memory_of
+    from dapt.clip.hub import has_weights
+    from dapt.clip.sources import memory_of
 
     place = choose_device(device)
     there = memory_of(place) if memory is None else memory
@@ -101,7 +102,7 @@ def _list_all() -> None:
     """Names and tags of open_clip's, and whether they are in the caches of this machine."""
     import open_clip
 
-    from dapt.clip.sources import has_weights
+    from dapt.clip.hub import has_weights
 
     made = table("--backbone", "--pretrained", "fetched")
     for name, tag in open_clip.list_pretrained():

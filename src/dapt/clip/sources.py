@@ -6,9 +6,7 @@ Nothing that comes with it is executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from math import isfinite
@@ -18,13 +16,13 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import hub_format, image_only, known
+from dapt.clip import hub, hub_format, image_only, known
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.errors import UserError, lacking, nearest, refusing
 from dapt.progress import errors, quietly, say
@@ -33,11 +31,9 @@ from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
 SUITED = "auto"  # the one that is recommended for this machine and photographs
-_PATIENCE = 5.0  # seconds in which the hub must answer, before it is done without
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".index.json")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")  # listed in an index
 _HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
-_HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # transformers' on the hub, of which the first kind that is there is fetched.
 _THEIR_WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"])
 _REVISION, _COMMIT = re.compile(r"[\w-][\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}")
@@ -95,10 +91,10 @@ def load_backbone(
     if name == SUITED and pretrained is None:
         return _load_suited(place, precision)
     precision = usable_precision(precision, place)
-    hub = pretrained is None and _is_hub_id(name)
-    source = _from_hub(name, revision) if hub else Path(name)
-    model, tokenizer, preprocess = load_model(str(source) if hub else name, pretrained)
-    commit = source.name if hub and source.parent.name == "snapshots" else None
+    remote = pretrained is None and _is_hub_id(name)
+    source = _from_hub(name, revision) if remote else Path(name)
+    model, tokenizer, preprocess = load_model(str(source) if remote else name, pretrained)
+    commit = source.name if remote and source.parent.name == "snapshots" else None
     how: dict[str, Any] = {"device": place, "precision": precision, "revision": commit}
     label = name if pretrained is None else f"{name}/{pretrained}"
     return Backbone(model, tokenizer, preprocess, name=label, **how)
@@ -111,8 +107,8 @@ def _load_suited(place: torch.device, precision: str) -> Backbone:
         why = "this machine has too little memory for a model that knows photographs"
     else:
         try:
-            if not has_weights(model.name, model.pretrained):
-                _reach_hub(model.name, model.pretrained)
+            if not hub.has_weights(model.name, model.pretrained):
+                hub.reach(model.name, model.pretrained)
                 what = f"{model} ({model.megabytes:,} MB, licence {model.licence})"
                 say(f"dapt: {what} is the model for photographs on this machine", to=errors)
             return load_backbone(model.name, model.pretrained, device=str(place), **how)
@@ -127,17 +123,6 @@ def memory_of(place: torch.device) -> float:
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[1] / 2**30
     return known.memory_of_machine()
-
-
-def _reach_hub(name: str, pretrained: str) -> None:
-    """See that a tag's weights can be fetched; a `UserError` if the hub does not answer soon."""
-    repo = open_clip.get_pretrained_cfg(name, pretrained)["hf_hub"].strip("/")
-    asked = futures.ThreadPoolExecutor(1)  # names may take longer to look up than any time-out
-    with refusing("the hub does not answer", "see to the connection", Exception):
-        try:
-            asked.submit(HfApi().model_info, repo, timeout=_PATIENCE).result(_PATIENCE)
-        finally:
-            asked.shutdown(wait=False)
 
 
 def load_model(name: str, pretrained: str | None) -> Loaded:
@@ -251,74 +236,28 @@ def _from_hub(name: str, revision: str | None = None) -> Path:
         raise UserError(f"backbone '{name}' asks for no commit, branch or tag of the hub; give one")
     kinds = ["*.json", "*.txt", "*.model"]
     # Of a branch, there may be something new.
-    weights = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin")
-    whole = all(_cached(repo, *files, at=at) for files in (_HUB_CONFIG, weights))
+    weights = (*hub.HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin")
+    whole = all(hub.cached(repo, *files, at=at) for files in (_HUB_CONFIG, weights))
     if not (whole and at and _COMMIT.fullmatch(at)):
-        _tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
+        hub.tell_of(f"backbone '{repo}{f'@{at}' if at else ''}'")
     # First what is small: configuration and vocabulary. The weights arrive beside them, and only
     # if those can be used.
-    with _fetching(repo):
+    with hub.fetching(repo):
         folder = Path(snapshot_download(repo, revision=at, allow_patterns=kinds))
     pinned = folder.name if folder.parent.name == "snapshots" else None
     if (folder / _HUB_CONFIG[0]).is_file():
         _told_by_open_clip(folder / _HUB_CONFIG[0])
-        with _fetching(repo):
+        with hub.fetching(repo):
             download_pretrained_from_hf(repo, **({"revision": pinned} if pinned else {}))
         return folder
     if not whole:
         _told_by_transformers(folder)
     for patterns in _THEIR_WEIGHTS:
-        with _fetching(repo):
+        with hub.fetching(repo):
             snapshot_download(repo, revision=pinned or at, allow_patterns=patterns)
         if any(match for pattern in patterns for match in folder.glob(pattern)):
             break
     return folder
-
-
-@contextmanager
-def _fetching(repo: str) -> Iterator[None]:
-    """Turn what the hub's client raises, a wide family, into sentences."""
-    what = f"'{repo}' is no local file and could not be fetched from the hub"
-    hint = "check the name and the connection"
-    with refusing(what, hint, Exception), lacking(f"fetching '{repo}' from the hub"), quietly():
-        yield
-
-
-def _cached(repo: str, *files: str, at: str | None = None) -> bool:
-    """Whether one of these files of a repository, at a commit, is in the hub's cache."""
-    found = (try_to_load_from_cache(repo, file, revision=at) for file in files)
-    return any(isinstance(place, str) for place in found)
-
-
-def _tell_of(what: str, where: str = "the Hugging Face hub") -> None:
-    """Name what is about to be fetched, as it may be a stranger's run that asks for it."""
-    say(f"dapt: fetching {what} from {where}", to=errors)
-
-
-def has_weights(name: str, pretrained: str) -> bool:
-    """Whether open_clip has fetched a tag's weights before."""
-    found = open_clip.get_pretrained_cfg(name, pretrained)
-    repo, _, file = str(found.get("hf_hub", "")).rpartition("/")
-    place = Path("~/.cache/clip").expanduser() / Path(found.get("url", "")).name
-    files = (file, str(Path(file).with_suffix(".safetensors"))) if file else _HUB_WEIGHTS
-    return _cached(repo, *files) if repo else place.is_file()
-
-
-def _tell_of_open_clip(name: str, pretrained: str) -> None:
-    """Name a tag's weights, where open_clip has not fetched them before."""
-    if not has_weights(name, pretrained):
-        found = open_clip.get_pretrained_cfg(name, pretrained)
-        repo = str(found.get("hf_hub", "")).rpartition("/")[0]
-        where = f"'{repo}' of the Hugging Face hub" if repo else str(found.get("url"))
-        _tell_of(f"weights '{pretrained}' of '{name}'", where)
-
-
-def _tell_of_text(config: dict[str, Any], *keys: str) -> None:
-    """Name the repositories from which transformers has a text tower's form or its vocabulary."""
-    for key in keys:
-        repo = config["text_cfg"].get(key)
-        if repo and not _cached(repo, "config.json", "tokenizer_config.json"):
-            _tell_of(f"{'tokenizer' if 'tokenizer' in key else 'configuration'} '{repo}'")
 
 
 def _from_file(path: Path) -> Loaded:
@@ -390,7 +329,7 @@ def _build(
         if "text_projection" in state:  # OpenAI's names, of which those of the text tower change
             state, name_of = convert_to_custom_text_state_dict(state), _openai_name
         _need_transformers(config, f"the text tower of {source}", "hf_model_name")
-        _tell_of_text(config, "hf_model_name")
+        hub.tell_of_text(config, "hf_model_name")
         with torch.device("meta"):
             _check_fit(make(**config).state_dict(), state, name_of)
         model = make(**config)
@@ -474,7 +413,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
     tags = open_clip.list_pretrained_tags_by_model(name)
     _need_transformers(config, f"the text tower of '{name}'", "hf_model_name")
     _need_transformers(config, f"the tokenizer of '{name}'", "hf_tokenizer_name")
-    _tell_of_text(config, "hf_model_name", "hf_tokenizer_name")
+    hub.tell_of_text(config, "hf_model_name", "hf_tokenizer_name")
     ways = f"one of {', '.join(tags) or 'none'}, a weights file, or 'random'"
     if pretrained is None and "openai" not in tags:
         raise UserError(f"backbone '{name}' needs pretrained weights: {ways}")
@@ -492,7 +431,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Loaded:
         hint = "check the connection, or download them and pass the file"
         with refusing(what, hint, RuntimeError), lacking(f"backbone '{name}'"):
             given = {"pretrained": pretrained, "force_custom_text": True, "quick_gelu": quick}
-            _tell_of_open_clip(name, pretrained)
+            hub.tell_of_open_clip(name, pretrained)
             model = open_clip.create_model(name, **given)
     elif file.is_file():
         # OpenAI's own have theirs, whatever the name's config says.
@@ -517,7 +456,7 @@ def _from_timm(name: str, pretrained: str | None) -> Loaded:
         torch.manual_seed(0)  # untrained, yet the same everywhere
         trunk = image_only.new_trunk(name)
     if pretrained != "random":
-        file = file if pretrained else _timm_weights(name)
+        file = file if pretrained else hub.timm_weights(name)
         with refusing(f"the weights in {file} do not fit 'timm:{name}'", "check both", *_ODD):
             state = image_only.adapted(read_state_dict(file), trunk, name)
             _check_fit(trunk.state_dict(), state, str)
@@ -526,20 +465,6 @@ def _from_timm(name: str, pretrained: str | None) -> Loaded:
     seen = image_only.preprocessing_of(trunk)
     model = image_only.ImageOnly(image_only.ImageTower(trunk, seen["size"]))
     return model, None, _preprocessing(model, seen, f"timm:{name}")
-
-
-def _timm_weights(name: str) -> Path:
-    """timm's weights of a model as safetensors, fetched into the hub's cache."""
-    found = image_only.configuration(name)
-    file = found.hf_hub_filename or "model.safetensors"
-    if not found.hf_hub_id or not file.endswith(".safetensors"):
-        what = f"timm has no weights of '{name}' on the hub that can be read without running them"
-        raise UserError(f"{what}; name others, or give --pretrained FILE or random")
-    if not _cached(found.hf_hub_id, file):
-        _tell_of(f"weights of 'timm:{name}'", f"'{found.hf_hub_id}' of the Hugging Face hub")
-    what = f"weights of 'timm:{name}' could not be fetched from the hub"
-    with refusing(what, "check the connection, or give --pretrained FILE", Exception):
-        return Path(hf_hub_download(found.hf_hub_id, file))
 
 
 @quietly()
