@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -23,12 +24,13 @@ from dapt.errors import (
     UserError,
     nearest,
     printable,
+    readable,
     refusing,
     spreadsheet_cell,
     spreadsheet_path,
 )
 from dapt.progress import Reporter, RichReporter, cell, console, say
-from dapt.safe.files import to_json
+from dapt.safe.files import require_there, to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.run.directory import RunDirectory
@@ -44,7 +46,7 @@ def evaluate(
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
     classes: Annotated[str | None, Option(help="base (first half), new (the rest) or all.")] = None,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
     strict: common.StrictOption = False,
     as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
@@ -62,11 +64,20 @@ def evaluate(
         console.print(common.metrics_table(f"{name}, prompts of {run}", result))
 
 
+def _are_there(images: list[str] | None) -> list[str] | None:
+    """What names images, looked for before anything that takes seconds is imported."""
+    for name in images or ():
+        if name != "-" and not glob.has_magic(name):
+            require_there(user_path(name), "image")
+    return images
+
+
 @command("predict")
 def predict(
     run: common.RunArgument,
     images: Annotated[
-        list[str] | None, Argument(help="Files, folders, patterns; - reads names from stdin.")
+        list[str] | None,
+        Argument(help="Files, folders, patterns; - reads names from stdin.", callback=_are_there),
     ] = None,
     top: Annotated[int, Option(min=1, help="Classes to name for each image.")] = 1,
     form: Annotated[str, Option("--format", "-f", help="lines, json, csv or table.")] = "lines",
@@ -83,7 +94,7 @@ def predict(
     ] = None,
     null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
 ) -> None:
     """Classify images with a run's prompts."""
     from dapt.predict import Unreadable, named_in, predict_each
@@ -194,7 +205,7 @@ Row = tuple[str, Sequence[tuple[str, float]], bool]
 def _lines(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
     """``path: class 90.0%, class 5.0%``, an image a line."""
     for path, classes, unknown in rows:
-        ranked = ", ".join(f"{name} {p:.1%}" for name, p in classes) or "no label"
+        ranked = ", ".join(f"{readable(name)} {p:.1%}" for name, p in classes) or "no label"
         yield printable(f"{path}: unknown ({ranked})" if unknown else f"{path}: {ranked}")
 
 
@@ -229,7 +240,7 @@ def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
         table.add_column("class" if place == 0 else f"{place + 1}.")
         table.add_column("", justify="right")
     for path, classes, unknown in rows:
-        best, *cells = [cell(text) for name, p in classes for text in (name, f"{p:.1%}")]
+        best, *cells = [cell(text) for name, p in classes for text in (readable(name), f"{p:.1%}")]
         table.add_row(cell(path), f"unknown ({best})" if unknown else best, *cells)
     yield _as_text(table)
 
@@ -252,7 +263,7 @@ def _table_of_several(rows: Iterable[Row], _top: int, _limited: bool) -> Iterato
     """A table, once all images are there."""
     table = Table(Column("image", overflow="fold"), "labels")
     for path, classes, _ in rows:
-        table.add_row(cell(path), cell(", ".join(f"{name} {p:.1%}" for name, p in classes)))
+        table.add_row(cell(path), cell(", ".join(f"{readable(n)} {p:.1%}" for n, p in classes)))
     yield _as_text(table)
 
 
@@ -263,11 +274,11 @@ FORMS_OF_SEVERAL = FORMS | {"csv": _csv_of_several, "table": _table_of_several}
 @command("suggest")
 def suggest(
     run: common.RunArgument,
-    images: Annotated[list[str], Argument(help="Files, folders, patterns.")],
+    images: Annotated[list[str], Argument(help="Files, folders, patterns.", callback=_are_there)],
     count: Annotated[int, Option("--count", "-n", min=1, help="Photos to list.")] = 20,
     form: Annotated[str, Option("--format", "-f", help="lines, json or csv.")] = "lines",
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
 ) -> None:
     """Say which unlabelled photos to label next: unsure ones, unlike each other."""
     from dapt.data import ImageStore
@@ -292,7 +303,8 @@ def suggest(
     for one in found:
         path = os.fsencode(paths[one.place]).decode("utf-8", "replace")
         if form == "lines":
-            echo(printable(f"{path}: {one.guess} {one.probability:.1%} ({one.reason})"))
+            guess = f"{readable(one.guess)} {one.probability:.1%} ({one.reason})"
+            echo(printable(f"{path}: {guess}"))
         elif form == "csv":
             guess, reason = map(spreadsheet_cell, (one.guess, one.reason))
             row = (spreadsheet_path(path), guess, f"{one.probability:.6f}", reason)
@@ -326,7 +338,7 @@ def serve(
     ] = None,
     workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
     root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""
     try:
