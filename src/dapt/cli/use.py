@@ -338,6 +338,10 @@ def serve(
     ] = None,
     workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
     root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
+    feedback: Annotated[
+        Path | None, Option(help="Folder that photos corrected on the page are kept in.")
+    ] = None,
+    feedback_room: Annotated[float, Option(min=0.01, help="MB that they may take in all.")] = 1000,
     device: common.RunDeviceOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""
@@ -347,6 +351,7 @@ def serve(
         raise UserError(f"serving needs {error.name}: pip install 'dapt[serve]'") from error
     from dapt.run.directory import RunDirectory
     from dapt.serve.app import Limits
+    from dapt.serve.feedback import open_feedback
     from dapt.serve.served import load_served
 
     who = _who(token, allow_host or [], allow_origin or [], root_path)
@@ -354,6 +359,10 @@ def serve(
         raise UserError(f"--max-images {max_images} do not fit --queue {queue}; change one of them")
     directory = RunDirectory(run)
     directory.require()
+    if feedback is not None:
+        _gives_several(directory, {"--feedback": True})
+        names, room = directory.read_task().class_names, int(feedback_room * 1e6)
+        who["feedback"] = open_feedback(feedback, room, names)
     listening = server.open_socket(host, port)
     address, port, *_ = listening.getsockname()
     if token is None and not server.is_loopback(address):
