@@ -23,7 +23,7 @@ import dapt
 from dapt.cli.usage import OneSentence
 from dapt.errors import PictureWarning, UserError, readable
 from dapt.progress import console, errors, say, table
-from dapt.safe.files import require_there, user_path
+from dapt.run.hub import find_run
 
 if TYPE_CHECKING:
     from dapt.run.directory import RunDirectory
@@ -34,13 +34,14 @@ warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
 
 
 def _is_there(run: Path) -> Path:
-    """A run's path, looked for before anything that takes seconds is imported."""
-    return require_there(user_path(run), "run directory", "give one that 'dapt train' wrote")
+    """A run's folder, looked for before anything that takes seconds is imported."""
+    return find_run(run)
 
 
 # Options of more than one command. Those that are called like a setting are one.
 RunArgument = Annotated[
-    Path, Argument(help="Run directory that 'dapt train' wrote.", callback=_is_there)
+    Path,
+    Argument(help="Run that 'dapt train' wrote, or org/name of the hub.", callback=_is_there),
 ]
 RootOption = Annotated[Path | None, Option(help="Folder that holds the benchmarks.")]
 DomainOption = Annotated[str | None, Option(help="Style of the bundled task.")]

@@ -373,7 +373,7 @@ def serve(
     most, pixels = int(max_upload * 1e6), int(max_pixels * 1e6)
     limits = Limits(most, pixels, max_images, queue, batch_size, timeout)
     where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-    name, classes = directory.path.resolve().name, len(directory.read_task().class_names)
+    name, classes = directory.name, len(directory.read_task().class_names)
     told = f"{name}, {classes:,} classes, at {where} (Ctrl-C stops)"
     # The host by its own port: other servers there are others.
     who["names"] += [f"{f'[{host}]' if ':' in host else host}:{port}"]
@@ -471,6 +471,6 @@ def push(
     if not dry_run:
         say(card.push(directory, repo_id, private=private, reporter=RichReporter()))
         return
-    for name, content in card.files_to_push(directory).items():
+    for name, content in card.files_to_push(directory, repo_id).items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         say(f"{name}  {size:,} bytes")

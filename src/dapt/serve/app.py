@@ -290,8 +290,8 @@ def create_app(
             async with uploaded(request, limits) as files:
                 with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
                     for place, file in enumerate(files, 1):  # none is kept if one is no image
-                        decoded = (decoders.view, file.file, f"{place}")
-                        await loop.run_in_executor(decoders.threads, *decoded)
+                        decode = partial(decoders.view, file.file, f"{place}")
+                        await loop.run_in_executor(decoders.threads, decode)
                     photos = [(file.file.seek(0), file.file.read())[1] for file in files]
                     kept = await anyio.to_thread.run_sync(feedback.keep, photos, name)
         except UserError as error:

@@ -95,7 +95,7 @@ def load_served(
             support = _support(run, classifier, reporter)
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
-    name, settings = run.path.resolve().name, run.read_settings()
+    name, settings = run.name, run.read_settings()
     return Served(name, settings.method, backbone_name(settings), classifier, support, told)
 
 
