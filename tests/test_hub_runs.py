@@ -1,4 +1,4 @@
-"""Runs of the Hugging Face hub, by their names: from its cache, and told before they are fetched."""
+"""Runs of the Hugging Face hub by name: from its cache, and told before they are fetched."""
 
 import json
 import os

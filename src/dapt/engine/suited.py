@@ -15,7 +15,7 @@ from dapt.clip.text import ClassTokens
 from dapt.engine.classifier import inside_of, parts_of
 from dapt.errors import UserError
 from dapt.methods import get_method
-from dapt.settings import Settings, with_method
+from dapt.settings import Settings, make_settings, with_method
 
 
 def nobody(_sentence: str) -> None:
@@ -33,7 +33,9 @@ def suited(
     Given what it returned, it returns the same. Whether a method was asked for is known of settings
     from `make_settings`; of those that were read from a file, all were.
     """
-    return _short_enough(_with_taken_method(settings, backbone, tell), class_names, backbone, tell)
+    settings = _with_taken_method(settings, backbone, tell)
+    _tell_of_depth(settings, backbone, tell)
+    return _short_enough(settings, class_names, backbone, tell)
 
 
 def differing(settings: Settings, other: Settings) -> dict[str, Any]:
@@ -60,6 +62,20 @@ def _refusal(method: str, backbone: Backbone) -> str | None:
     """Why a tower takes nothing of what a method learns there; None where all do."""
     towers = {tower for part in get_method(method).parts for tower in part.towers}
     return next(filter(None, map(backbone.refusal, sorted(towers))), None)
+
+
+def _tell_of_depth(settings: Settings, backbone: Backbone, tell: Callable[[str], Any]) -> None:
+    """Tell of prompts that are asked for in more layers than a tower has; by default they are."""
+    place = {name: getattr(settings, name) for name in ("dataset", "shots", "method")}
+    values, usual = settings.model_dump(), make_settings(place).model_dump()
+    layers = {"text": "text_layers", "visual": "vision_layers"}
+    for name in sorted({f"{kind}_depth" for kind in layers} & get_method(settings.method).settings):
+        if values[name] == usual[name]:
+            continue
+        kind = name.partition("_")[0]
+        if values[name] > (there := getattr(backbone, layers[kind])):
+            tower = f"the {'text' if kind == 'text' else 'image'} tower of '{backbone.name}'"
+            tell(f"{name}={values[name]}, and {tower} has {there} layers: each has a prompt")
 
 
 def _short_enough(

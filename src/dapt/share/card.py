@@ -61,7 +61,11 @@ told = {{"labels.json": "", "preprocessing.json": ""}}
 model = torch.export.load("{name}", extra_files=told).module()
 probabilities = model(images)  # normalised, (n, 3, S, S)
 ```""",
-    "coop": """Give it to code that reads checkpoints of CoOp's, or to `dapt import {name} -o runs/again -b BACKBONE`.""",
+    "coop": """Give it to code that reads CoOp's checkpoints, or to dapt again:
+
+```bash
+dapt import {name} -o runs/again -b BACKBONE --class-names NAMES.json
+```""",
 }
 
 
