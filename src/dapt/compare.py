@@ -103,6 +103,9 @@ def _tell(
 ) -> None:
     """A row a method, and what follows from them."""
     what = f"{len(task.class_names)} classes, {settings.shots} shots, seed {settings.seed}"
+    learning = [run.read_settings() for run in runs if get_method(run.path.name).learns]
+    passes = {one.epochs for one in learning if one.steps is None}
+    what += f", {passes.pop()} epochs" if len(passes) == 1 else ""
     figure = "mAP" if task.multilabel else "accuracy"
     numbers = (figure, "learned parameters", "seconds")
     made = table("method", figures=numbers, title=f"{readable(task.name)}: {what}")
