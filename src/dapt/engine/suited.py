@@ -66,16 +66,17 @@ def _refusal(method: str, backbone: Backbone) -> str | None:
 
 def _tell_of_depth(settings: Settings, backbone: Backbone, tell: Callable[[str], Any]) -> None:
     """Tell of prompts that are asked for in more layers than a tower has; by default they are."""
-    place = {name: getattr(settings, name) for name in ("dataset", "shots", "method")}
-    values, usual = settings.model_dump(), make_settings(place).model_dump()
-    layers = {"text": "text_layers", "visual": "vision_layers"}
-    for name in sorted({f"{kind}_depth" for kind in layers} & get_method(settings.method).settings):
-        if values[name] == usual[name]:
+    layers, values = {"text": "text_layers", "visual": "vision_layers"}, settings.model_dump()
+    for kind, count in layers.items():
+        if (name := f"{kind}_depth") not in get_method(settings.method).settings:
             continue
-        kind = name.partition("_")[0]
-        if values[name] > (there := getattr(backbone, layers[kind])):
-            tower = f"the {'text' if kind == 'text' else 'image'} tower of '{backbone.name}'"
-            tell(f"{name}={values[name]}, and {tower} has {there} layers: each has a prompt")
+        if values[name] > (there := getattr(backbone, count)):
+            same = ("dataset", "shots", "method", "loss_weights")
+            usual = make_settings({one: values[one] for one in same}).model_dump()
+            if values[name] != usual[name]:
+                tower = f"{'text' if kind == 'text' else 'image'} tower of '{backbone.name}'"
+                has = f"the {tower} has {there} layers: each has a prompt"
+                tell(f"{name}={values[name]}, and {has}")
 
 
 def _short_enough(
