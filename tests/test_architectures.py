@@ -324,6 +324,19 @@ def test_text_towers_of_transformers_take_templates_and_a_prompt_of_embeddings()
         DeepContext.create(backbone, settings_for())
 
 
+def test_more_layers_than_a_tower_has_are_told_where_they_were_asked_for():
+    backbone, told = backbone_of(), []
+    there = backbone.vision_layers
+    for depth in (there, there + 5):
+        asked = settings_for(method="vpt-deep", visual_depth=depth)
+        assert suited(asked, NAMES, backbone, told.append) == asked
+    (said,) = told
+    assert said.startswith(f"visual_depth={there + 5}, and the image tower of")
+    assert f"has {there} layers: each has a prompt" in said
+    suited(settings_for(method="vpt-deep"), NAMES, backbone, told.append)
+    assert len(told) == 1
+
+
 def test_the_default_method_gives_way_to_one_that_both_towers_take():
     told = []
     backbone = backbone_of(tower_of(timm.create_model("resnet10t", num_classes=OUT)), name="conv")

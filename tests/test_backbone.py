@@ -306,7 +306,7 @@ def test_unknown_device_and_precision_are_named(tiny_weights):
 
 
 def test_pretrained_goes_with_names_only(tiny_weights):
-    with pytest.raises(UserError, match="--pretrained openai goes with open_clip model names"):
+    with pytest.raises(UserError, match="pretrained openai goes with open_clip model names"):
         load_backbone(str(tiny_weights), "openai")
 
 

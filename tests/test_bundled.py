@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import dapt
 from dapt.cli import app
+from dapt.compare import COMPARED
 from dapt.data import bundled_domains, open_task
-from dapt.demo import DEMO_METHODS
 
 ASSETS = Path(dapt.__file__).parent / "assets"
 
@@ -53,7 +53,7 @@ def test_demo(demo):
     assert (folder / "demo.png").stat().st_size > 20_000
     accuracy = {
         m: json.loads((folder / m / "metrics.json").read_text())["test"]["accuracy"]
-        for m in DEMO_METHODS
+        for m in COMPARED
     }
     chance = 1 / len(open_task("bundled").class_names)
     assert accuracy["zero-shot"] > 10 * chance
@@ -68,7 +68,7 @@ def test_demo_keeps_what_is_there(demo):
     assert (folder / "dapt" / "log.csv").stat().st_mtime_ns == before
     other = CliRunner().invoke(app, [*arguments, "2"])
     assert other.exit_code == 2
-    assert "other settings" in other.stderr
+    assert "it was started with epochs=1" in other.stderr
 
 
 def test_other_styles_can_be_evaluated(demo):

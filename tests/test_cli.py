@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dapt.cli import app
+from dapt.settings import all_fields
 
 runner = CliRunner()
 
@@ -62,7 +64,7 @@ def test_train_says_whether_it_was_worth_it(options, tmp_path, monkeypatch):
     assert "points below zero-shot with 4 images a class; use --method auto" in far.output
     monkeypatch.setattr("dapt.cli.train.FAR_BELOW", 200)
     worse = dapt("train", *options, "-o", tmp_path / "worse")
-    assert "tuning made it worse; give more images a class" in worse.output
+    assert "tuning made it worse; take more images with --shots" in worse.output
     assert "try --tune-settings or --method auto" in worse.output
     worse = dapt("train", *options, "--shots", 1, "-o", tmp_path / "one")  # none to hold out
     assert "try --method auto" in worse.output
@@ -192,7 +194,7 @@ def test_what_a_weights_file_does_not_tell_is_told(options, tmp_path):
     asked = ("bundled", "--method", "zero-shot", "--tune-settings", "-o", tmp_path / "bundled")
     told = dapt("train", *asked)
     assert "taken for" not in told.stderr
-    assert "--tune-settings: zero-shot has no learning rate" in told.stderr
+    assert "zero-shot has no learning rate to search for" in told.stderr
 
 
 def test_an_unreadable_test_image_costs_no_tuning(options, tmp_path, photo_folder):
@@ -319,3 +321,111 @@ def test_lists():
     assert "DAPT-visual" in dapt("methods").output
     assert "beta_visual" in dapt("settings", "dtd").output
     assert dapt("--version").stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("dapt: 'dapt train' has no option --learning-rate; write --lr", ["--learning-rate", "1"]),
+        ("has no option --num-epochs; write --epochs", ["--num-epochs=3"]),
+        ("has no option --output_dir; write --output", ["--output_dir", "x"]),
+        ("has no option --batch-size; write --set batch_size=VALUE", ["--batch-size", "3"]),
+        ("has no option --data-dir; write it without one: dapt train DATASET", ["--data-dir=x"]),
+        ("has no option --metod (did you mean '--method'?)", ["--metod", "x"]),
+        ("invalid value for '--shots'", ["--shots", "many"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_that_names_ours(said, arguments):
+    told = dapt("train", *arguments)
+    assert told.exit_code == 2
+    assert told.output.count("\n") == 1
+    assert said in told.output
+
+
+def test_a_wrong_command_names_ours():
+    fails("'dapt' has no command 'evaluate' (did you mean 'eval'?)", "evaluate")
+    fails("'dapt data' has no command 'lst' (did you mean 'list'?)", "data", "lst")
+    fails("missing argument 'run'; 'dapt predict --help' shows how", "predict")
+
+
+WRONG_PATHS = [
+    ("dataset Fotos/cat does not exist (did you mean 'photos/cat'?)", "train", "./Fotos/cat"),
+    ("unknown dataset 'fotos' (did you mean 'photos'?)", "compare", "fotos"),
+    ("run directory poto does not exist (did you mean 'photos'?)", "predict", "poto", "x.jpg"),
+    ("image photos/cat/2.jpg does not exist (did you mean 'photos/cat/1.jpg'?)", "predict",
+     "photos", "photos/cat/2.jpg"),
+]  # fmt: skip
+WITHOUT_TORCH = """
+import json, sys
+from typer.testing import CliRunner
+from dapt.cli import app
+said = [CliRunner().invoke(app, words) for _, *words in json.loads(sys.argv[1])]
+assert "torch" not in sys.modules
+print(json.dumps([[one.exit_code, one.stderr] for one in said]))
+"""
+
+
+def test_a_wrong_path_names_the_near_one_before_torch_is_imported(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.jpg").touch()
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(WRONG_PATHS)]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert made.returncode == 0, made.stderr
+    for (sentence, *_), (code, told) in zip(WRONG_PATHS, json.loads(made.stdout), strict=True):
+        assert (code, told.count("\n")) == (2, 1)
+        assert sentence in told
+
+
+def test_help_shows_the_defaults_that_settings_have():
+    told, fields = dapt("train", "-h").output.split("Options ─")[1], all_fields()
+    for name in ("shots", "seed", "backbone", "precision", "device"):
+        shown = told.split(f"--{name} ")[1].split("--")[0]
+        assert f"[default: ({fields[name].default})]" in shown
+
+
+def test_new_shows_and_makes_a_folder_that_train_takes(tmp_path):
+    shown = dapt("new", tmp_path / "shown")
+    assert "cat/" in shown.output
+    assert not (tmp_path / "shown").exists()
+    made = dapt("new", tmp_path / "photos", "cat", "red fox")
+    assert f"dapt train {tmp_path / 'photos'} -o" in made.output.replace("\n", "")
+    assert {p.name for p in (tmp_path / "photos").iterdir()} == {"cat", "red fox"}
+    fails("is no name of a folder", "new", tmp_path / "other", "a/b", "c")
+    fails("is one class", "new", tmp_path / "other", "cat")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_it_goes_on(options, tmp_path, monkeypatch, number):
+    run = tmp_path / "my run"
+    monkeypatch.setattr(
+        "dapt.run.train.dispersion", lambda *_: os.kill(os.getpid(), number)
+    )  # after tuning, where no step is looked after
+    stopped = dapt("train", *options, "-o", run)
+    assert stopped.exit_code == 130
+    way = f"dapt train --output '{run}' --resume"
+    assert f"should it be stopped, this goes on: {way}" in stopped.output
+    assert f"stopped; go on with: {way}" in stopped.stderr
+
+
+def test_advice_is_not_what_was_just_done(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("dapt.engine.evaluate.evaluate_zero_shot", lambda *_: {"accuracy": 1.1})
+    monkeypatch.setattr("dapt.cli.train.FAR_BELOW", 200)
+    options = [o for o in options if o not in ("--lr", 0.1)]
+    said = dapt("train", *options, "--shots", 2, "--tune-settings", "-o", tmp_path / "two").output
+    assert "take more images with --shots (it had 2 a class), try --method auto" in said
+    said = dapt("train", *options, "--shots", 16, "-o", tmp_path / "all").output
+    assert "give more images a class (it had 6 a class), try --tune-settings" in said
+
+
+def test_a_name_with_underscores_is_shown_with_spaces_and_kept_in_data(photo_folder, tiny_weights,
+                                                                       tmp_path):  # fmt: skip
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photo_folder, photos)
+    for folder in list(photos.glob("*/green thing")):
+        folder.rename(folder.with_name("green_thing"))
+    dapt("train", photos, "-b", tiny_weights, "--device", "cpu", "-m", "zero-shot", "-o", run)
+    image = next(photos.rglob("blue/*.png"))
+    for form, shown in (("lines", True), ("table", True), ("csv", False), ("json", False)):
+        said = dapt("predict", run, image, "--top", 3, "--format", form).stdout
+        assert ("green thing" in said, "green_thing" in said) == (shown, not shown)

@@ -355,7 +355,7 @@ def test_a_damaged_search_is_told(undisturbed, change, told):
 
 def test_effort_chooses_the_method_by_itself(options, tmp_path):
     run = ["train", *options, "-o", tmp_path / "run", "--effort", "minutes"]
-    fails("--effort chooses the method by itself, and dapt was given", *run, "-m", "dapt")
+    fails("effort chooses the method by itself, and dapt was given", *run, "-m", "dapt")
     fails("are two searches; give one", *run, "--tune-settings")
     fails("'soon' is no time", *run[:-1], "soon")
     assert not (tmp_path / "run" / "settings.json").exists()

@@ -208,7 +208,7 @@ def test_save_gives_a_run_that_the_commands_read(fitted, photos, tmp_path):
     assert "tuned on images given in Python" in " ".join(result.stderr.split())
     export = ["export", str(path), "-o", str(tmp_path / "a.pth"), "--format", "coop"]
     assert runner.invoke(app, export).exit_code == 0
-    with pytest.raises(UserError, match="holds an unfinished run"):
+    with pytest.raises(UserError, match=r"holds a run; give overwrite=True"):
         fitted.save(path)
     fitted.save(path, overwrite=True)
 

@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_named(imported, tmp_path, tiny_weights, names):
     _, file, options = imported
     new = tmp_path / "new"
     fails("text prompt in", "import", file, "-o", new, "--class-names", names)  # bundled: 128 wide
-    fails("give the --backbone it was tuned on", "import", file, "-o", new, "--class-names", names)
+    fails("give the backbone it was tuned on", "import", file, "-o", new, "--class-names", names)
     fails("--class-names", "import", file, "-o", new, "-b", tiny_weights)
     fails("method 'coop' does not learn what", "import", file, "-o", new, *options, "-m", "coop")
     fails("does not exist", "import", tmp_path / "none", "-o", new, *options)

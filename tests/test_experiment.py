@@ -228,7 +228,7 @@ def test_a_failure_is_recorded_and_others_go_on(grid, tmp_path, undisturbed):
     assert "wild/1shots-seed1" in result.stderr
     (first, *_) = sorted(tmp_path.rglob("failure.json"))
     record = json.loads(first.read_text())
-    assert "smaller --lr" in record["error"]
+    assert "smaller lr" in record["error"]
     assert record["traceback"] is None
     stamp = first.stat().st_mtime_ns
     again = dapt("experiment", file, "-o", tmp_path, "--threads", 1)

@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field, replace
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import pytest
 from browser import until
@@ -29,12 +29,15 @@ from typer.testing import CliRunner
 
 from conftest import fuzzed, jpeg_of_scans, tiff_of_a_tile
 from dapt.cli import app
+from dapt.data import open_task
+from dapt.errors import UserError
 from dapt.predict import predict_each
 from dapt.run.directory import RunDirectory
 from dapt.run.records import ForecastRecord
 from dapt.run.train import train
 from dapt.serve import decoders, server
 from dapt.serve.app import Limits, create_app
+from dapt.serve.feedback import open_feedback
 from dapt.serve.served import Served, load_served
 from dapt.settings import make_settings
 
@@ -572,7 +575,8 @@ def test_the_api_is_as_described(client, served, pictures):
 
     def check(value, schema):
         schema = schemas[schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
-        kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": float}
+        kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": float,
+                 "boolean": bool}  # fmt: skip
         assert isinstance(value, kinds[schema["type"]])
         if schema["type"] == "object":
             assert set(schema["required"]) <= set(value) <= set(schema["properties"])
@@ -604,7 +608,7 @@ def test_what_to_expect_is_told_where_it_is_known(client, served):
 
 def test_pages_need_nothing_from_elsewhere(client):
     assert set(client.get("/openapi.json").json["paths"]) == {
-        "/predict", "/classes", "/support/{number}", "/healthz", "/metrics"
+        "/predict", "/feedback", "/classes", "/support/{number}", "/healthz", "/metrics"
     }  # fmt: skip
     for page in ("/", "/docs"):
         found = client.get(page)
@@ -797,6 +801,86 @@ def test_a_decoder_that_was_ended_is_replaced(run, pictures):
         assert client.predict(pictures[0]).status == 200
 
 
+# -- corrected photos ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeping(served, tmp_path):
+    kept = open_feedback(tmp_path / "kept", 10**6, served.class_names)
+    with running(served, Limits(images=4), feedback=kept) as client:
+        yield client, kept.folder
+
+
+def correct(client, name, *files, **headers):
+    kind, body = form([("images", f"../{i}.exe", data) for i, data in enumerate(files)])
+    return client.ask("POST", f"/feedback?class={quote(name)}", body,
+                      **{"Content-Type": kind, **headers})  # fmt: skip
+
+
+def test_corrected_photos_are_kept_for_the_next_training(keeping, pictures):
+    client, folder = keeping
+    one, other = (file.read_bytes() for file in pictures[:2])
+    assert client.get("/classes").json["feedback"] is True
+    found = correct(client, "blue", one, other)
+    assert (found.status, found.json) == (200, {"kept": 2})
+    assert {file.read_bytes() for file in folder.glob("blue/*.png")} == {one, other}
+    # The last word on a photo counts, and the same again is one photo.
+    assert correct(client, "green thing", one).status == 200
+    assert correct(client, "green thing", one).status == 200
+    kept = sorted(file.relative_to(folder).parent.name for file in folder.rglob("*.png"))
+    assert kept == ["blue", "green thing"]
+    assert len(open_task(str(folder), test_fraction=0).train) == 2
+
+
+def test_only_photos_of_known_classes_are_kept(keeping, pictures):
+    client, folder = keeping
+    good = pictures[0].read_bytes()
+    for name in ("yellow", "../blue", "blue/../..", "", "BLUE"):
+        assert "is no class" in correct(client, name, good).detail
+    assert correct(client, "blue", good, b"no image").status == 400
+    assert correct(client, "blue", png_header(9_000, 9_000)).status == 413
+    assert correct(client, "blue", *[good] * 5).status == 413
+    assert correct(client, "blue").status == 400
+    assert client.ask("POST", "/feedback", good).status == 422
+    assert not [*folder.rglob("*.*g")]
+
+
+def test_a_page_of_another_server_can_have_nothing_kept(keeping, pictures, served):
+    client, folder = keeping
+    good = pictures[0].read_bytes()
+    assert correct(client, "blue", good, Origin="http://evil.example").status == 403
+    assert correct(client, "blue", good, Host="evil.example").status == 403
+    own = f"http://127.0.0.1:{client.port}"
+    with running(served, token="secret", feedback=open_feedback(folder, 10**6, ["a"])) as closed:
+        assert correct(closed, "blue", good, Origin=own).status == 401
+    assert not [*folder.rglob("*.png")]
+    assert correct(client, "blue", good, Origin=own).status == 200
+
+
+def test_there_is_an_end_to_what_is_kept(served, pictures, tmp_path, monkeypatch):
+    one, other = (file.read_bytes() for file in pictures[:2])
+    small = open_feedback(tmp_path / "kept", len(one) + len(other) - 1, served.class_names)
+    with running(served, feedback=small) as client:
+        assert correct(client, "blue", one).status == 200
+        full = correct(client, "blue", other)
+        assert (full.status, "no more room" in full.detail) == (507, True)
+    monkeypatch.setattr("dapt.serve.feedback.MOST", 1)
+    assert not replace(small, room=10**9).keep([other], "blue")
+    assert len([*small.folder.rglob("*.png")]) == 1
+
+
+def test_nothing_is_kept_unless_the_operator_says_so(client, run, pictures, tmp_path):
+    assert client.get("/classes").json["feedback"] is False
+    refused = correct(client, "blue", pictures[0].read_bytes())
+    assert (refused.status, "keeps no photos" in refused.detail) == (404, True)
+    with pytest.raises(UserError, match="none can be called 'a/b'"):
+        open_feedback(tmp_path / "kept", 1, ["a/b"])
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "file").touch()
+    told = runner.invoke(app, ["serve", str(run.path), "--feedback", str(tmp_path / "file")])
+    assert (told.exit_code, "is a file; give a folder" in told.stderr) == (2, True)
+
+
 # -- the page ------------------------------------------------------------------------------------
 
 
@@ -831,7 +915,7 @@ def test_drop_a_file_and_see_its_class(browser, client, served, pictures, tmp_pa
     browser.look(390)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     browser.open(f"{address}/docs")
-    until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 5)
+    until(lambda: browser.evaluate("document.querySelectorAll('article').length") == 6)
     assert "/predict" in browser.evaluate("document.body.innerText")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     outside = [u for u in browser.requested() if not u.startswith((address, "blob:", "about:"))]

@@ -1,5 +1,6 @@
 """Distribution-aware prompt tuning for vision-language models."""
 
+import warnings
 from typing import Any
 
 __version__ = "0.1.0"
@@ -9,7 +10,10 @@ __all__ = ["PromptClassifier", "__version__"]
 def __getattr__(name: str) -> Any:
     """`PromptClassifier`, imported when asked for: it brings torch along."""
     if name == "PromptClassifier":
-        from dapt.estimator import PromptClassifier
+        with warnings.catch_warnings():
+            # Of tqdm, which other libraries import, in a notebook without widgets.
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from dapt.estimator import PromptClassifier
 
         return PromptClassifier
     raise AttributeError(f"module 'dapt' has no attribute '{name}'")

@@ -25,6 +25,11 @@ def printable(text: str) -> str:
     )
 
 
+def readable(name: str) -> str:
+    """A class's or dataset's name as people, and text prompts, read it: spaces, no underscores."""
+    return name.replace("_", " ")
+
+
 # What makes a spreadsheet take a cell for a formula: signs, wide ones, and what some skip.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+from dapt import notebook
 from dapt.clip.backbone import Backbone
 from dapt.clip.known import STAND_IN
 from dapt.clip.sources import BUNDLED, SUITED, load_backbone
@@ -28,11 +30,14 @@ from dapt.engine.effort import choose, new_search, settings_to_begin_with, summa
 from dapt.engine.evaluate import classify
 from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
+from dapt.engine.forecast import forecast
 from dapt.engine.suited import differing
 from dapt.errors import InputError, UserError, reason_of, shown
 from dapt.methods import get_method
+from dapt.predict import best
 from dapt.progress import Reporter, RichReporter
 from dapt.run.directory import RunDirectory
+from dapt.run.hub import find_run
 from dapt.run.load import classifier_of, load_classifier
 from dapt.run.records import SupportRecord, TaskRecord
 from dapt.run.train import check_output, files_of
@@ -48,7 +53,7 @@ from dapt.settings import (
 
 
 @dataclass(eq=False, repr=False)
-class PromptClassifier(ClassifierMixin, BaseEstimator):
+class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
     """A few labelled images in, a classifier out.
 
     Images are paths, files' bytes, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or
@@ -83,6 +88,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         class_names_: what prompts call them.
         files_: the run's files, by name: what `save` writes.
         effort_: what was tried beside auto, and what it gave; None where nothing was asked for.
+        forecast_: what to expect of new photos, as in metrics.json; None where it is not known.
     """
 
     backbone: str = "auto"
@@ -165,7 +171,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         except BadImage as error:
             raise InputError(str(error)) from error
         tuned.classifier.requires_grad_(False)
-        self.effort_ = more.get("effort")
+        self.effort_, self.forecast_ = more.get("effort"), forecast(tuned)
         if other := differing(settings, tuned.settings):
             more["asked"] = other
         self._adopt(files_of(tuned, journal, **more), classes, tuned.classifier)
@@ -186,15 +192,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
         An image that cannot be read is an `InputError`; before `fit` or `load`, NotFittedError.
         """
-        check_is_fitted(self, "files_")
-        images = as_sequence(X)
-        self._require_classifier()
-        store = ImageStore(images, **self._classifier.of_views())
+        classifier = self._ready()
+        store = ImageStore(as_sequence(X), **classifier.of_views())
         try:
-            logits = classify(self._classifier, store)
+            logits = classify(classifier, store)
         except BadImage as error:
             raise InputError(str(error)) from error
-        return self._classifier.probabilities(logits.double()).numpy()[:, self._places]
+        return classifier.probabilities(logits.double()).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Accuracy on images and labels; without labels, on those of the dataset ``X``.
@@ -214,6 +218,21 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         labels = as_labels(y).ravel().tolist()
         labels = [x if x in own else by_name.get(names.get(x, x), x) for x in labels]
         return float(super().score(X, labels, sample_weight))
+
+    def show(self, X: Any, top: int = 3) -> notebook.Page:
+        """Images with their ``top`` classes, as a notebook shows them inline; errors of `predict`.
+
+        Of several labels an image, it is the most probable ones, whatever their thresholds.
+        """
+        found = best(torch.from_numpy(self.predict_proba(X)), self.class_names_, top)
+        return notebook.photos(as_sequence(X), found, self._classifier.grey)
+
+    def _ready(self) -> Classifier:
+        """The classifier, put together again where it was pickled; NotFittedError before `fit`."""
+        check_is_fitted(self, "files_")
+        if not hasattr(self, "_classifier"):
+            self._classifier = self._built(self.files_)
+        return self._classifier
 
     def add_classes(
         self, names: Sequence[str] | Mapping[Any, str], X: Any = None, y: Any = None
@@ -250,8 +269,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         everything = [*before, *map(str, given.values())]
         check_class_names(everything, "added classes")
         settings = make_settings(json.loads(self.files_["settings.json"]))
-        self._require_classifier()
-        if self._classifier.closed(settings):
+        if self._ready().closed(settings):
             self._fit_again(settings, classes, tuple(everything), X, y)
             return self
         if X is not None:
@@ -261,6 +279,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         added: dict[str, Any] = {"class_names": everything, "labels": _json(classes)}
         for name, entry in (("task.json", "class_names"), ("environment.json", "labels")):
             files[name] = to_json({**json.loads(files[name]), entry: added[entry]}, indent=1)
+        self.forecast_ = None
         self._adopt(files, classes, self._built(files, own_names=before))
         return self
 
@@ -323,10 +342,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         A `UserError` if a run is there already, unless to ``overwrite``, or it is in use.
         """
         check_is_fitted(self, "files_")
-        run, settings = RunDirectory(path), make_settings(json.loads(self.files_["settings.json"]))
-        check_output(run, settings, overwrite=overwrite)
+        run, way = RunDirectory(path), "give {}=True, or choose another path"
+        check_output(run, None, overwrite=overwrite, way=way)
         with run.locked():
-            check_output(run, settings, overwrite=overwrite)
+            check_output(run, None, overwrite=overwrite, way=way)
             run.begin(self.files_)
         return run.path
 
@@ -336,10 +355,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
     ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
+        Or of ``org/name`` of the Hugging Face hub, ``@`` a commit, where ``dapt push`` put one.
+
         ``backbone`` says where the weights it was tuned on are now, if they have moved. A
         `UserError` if there is no finished run, or its backbone is not what it was tuned on.
         """
-        run = RunDirectory(path)
+        run = RunDirectory(find_run(path))
         run.require()
         settings = run.read_settings()
         if backbone is not None:
@@ -366,6 +387,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         run.check_links(run.files())
         files = {file.name: file.read_bytes() for file in run.files()}
         files[run.settings_file.name] = to_json(kept_values(settings), indent=1)
+        told = run.read_metrics().forecast if run.finished else None
+        found.forecast_ = None if told is None else told.model_dump()
         found._adopt(files, np.asarray(labels), classifier)
         return found
 
@@ -394,10 +417,6 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         if hasattr(self, "_classifier"):
             return self._classifier.backbone
         return self._backbone(settings)
-
-    def _require_classifier(self) -> None:
-        if not hasattr(self, "_classifier"):  # it is not pickled
-            self._classifier = self._built(self.files_)
 
     def _built(self, files: dict[str, bytes], own_names: Sequence[str] | None = None) -> Classifier:
         """The classifier that a run's files hold; it was tuned on other classes, if given."""

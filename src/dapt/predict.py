@@ -20,7 +20,7 @@ from dapt.data.pictures import missing_extras
 from dapt.data.spellings import is_service
 from dapt.engine.classifier import Classifier
 from dapt.errors import UserError
-from dapt.safe.files import user_path
+from dapt.safe.files import require_there, user_path
 
 
 class Prediction(NamedTuple):
@@ -114,7 +114,7 @@ def find_images(arguments: Iterable[Path | str]) -> list[Path]:
                 raise UserError(f"no image matches {path}; check the pattern")
             found += kept
         else:
-            raise UserError(f"image {path} does not exist; check the path")
+            require_there(path, "image")
     if not found:
         raise UserError("no images given; name image files or folders")
     return found

@@ -76,7 +76,7 @@ class Reporter:
 
 
 class RichReporter(Reporter):
-    """A bar with time left on a terminal; a line a stage where output is a file.
+    """A bar with time left on a terminal or in a notebook; a line a stage where output is a file.
 
     A warning is told once, however many parts of a command come upon it.
     """
@@ -87,19 +87,14 @@ class RichReporter(Reporter):
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
         """Show a bar for ``total`` units of work; it goes when the work is done."""
+        if errors.is_jupyter:
+            with _notebook_bar(title, total) as advance:
+                yield advance
+            return
         if not errors.is_terminal:
             yield _lines(title, total)
             return
-        columns = (
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[note]}", markup=False),
-        )
-        with progress.Progress(*columns, console=errors, transient=True) as bar:
+        with progress.Progress(*_columns(errors.width), console=errors, transient=True) as bar:
             task = bar.add_task(title, total=total, note="")
             yield lambda count, note="": bar.update(task, advance=count, note=note)
 
@@ -112,6 +107,35 @@ class RichReporter(Reporter):
         if line not in self._warned:
             self._warned.add(line)
             say(f"dapt: warning: {line}", to=errors)
+
+
+def _columns(width: int) -> Iterator[progress.ProgressColumn]:
+    """Of a bar; in 80 columns the bar itself stays legible, and only a note is cut short."""
+    wide, whole = width >= 100, Column(no_wrap=True)
+    yield progress.TextColumn("{task.description}", markup=False, table_column=whole)
+    yield progress.BarColumn(bar_width=24 if wide else 12)
+    yield progress.MofNCompleteColumn(table_column=Column(no_wrap=True))
+    if wide:
+        yield progress.TimeElapsedColumn()
+    yield progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
+    yield progress.TextColumn("left")
+    note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    yield progress.TextColumn("{task.fields[note]}", markup=False, table_column=note)
+
+
+@contextmanager
+def _notebook_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar of widgets where a notebook has them, else one of text; by tqdm, which knows."""
+    with quietly():
+        from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=title, leave=False) as bar:
+
+        def advance(count: int, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
+
+        yield advance
 
 
 def _lines(title: str, total: int | None) -> Callable[..., None]:

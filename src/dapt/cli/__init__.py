@@ -3,6 +3,6 @@
 from dapt.cli.common import app, main
 
 # Importing a module adds its commands, in the order of 'dapt --help'.
-from dapt.cli import train, use, data, backbones  # noqa: F401
+from dapt.cli import train, compare, use, words, data, backbones  # noqa: F401
 
 __all__ = ["app", "main"]

@@ -6,7 +6,9 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +20,10 @@ from rich.table import Table
 from typer import Argument, Context, Exit, Option, Typer, echo
 
 import dapt
-from dapt.errors import PictureWarning, UserError
+from dapt.cli.usage import OneSentence
+from dapt.errors import PictureWarning, UserError, readable
 from dapt.progress import console, errors, say, table
+from dapt.run.hub import find_run
 
 if TYPE_CHECKING:
     from dapt.run.directory import RunDirectory
@@ -28,22 +32,35 @@ if TYPE_CHECKING:
 # PIL's warning of a large image: whether it is too large, dapt says itself.
 warnings.filterwarnings("ignore", "Image size .* exceeds limit", RuntimeWarning)
 
+
+def _is_there(run: Path) -> Path:
+    """A run's folder, looked for before anything that takes seconds is imported."""
+    return find_run(run)
+
+
 # Options of more than one command. Those that are called like a setting are one.
-RunArgument = Annotated[Path, Argument(help="Run directory that 'dapt train' wrote.")]
+RunArgument = Annotated[
+    Path,
+    Argument(help="Run that 'dapt train' wrote, or org/name of the hub.", callback=_is_there),
+]
 RootOption = Annotated[Path | None, Option(help="Folder that holds the benchmarks.")]
 DomainOption = Annotated[str | None, Option(help="Style of the bundled task.")]
 NamesOption = Annotated[Path | None, Option(help="JSON file: folder name -> class name.")]
 MethodOption = Annotated[str | None, Option("--method", "-m", help="See 'dapt methods'.")]
-ShotsOption = Annotated[int | None, Option(help="Support images a class.")]
-SeedOption = Annotated[int | None, Option(help="Of support set, prompts and order.")]
-EpochsOption = Annotated[int | None, Option(help="Passes over the support set.")]
-BackboneOption = Annotated[
-    str | None,
-    Option("--backbone", "-b", help="'bundled', open_clip name, hub id, file, 'auto'."),
+ShotsOption = Annotated[int | None, Option(help="Support images a class.", show_default="16")]
+SeedOption = Annotated[
+    int | None, Option(help="Of support set, prompts and order.", show_default="1")
 ]
+EpochsOption = Annotated[
+    int | None, Option(help="Passes over the support set.", show_default="the method's")
+]
+BACKBONES = "'bundled', open_clip name, hub id, file, 'auto'."
+BackboneOption = Annotated[str | None, Option("--backbone", "-b", help=BACKBONES)]
 PretrainedOption = Annotated[str | None, Option(help="An open_clip tag, a file, or 'random'.")]
-PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
-DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="fp32")]
+_DEVICES = "auto, cpu, cuda, cuda:N or mps."
+DeviceOption = Annotated[str | None, Option(help=_DEVICES, show_default="auto")]
+RunDeviceOption = Annotated[str | None, Option("--device", help=_DEVICES, show_default="the run's")]
 StrictOption = Annotated[bool, Option("--strict", help="Stop at an unreadable image, skip none.")]
 OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
 PluginOption = Annotated[
@@ -73,6 +90,17 @@ def given_settings(
     return absolute_paths(given | dict(map(parse_assignment, assignments or ())))
 
 
+def listed(context: Context, name: str) -> list[Any] | None:
+    """What stands between an option's commas; None where it is not given."""
+    if (text := context.params[name]) is None:
+        return None
+    kind = int if name in ("shots", "seeds") else str
+    try:
+        return [kind(value.strip()) for value in text.split(",") if value.strip()]
+    except ValueError as error:
+        raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
+
+
 say_error = partial(say, to=errors)  # a line on standard error, as it stands
 
 # What the operating system says when there is no room or no right to write.
@@ -97,10 +125,11 @@ def readable_errors(
     """
 
     def hint(start: str) -> str:
-        return f"{start}{again}" if run is not None and run.exists() else ""
+        return f"{start}{again}" if run is not None and _begun(run) else ""
 
     try:
-        yield
+        with _stopping(run is not None):
+            yield
         return
     except UserError as error:
         said = str(error)
@@ -119,7 +148,28 @@ def readable_errors(
     raise Exit(2)
 
 
+def _begun(folder: Path) -> bool:
+    """Whether a run, or the search for its method, was begun here, or in a folder right here."""
+    names = ("settings.json", "effort.json", "*/settings.json")
+    return any(next(folder.glob(name), None) for name in names)
+
+
+@contextmanager
+def _stopping(asked: bool) -> Iterator[None]:
+    """If ``asked``, SIGTERM is as Ctrl-C inside: what may go on says so."""
+    if not asked or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 app = Typer(
+    cls=OneSentence,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -174,7 +224,7 @@ def main() -> None:
             # A class name may hold what the terminal's encoding has not.
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
-    app()
+    app(prog_name="dapt")
 
 
 def _show_warning(usual: Callable[..., None], message: Any, category: Any, *where: Any) -> None:
@@ -199,7 +249,7 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             f"{run.path} is in use by another process, which has replaced the run that was made "
             "here; give each its own --output"
         ) from error
-    title = ", ".join((result.dataset, result.method, *notes))
+    title = ", ".join((readable(result.dataset), result.method, *notes))
     if result.test is not None:
         console.print(metrics_table(title, result.test.model_dump()))
     else:
@@ -216,7 +266,7 @@ def show_run(run: RunDirectory, *notes: str) -> Metrics:
             f"{between} ({told.images:,} photos held out)"
         )
         for pair in told.confused[:3]:
-            one, other = pair.classes
+            one, other = map(readable, pair.classes)
             say(f"most confused: '{one}' and '{other}' ({pair.images} of those)")
         say(told.advice)
     if (mapped := result.map_forecast) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,34 @@ data = Typer(no_args_is_help=True, help="Look at datasets and their support sets
 common.app.add_typer(data, name="data")
 
 _JsonOption = Annotated[bool, Option("--json", help="Print all of it, as JSON.")]
+
+
+@command("new")
+def new(
+    folder: Annotated[Path, Argument(help="Folder for your photos.")] = Path("photos"),
+    classes: Annotated[
+        list[str] | None, Argument(help="Names of its classes; a folder is made for each.")
+    ] = None,
+) -> None:
+    """Show how a folder of photos should look, or make one: dapt new photos cat 'golden retriever'.
+
+    Each class has a folder of its own, called like it. Nothing that is there is changed.
+    """
+    folder, names = user_path(folder), classes or []
+    for name in names:
+        if name != name.strip() or name.startswith(".") or re.search(r"[/\\\x00-\x1f]", name):
+            raise UserError(f"class '{name}' is no name of a folder; give one such as 'red fox'")
+    if len(set(names)) == 1:
+        raise UserError(f"'{names[0]}' is one class; give two or more, as one tells nothing apart")
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    say(f"{folder}/")
+    for name in names or ("cat", "dog"):
+        say(f"  {name}/")
+        for photo in () if names else ("1.jpg", "any name.png", "..."):
+            say(f"    {photo}")
+    say("4 photos of each class are a start, 16 are good; some are held out to test on by itself")
+    say(f"then: dapt train {shlex.quote(str(folder))} -o runs/first")
 
 
 @command("support-set", data)

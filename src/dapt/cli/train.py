@@ -1,10 +1,10 @@
-"""Runs, one or many: ``dapt train``, ``demo``, ``experiment``, and what is made of all of them."""
+"""Runs, one or many: ``dapt train``, ``experiment``, and what is made of all of them."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,9 @@ from typer import Argument, Context, Exit, Option, echo
 
 import dapt
 from dapt.cli import common
-from dapt.cli.common import command, given_settings, readable_errors, say_error, show_run
+from dapt.cli.common import command, given_settings, listed, readable_errors, say_error, show_run
 from dapt.cli.outline import outlines
+from dapt.data.there import require_dataset
 from dapt.errors import UserError
 from dapt.progress import Reporter, RichReporter, cell, console, duration, errors, say, table
 from dapt.safe.files import read_json
@@ -39,7 +40,12 @@ def train(
         str | None, Argument(help="'bundled', a benchmark, a folder, .csv/.jsonl, packed images.")
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Run directory to write.")] = None,
-    method: common.MethodOption = None,
+    method: Annotated[
+        str | None,
+        Option(
+            "--method", "-m", help="See 'dapt methods'.", show_default="auto; of benchmarks dapt"
+        ),
+    ] = None,
     head: Annotated[
         str | None, Option(help="Head of another method, fitted on what this one tunes.")
     ] = None,
@@ -53,12 +59,14 @@ def train(
         bool, Option("--multi-label", help="Several labels an image; most tables tell themselves.")
     ] = False,
     support_set: Annotated[Path | None, Option(help="Saved support set, not a draw.")] = None,
-    backbone: common.BackboneOption = None,
+    backbone: Annotated[
+        str | None, Option("--backbone", "-b", help=common.BACKBONES, show_default="bundled")
+    ] = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,
     device: common.DeviceOption = None,
     epochs: common.EpochsOption = None,
-    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate.", show_default="the method's")] = None,
     loss: Annotated[
         list[str] | None, Option(help="Add a loss: inter=0.1, intra=10; any method that learns.")
     ] = None,
@@ -69,23 +77,33 @@ def train(
         bool, Option("--tune-settings", help="Search lr and betas on held-out support images.")
     ] = False,
     effort: Annotated[
-        str | None, Option(help="seconds, minutes, hours or 20m, say: try what tunes, too.")
+        str | None,
+        Option(
+            help="seconds, minutes, hours or 20m, say: try what tunes, too.", show_default="seconds"
+        ),
     ] = None,
     strict: common.StrictOption = False,
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
     """Make a classifier of a few labelled images, say what to expect of it, and evaluate it."""
+    if dataset is not None:
+        require_dataset(dataset)
     from dapt.engine.fit import Interrupted
     from dapt.run.directory import RunDirectory
 
-    with readable_errors(output, f"dapt train --output {output} --resume", Interrupted):
+    with readable_errors(output, _again(output), Interrupted):
         if output is None:
             raise UserError("no run directory; add --output, such as --output runs/first")
         run, how = RunDirectory(output), {"resume": resume, "overwrite": overwrite}
         said = given_settings(context, assignments=settings)
         final = _settings(said, config, head, loss or [], run, resume, every, effort)
         _train(final, run, how, effort, tune_settings)
+
+
+def _again(output: Path | None) -> str:
+    """The command that goes on with a run."""
+    return f"dapt train --output {shlex.quote(str(output))} --resume"
 
 
 def _train(
@@ -95,6 +113,7 @@ def _train(
     from dapt.clip.known import STAND_IN
     from dapt.engine import data, features, processes, search
     from dapt.engine.effort import time_of
+    from dapt.methods import get_method
     from dapt.run import train as training
     from dapt.run.effort import choose_method
 
@@ -119,18 +138,20 @@ def _train(
         more: dict[str, Any] = {"data": images, "shared": shared, "reporter": reporter}
         final = choose_method(final, effort, run.path, **more, **how)
         how = {"resume": True, "overwrite": False}
+    if group.first and get_method(final.method).learns and not run.finished:
+        say(f"should it be stopped, this goes on: {_again(run.path)}")
     training.train(final, run.path, data=images, shared=shared, reporter=reporter, **how)
     if group.first:
         final = run.read_settings()  # which may be others, on this backbone
         tuned = show_run(run).test
         if tuned and images and shared and len(images.task.test) <= COMPARED_IMAGES:
-            _compare(final, tuned, images, shared, reporter)
+            _compare(final, tuned, images, shared, reporter, tune)
         if run.stands_in():
             say_error(f"dapt: warning: {STAND_IN}; see 'dapt backbones'")
 
 
 def _compare(
-    final: Settings, tuned: Test, images: Data, shared: Shared, reporter: Reporter
+    final: Settings, tuned: Test, images: Data, shared: Shared, reporter: Reporter, tune: bool
 ) -> None:
     """Say how the untouched model does on the same images, and what to do if it does better."""
     from dapt.engine.evaluate import evaluate_zero_shot
@@ -143,29 +164,32 @@ def _compare(
     zero, own = found[figure], getattr(tuned, figure)
     say(f"zero-shot, which learns nothing: {called}{100 * zero:.1f} % on the same images")
     if own < zero:
-        drawn = Counter(item.label for item in images.support.train)
-        _say_what_else(final, 100 * (zero - own), max(drawn.values(), default=0))
+        _say_what_else(final, 100 * (zero - own), images, tune)
 
 
-def _say_what_else(settings: Settings, points: float, images: int) -> None:
-    """What to do about a run that is so many points worse than no tuning, of so many a class."""
+def _say_what_else(settings: Settings, points: float, data: Data, tune: bool) -> None:
+    """What to do about a run so many points worse than no tuning; not what was just done.
+
+    That is to ``tune`` settings, to take the method, and to take all images there are.
+    """
+    from dapt.engine.data import images_a_class
     from dapt.methods import get_method
 
+    images, there = images_a_class(data.support.train), images_a_class(data.task.train)
+    had = " to ".join(f"{count:,}" for count in dict.fromkeys((min(images), max(images))))
+    more = "take more images with --shots" if images != there else "give more images a class"
     if get_method(settings.method).learns and points > FAR_BELOW:
         say(
-            f"{settings.method} is {points:.1f} points below zero-shot with {images} "
-            "images a class; use --method auto instead, or give more images"
+            f"{settings.method} is {points:.1f} points below zero-shot with {had} "
+            f"images a class; use --method auto instead, or {more}"
         )
         return
     # A search holds images out: it needs two in a class.
-    searches = get_method(settings.method).learns and images > 1
+    searches = get_method(settings.method).learns and max(images) > 1 and not tune
     ways = ["--tune-settings"] if searches else []
     ways += ["--method auto"] if settings.method != "auto" else []
     tried = f"try {' or '.join(ways)}, or " if ways else ""
-    say(
-        f"tuning made it worse; give more images a class (it had {images}), "
-        f"{tried}stay with --method zero-shot"
-    )
+    say(f"tuning made it worse; {more} (it had {had} a class), {tried}stay with --method zero-shot")
 
 
 def _settings(
@@ -300,20 +324,6 @@ def list_settings(
     console.print(made)
 
 
-@command("demo")
-def demo(
-    output: Annotated[Path, Option("--output", "-o", help="Where all of it goes.")] = Path("demo"),
-    epochs: Annotated[int | None, Option(min=1, help="Passes over the support set.")] = None,
-    seed: Annotated[int, Option(min=0, help="Of support set, prompts and order.")] = 1,
-) -> None:
-    """Compare zero-shot, a linear probe, prompts and the automatic head on the bundled task."""
-    from dapt.demo import run_demo
-    from dapt.engine.fit import Interrupted
-
-    with readable_errors(output, f"dapt demo --output {output}", Interrupted):
-        run_demo(output, epochs=epochs, seed=seed, reporter=RichReporter())
-
-
 @command("experiment")
 def experiment(
     context: Context,
@@ -353,7 +363,7 @@ def experiment(
         return
     own = ("root", "backbone", "pretrained", "precision", "device")
     changes: dict[str, Any] = {"settings": given_settings(context, own, settings)}
-    changes |= {name: _list(context, name) for name in ("datasets", "methods", "shots", "seeds")}
+    changes |= {name: listed(context, name) for name in ("datasets", "methods", "shots", "seeds")}
     plan = make_plan(_changed(read_suite(file), changes, quick), output)
     how: dict[str, Any] = {"workers": workers, "threads": threads, "ray": ray, "retry": retry}
     grid = Grid(plan, **how, reporter=told, progress=told if errors.is_terminal else Reporter())
@@ -365,17 +375,6 @@ def experiment(
         done = sum(run.state() == DONE for run in plan.runs)
         say_error(f"stopped with {done} of {len(plan.runs)} runs done; the same command goes on")
         raise Exit(130) from None
-
-
-def _list(context: Context, name: str) -> list[Any] | None:
-    """What stands between an option's commas; a suite refuses a list that is empty."""
-    if (text := context.params[name]) is None:
-        return None
-    kind = int if name in ("shots", "seeds") else str
-    try:
-        return [kind(value.strip()) for value in text.split(",") if value.strip()]
-    except ValueError as error:
-        raise UserError(f"--{name} {text}: give numbers with commas between, as 1,2,4") from error
 
 
 def _changed(suite: Suite, changes: dict[str, Any], quick: bool) -> Suite:
@@ -427,6 +426,8 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
 def _show_result(grid: Grid) -> None:
     """How many runs are done and, with exit code 1, why the others are not."""
     say(f"{grid.done} of {len(grid.plan.runs)} runs are done; all is in {grid.plan.folder}")
+    if grid.done:
+        say(f"tables and figures of them: dapt report {shlex.quote(str(grid.plan.folder))}")
     for sentence in dict.fromkeys(grid.failed.values()):
         titles = [title for title, said in grid.failed.items() if said == sentence]
         more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""

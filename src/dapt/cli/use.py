@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -24,12 +25,13 @@ from dapt.errors import (
     install,
     nearest,
     printable,
+    readable,
     refusing,
     spreadsheet_cell,
     spreadsheet_path,
 )
 from dapt.progress import Reporter, RichReporter, cell, console, say
-from dapt.safe.files import to_json
+from dapt.safe.files import require_there, to_json, user_path
 
 if TYPE_CHECKING:
     from dapt.run.directory import RunDirectory
@@ -45,7 +47,7 @@ def evaluate(
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
     classes: Annotated[str | None, Option(help="base (first half), new (the rest) or all.")] = None,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
     strict: common.StrictOption = False,
     as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
     plugin: common.PluginOption = None,
@@ -64,11 +66,20 @@ def evaluate(
         console.print(common.metrics_table(f"{name}, prompts of {run}", result))
 
 
+def _are_there(images: list[str] | None) -> list[str] | None:
+    """What names images, looked for before anything that takes seconds is imported."""
+    for name in images or ():
+        if name != "-" and not glob.has_magic(name):
+            require_there(user_path(name), "image")
+    return images
+
+
 @command("predict")
 def predict(
     run: common.RunArgument,
     images: Annotated[
-        list[str] | None, Argument(help="Files, folders, patterns; - reads names from stdin.")
+        list[str] | None,
+        Argument(help="Files, folders, patterns; - reads names from stdin.", callback=_are_there),
     ] = None,
     top: Annotated[int, Option(min=1, help="Classes to name for each image.")] = 1,
     form: Annotated[str, Option("--format", "-f", help="lines, json, csv or table.")] = "lines",
@@ -85,7 +96,7 @@ def predict(
     ] = None,
     null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
     """Classify images with a run's prompts."""
@@ -197,7 +208,7 @@ Row = tuple[str, Sequence[tuple[str, float]], bool]
 def _lines(rows: Iterable[Row], _top: int, _limited: bool) -> Iterator[str]:
     """``path: class 90.0%, class 5.0%``, an image a line."""
     for path, classes, unknown in rows:
-        ranked = ", ".join(f"{name} {p:.1%}" for name, p in classes) or "no label"
+        ranked = ", ".join(f"{readable(name)} {p:.1%}" for name, p in classes) or "no label"
         yield printable(f"{path}: unknown ({ranked})" if unknown else f"{path}: {ranked}")
 
 
@@ -232,7 +243,7 @@ def _table(rows: Iterable[Row], top: int, _limited: bool) -> Iterator[str]:
         table.add_column("class" if place == 0 else f"{place + 1}.")
         table.add_column("", justify="right")
     for path, classes, unknown in rows:
-        best, *cells = [cell(text) for name, p in classes for text in (name, f"{p:.1%}")]
+        best, *cells = [cell(text) for name, p in classes for text in (readable(name), f"{p:.1%}")]
         table.add_row(cell(path), f"unknown ({best})" if unknown else best, *cells)
     yield _as_text(table)
 
@@ -255,7 +266,7 @@ def _table_of_several(rows: Iterable[Row], _top: int, _limited: bool) -> Iterato
     """A table, once all images are there."""
     table = Table(Column("image", overflow="fold"), "labels")
     for path, classes, _ in rows:
-        table.add_row(cell(path), cell(", ".join(f"{name} {p:.1%}" for name, p in classes)))
+        table.add_row(cell(path), cell(", ".join(f"{readable(n)} {p:.1%}" for n, p in classes)))
     yield _as_text(table)
 
 
@@ -266,11 +277,11 @@ FORMS_OF_SEVERAL = FORMS | {"csv": _csv_of_several, "table": _table_of_several}
 @command("suggest")
 def suggest(
     run: common.RunArgument,
-    images: Annotated[list[str], Argument(help="Files, folders, patterns.")],
+    images: Annotated[list[str], Argument(help="Files, folders, patterns.", callback=_are_there)],
     count: Annotated[int, Option("--count", "-n", min=1, help="Photos to list.")] = 20,
     form: Annotated[str, Option("--format", "-f", help="lines, json or csv.")] = "lines",
     batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
-    device: common.DeviceOption = None,
+    device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
     """Say which unlabelled photos to label next: unsure ones, unlike each other."""
@@ -296,7 +307,8 @@ def suggest(
     for one in found:
         path = os.fsencode(paths[one.place]).decode("utf-8", "replace")
         if form == "lines":
-            echo(printable(f"{path}: {one.guess} {one.probability:.1%} ({one.reason})"))
+            guess = f"{readable(one.guess)} {one.probability:.1%} ({one.reason})"
+            echo(printable(f"{path}: {guess}"))
         elif form == "csv":
             guess, reason = map(spreadsheet_cell, (one.guess, one.reason))
             row = (spreadsheet_path(path), guess, f"{one.probability:.6f}", reason)
@@ -330,7 +342,11 @@ def serve(
     ] = None,
     workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
     root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
-    device: common.DeviceOption = None,
+    feedback: Annotated[
+        Path | None, Option(help="Folder that photos corrected on the page are kept in.")
+    ] = None,
+    feedback_room: Annotated[float, Option(min=0.01, help="MB that they may take in all.")] = 1000,
+    device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
     """Serve a run: a page to drop photos on, and predictions for other programs."""
@@ -340,6 +356,7 @@ def serve(
         raise UserError(f"serving needs {error.name}: {install('serve')}") from error
     from dapt.run.directory import RunDirectory
     from dapt.serve.app import Limits
+    from dapt.serve.feedback import open_feedback
     from dapt.serve.served import load_served
 
     who = _who(token, allow_host or [], allow_origin or [], root_path)
@@ -347,6 +364,10 @@ def serve(
         raise UserError(f"--max-images {max_images} do not fit --queue {queue}; change one of them")
     directory = RunDirectory(run)
     directory.require()
+    if feedback is not None:
+        _gives_several(directory, {"--feedback": True})
+        names, room = directory.read_task().class_names, int(feedback_room * 1e6)
+        who["feedback"] = open_feedback(feedback, room, names)
     listening = server.open_socket(host, port)
     address, port, *_ = listening.getsockname()
     if token is None and not server.is_loopback(address):
@@ -357,7 +378,7 @@ def serve(
     most, pixels = int(max_upload * 1e6), int(max_pixels * 1e6)
     limits = Limits(most, pixels, max_images, queue, batch_size, timeout)
     where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-    name, classes = directory.path.resolve().name, len(directory.read_task().class_names)
+    name, classes = directory.name, len(directory.read_task().class_names)
     told = f"{name}, {classes:,} classes, at {where} (Ctrl-C stops)"
     # The host by its own port: other servers there are others.
     who["names"] += [f"{f'[{host}]' if ':' in host else host}:{port}"]
@@ -463,6 +484,6 @@ def push(
     if not dry_run:
         say(card.push(directory, repo_id, private=private, reporter=RichReporter()))
         return
-    for name, content in card.files_to_push(directory).items():
+    for name, content in card.files_to_push(directory, repo_id).items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         say(f"{name}  {size:,} bytes")

@@ -117,7 +117,9 @@ class Backbone(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    text_width = property(lambda self: self._words().shape[1], doc="Of a text prompt vector.")
+    text_width = property(
+        lambda self: self.word_embeddings().shape[1], doc="Of a text prompt vector."
+    )
     text_layers = property(
         lambda self: len(self.text_transformer().transformer.resblocks), doc="How many."
     )
@@ -186,7 +188,7 @@ class Backbone(nn.Module):
             raise UserError(f"{what}, in whose layers nothing is learned; {hint}")
         return self.text
 
-    def _words(self) -> Tensor:
+    def word_embeddings(self) -> Tensor:
         """(V, W): embeddings of all tokens, where the text tower takes others in their place."""
         self.require_text()
         if isinstance(self.text, TextTransformer):
@@ -245,7 +247,7 @@ class Backbone(nn.Module):
     def embed_words(self, words: str) -> Tensor:
         """(M, text width), on the CPU: token embeddings of words without start and end."""
         inner = torch.tensor(self.inner_tokens(words), device=self.device, dtype=torch.long)
-        self._words()  # refuses a tower that takes none
+        self.word_embeddings()  # refuses a tower that takes none
         return embedded(self.text, inner).float().cpu()
 
     def inner_tokens(self, words: str) -> list[int]:

@@ -131,7 +131,7 @@ def load_model(name: str, pretrained: str | None) -> Loaded:
     if name.startswith(image_only.PREFIX):
         return _from_timm(name.removeprefix(image_only.PREFIX), pretrained)
     if pretrained is not None and (name == BUNDLED or path.exists() or "/" in name):
-        what = f"--pretrained {pretrained} goes with open_clip model names"
+        what = f"pretrained {pretrained} goes with open_clip model names"
         raise UserError(f"{what}; backbone '{name}' brings its own weights, so leave it out")
     if name == BUNDLED:
         path = Path(str(files("dapt") / "assets/backbone"))
@@ -165,7 +165,7 @@ def taken_for_granted(name: str) -> str | None:
     return (
         f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
         "normalisation of images; if it is not, give a folder with open_clip_config.json, or its "
-        "open_clip name with --pretrained and this file"
+        "open_clip name and this file as pretrained"
     )
 
 

@@ -15,13 +15,14 @@ from dapt.data.left_out import LeftOut
 from dapt.data.pictures import has_image_name
 from dapt.data.spellings import (
     TABLE_NAMES,
+    TABLES,
     UNSORTED,
     is_service,
     may_be_class,
     part_of,
     plain_part,
 )
-from dapt.data.tables import TABLES, has_labels, read_tables
+from dapt.data.tables import has_labels, read_tables
 from dapt.errors import UserError
 
 # Of what lies below a folder that is refused: how deep, and at how many, is looked to say which is
@@ -228,7 +229,9 @@ def _problem(folder: Path, level: Level, notes: list[str]) -> tuple[str, str] | 
     parts = {name: part for name in names if (part := plain_part(name))}
     sure = [name for name in parts if not may_be_class(name)]
     if not names:
-        return f"{said} no class folders", "give each class one of its own"
+        return f"{said} no class folders", (
+            "give each class one of its own, as in photos/cat/1.jpg and photos/dog/1.jpg"
+        )
     if len(names) == 1:
         what = f"{said} one class folder, {names[0]}/, and one class leaves nothing to tell apart"
         return what, "give a folder that holds one for each class"

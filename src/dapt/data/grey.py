@@ -82,7 +82,7 @@ def to_8_bits(image: Image.Image, scale: Scale | None) -> Image.Image:
     low, high = scale
     if extent.low < low or extent.high > high:
         _tell(f"a grey picture has values outside the grey_range {in_words(scale)}, which become "
-              "black or white; --set grey_range=[low,high] takes another")  # fmt: skip
+              "black or white; the setting grey_range=[low,high] takes another")  # fmt: skip
     values = np.asarray(image).astype(
         np.float64 if extent.high - extent.low > 2**20 else np.float32
     )

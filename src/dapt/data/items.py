@@ -191,7 +191,7 @@ def make_task(
     if (tuned := tuned and fraction != 1) and not train:
         raise UserError(f"{where} names no images to tune on; check that it is complete")
     if not test and (fraction or split is None):  # a share of none leaves none to test on
-        way = "add some, or tune on every image (--all)" if parts[""] else "add some"
+        way = "add some, or hold none out (test_fraction=0)" if parts[""] else "add some"
         raise UserError(f"{where} names no test images (one a class is not enough); {way}")
     taught = {label for item in train for label in item.labels}
     for part in ("test", "val") if tuned else ():
@@ -269,7 +269,7 @@ def check_class_names(names: Sequence[str], where: str, *, distinct: bool = True
             raise UserError(f"{where}: {name!r} is no class name; give a printable one")
     for one, other in names_alike(names) if distinct else ():
         what = f"classes '{names[one]}' and '{names[other]}' have the same name to a text prompt"
-        raise UserError(f"{where}: {what}; rename one, or give --class-names")
+        raise UserError(f"{where}: {what}; rename one, or give class_names")
 
 
 def text_of(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import os
@@ -232,3 +233,13 @@ def _orientation(image: Image.Image) -> Any:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged tag must not cost the picture
         return 1
+
+
+def data_uri(image: Image.Image, side: int) -> str:
+    """A small copy, of ``side`` pixels at most, as a data URI: nothing of its file but pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small.info.clear()
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # how names of tables end
 # What each part is called. Words, in lower case; plurals and "set", "data" and the like go along.
 PART_WORDS = {
     "train": ("train", "training", "tr", "trn", "trainval"),

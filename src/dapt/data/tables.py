@@ -33,7 +33,6 @@ from dapt.data.spellings import (
 from dapt.errors import UserError, install
 from dapt.safe import files
 
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _DELIMITERS = ",;\t"
 _BOMS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -116,9 +115,7 @@ def read_tables(
         rows = [(part, path, label) for part, path, (label,) in rows]
     elif multi_label is None:
         what = f"{several:,} of {len(rows):,} images of {where} have several labels or a list"
-        notes.append(
-            f"{what}: classes do not exclude each other (--set multi_label=false: they do)"
-        )
+        notes.append(f"{what}: classes do not exclude each other (multi_label=false: they do)")
     facts = left.facts(where, notes)
     return make_task(
         name, root, rows, where, split=split, multilabel=bool(several or multi_label), **facts

@@ -25,12 +25,13 @@ from dapt.data.items import (
 )
 from dapt.data.packed import is_hugging_face, is_webdataset, read_packed
 from dapt.data.pictures import has_image_name
-from dapt.data.tables import TABLES, read_table, text_lines
+from dapt.data.spellings import TABLES
+from dapt.data.tables import read_table, text_lines
+from dapt.data.there import BUNDLED, TABLE, require_dataset
 from dapt.errors import UserError, nearest
 from dapt.safe import files
 
 LAYOUT = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
-BUNDLED = "bundled"
 BUNDLED_ROOT = Path(__file__).resolve().parents[1] / "assets" / "task"
 _ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _CLASS_NAMES = "classnames.txt"
@@ -77,16 +78,11 @@ def open_task(
         task = read_folder(path, split, multi_label)
     elif path.suffix.lower() in TABLES and path.is_file():
         task = read_table(path, split, multi_label)
-    elif path.is_file():
+    else:
+        require_dataset(dataset)
         if path.suffix.lower() in _ARCHIVES:
             raise UserError(f"dataset {path} is an archive; unpack it and give the folder")
         raise UserError(f"dataset {path} must be a {', '.join(TABLES)} or .tar file, or a folder")
-    elif path.suffix.lower() in TABLES or len(path.parts) > 1:
-        raise UserError(f"dataset {path} does not exist; check the path")
-    else:
-        known = (BUNDLED, *BENCHMARKS)
-        hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
-        raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; {hint}")
     if multi_label:
         task = replace(task, multilabel=True)
     if not (test_fraction or evaluate):
@@ -266,7 +262,8 @@ class Benchmark:
             raise UserError(f"benchmark '{self.name}' needs --root, {wanted}")
         root = files.user_path(root)
         if not root.is_dir():
-            raise UserError(f"--root {root} does not exist; give {wanted}")
+            files.require_there(root, "--root", f"give {wanted}")
+            raise UserError(f"--root {root} is a file; give {wanted}")
         if not (home := root / self.folder).is_dir():
             raise UserError(f"benchmark '{self.name}': {home} does not exist; check --root")
         index, images = home / self.index, home / self.images
@@ -277,5 +274,4 @@ class Benchmark:
         return replace(read(index, images), name=self.name, template=self.template)
 
 
-_TABLE = files.read_yaml(Path(__file__).with_name("benchmarks.yaml"), "table of benchmarks")
-BENCHMARKS = {name: Benchmark(name, **row) for name, row in _TABLE.items()}
+BENCHMARKS = {name: Benchmark(name, **row) for name, row in TABLE.items()}

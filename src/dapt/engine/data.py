@@ -85,6 +85,12 @@ def most_images(settings: Settings) -> int:
     return max(found.values(), default=1)
 
 
+def images_a_class(items: Iterable[images.Item]) -> list[int]:
+    """How many of the items each class that is among them has, by label."""
+    found = Counter(label for item in items for label in item.labels)
+    return [found[label] for label in sorted(found)]
+
+
 def found_in(data: Data, settings: Settings) -> str:
     """How many images there are, what becomes of them, and the options that change it, in words."""
     task, support = data.task, data.support
@@ -99,7 +105,8 @@ def found_in(data: Data, settings: Settings) -> str:
     parts += [f"{len(support.val):,} for validation"] if support.val else []
     parts.append(f"{len(task.test):,} to test" if task.test else "none to test")
     parts += ["the rest unused"] if used + len(task.test) < len(every) else []
-    ways = ["--all", "--shots"] if settings.test_fraction else ["without --all"]
+    more = ["--shots"] if images_a_class(support.train) != images_a_class(task.train) else []
+    ways = ["--all", *more] if settings.test_fraction else ["without --all"]
     ways += ["--set test_fraction=0.2"] if task.divided and settings.test_fraction else []
     return f"{', '.join(parts)} (to change it: {', '.join(ways)})"
 

@@ -143,7 +143,7 @@ class Search(BaseModel):
 
 
 def new_search(effort: str) -> Search:
-    """A search as ``--effort`` says, which leaves some time."""
+    """A search as ``effort`` says, which leaves some time."""
     long = time_of(effort) >= _UNITS["h"]
     return Search(effort=effort, folds=_FOLDS_OF_HOURS if long else _FOLDS)
 
@@ -158,13 +158,13 @@ def time_of(effort: str) -> float:
     if found := re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smh])", effort):
         return float(found[1]) * _UNITS[found[2]]
     words = ", ".join(WORDS)
-    raise UserError(f"--effort {effort!r} is no time; give {words}, or a time such as 20m or 2h")
+    raise UserError(f"effort {effort!r} is no time; give {words}, or a time such as 20m or 2h")
 
 
 def settings_to_begin_with(settings: Settings) -> Settings:
     """Those of the head alone; a `UserError` where another method was asked for."""
     if settings.method != AUTOMATIC:
-        what = f"--effort chooses the method by itself, and {settings.method} was given"
+        what = f"effort chooses the method by itself, and {settings.method} was given"
         raise UserError(f"{what}; leave one of them out")
     return settings
 

@@ -72,8 +72,8 @@ def require_finite(values: Tensor, what: str) -> None:
     """Raise `UserError` where a model gives what is no number: nothing can be told from it."""
     if not bool(values.isfinite().all()):
         raise UserError(
-            f"the model's {what} are not finite numbers; its weights are damaged, its --precision "
-            "is too low for them, or tuning diverged (train again with a smaller --lr)"
+            f"the model's {what} are not finite numbers; its weights are damaged, its precision "
+            "is too low for them, or tuning diverged (train again with a smaller lr)"
         )
 
 
@@ -196,7 +196,7 @@ class Shared:
             reporter.warn(f"{bad[index]}; skipped")
         reporter.warn(
             f"{len(bad):,} of {len(items):,} {what} images cannot be read and are skipped; "
-            "the metrics name them, and --strict makes them an error"
+            "the metrics name them, and strict makes them an error"
         )
         kept = [i for i in range(len(items)) if i not in bad]
         skipped = [{"image": items[i].path, "reason": bad[i]} for i in sorted(bad)]

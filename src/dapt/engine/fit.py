@@ -162,7 +162,7 @@ def fit(
             reporter.warn(
                 f"cross-entropy rose from {rose['first']:.2f} in the first epoch to "
                 f"{rose['last']:.2f} in the last: learning rate {settings.lr:g} may be too high; "
-                f"compare with a smaller --lr, such as {settings.lr / 10:g}"
+                f"compare with a smaller lr, such as {settings.lr / 10:g}"
             )
     if method.head.fitted:
         tuned = _fit_head(tuned, shared, reporter)
@@ -220,7 +220,7 @@ def require_method(task: Task, name: str) -> None:
     if task.multilabel and not (method.still or (method.head.multilabel and not method.learns)):
         able = [n for n, m in METHODS.items() if m.still or (m.head.multilabel and not m.learns)]
         what = f"images of '{task.name}' have several labels, and method '{name}' gives them one"
-        raise UserError(f"{what}; use --method {', '.join(able[:-1])} or {able[-1]}")
+        raise UserError(f"{what}; use {', '.join(able[:-1])} or {able[-1]}")
 
 
 def _fit_sigmoids(tuned: Tuned) -> Tuned:
@@ -362,11 +362,11 @@ class _Loop:
 
     def _diverged(self, what: str) -> Diverged:
         settings = self.settings
-        way = f"and a smaller --lr, such as {settings.lr / 10:g}"
+        way = f"and a smaller lr, such as {settings.lr / 10:g}"
         if self.lr <= WARMUP_LR:
             weights = ", ".join(f"{k} {v:g}" for k, v in loss_weights(settings).items()) or "none"
             way = (
-                f"and --precision fp32 (it is {settings.precision}), smaller loss weights (they "
+                f"and precision fp32 (it is {settings.precision}), smaller loss weights (they "
                 f"are {weights}) or weight_decay ({settings.weight_decay:g}), or another backbone "
                 f"than '{settings.backbone}', whose weights may be damaged"
             )

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dapt.clip.sources import BUNDLED
+from dapt.engine.data import images_a_class
 from dapt.engine.evaluate import calibration_error, logits_of
 from dapt.engine.features import labels_of
 from dapt.engine.fit import Tuned
 from dapt.engine.photos import SAME_TEXT
+from dapt.errors import readable
 from dapt.methods import get_method
 from dapt.methods.sigmoids import as_everywhere
 
@@ -196,7 +199,8 @@ def _advice(
     pairs: Sequence[tuple[int, int, int]],
 ) -> str:
     """One sentence on what would help most."""
-    names, text = tuned.data.task.class_names, tuned.classifier.text_features().detach()
+    names = [*map(readable, tuned.data.task.class_names)]
+    text = tuned.classifier.text_features().detach()
     counts = Counter(tuned.support.labels.tolist())
     if lacking := [name for c, name in enumerate(names) if not counts[c]]:
         return _of_none(tuned, lacking[0])
@@ -204,15 +208,22 @@ def _advice(
         if float(text[a] @ text[b]) >= SAME_TEXT:
             return (
                 f"The names '{names[a]}' and '{names[b]}' mean the same to the model: give clearer "
-                "ones with --class-names."
+                "ones with class_names."
             )
+    there, shots = images_a_class(tuned.data.task.train), tuned.settings.shots
+    unused = sum(count > shots for count in there) > len(there) / 2
     if min(counts.values()) < 4:
+        if unused and shots < 4:
+            return f"More of the photos would help most: shots={shots} takes no more of a class."
         return "More photos would help most: give each class at least four."
     if accuracy < 0.5:
-        return "A better backbone would help most, such as -b ViT-B-16 --pretrained openai."
+        such = "such as ViT-B-16 of OpenAI" if tuned.settings.backbone == BUNDLED else "or a larger"
+        return f"A better backbone would help most, {such}."
     shares = {c: float((predicted[truth == c] == c).mean()) for c in set(truth.tolist())}
     worst = min(shares, key=lambda c: (shares[c], c))
     if shares[worst] < 0.75 * accuracy:
         share = f"{shares[worst]:.0%} of its held-out photos are named right"
         return f"More photos of '{names[worst]}' would help most: {share}."
+    if unused:
+        return f"More of the photos would help: shots={shots} takes no more of a class."
     return "More photos of every class would help; twice as many usually gain a few points."

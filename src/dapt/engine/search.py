@@ -52,8 +52,8 @@ def hold_out(support: SupportSet, seed: int) -> SupportSet:
     A `UserError` where no class has two images.
     """
     if not (found := folds(support, 4, seed)):
-        way = "use more --shots, or leave it out"
-        raise UserError(f"--tune-settings needs two support images in some class; {way}")
+        way = "use more shots, or do not search"
+        raise UserError(f"a search for settings needs two support images in some class; {way}")
     return found[0]
 
 
@@ -65,7 +65,7 @@ def search_settings(settings: Settings, reporter: Reporter) -> Settings:
     """
     method = get_method(settings.method)
     if not method.learns:
-        reporter.warn(f"--tune-settings: {settings.method} has no learning rate to search for")
+        reporter.warn(f"{settings.method} has no learning rate to search for")
         return settings
     data, shared = open_data(settings), Shared(backbone_of(settings))
     held = hold_out(shared.support(data, settings, reporter).drawn, settings.seed)

@@ -39,6 +39,7 @@ def suited(
     from `make_settings`; of those that were read from a file, all were.
     """
     settings = _with_taken_method(_with_named_backbone(settings, backbone), backbone, tell)
+    _tell_of_depth(settings, backbone, tell)
     return _short_enough(settings, class_names, backbone, tell)
 
 
@@ -86,6 +87,21 @@ def refusal_of(method: str, backbone: Backbone) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _tell_of_depth(settings: Settings, backbone: Backbone, tell: Callable[[str], Any]) -> None:
+    """Tell of prompts that are asked for in more layers than a tower has; by default they are."""
+    layers, values = {"text": "text_layers", "visual": "vision_layers"}, settings.model_dump()
+    for kind, count in layers.items():
+        if (name := f"{kind}_depth") not in get_method(settings.method).settings:
+            continue
+        if values[name] > (there := getattr(backbone, count)):
+            same = ("dataset", "shots", "method", "loss_weights")
+            usual = make_settings({one: values[one] for one in same}).model_dump()
+            if values[name] != usual[name]:
+                tower = f"{'text' if kind == 'text' else 'image'} tower of '{backbone.name}'"
+                has = f"the {tower} has {there} layers: each has a prompt"
+                tell(f"{name}={values[name]}, and {has}")
 
 
 def _short_enough(

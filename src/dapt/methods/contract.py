@@ -157,7 +157,7 @@ class TowerPart(nn.Module):
                 raise UserError(f"{what}; {needed} is needed")
             if given[-1:] != needed[-1:]:
                 what = f"the {name.replace('_', ' ')} in {where} is {given[-1]} wide"
-                needs = f"'{backbone.name}' needs {needed[-1]}; give the --backbone it was tuned on"
+                needs = f"'{backbone.name}' needs {needed[-1]}; give the backbone it was tuned on"
                 raise UserError(f"{what}, but {needs}")
             if given != needed:
                 raise UserError(f"{what}, and the settings say {needed}; one of them was changed")

@@ -7,26 +7,26 @@ be had (backbone, dataset, image) becomes a note; the rest goes on.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dapt.data import open_image
 from dapt.data.grey import Scale
+from dapt.data.pictures import data_uri
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import task_of
 from dapt.engine.evaluate import ECE_BINS, logits_of
 from dapt.engine.features import Shared, backbone_of
+from dapt.engine.words import Words, nearest_words
 from dapt.errors import UserError
 from dapt.methods import METHODS
 from dapt.progress import Reporter
@@ -44,6 +44,7 @@ _MOST_TERMS = 8  # of the loss
 MOST_IMAGES = 2000
 MAP_IMAGES = 400  # of the coloured classes
 EXAMPLE_CLASSES, EXAMPLES, THUMBNAIL = 6, 5, 84
+LISTED_VECTORS = 64  # of a run, whose nearest words are told
 CLASS_IMAGES = 300  # looked at of a class to find its examples
 
 
@@ -260,6 +261,7 @@ class _Look:
             with torch.inference_mode():
                 pair = [c.text_features().cpu().numpy() for c in (plain, self.classifier)]
             self.map("text", f"{len(names):,} class names", pair, range(len(names)))
+            self.words()
         if there and row.changes("image"):
             chosen = np.flatnonzero(self.even & np.isin(self.labels, coloured))
             chosen = chosen[:: max(1, -(-len(chosen) // MAP_IMAGES))]
@@ -269,6 +271,23 @@ class _Look:
             self.map("image", f"{len(chosen):,} images", pair, labels)
         if there:
             self.predict()
+
+    def words(self) -> None:
+        """A table of the words that learned text vectors are nearest to, where there are some."""
+        with suppress(UserError):
+            found = nearest_words(self.classifier)[:LISTED_VECTORS]
+            run = self.run
+            what = f"{self.entry.label} on {self.study.label(run.dataset)}, run {run.number}"
+            name = ("words", run.dataset, run.method, run.number)
+            about = self.study.named(*name, caption="Nearest words of text vectors", of=what)
+            source = (run.number,)
+            near = [
+                Column(f"{place + 1}.", partial(_near, place, source), PLAIN)
+                for place in range(len(found[0].nearest))
+            ]
+            rows = [Row(f"{one.class_name} {one.vector}".strip(), one) for one in found]
+            block = self.study.looked[run.dataset, "pairs"]
+            block.tables = [*block.tables, Table(about, "vector", near, rows)]
 
     def add(self, kind: str, name: str, title: str, caption: str, *shown: Any) -> Block:
         """Draw of the run what is ``shown``, beside what was drawn of others on its dataset.
@@ -369,11 +388,11 @@ class _Look:
             block.legend = block.legend or legend
 
 
+def _near(place: int, source: tuple[int, ...], one: Words) -> Cell:
+    word, far = one.nearest[place]
+    return Cell(f"{word} ({far:.2f})", source)
+
+
 def thumbnail(path: Path, grey: Scale | None = None) -> str:
     """A small copy of an image as a data URI: nothing of the original file but its pixels."""
-    image = open_image(path, grey).convert("RGB")
-    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.LANCZOS)
-    image.info.clear()
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(open_image(path, grey), 2 * THUMBNAIL)

@@ -81,6 +81,18 @@ class RunDirectory:
         self._lock = self.path / ".lock"
 
     @property
+    def name(self) -> str:
+        """As people know it: its folder's, or the repository's of which the hub's cache has it."""
+        folder = self.path.resolve()
+        whole = folder.parents[1].name.split("--") if self.fetched else []
+        return "/".join(whole[1:]) or folder.name
+
+    @property
+    def fetched(self) -> bool:
+        """Whether it lies in the hub's cache, in which nothing is written."""
+        return self.path.resolve().parent.name == "snapshots"
+
+    @property
     def exists(self) -> bool:
         """Whether a run was ever started here."""
         return self.settings_file.is_file()

@@ -118,7 +118,7 @@ class RunJournal(Journal):
     asked: Settings  # what became `settings` on the backbone
     reporter: Reporter
     stack: ExitStack
-    may: dict[str, bool]  # options of `check_output`
+    may: dict[str, Any]  # options of `check_output`
     twice: list[dict[str, str]] = field(init=False)  # support images that are tested on too
     search: Search | None = field(init=False)  # for the method, where there was one
 
@@ -273,11 +273,16 @@ def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
 
 
 def check_output(
-    run: RunDirectory, settings: Settings | None, *, resume: bool = False, overwrite: bool = False
+    run: RunDirectory,
+    settings: Settings | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    way: str = "add --{}, or choose another --output",
 ) -> None:
     """Raise `UserError` of a directory with another run, unless to be resumed or overwritten.
 
-    Without settings, it is not one that could be resumed.
+    Without settings, it is not one that could be resumed. ``way`` tells how to ask for either.
     """
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite discards it; give one of them")
@@ -290,13 +295,13 @@ def check_output(
         run.require_own()
         if run.search_file.is_file() and not resume:
             what = f"{run.path} holds an unfinished search for a method"
-            raise UserError(f"{what}; add --resume, or choose another --output")
+            raise UserError(f"{what}; {way.format('resume')}")
         return
     if not resume:
-        state, way = ("a finished", "overwrite") if run.finished else ("an unfinished", "resume")
+        state, may = ("a finished", "overwrite") if run.finished else ("an unfinished", "resume")
         if settings is None:
-            state, way = "a", "overwrite"
-        raise UserError(f"{run.path} holds {state} run; add --{way}, or choose another --output")
+            state, may = "a", "overwrite"
+        raise UserError(f"{run.path} holds {state} run; {way.format(may)}")
     kept = run.read_settings()
     if settings and other_setting(run.asked_settings(), settings) is None:
         return
@@ -374,7 +379,8 @@ def evaluate_run(
 ) -> tuple[str, dict[str, Any]]:
     """Evaluate a finished run's prompts on a target, and leave ``eval-<name>.json`` in the run.
 
-    On the run's own test images nothing is written. Several processes may evaluate a run at once.
+    On the run's own test images, or of a run in the hub's cache, nothing is written. Several
+    processes may evaluate a run at once.
 
     Args:
         device: to run on, if not the one it was tuned on.
@@ -402,7 +408,7 @@ def evaluate_run(
             "other images of these classes, or see the forecast in metrics.json"
         )
     result = evaluate_task(classifier, task, settings, reporter, shared)
-    if not target.elsewhere:
+    if run.fetched or not target.elsewhere:
         return task.name, result
     twice = None  # where the images it was tuned on are not at hand
     with suppress(UserError):

@@ -12,6 +12,7 @@ import shutil
 import stat
 import time
 from contextlib import suppress
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -203,3 +204,30 @@ def user_path(text: str | Path) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{shown(str(text))} is too long for a path; give another") from error
     return path
+
+
+def require_there(path: Path, what: str, hint: str = "check the path") -> Path:
+    """``path``, if there is anything; else a `UserError` that names what is called alike there."""
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist{nearest_path(path)}; {hint}")
+    return path
+
+
+def nearest_path(path: Path) -> str:
+    """``" (did you mean 'photos/cat'?)"``: the existing path most like one that is none, or ``""``.
+
+    Only where the path first leads nowhere, another name is looked for.
+    """
+    parts = path.absolute().parts
+    depth = next(n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n])))
+    parent, there = path, dict[str, str]()
+    for _ in parts[depth:]:
+        parent = parent.parent
+    with suppress(OSError):
+        there = {name.casefold(): name for name in os.listdir(parent) if name[0] != "."}
+    wrong, *rest = parts[depth:] or ("",)
+    if not (match := get_close_matches(wrong.casefold(), there, n=1, cutoff=0.6)):
+        return ""
+    found = parent / there[match[0]]
+    whole = found.joinpath(*rest)
+    return f" (did you mean '{whole if whole.exists() else found}'?)"

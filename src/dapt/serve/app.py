@@ -30,6 +30,7 @@ from dapt.errors import UserError, printable
 from dapt.predict import best, named
 from dapt.serve import bodies
 from dapt.serve.decoders import Decoders
+from dapt.serve.feedback import Feedback
 from dapt.serve.served import Answer, Served
 
 _STATIC = Path(__file__).with_name("static")
@@ -194,12 +195,16 @@ def _page(name: str, request: Request) -> Response:
 
 
 def create_app(
-    served: Served, limits: Limits, registry: CollectorRegistry, ready: Callable[[], None]
+    served: Served,
+    limits: Limits,
+    registry: CollectorRegistry,
+    ready: Callable[[], None],
+    feedback: Feedback | None = None,
 ) -> FastAPI:
     """The application, as ``api.yaml`` describes it; its lifespan is that of its threads.
 
-    Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Long,
-    because the routes share what is made here.
+    Metrics are of ``registry``, and ``ready`` is called once requests can be answered. Corrected
+    photos go to ``feedback``. Long, because the routes share what is made here.
     """
     shown = served.support
     names, pictures = (shown.class_names, shown.pictures) if shown else ((), ())
@@ -271,6 +276,34 @@ def create_app(
             said = f"no answer within {limits.timeout:g} s; try again"
             raise HTTPException(503, said, _AGAIN) from None
 
+    @app.post("/feedback")
+    async def correct(request: Request, name: Annotated[str, Query(alias="class")]) -> _Json:
+        if feedback is None:
+            said = "this server keeps no photos; 'dapt serve --feedback FOLDER' would"
+            raise HTTPException(404, said)
+        if name not in served.class_names:
+            raise HTTPException(400, f"'{printable(name[:40])}' is no class; /classes lists them")
+        with batcher.admission(1):
+            pass
+        until, loop = anyio.current_time() + limits.timeout, asyncio.get_running_loop()
+        try:
+            async with uploaded(request, limits) as files:
+                with batcher.admission(len(files)), anyio.fail_after(until - anyio.current_time()):
+                    for place, file in enumerate(files, 1):  # none is kept if one is no image
+                        decode = partial(decoders.view, file.file, f"{place}")
+                        await loop.run_in_executor(decoders.threads, decode)
+                    photos = [(file.file.seek(0), file.file.read())[1] for file in files]
+                    kept = await anyio.to_thread.run_sync(feedback.keep, photos, name)
+        except UserError as error:
+            status = 413 if isinstance(error, TooManyPixels) else 400
+            raise HTTPException(status, str(error)) from error
+        except TimeoutError:
+            said = f"not kept within {limits.timeout:g} s; try again"
+            raise HTTPException(503, said, _AGAIN) from None
+        if not kept:
+            raise HTTPException(507, "there is no more room for photos; tell who runs the server")
+        return {"kept": len(photos)}
+
     @app.get("/classes")
     async def classes() -> _Json:
         bounds = {"upload_bytes": limits.upload, "images": limits.images, "pixels": limits.pixels}
@@ -280,7 +313,7 @@ def create_app(
             found["forecast"] = told.model_dump(include=_FORECAST)
         if served.warning:
             found["warning"] = served.warning
-        return {**about, **found, "limits": bounds}
+        return {**about, **found, "feedback": feedback is not None, "limits": bounds}
 
     @app.get("/support/{number}")
     async def picture(number: int) -> Response:

@@ -97,7 +97,7 @@ def load_served(
             support = _support(run, classifier, reporter)
         except UserError as error:
             reporter.say(f"without nearest support images: {error}")
-    name, settings = run.path.resolve().name, run.read_settings()
+    name, settings = run.name, run.read_settings()
     warning = f"{STAND_IN}." if run.stands_in() else ""
     about = (name, settings.method, backbone_name(settings))
     return Served(*about, classifier, support, told, warning)

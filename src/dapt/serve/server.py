@@ -31,6 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dapt.errors import UserError
 from dapt.serve.app import Limits, create_app
 from dapt.serve.decoders import Decoders
+from dapt.serve.feedback import Feedback
 from dapt.serve.served import Served
 
 SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client looks for a folder
@@ -76,17 +77,19 @@ def make_server(
     names: Sequence[str] = (),
     origins: Sequence[str] = (),
     root_path: str = "",
+    feedback: Feedback | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> uvicorn.Server:
     """A server that answers until SIGINT or SIGTERM, then finishes what was accepted.
 
     The socket is `open_socket`'s; the server's ``run`` wants it, too. Token, names, origins and
-    root path are as for `Gate`, and ``ready`` is called once it answers.
+    root path are as for `Gate`; corrected photos go to ``feedback``; ``ready`` is called once it
+    answers.
     """
     registry = _Registry()  # of one server: a process may hold several
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
-    app, address = create_app(served, limits, registry, ready), found.getsockname()[0]
+    app, address = create_app(served, limits, registry, ready, feedback), found.getsockname()[0]
     gate: ASGIApp = Gate(app, registry, address, token, *names, origins=origins, below=root_path)
     if origins:
         # Around it, so that their pages can read refusals, too.
@@ -228,7 +231,7 @@ class _Protocol(H11Protocol):
 # What needs no token, beside /static/: the pages, which ask for it, and whether the server is up.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
 # What metrics tell apart; others are counted as "other".
-_COUNTED = _OPEN | {"/predict", "/classes", "/metrics"}
+_COUNTED = _OPEN | {"/predict", "/feedback", "/classes", "/metrics"}
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

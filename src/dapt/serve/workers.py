@@ -31,7 +31,7 @@ _LOOK = 0.5  # seconds between two looks at whether to stop
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker serves, and how; ``who`` is of `make_server`."""
+    """What a worker serves, and how; ``who`` has what else `make_server` takes."""
 
     run: Path
     device: str | None

@@ -35,12 +35,51 @@ def is_card(path: Path) -> bool:
         return file.read(len(_START)) == _START.encode()
 
 
-def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
+# How each form is used; names are put in for "{}".
+_USE = {
+    "run": """```bash
+pip install dapt
+dapt predict {name} photos/
+```
+
+```python
+from dapt import PromptClassifier
+
+model = PromptClassifier.load("{name}")
+model.predict(["photo.jpg"])
+```""",
+    "onnx": """```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}")
+told = session.get_modelmeta().custom_metadata_map  # labels and preprocessing, as JSON
+(probabilities,) = session.run(None, {{"images": images}})  # normalised, (n, 3, S, S) in float32
+```""",
+    "torch": """```python
+import torch
+
+told = {{"labels.json": "", "preprocessing.json": ""}}
+model = torch.export.load("{name}", extra_files=told).module()
+probabilities = model(images)  # normalised, (n, 3, S, S)
+```""",
+    "coop": """Give it to code that reads CoOp's checkpoints, or to dapt again:
+
+```bash
+dapt import {name} -o runs/again -b BACKBONE --class-names NAMES.json
+```""",
+}
+
+
+def model_card(
+    run: RunDirectory, what: str = "a run directory of dapt", form: str = "run", name: str = ""
+) -> str:
     """A run's model card as Markdown, with the head that the Hugging Face hub reads.
 
     Args:
         run: a run whose prompts are there, with or without metrics.
         what: the form that the card goes with; the metrics stay the run's.
+        form: how that is used: "run", or a form of exports.
+        name: what it is used by: a repository's name, a folder or a file.
     """
     settings, task, images = run.read_settings(), run.read_task(), run.read_support().train
     given = {IMPORTED: "not recorded", FITTED: "images given in Python"}
@@ -61,6 +100,7 @@ def model_card(run: RunDirectory, what: str = "a run directory of dapt") -> str:
     environment.filters["list_of"] = lambda names: Markup(", ".join(map(_plain, names)))
     return environment.get_template("card.md.jinja").render(
         what=what,
+        use=_USE[form].format(name=printable(name or run.name).replace("`", "'")),
         version=__version__,
         method=get_method(settings.method),
         settings=settings,
@@ -87,15 +127,20 @@ def _plain(value: Any) -> str:
     return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
-def files_to_push(run: RunDirectory) -> dict[str, bytes | Path]:
+def files_to_push(run: RunDirectory, repo_id: str = "") -> dict[str, bytes | Path]:
     """What of a run goes to the hub, by its name there: its records and results, and its card.
+
+    The card says how to use it from ``repo_id``.
 
     A `UserError` if no finished run is here, or a file of it is a link.
     """
     run.require()
     kept = sorted({*run.files(), *run.path.glob("eval-*.json")})
     run.check_links(kept)
-    return {"README.md": model_card(run).encode(), **{file.name: file for file in kept}}
+    return {
+        "README.md": model_card(run, name=repo_id).encode(),
+        **{file.name: file for file in kept},
+    }
 
 
 def push(
@@ -107,7 +152,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    files = files_to_push(run)
+    files = files_to_push(run, repo_id)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     api = HfApi(library_name="dapt")
     stage = (reporter or Reporter()).stage(f"pushing to {repo_id}", 2)

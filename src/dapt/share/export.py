@@ -32,7 +32,7 @@ from dapt.methods import get_method
 from dapt.progress import Reporter, quietly
 from dapt.run.directory import RunDirectory
 from dapt.run.load import load_classifier
-from dapt.safe.files import write_atomic
+from dapt.safe.files import read_text, write_atomic
 from dapt.settings import backbone_name
 from dapt.share.card import is_card, model_card
 from dapt.share.exchange import ADAPTER, published_files
@@ -109,7 +109,8 @@ def export(
     """Write a finished run's classifier to ``file``, and its model card beside it.
 
     Args:
-        run, file: from where and to where; ``<stem>.md`` beside it becomes the card.
+        run, file: from where and to where; ``<stem>.md`` beside it becomes the card, or
+            ``<name>.md`` where that is of another file with this stem.
         form: ``onnx``; ``torch``, a program for ``torch.export.load``; or ``coop``, what was
             learned as the method's published code saves it, or ``peft``, as that library does.
         int8: with ``onnx``, weights of the linear layers at 8 bits.
@@ -122,7 +123,7 @@ def export(
     by more than `TOLERANCE` from the classifier's (with ``int8`` or ``fp16``: before rounding);
     none is left.
     """
-    card = file.with_suffix(".md")
+    card = _card_of(file)
     if form not in FORMATS:
         raise UserError(f"unknown format '{form}'; use one of {', '.join(FORMATS)}")
     smaller = [name for name, asked in (("int8", int8), ("fp16", fp16)) if asked]
@@ -159,12 +160,20 @@ def export(
             content, exported = _export_graph(run, exported, how, advance)
     fixed = f", {batch} at a time" if batch else ""
     rounded = "".join(_SMALLER[name] for name in smaller)
-    said = model_card(run, f"`{file.name}`, {FORMATS[form]}{fixed}{rounded}")
+    said = model_card(run, f"`{file.name}`, {FORMATS[form]}{fixed}{rounded}", form, file.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, more in {file.name: content, **beside}.items():
         write_atomic(file.with_name(name), more)
     write_atomic(card, said)
     return exported
+
+
+def _card_of(file: Path) -> Path:
+    card = file.with_suffix(".md")
+    if card != file and card.is_file() and is_card(card):
+        others = read_text(card)  # of this very file again, it is replaced
+        return card if f"`{file.name}`" in others else file.with_name(f"{file.name}.md")
+    return card
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 const TOP = 5, NEAREST = 6, AT_ONCE = 3, TRIES = 5;
 const $ = (id) => document.getElementById(id);
+const readable = (name) => name.replaceAll("_", " ");  // a class's name as people read it
 const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 const waiting = [];
-let limits = null, busy = 0, locked = false;
+let limits = null, names = null, busy = 0, locked = false;
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -61,12 +62,18 @@ async function describe() {
   $("warning").hidden = !found.warning;
   $("forecast").textContent = found.forecast ? expected(found.forecast) : "";
   $("forecast").hidden = !found.forecast;
-  $("classes").replaceChildren(...found.classes.map((name) => element("li", name)));
+  $("classes").replaceChildren(...found.classes.map((name) => element("li", readable(name))));
+  names = found.feedback ? new Map(found.classes.map((name) => [readable(name), name])) : null;
+  $("names").replaceChildren(...[...(names || new Map()).keys()].map((name) => {
+    const option = element("option");
+    option.value = name;
+    return option;
+  }));
 }
 
 function expected({ accuracy, low, high, images, confused, advice }) {
   const percent = (share) => (100 * share).toFixed(0);
-  const pairs = confused.slice(0, 3).map(({ classes }) => classes.join(" and "));
+  const pairs = confused.slice(0, 3).map(({ classes }) => classes.map(readable).join(" and "));
   return `Expected on new photos like those it was tuned on: ${percent(accuracy)} % right, most likely ` +
     `${percent(low)} to ${percent(high)} % (a forecast by ${images.toLocaleString()} held-out photos). ` +
     (pairs.length ? `Often confused: ${pairs.join("; ")}. ` : "") + advice;
@@ -126,8 +133,42 @@ async function classified(file) {
     }
     const found = await content(response);
     if (!response.ok) throw new Error(String(found.detail));
-    return ranked(found.predictions[0]);
+    return [...ranked(found.predictions[0]), ...(names ? [correction(file)] : [])];
   }
+}
+
+// A form by which a photo is kept for the next training, with the class that is right.
+function correction(file) {
+  const made = element("form", undefined, "row"), input = element("input");
+  const button = element("button", "Keep it as this"), said = element("p", "", "kept");
+  input.placeholder = "Wrong? What is it?";
+  input.setAttribute("aria-label", "The class that is right");
+  input.setAttribute("list", "names");
+  input.required = true;
+  made.append(input, button);
+  made.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const right = names.get(input.value.trim());
+    if (right === undefined) {
+      said.textContent = "That is none of the classes.";
+      return;
+    }
+    const form = new FormData();
+    form.append("images", file, "photo");
+    button.disabled = true;
+    try {
+      const path = `./feedback?class=${encodeURIComponent(right)}`;
+      const response = await request(path, { method: "POST", body: form });
+      const found = await content(response);
+      said.textContent = response.ok ? `Kept as ${readable(right)} for the next training.` : String(found.detail);
+    } catch {
+      said.textContent = "The server does not answer.";
+    }
+    button.disabled = false;
+  });
+  const whole = element("div");
+  whole.append(made, said);
+  return whole;
 }
 
 function ranked(prediction) {
@@ -136,7 +177,7 @@ function ranked(prediction) {
     const row = element("li"), bar = element("span", undefined, "bar");
     bar.style.width = `${100 * probability}%`;
     const percent = `${(100 * probability).toFixed(1)} %`;
-    row.append(bar, element("span", name), element("span", percent, "number"));
+    row.append(bar, element("span", readable(name)), element("span", percent, "number"));
     list.append(row);
   }
   if (!prediction.classes.length) list.append(element("li", "no label"));
@@ -147,10 +188,10 @@ function ranked(prediction) {
     const entry = element("li"), picture = element("img");
     picture.alt = "";
     show(picture, image.replace(/^.*\/support\//, "./support/"));  // below wherever this page is
-    entry.append(picture, element("span", name), element("span", cosine.toFixed(3), "number"));
+    entry.append(picture, element("span", readable(name)), element("span", cosine.toFixed(3), "number"));
     strip.append(entry);
   }
-  return [list, element("h3", "Why: the most similar of the images it was tuned on (cosine)"), strip];
+  return [list, element("h3", "Most similar of the images it was tuned on (cosine)"), strip];
 }
 
 const pictures = new Map();  // addresses by path, so that each is fetched once
