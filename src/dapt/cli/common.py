@@ -38,7 +38,8 @@ ShotsOption = Annotated[int | None, Option(help="Support images a class.")]
 SeedOption = Annotated[int | None, Option(help="Of support set, prompts and order.")]
 EpochsOption = Annotated[int | None, Option(help="Passes over the support set.")]
 BackboneOption = Annotated[
-    str | None, Option("--backbone", "-b", help="'bundled', open_clip name, hub id, or file.")
+    str | None,
+    Option("--backbone", "-b", help="'bundled', open_clip name, timm:NAME, hub id, or file."),
 ]
 PretrainedOption = Annotated[str | None, Option(help="An open_clip tag, a file, or 'random'.")]
 PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.")]
