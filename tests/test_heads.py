@@ -65,7 +65,7 @@ def test_a_head_is_fitted_and_is_the_same_when_loaded(method, shots):
 
 def head_of(method, scale=50.0):
     """Not fitted yet, for features of 16 numbers."""
-    like = SimpleNamespace(logit_scale=scale, projection=torch.eye(16))
+    like = SimpleNamespace(logit_scale=scale, projection=torch.eye(16), require_text=lambda: None)
     return METHODS[method].head.create(like)
 
 

@@ -50,7 +50,8 @@ class Settings(BaseModel):
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
     backbone: str = Field(
-        "bundled", description="'bundled', open_clip name, hub id, file; 'auto': the best here"
+        "bundled",
+        description="'bundled', 'auto' (the best here), open_clip name, timm:NAME, hub id, or file",
     )
     pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")

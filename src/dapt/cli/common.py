@@ -54,7 +54,7 @@ SeedOption = Annotated[
 EpochsOption = Annotated[
     int | None, Option(help="Passes over the support set.", show_default="the method's")
 ]
-BACKBONES = "'bundled', open_clip name, hub id, file, 'auto'."
+BACKBONES = "'bundled', 'auto', open_clip name, timm:NAME, hub id, or file."
 BackboneOption = Annotated[str | None, Option("--backbone", "-b", help=BACKBONES)]
 PretrainedOption = Annotated[str | None, Option(help="An open_clip tag, a file, or 'random'.")]
 PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="fp32")]
