@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt import notebook
@@ -22,7 +21,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.known import STAND_IN
 from dapt.clip.sources import BUNDLED, SUITED, load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
-from dapt.data.given import as_labels, as_sequence, is_missing, labels_of, names_of_labels
+from dapt.data.given import as_labels, as_sequence, labels_of, names_of_labels
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data, task_of, with_grey
@@ -32,7 +31,8 @@ from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.engine.forecast import forecast
 from dapt.engine.suited import differing
-from dapt.errors import InputError, UserError, reason_of, shown
+from dapt.errors import InputError, UserError
+from dapt.labels import are_lists, classes_of, classes_of_lists, names_for
 from dapt.methods import get_method
 from dapt.predict import best
 from dapt.progress import Reporter, RichReporter
@@ -126,10 +126,10 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         """
         images = as_sequence(X)
         labels = labels_of(images) if y is None else y
-        several = _are_lists(labels)
-        classes, codes = (_classes_of_lists if several else _classes)(labels, len(images))
+        several = are_lists(labels)
+        classes, codes = (classes_of_lists if several else classes_of)(labels, len(images))
         given = names_of_labels(y) if self.class_names is None else self.class_names
-        names = _names(given or None, classes)
+        names = names_for(given or None, classes)
         most = int(np.bincount([code for own in codes for code in own]).max())
         shots = most if self.shots is None else self.shots
         settings = self._settings(shots)
@@ -208,7 +208,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         if y is None:
             y = labels_of(X := as_sequence(X))
         check_is_fitted(self, "files_")
-        if _are_lists(y):
+        if are_lists(y):
             pairs = zip(y, self.predict(X), strict=True)
             right = [set(own) == set(found) for own, found in pairs]
             return float(np.average(right, weights=sample_weight))
@@ -444,59 +444,6 @@ def _free() -> frozenset[str]:
     given = {"dataset", "root", "domain", "class_names", "classes", "multi_label", "support_set",
              "memory_budget", "strict", "test_fraction"}  # fmt: skip
     return frozenset(all_fields()) - _OWN - given
-
-
-def _are_lists(y: Any) -> bool:
-    """Whether images have several labels each."""
-    if not isinstance(y, Iterable) or (isinstance(y, np.ndarray) and y.dtype != object):
-        return False
-    return any(isinstance(own, list | tuple | set) for own in y)
-
-
-def _classes_of_lists(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
-    """As `_classes`, of a list of labels for each image."""
-    if odd := [own for own in y if not isinstance(own, list | tuple | set) or not own]:
-        what = "is empty" if odd[0] in ([], (), set()) else f"{odd[0]!r} is no list"
-        raise InputError(f"an image's labels: {what}; give each image a list of one or more")
-    lists = [list(own) for own in y]
-    classes, codes = _classes([label for own in lists for label in own], sum(map(len, lists)))
-    if len(lists) != count:
-        raise InputError(f"{count} images, but {len(lists)} lists of labels; give one for each")
-    found, flat = list[list[int]](), iter(codes)
-    for own in lists:
-        found.append(sorted({next(flat)[0] for _ in own}))
-    return classes, found
-
-
-def _classes(y: Any, count: int) -> tuple[np.ndarray, list[list[int]]]:
-    """Distinct labels in sorted order, and the place of each image's among them, in a list."""
-    labels = column_or_1d(as_labels(y), warn=True)
-    if len(labels) != count:
-        raise InputError(f"{count} images, but {len(labels)} labels; give one for each")
-    try:
-        check_classification_targets(labels)
-        classes, codes = np.unique(labels, return_inverse=True)
-    except (TypeError, ValueError) as error:  # such as fractions, or values without an order
-        what = f"labels such as {shown(labels[:1].tolist()[0])} do not name classes"
-        raise InputError(f"{what} ({reason_of(error)}); give text or whole numbers") from error
-    if len(classes) < 2:
-        raise InputError(f"y has one class, {classes[0]!r}; give images of two or more classes")
-    return classes, codes[:, None].tolist()
-
-
-def _names(given: Any, classes: np.ndarray) -> tuple[str, ...]:
-    """What prompts call the classes."""
-    names = labels = classes.tolist()
-    if isinstance(given, Mapping):
-        if missing := [label for label in labels if is_missing(given.get(label))]:
-            raise InputError(f"class_names has no name for label {missing[0]!r}; add it")
-        names = [given[label] for label in labels]
-    elif given is not None and len(names := given) != len(labels):
-        what = f"class_names lists {len(given)} names, but y has {len(labels)} classes"
-        raise InputError(f"{what}; list one for each, in sorted order of labels")
-    called = tuple(map(str, names))
-    check_class_names(called, "labels" if given is None else "class_names")
-    return called
 
 
 def _located(images: Sequence[Any], item: Item) -> Item:
