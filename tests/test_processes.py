@@ -64,7 +64,7 @@ def test_two_processes_find_what_one_does(options, tmp_path):
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(options, tmp_path):
-    options = {**options, "epochs": 300}
+    options = {**options, "epochs": 120}
     process = torchrun(tmp_path / "run", options)
     log = tmp_path / "run" / "checkpoint.safetensors"
     deadline = time.time() + 100

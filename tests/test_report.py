@@ -794,7 +794,7 @@ def test_a_hundred_runs_take_seconds(hundred):
     written, page, spent = hundred
     assert written.runs == 100
     assert page.cell("accuracy-average", "DAPT", "16 shots") == "70.0 ±0.0"
-    assert spent < 15
+    assert spent < 25  # 8 on a quiet machine
 
 
 # Elements that reach out of the page, other than in what scrolls by itself.

@@ -96,6 +96,15 @@ class Classifier(nn.Module):
             found |= {SIGMOIDS + name: t for name, t in self.sigmoids.state_dict().items()}
         return found
 
+    def end_tuning(self, head: Head) -> None:
+        """Keep the parts as they are, so that what follows from them is made once, under a head.
+
+        One that is fitted gets no class vectors: they have seen the images that it is fitted on.
+        """
+        self.head = head
+        kept = [p for p in self.parts if not (head.fitted and isinstance(p, ClassVectors))]
+        self.parts = nn.ModuleList(kept).requires_grad_(False)
+
     def closed(self, settings: Settings) -> str:
         """Why it knows the classes it was tuned on alone; empty where it knows others too."""
         reasons = (self.head.closed, *(cast(TowerPart, p).closed(settings) for p in self.parts))

@@ -38,7 +38,6 @@ from dapt.engine.step import WARMUP_LR, StepResult, Tuner
 from dapt.engine.suited import nobody, suited
 from dapt.errors import UserError
 from dapt.methods import METHODS, Evidence, TowerPart, get_method
-from dapt.methods.class_vectors import ClassVectors
 from dapt.methods.contract import Examples
 from dapt.methods.fitting import scheduled
 from dapt.methods.held_out import HeldOut
@@ -153,11 +152,7 @@ def fit(
         # What is tuned in the towers is tuned for cosines; a head that is fitted comes after.
         head, classifier.head = classifier.head, tuning_head(shared.backbone, settings)
         spent = _Loop(tuned, journal, reporter).run()
-        classifier.head = head
-        classifier.parts.requires_grad_(False)  # so that what follows from them is made once
-        if method.head.fitted:  # what stood in for words has seen the images that it is fitted on
-            kept = [part for part in classifier.parts if not isinstance(part, ClassVectors)]
-            classifier.parts = torch.nn.ModuleList(kept)
+        classifier.end_tuning(head)
         if rose := _rise(journal.rows):
             reporter.warn(
                 f"cross-entropy rose from {rose['first']:.2f} in the first epoch to "
