@@ -309,7 +309,7 @@ def test_every_method_is_measured_once(tiny_weights, tmp_path):
     assert "figures of something else" in " ".join(other.output.split())
 
 
-@pytest.mark.parametrize("method", ["maple", "promptsrc", "clip-lora", "coop"])
+@pytest.mark.parametrize("method", ["maple", "promptsrc", "coop"])
 def test_the_plain_way_of_any_method_has_its_loss(tiny_weights, method):
     found = []
     for variant in ("plain", "fp32"):

@@ -446,6 +446,7 @@ def push(run, hub, tmp_path):
         "HF_TOKEN": "hf_only_a_test",
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
     command = [sys.executable, "-m", "dapt.cli", "push", str(run.path), "me/photos", "--private"]

@@ -23,5 +23,5 @@ def require_dataset(dataset: str) -> None:
     if path.suffix.lower() in TABLES or len(path.parts) > 1:
         files.require_there(path, "dataset")
     hint = f"give a folder, a .csv or .jsonl file, or one of {', '.join(known)}"
-    near = files.nearest_path(path) or nearest(dataset, known)
+    near = nearest(dataset, known) or files.nearest_path(path)
     raise UserError(f"unknown dataset '{dataset}'{near}: it is no folder or file here; {hint}")

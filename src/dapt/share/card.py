@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dapt import __version__
 from dapt.clip.known import STAND_IN, known_models
 from dapt.clip.sources import BUNDLED
-from dapt.errors import printable, refusing
+from dapt.errors import DISTRIBUTION, printable, refusing
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
@@ -38,7 +38,7 @@ def is_card(path: Path) -> bool:
 # How each form is used; names are put in for "{}".
 _USE = {
     "run": """```bash
-pip install dapt
+pip install {package}
 dapt predict {name} photos/
 ```
 
@@ -61,6 +61,13 @@ import torch
 told = {{"labels.json": "", "preprocessing.json": ""}}
 model = torch.export.load("{name}", extra_files=told).module()
 probabilities = model(images)  # normalised, (n, 3, S, S)
+```""",
+    "peft": """It is an adapter of PEFT's, for the model that it was tuned on:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(clip, ".")  # the folder of {name}; clip is transformers' model
 ```""",
     "coop": """Give it to code that reads CoOp's checkpoints, or to dapt again:
 
@@ -100,7 +107,9 @@ def model_card(
     environment.filters["list_of"] = lambda names: Markup(", ".join(map(_plain, names)))
     return environment.get_template("card.md.jinja").render(
         what=what,
-        use=_USE[form].format(name=printable(name or run.name).replace("`", "'")),
+        use=_USE[form].format(
+            name=printable(name or run.name).replace("`", "'"), package=DISTRIBUTION
+        ),
         version=__version__,
         method=get_method(settings.method),
         settings=settings,
