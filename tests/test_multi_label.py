@@ -496,4 +496,4 @@ def test_the_tables_of_the_documentation_are_read(tmp_path):
     found = labels_by_path(open_task(str(listed(tmp_path, text))))
     line = next(block for block in blocks if block.startswith("{"))
     first = json.loads(line)
-    assert found[first["path"]] == set(first["label"]) == {"dog", "sea"}
+    assert found[first["path"]] == set(first["label"]) == {"daisy", "garden"}
