@@ -92,7 +92,7 @@ def test_the_page_names_rooms_that_are_there():
 # The rooms of the page, from the ground up; those of one floor do not know each other.
 FLOORS = [
     {"errors"}, {"progress"}, {"safe"}, {"data", "clip"}, {"methods"}, {"settings"}, {"engine"},
-    {"run"}, {"predict", "notebook"}, {"share", "grid", "report", "estimator", "compare"},
+    {"run"}, {"predict", "notebook", "labels"}, {"share", "grid", "report", "estimator", "compare"},
     {"serve"}, {"cli"},
 ]  # fmt: skip
 
