@@ -38,8 +38,8 @@ from dapt.share.export import export
 
 VIT, RESNET = "timm:test_vit", "timm:test_resnet"
 HEADS = ["auto", "linear-probe", "kernel-ridge", "gda", "tip-adapter", "tip-adapter-f"]
-WORDY = ["zero-shot", "coop", "maple", "clip-lora", "text-prototype", "clap", "lp++", "ss-text",
-         "prolip", "dapt", "vpt+clap"]  # fmt: skip
+WORDY = ["zero-shot", "coop", "maple", "mmrl", "clip-lora", "text-prototype", "clap", "lp++",
+         "ss-text", "prolip", "dapt", "vpt+clap"]  # fmt: skip
 TUNED = ["vpt", "vpt-deep", "dapt-visual"]
 runner = CliRunner()
 

@@ -121,3 +121,7 @@ def test_what_a_model_can_do_is_told_by_method(tiny_weights):
     refused = call("backbones", "RN50").output
     assert "ModifiedResNet" in refused
     assert "(auto)" in refused
+    alone = call("backbones", "timm:resnet18", "--pretrained", "random").output
+    assert "it reads no text" in alone
+    assert "Zero-shot CLIP (zero-shot)        │ no" in alone
+    assert "Automatic (auto)                  │ yes" in alone

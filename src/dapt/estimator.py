@@ -18,8 +18,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt import notebook
 from dapt.clip.backbone import Backbone
-from dapt.clip.known import STAND_IN
-from dapt.clip.sources import BUNDLED, SUITED, load_backbone
+from dapt.clip.known import STAND_IN, SUITED
+from dapt.clip.sources import BUNDLED, load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.given import as_labels, as_sequence, labels_of, names_of_labels
 from dapt.data.items import check_class_names
@@ -91,7 +91,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         forecast_: what to expect of new photos, as in metrics.json; None where it is not known.
     """
 
-    backbone: str = "auto"
+    backbone: str = SUITED
     _: KW_ONLY
     method: str = "auto"
     shots: int | None = 16

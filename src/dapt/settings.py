@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from dapt.clip.known import SUITED
 from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import BUILT_IN, METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST, LossTerm, Method
@@ -278,7 +279,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("templates") is not None:  # in place of one
         usual.pop("template", None)
     if dataset not in ("bundled", IMPORTED, *BENCHMARKS) and given.get("pretrained") is None:
-        usual["backbone"] = "auto"  # photographs, which the bundled model does not know
+        usual["backbone"] = SUITED  # photographs, which the bundled model does not know
     return usual
 
 
@@ -291,7 +292,7 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Paths among the settings made absolute, so that a run is found again from anywhere."""
     from dapt.data import BENCHMARKS
 
-    given, names = dict(given), {"bundled", "auto", *BENCHMARKS}
+    given, names = dict(given), {"bundled", SUITED, *BENCHMARKS}
     for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
         value = given.get(setting)
         if isinstance(value, str) and value and value not in names and user_path(value).exists():

@@ -115,7 +115,7 @@ def _tell_methods(name: str, pretrained: str | None) -> None:
     import open_clip
 
     from dapt.clip.sources import load_backbone
-    from dapt.engine.suited import refusal_of
+    from dapt.engine.suited import usual_classifier
     from dapt.methods import METHODS
 
     if pretrained is None and name in open_clip.list_models():
@@ -124,9 +124,16 @@ def _tell_methods(name: str, pretrained: str | None) -> None:
     count = sum(p.numel() for p in backbone.parameters()) / 1e6
     side = backbone.preprocessing.size
     say(f"{name}: {count:,.1f} million parameters, images of {side} px", to=console)
-    say(f"texts of up to {backbone.context_length} tokens")
+    if backbone.reads_text:
+        say(f"texts of up to {backbone.context_length} tokens")
+    else:
+        say("it reads no text")
     made = table("method", "works", "why not")
     for method, row in METHODS.items():
-        refused = refusal_of(method, backbone)
-        made.add_row(f"{row.title} ({method})", "no" if refused else "yes", cell(refused or ""))
+        answer = ("yes", "")
+        try:
+            usual_classifier(method, backbone, ("cat", "dog"))
+        except UserError as error:
+            answer = ("no", cell(str(error)))
+        made.add_row(f"{row.title} ({method})", *answer)
     console.print(made)

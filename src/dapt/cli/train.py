@@ -284,15 +284,15 @@ def methods(
 def _counted(backbone: str, pretrained: str | None, classes: int) -> dict[str, str]:
     """How many numbers gradient descent learns of each method; "–" where a backbone takes none."""
     from dapt.clip.sources import load_backbone
+    from dapt.engine.suited import usual_classifier
     from dapt.methods import METHODS
-    from dapt.settings import make_settings
 
     loaded, found = load_backbone(backbone, pretrained, device="cpu"), dict[str, str]()
-    for name, row in METHODS.items():
-        settings = make_settings({"dataset": "bundled", "method": name, "backbone": backbone})
+    names = [f"class {number}" for number in range(classes)]
+    for name in METHODS:
         try:
-            parts = [part.create_for(loaded, settings, classes) for part in row.parts]
-            found[name] = f"{sum(p.numel() for one in parts for p in one.parameters()):,}"
+            made = usual_classifier(name, loaded, names)
+            found[name] = f"{sum(p.numel() for p in made.parts.parameters()):,}"
         except UserError:
             found[name] = "–"
     return found

@@ -144,6 +144,7 @@ class Backbone(nn.Module):
     @property
     def context_length(self) -> int:
         """Longest text in tokens, start and end included."""
+        self.require_text()
         own = isinstance(self.text, TextTransformer)  # others say what their positions reach to
         return int(self.text.context_length if own else self.tokenizer.context_length)
 

@@ -21,7 +21,7 @@ _PATIENCE = 5.0  # seconds in which the hub must answer, before it is done witho
 
 def reach(name: str, pretrained: str) -> None:
     """See that a tag's weights can be fetched; a `UserError` if the hub does not answer soon."""
-    repo = open_clip.get_pretrained_cfg(name, pretrained)["hf_hub"].strip("/")
+    repo = _place(name, pretrained)[0]
     asked = futures.ThreadPoolExecutor(1)  # names may take longer to look up than any time-out
     with refusing("the hub does not answer", "see to the connection", Exception):
         try:
@@ -50,21 +50,26 @@ def tell_of(what: str, where: str = "the Hugging Face hub") -> None:
     say(f"dapt: fetching {what} from {where}", to=errors)
 
 
-def has_weights(name: str, pretrained: str) -> bool:
-    """Whether open_clip has fetched a tag's weights before."""
+def _place(name: str, pretrained: str) -> tuple[str, str, str]:
+    """Of a tag's weights the repository on the hub and the file there, or else their address."""
     found = open_clip.get_pretrained_cfg(name, pretrained)
     repo, _, file = str(found.get("hf_hub", "")).rpartition("/")
-    place = Path("~/.cache/clip").expanduser() / Path(found.get("url", "")).name
+    return repo, file, str(found.get("url", ""))
+
+
+def has_weights(name: str, pretrained: str) -> bool:
+    """Whether open_clip has fetched a tag's weights before."""
+    repo, file, url = _place(name, pretrained)
     files = (file, str(Path(file).with_suffix(".safetensors"))) if file else HUB_WEIGHTS
-    return cached(repo, *files) if repo else place.is_file()
+    here = Path("~/.cache/clip").expanduser() / Path(url).name
+    return cached(repo, *files) if repo else here.is_file()
 
 
 def tell_of_open_clip(name: str, pretrained: str) -> None:
     """Name a tag's weights, where open_clip has not fetched them before."""
     if not has_weights(name, pretrained):
-        found = open_clip.get_pretrained_cfg(name, pretrained)
-        repo = str(found.get("hf_hub", "")).rpartition("/")[0]
-        where = f"'{repo}' of the Hugging Face hub" if repo else str(found.get("url"))
+        repo, _, url = _place(name, pretrained)
+        where = f"'{repo}' of the Hugging Face hub" if repo else url
         tell_of(f"weights '{pretrained}' of '{name}'", where)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dapt.safe.files import parse_yaml
 
+SUITED = "auto"  # by this name, that model is asked for
 STAND_IN = (
     "The bundled model stands in for one that could not be had: it knows drawings, not photographs"
 )

@@ -30,7 +30,6 @@ from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
 BUNDLED = "bundled"
-SUITED = "auto"  # the one that is recommended for this machine and photographs
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".index.json")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")  # listed in an index
 _HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
@@ -88,7 +87,7 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
     place = choose_device(device)
-    if name == SUITED and pretrained is None:
+    if name == known.SUITED and pretrained is None:
         return _load_suited(place, precision)
     precision = usable_precision(precision, place)
     remote = pretrained is None and _is_hub_id(name)

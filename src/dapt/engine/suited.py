@@ -12,15 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.sources import SUITED
+from dapt.clip.known import SUITED
 from dapt.clip.text import ClassTokens
-from dapt.engine.classifier import inside_of, parts_of
+from dapt.engine.classifier import Classifier, inside_of, new_classifier, parts_of
 from dapt.errors import UserError
 from dapt.methods import AUTOMATIC, get_method
 from dapt.settings import Settings, make_settings, with_method
-
-# Of which a text prompt's length is told, where there are no classes yet.
-_NAMES = ("cat", "dog")
 
 
 def nobody(_sentence: str) -> None:
@@ -77,16 +74,13 @@ def _refusal(method: str, backbone: Backbone) -> str | None:
     return next(filter(None, map(backbone.refusal, sorted(towers))), None)
 
 
-def refusal_of(method: str, backbone: Backbone) -> str | None:
-    """Why a backbone does not take a method, in a sentence; None where it does."""
-    row, settings = get_method(method), make_settings({"dataset": "bundled", "method": method})
-    try:
-        for part in row.parts:
-            part.create_for(backbone, suited(settings, _NAMES, backbone), len(_NAMES))
-        row.head.create(backbone)
-    except UserError as error:
-        return str(error)
-    return None
+def usual_classifier(method: str, backbone: Backbone, names: Sequence[str]) -> Classifier:
+    """A method's classifier of these classes, at its usual settings and not tuned.
+
+    A `UserError` says why the backbone does not take the method.
+    """
+    settings = suited(make_settings({"dataset": "bundled", "method": method}), names, backbone)
+    return new_classifier(backbone, names, "{}", get_method(method), settings)
 
 
 def _tell_of_depth(settings: Settings, backbone: Backbone, tell: Callable[[str], Any]) -> None:

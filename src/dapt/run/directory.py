@@ -21,7 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.sources import BUNDLED, SUITED
+from dapt.clip.known import SUITED
+from dapt.clip.sources import BUNDLED
 from dapt.data import SupportSet, Task, content_digest
 from dapt.errors import UserError, refusing
 from dapt.methods import find_method
