@@ -41,6 +41,22 @@ def near(found, expected, tolerance):
     )
 
 
+def follow(tuner, views, labels, record, said, called):
+    """Take a recorded run's steps, and compare gradients and rates; yields losses of each step.
+
+    ``called`` gives the record's name of a learned tensor.
+    """
+    tuner.losses(views[0], labels[0])[0].backward()
+    for name, parameter in tuner.named.items():
+        near(parameter.grad, record[f"grad1.{called(name)}"], 1e-4)
+    for step, (lr, losses) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
+        rate = learning_rate(step // said["iterations_per_epoch"], said["epochs"], said["lr"])
+        assert rate == pytest.approx(lr.item(), rel=1e-12)
+        batch = step % len(views)
+        result = tuner.step(views[batch], labels[batch], rate)
+        yield [result.cross_entropy, *result.terms.values(), result.total], losses.tolist()
+
+
 def layers(record, kind):
     return [record[name] for name in sorted(record) if name.startswith(kind)]
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_field import layers, near, recording
+from test_field import follow, layers, near, recording
 
 from dapt.clip.inside import EVALUATION
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
 from dapt.engine.step import Tuner
 from dapt.methods.cocoop import NETWORK, ConditionalContext
-from dapt.methods.fitting import learning_rate
 from dapt.methods.ivlp import DeepVisual
 from dapt.methods.prompts import Context
 from dapt.settings import make_settings
@@ -48,16 +47,8 @@ def replay(classifier, record, said, method, names, **given):
     assert tuner.named.keys() == names.keys()
     with torch.no_grad():
         near(classifier(views[0]), record["first.logits"], 1e-5)
-    tuner.losses(views[0], labels[0])[0].backward()
-    for name, parameter in tuner.named.items():
-        near(parameter.grad, record[f"grad1.{names[name]}"], 1e-4)
-    for step, (lr, losses) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
-        rate = learning_rate(step // said["iterations_per_epoch"], said["epochs"], said["lr"])
-        assert rate == pytest.approx(lr.item(), rel=1e-12)
-        batch = step % len(views)
-        result = tuner.step(views[batch], labels[batch], rate)
-        found = [result.cross_entropy, *result.terms.values(), result.total][: len(losses)]
-        assert found == pytest.approx(losses.tolist(), rel=1e-3)
+    for found, losses in follow(tuner, views, labels, record, said, names.get):
+        assert found[: len(losses)] == pytest.approx(losses, rel=1e-3)
     for name, parameter in tuner.named.items():
         near(parameter.detach(), record[f"final.{names[name]}"], 1e-3)
     with torch.no_grad():

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_field import layers, near, recording
+from test_field import follow, layers, near, recording
 from torch import nn
 
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier, tuning_head
 from dapt.engine.step import Tuner
-from dapt.methods.fitting import learning_rate
 from dapt.methods.ivlp import DeepContext, DeepVisual
 from dapt.methods.maple import CoupledPrompt
 from dapt.methods.mmrl import Representation
@@ -40,24 +39,12 @@ def tuner_of(classifier, said, method, **given):
     return Tuner(classifier, settings, torch.zeros_like(features))
 
 
-def follow(tuner, record, said, called):
-    """Take a recorded run's steps, and compare gradients and rates; yields losses of each step.
-
-    ``called`` gives the record's name of a learned tensor.
-    """
-    images, labels = record["images"], record["labels"].long()
-    tuner.losses(images[0], labels[0])[0].backward()
+def follow_towers(tuner, record, said, called):
+    """As `follow`, of a record of images; all that it began with is learned."""
     assert {called(name) for name in tuner.named} == {
         name.removeprefix("init.") for name in record if name.startswith("init.")
     }
-    for name, parameter in tuner.named.items():
-        near(parameter.grad, record[f"grad1.{called(name)}"], 1e-4)
-    for step, (lr, losses) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
-        rate = learning_rate(step // said["iterations_per_epoch"], said["epochs"], said["lr"])
-        assert rate == pytest.approx(lr.item(), rel=1e-12)
-        batch = step % len(images)
-        result = tuner.step(images[batch], labels[batch], rate)
-        yield [result.cross_entropy, *result.terms.values(), result.total], losses.tolist()
+    yield from follow(tuner, record["images"], record["labels"].long(), record, said, called)
 
 
 def compare_result(classifier, record, said, called):
@@ -90,7 +77,7 @@ def test_maple(backbone):
         return name.replace("text_prompt", "text").replace("visual_map", "proj")
 
     compare_start(classifier, record)
-    for found, losses in follow(tuner_of(classifier, said, "maple"), record, said, called):
+    for found, losses in follow_towers(tuner_of(classifier, said, "maple"), record, said, called):
         assert found[:1] == pytest.approx(losses, rel=1e-3)
     compare_result(classifier, record, said, called)
 
@@ -133,7 +120,7 @@ def test_promptsrc(backbone):
 
     compare_start(classifier, record)
     tuner, each = tuner_of(classifier, said, "promptsrc", **given), said["iterations_per_epoch"]
-    for step, (found, losses) in enumerate(follow(tuner, record, said, called)):
+    for step, (found, losses) in enumerate(follow_towers(tuner, record, said, called)):
         assert found == pytest.approx(losses, rel=1e-3)
         if (step + 1) % each == 0:
             kept = {name: tensor.clone() for name, tensor in finish.state().items()}
@@ -198,7 +185,7 @@ def test_mmrl(backbone):
         kind, *rest = name.removeprefix("rep_").replace("projection", "proj_rep").split(".")
         return ".".join([kind, *(str(said["blocks"][int(i)]) for i in rest[:1]), *rest[1:]])
 
-    for found, (usual, rep, image, text, total) in follow(tuner, record, said, called):
+    for found, (usual, rep, image, text, total) in follow_towers(tuner, record, said, called):
         both = alpha * usual + (1 - alpha) * rep
         assert found == pytest.approx([both, image, text, total], rel=1e-3)
     for name, tensor in classifier.learned().items():
