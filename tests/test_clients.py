@@ -428,7 +428,7 @@ def test_several_workers_answer_at_one_address(run, photo):
         counted = 'dapt_requests_total{path="/predict",status="200"}'
         assert client.metric(counted) == 20, "of both, whoever is asked"
         for idle in ("dapt_queue_images", "dapt_decoders_busy", "dapt_decoder_longest_seconds"):
-            assert client.metric(idle) == 0, "of all together"
+            until(lambda idle=idle: client.metric(idle) == 0)  # of all together, set now and then
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
         workers = [child for child, line in lines.items() if b"spawn_main" in line]
