@@ -118,3 +118,21 @@ def test_the_forecast_is_shown_wherever_a_run_is(tiny_weights, tmp_path):
     files = write_report([tmp_path / "half"], page).folder
     head = (files / "overview.csv").read_text().splitlines()[0]
     assert head.startswith("method,accuracy (%),expected (%),from (%),to (%)")
+
+
+def test_settings_for_few_images_go_by_how_many_there_are(tiny_weights, tmp_path):
+    photos, runs = unsplit(tmp_path / "photos", {"grey": 4, "white": 2}), tmp_path / "runs"
+    command = ["train", str(photos), "-b", str(tiny_weights), "-m", "coop", "--epochs", "1"]
+    for name, options in {
+        "asked": ["--shots", "2"],
+        "unasked": [],
+        "more": ["--shots", "9"],
+    }.items():
+        made = CliRunner().invoke(app, [*command, *options, "-o", str(runs / name)])
+        assert made.exit_code == 0, made.output
+    asked, unasked, more = (RunDirectory(runs / n) for n in ("asked", "unasked", "more"))
+    assert asked.read_settings() == unasked.read_settings() == more.read_settings()
+    assert asked.read_settings().shots == 2
+    assert asked.read_metrics().test == unasked.read_metrics().test
+    again = CliRunner().invoke(app, [*command, "--shots", "9", "-o", str(more.path), "--resume"])
+    assert again.exit_code == 0, again.output

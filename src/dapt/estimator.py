@@ -131,8 +131,9 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         given = names_of_labels(y) if self.class_names is None else self.class_names
         names = names_for(given or None, classes)
         most = int(np.bincount([code for own in codes for code in own]).max())
-        shots = most if self.shots is None else self.shots
-        settings = self._settings(shots)
+        settings = self._settings(most if self.shots is None else self.shots)
+        if settings.shots > most:  # settings for few images go by how many there are
+            settings = self._settings(most)
         numbers = not any(isinstance(label, str) for label in classes.tolist())
         backbone, head = self._backbone(settings), get_method(settings.method).head
         if numbers and not given and head.reads_text and backbone.reads_text:
@@ -146,7 +147,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         )
         task = Task(FITTED, Path(), names, items, (), (), multilabel=several, pictures=images)
         task = with_grey(task, settings)
-        support = draw_support_set(task, shots, settings.seed)
+        support = draw_support_set(task, settings.shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
         if settings.backbone == SUITED and backbone.name == BUNDLED:

@@ -260,7 +260,7 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
 
     Who gives the text prompt's start or length gets no other part of it from here.
     """
-    from dapt.data import BENCHMARKS, usual_template
+    from dapt.data import usual_template
 
     shots, dataset = str(given.get("shots", 16)), str(given.get("dataset", ""))
     asked = (dataset, int(shots) if re.fullmatch(r"[0-9]{1,9}", shots) else 16)
@@ -278,9 +278,16 @@ def default_settings(given: dict[str, Any]) -> dict[str, Any]:
     usual |= defaults
     if given.get("templates") is not None:  # in place of one
         usual.pop("template", None)
-    if dataset not in ("bundled", IMPORTED, *BENCHMARKS) and given.get("pretrained") is None:
+    if is_own(dataset) and given.get("pretrained") is None:
         usual["backbone"] = SUITED  # photographs, which the bundled model does not know
     return usual
+
+
+def is_own(dataset: str) -> bool:
+    """Whether a dataset is the user's own: no benchmark, and not what ships with dapt."""
+    from dapt.data import BENCHMARKS
+
+    return dataset not in ("bundled", IMPORTED, *BENCHMARKS)
 
 
 def with_epochs(settings: Settings, epochs: int) -> Settings:

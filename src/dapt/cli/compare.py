@@ -63,8 +63,10 @@ def _compare(
     given: dict[str, Any], output: Path, methods: list[str] | None, again: str, **how: str
 ) -> None:
     from dapt import compare
+    from dapt.engine.data import by_images
     from dapt.engine.fit import Interrupted
     from dapt.settings import make_settings
 
     with readable_errors(output, again, Interrupted):
-        compare.compare(make_settings(given), output, methods, reporter=RichReporter(), **how)
+        settings = by_images(make_settings(given), given)
+        compare.compare(settings, output, methods, reporter=RichReporter(), **how)

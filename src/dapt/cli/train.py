@@ -203,10 +203,11 @@ def _settings(
     effort: str | None,
 ) -> Settings:
     """Settings of a run: what its options say, else its file, else the run that is resumed."""
-    from dapt.data import BENCHMARKS
+    from dapt.engine.data import by_images
     from dapt.settings import (
         absolute_paths,
         idle_settings,
+        is_own,
         make_settings,
         parse_weight,
         read_settings_file,
@@ -217,15 +218,15 @@ def _settings(
         given["loss_weights"] = others | dict(map(parse_weight, losses))
     if head is not None:
         given["method"] = f"{given.get('method', 'dapt')}+{head}"
-    if resume and (kept := run.kept_settings()):
-        given = {**kept, **given}
+    kept = (run.kept_settings() if resume else None) or {}
+    given = {**kept, **given}
     if "dataset" not in given:
         missing = f"{run.path} holds no run to resume, and no" if resume else "no"
         raise UserError(
             f"{missing} dataset is given; name one, such as: dapt train bundled -o {run.path}"
         )
     # Of one's own, the best, not the paper's.
-    if effort or given["dataset"] not in ("bundled", *BENCHMARKS):
+    if effort or is_own(str(given["dataset"])):
         given.setdefault("method", "auto")
     if given.get("support_set"):
         drawn = read_json(Path(given["support_set"]), "support set file")
@@ -234,6 +235,8 @@ def _settings(
     if every:
         given |= _everything(said, given)
     final = make_settings(given)
+    if final.shots != kept.get("shots"):
+        final = by_images(final, given)
     idle = ", ".join(sorted(said.keys() & idle_settings(final.method, final.loss_weights)))
     if idle and not effort:  # what else is tried may use them
         say_error(

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dapt import data as images
 from dapt.data import SupportSet, Task
 from dapt.data.grey import Scale, in_words
 from dapt.errors import UserError
 from dapt.progress import Reporter
-from dapt.settings import WITHOUT_DATASET, Settings
+from dapt.settings import FITTED, WITHOUT_DATASET, Settings, is_own, make_settings
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
     if settings.dataset in WITHOUT_DATASET:
         why, way = WITHOUT_DATASET[settings.dataset], "'dapt eval RUN --dataset ...'"
         raise UserError(f"these prompts were {why}; {way} evaluates them on one")
-    task = images.open_task(
+    task = with_grey(_opened(settings, evaluate), settings)
+    return images.subset_classes(task, settings.classes)
+
+
+def _opened(settings: Settings, evaluate: bool = False) -> Task:
+    """Of all classes, and no image looked at."""
+    return images.open_task(
         settings.dataset,
         root=Path(settings.root) if settings.root else None,
         domain=settings.domain,
@@ -47,7 +54,6 @@ def task_of(settings: Settings, *, evaluate: bool = False) -> Task:
         evaluate=evaluate,
         multi_label=settings.multi_label,
     )
-    return images.subset_classes(with_grey(task, settings), settings.classes)
 
 
 def with_grey(task: Task, settings: Settings) -> Task:
@@ -81,8 +87,19 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
 
 def most_images(settings: Settings) -> int:
     """Images of the largest class that can be tuned on: so many shots take all there are."""
-    found = Counter(label for item in task_of(settings).train for label in item.labels)
-    return max(found.values(), default=1)
+    task = images.subset_classes(_opened(settings), settings.classes)
+    return max(images_a_class(task.train), default=1)
+
+
+def by_images(settings: Settings, given: dict[str, Any]) -> Settings:
+    """Settings that were made of what is ``given``, of no more shots than own data has images.
+
+    Those of methods for few images go by shots. A saved support set says by itself how many it has.
+    """
+    if not is_own(settings.dataset) or settings.dataset == FITTED or settings.support_set:
+        return settings
+    shots = min(settings.shots, most_images(settings))
+    return settings if shots == settings.shots else make_settings({**given, "shots": shots})
 
 
 def images_a_class(items: Iterable[images.Item]) -> list[int]:
