@@ -196,13 +196,16 @@ def test_the_same_answers_as_predict(client, served, pictures):
     assert len(client.predict(pictures[0], query="?top=1").json["predictions"][0]["classes"]) == 1
 
 
-def test_concurrent_requests_share_batches(served, pictures):
-    slow = held(served)
+def test_concurrent_requests_share_batches(served, pictures, monkeypatch):
+    slow, decoded, view = held(served), [], decoders.Decoders.view
+    monkeypatch.setattr(
+        decoders.Decoders, "view", lambda *a: decoded.append(view(*a)) or decoded[-1]
+    )
     with running(slow, Limits(batch=4)) as client:
         calls = [lambda p=p: client.predict(p, query="?top=3") for p in pictures[:9]]
         threads, found = together(*calls)
-        until(lambda: client.metric("dapt_queue_images") == 9)
-        time.sleep(0.2)  # decoded, too
+        until(lambda: len(decoded) == 9, 60)
+        time.sleep(0.5)  # for the last to join the others
         slow.go.set()
         for thread in threads:
             thread.join()
