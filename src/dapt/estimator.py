@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt import notebook
 from dapt.clip.backbone import Backbone
-from dapt.clip.known import STAND_IN, SUITED, Each, Names, stands_in
+from dapt.clip.known import STAND_IN, SUITED, Each, Names, as_one, each_of, names_of, stands_in
 from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.given import as_labels, as_sequence, labels_of, names_of_labels
@@ -364,9 +364,13 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         run = RunDirectory(find_run(path))
         run.require()
         settings = run.read_settings()
-        if backbone is not None:
-            moved = absolute_paths({"backbone": backbone})
-            settings = settings.model_copy(update={**moved, "pretrained": None})
+        if backbone:  # whose weights are elsewhere, those of the others are where they were
+            tags = each_of(settings.backbone, settings.pretrained)
+            known = dict(zip(names_of(settings.backbone), tags, strict=True))
+            there = names_of(absolute_paths({"backbone": backbone})["backbone"])
+            its = [known.get(name) for name in there]
+            moved = {"backbone": as_one(there), "pretrained": as_one(its)}
+            settings = settings.model_copy(update=moved)
         values = settings.model_dump()
         own = {name: values[name] for name in _OWN}
         usual = make_settings(own | {"dataset": FITTED}).model_dump()
