@@ -18,8 +18,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from dapt import notebook
 from dapt.clip.backbone import Backbone
-from dapt.clip.known import STAND_IN, SUITED
-from dapt.clip.sources import BUNDLED, load_backbone
+from dapt.clip.known import STAND_IN, SUITED, Each, Names, as_one, each_of, names_of, stands_in
+from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.given import as_labels, as_sequence, labels_of, names_of_labels
 from dapt.data.items import check_class_names
@@ -67,10 +67,11 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
 
     Args:
         backbone: 'auto', the best for photographs on this machine (see ``dapt backbones``), which
-            is fetched once; 'bundled', an open_clip name, a hub id, or a file.
+            is fetched once; 'bundled', an open_clip name, a hub id, or a file. Of a list of them,
+            features are joined, for a head on all.
         method: a row of the method table, such as auto, dapt, coop, vpt, linear-probe, zero-shot.
         shots: at most this many images a class are tuned on, drawn by ``seed``; None takes all.
-        pretrained: open_clip tag, weights file, or 'random'.
+        pretrained: open_clip tag, weights file, or 'random'; of several backbones, a list.
         class_names: what prompts call the classes, where labels are not their names: a mapping
             from label to name, or a list in the order of ``classes_``.
         epochs, lr, beta_visual, beta_text, text_vectors, visual_vectors, batch_size: None takes the
@@ -91,11 +92,11 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         forecast_: what to expect of new photos, as in metrics.json; None where it is not known.
     """
 
-    backbone: str = SUITED
+    backbone: Names = SUITED
     _: KW_ONLY
     method: str = "auto"
     shots: int | None = 16
-    pretrained: str | None = None
+    pretrained: Each = None
     class_names: Mapping[Any, str] | Sequence[str] | None = None
     epochs: int | None = None
     lr: float | None = None
@@ -150,7 +151,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         support = draw_support_set(task, settings.shots, settings.seed)
         drawn = tuple(_located(images, item) for item in support.train)
         data = Data(task, replace(support, train=drawn))
-        if settings.backbone == SUITED and backbone.name == BUNDLED:
+        if stands_in(settings.backbone, [model.name for model in backbone.members]):
             hint = "connect and start Python anew, or give backbone the name of a model"
             warnings.warn(f"{STAND_IN}; {hint}", stacklevel=2)
         self._tune(data, settings, backbone, classes)
@@ -352,7 +353,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(
-        cls, path: Path | str, *, device: str = "auto", backbone: str | None = None
+        cls, path: Path | str, *, device: str = "auto", backbone: Names | None = None
     ) -> PromptClassifier:
         """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
@@ -364,9 +365,13 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         run = RunDirectory(find_run(path))
         run.require()
         settings = run.read_settings()
-        if backbone is not None:
-            moved = absolute_paths({"backbone": backbone})
-            settings = settings.model_copy(update={**moved, "pretrained": None})
+        if backbone:  # whose weights are elsewhere, those of the others are where they were
+            tags = each_of(settings.backbone, settings.pretrained)
+            known = dict(zip(names_of(settings.backbone), tags, strict=True))
+            there = names_of(absolute_paths({"backbone": backbone})["backbone"])
+            its = [known.get(name) for name in there]
+            moved = {"backbone": as_one(there), "pretrained": as_one(its)}
+            settings = settings.model_copy(update=moved)
         values = settings.model_dump()
         own = {name: values[name] for name in _OWN}
         usual = make_settings(own | {"dataset": FITTED}).model_dump()
@@ -408,7 +413,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         self.classes_ = classes[self._places]
         self.class_names_ = tuple(classifier.class_names[i] for i in self._places)
 
-    def _backbone(self, settings: Settings, revision: str | None = None) -> Backbone:
+    def _backbone(self, settings: Settings, revision: Each = None) -> Backbone:
         name, tag, precision = settings.backbone, settings.pretrained, settings.precision
         how = {"device": self.device or "auto", "precision": precision, "revision": revision}
         return _load_backbone(name, tag, **how)

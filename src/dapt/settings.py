@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from dapt.clip.known import SUITED
+from dapt.clip.known import SUITED, as_one, each_of, names_of
 from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import BUILT_IN, METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST, LossTerm, Method
@@ -50,11 +50,14 @@ class Settings(BaseModel):
     )
     support_set: str | None = Field(None, description="saved support set, instead of a draw")
     method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
-    backbone: str = Field(
+    backbone: str | tuple[str, ...] = Field(
         "bundled",
-        description="'bundled', 'auto' (the best here), open_clip name, timm:NAME, hub id, or file",
+        description="'bundled', 'auto' (the best here), open_clip name, timm:NAME, hub id, file, "
+        "or a list of them, joined",
     )
-    pretrained: str | None = Field(None, description="open_clip tag, weights file, or 'random'")
+    pretrained: str | tuple[str | None, ...] | None = Field(
+        None, description="open_clip tag, weights file, or 'random'; of several, a list"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the frozen model; bf16 is fp16 on a GPU without it"
@@ -99,6 +102,12 @@ class Settings(BaseModel):
         if isinstance(value, bool) and kind not in (bool, bool | None):
             raise PydanticCustomError("truth", "input should not be true or false")
         return value
+
+    @pydantic.field_validator("backbone", "pretrained")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        """A single backbone is kept as ever."""
+        return as_one(each_of(value, value)) if isinstance(value, tuple) and value else value
 
     @pydantic.field_validator("grey_range", mode="before")
     @classmethod
@@ -194,6 +203,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
         raise UserError(f"setting {name}={value}: {first['msg'].lower()}") from error
     if settings.template is not None and settings.templates is not None:
         raise UserError("template is one sentence and templates are several; give one of them")
+    each_of(settings.backbone, settings.pretrained)  # are as many
     for template in settings.templates or filter(None, [settings.template]):
         if template.count("{}") != 1:
             what = f"setting template='{template}' must hold {{}} once"
@@ -300,17 +310,26 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     from dapt.data import BENCHMARKS
 
     given, names = dict(given), {"bundled", SUITED, *BENCHMARKS}
-    for setting in ("dataset", "root", "class_names", "support_set", "backbone", "pretrained"):
-        value = given.get(setting)
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(absolute, value))
         if isinstance(value, str) and value and value not in names and user_path(value).exists():
-            given[setting] = str(user_path(value).resolve())
-    return given
+            return str(user_path(value).resolve())
+        return value
+
+    paths = ("dataset", "root", "class_names", "support_set", "backbone", "pretrained")
+    return given | {name: absolute(given[name]) for name in paths if name in given}
 
 
 def backbone_name(settings: Settings) -> str:
     """The backbone as others may be told of it: of a local file, its name alone."""
-    given = [s for s in (settings.backbone, settings.pretrained) if s is not None]
-    return "/".join(Path(s).name if Path(s).is_absolute() else s for s in given)
+    names = names_of(settings.backbone)
+    each = zip(names, each_of(names, settings.pretrained), strict=True)
+    given = ([s for s in one if s is not None] for one in each)
+    return " + ".join(
+        "/".join(Path(s).name if Path(s).is_absolute() else s for s in one) for one in given
+    )
 
 
 def loss_terms(settings: Settings) -> tuple[LossTerm, ...]:
@@ -367,7 +386,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text}: write it as name=value, such as --set lr=0.2")
     field = all_fields().get(key := key.strip().replace("-", "_"))
-    if field is not None and field.annotation in (str, str | None):
+    plain = field is not None and field.annotation in (str, str | None)
+    if plain or (key in ("backbone", "pretrained") and not value.startswith("[")):
         return key, value  # text as it stands: "{} texture." is no YAML
     with refusing(f"--set {text}: the value cannot be read", "write it as YAML", ValueError):
         return key, parse_yaml(value)

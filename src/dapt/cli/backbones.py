@@ -23,7 +23,7 @@ _SHARE = 0.5
 @command("backbones")
 def backbones(
     name: Annotated[str | None, Argument(help="Say what each method can do with it.")] = None,
-    pretrained: common.PretrainedOption = None,
+    pretrained: common.OnePretrainedOption = None,
     memory: Annotated[float | None, Option(min=0, help="GiB it may take; else all here.")] = None,
     seconds: Annotated[
         float | None, Option(min=0, help="For 1,000 images; measures how fast this machine is.")

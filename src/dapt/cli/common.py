@@ -54,9 +54,15 @@ SeedOption = Annotated[
 EpochsOption = Annotated[
     int | None, Option(help="Passes over the support set.", show_default="the method's")
 ]
-BACKBONES = "'bundled', 'auto', open_clip name, timm:NAME, hub id, or file."
-BackboneOption = Annotated[str | None, Option("--backbone", "-b", help=BACKBONES)]
-PretrainedOption = Annotated[str | None, Option(help="An open_clip tag, a file, or 'random'.")]
+_BACKBONES = "'bundled', 'auto', open_clip name, timm:NAME, hub id, or file."
+BACKBONES = f"{_BACKBONES} Given twice: both, joined."
+BackboneOption = Annotated[list[str] | None, Option("--backbone", "-b", help=BACKBONES)]
+OneBackboneOption = Annotated[str, Option("--backbone", "-b", help=_BACKBONES)]
+_TAGS = "An open_clip tag, a file, or 'random'."
+PretrainedOption = Annotated[
+    list[str] | None, Option(help=f"{_TAGS} Of several, each in turn, or 'default'.")
+]
+OnePretrainedOption = Annotated[str | None, Option("--pretrained", help=_TAGS)]
 PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="fp32")]
 _DEVICES = "auto, cpu, cuda, cuda:N or mps."
 DeviceOption = Annotated[str | None, Option(help=_DEVICES, show_default="auto")]
@@ -85,7 +91,7 @@ def given_settings(
     given = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in context.params.items()
-        if name in wanted and value is not None and value is not False
+        if name in wanted and value is not False and value not in (None, [], ())
     }
     return absolute_paths(given | dict(map(parse_assignment, assignments or ())))
 

@@ -31,7 +31,8 @@ def compare(
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
     backbone: Annotated[
-        str | None, Option("--backbone", "-b", help=common.BACKBONES, show_default="as dapt train")
+        list[str] | None,
+        Option("--backbone", "-b", help=common.BACKBONES, show_default="as dapt train"),
     ] = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,

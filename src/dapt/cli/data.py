@@ -134,7 +134,7 @@ def check(
 
     if quick and decode:
         raise UserError("--quick and --decode exclude each other; give one")
-    if backbone is None and (pretrained or device or report):
+    if not backbone and (pretrained or device or report):
         raise UserError("--pretrained, --device and --report go with --backbone; give one")
     if report is not None:
         from dapt.report.sheet import require_sheet
@@ -147,8 +147,8 @@ def check(
     place: dict[str, Any] = {"root": root, "domain": domain, "class_names": class_names}
     checks = [check_dataset(name, level=level, reporter=told, **place) for name in chosen]
     found: dict[str, Findings] = {}
-    if backbone is not None:
-        model = {"pretrained": pretrained, "device": device or "auto"}
+    if backbone:
+        model = {"pretrained": pretrained or None, "device": device or "auto"}
         found = _look(checks, place, backbone, model, report, told)
     if as_json:
         shown = [(c, found.get(c.dataset)) for c in checks]
@@ -188,7 +188,7 @@ def _chosen(
 def _look(
     checks: list[Check],
     place: dict[str, Any],
-    backbone: str,
+    backbone: list[str],
     model: dict[str, Any],
     report: Path | None,
     told: RichReporter,

@@ -60,7 +60,7 @@ def train(
     ] = False,
     support_set: Annotated[Path | None, Option(help="Saved support set, not a draw.")] = None,
     backbone: Annotated[
-        str | None, Option("--backbone", "-b", help=common.BACKBONES, show_default="bundled")
+        list[str] | None, Option("--backbone", "-b", help=common.BACKBONES, show_default="bundled")
     ] = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,
@@ -268,7 +268,7 @@ def methods(
 
     Numbers are those of gradient descent; those of heads follow from the images.
     """
-    counted = _counted(backbone, pretrained, classes) if backbone is not None else {}
+    counted = _counted(backbone, pretrained, classes) if backbone else {}
     figures = [f"numbers, {classes} classes"] if counted else []
     made = table("name", "method", "kind", "what is learned", "losses besides cross-entropy",
                  figures=figures)  # fmt: skip
@@ -284,7 +284,7 @@ def methods(
     console.print(made)
 
 
-def _counted(backbone: str, pretrained: str | None, classes: int) -> dict[str, str]:
+def _counted(backbone: list[str], pretrained: list[str] | None, classes: int) -> dict[str, str]:
     """How many numbers gradient descent learns of each method; "–" where a backbone takes none."""
     from dapt.clip.sources import load_backbone
     from dapt.engine.suited import usual_classifier

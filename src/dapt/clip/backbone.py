@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dapt.clip import trunks
 from dapt.clip.inside import NOT_ORDINARY, is_plain
+from dapt.clip.known import Each
 from dapt.errors import UserError, refusing
 
 # Every letter in both cases, digits and signs: what cleans texts shows in it too.
@@ -23,7 +24,7 @@ _PROBE = (
     "A Photo of the Quick-Brown FOX, jumping over 12,345 lazy_dogs & 67.890 Vexed Wizards' boxes!"
 )
 # Methods that need no words, as sentences name them.
-WORDLESS = "auto, linear-probe, vpt"
+WORDLESS, WORDLESS_HEADS = "auto, linear-probe, vpt", "auto, linear-probe, kernel-ridge"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
     text: Any
     mean: Tensor
     std: Tensor
+    wordless = WORDLESS
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class Backbone(nn.Module):
         name: str,
         device: torch.device,
         precision: str,
-        revision: str | None = None,
+        revision: Each = None,
     ) -> None:
         super().__init__()
         self.name, self.tokenizer, self.preprocessing = name, tokenizer, preprocessing
@@ -131,15 +133,23 @@ class Backbone(nn.Module):
     )
 
     @property
+    def members(self) -> tuple[Backbone, ...]:
+        """The models it is made of: itself, or those that `dapt.clip.joined` joins."""
+        return (self,)
+
+    @property
     def reads_text(self) -> bool:
         """Whether there is a text tower: without one, class names have no features."""
         return self.text is not None
+
+    def require_towers(self) -> None:
+        """Raise `UserError` where nothing can be learned in a tower, whatever the method."""
 
     def require_text(self) -> None:
         """Raise `UserError` where class names have no features."""
         if not self.reads_text:
             what = f"backbone '{self.name}' reads no text, so class names tell it nothing"
-            raise UserError(f"{what}; use a method of images alone ({WORDLESS})")
+            raise UserError(f"{what}; use a method of images alone ({self.wordless})")
 
     @property
     def context_length(self) -> int:

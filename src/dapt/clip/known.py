@@ -7,13 +7,20 @@ machine's memory and that it computes in good time. Nothing is loaded here.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from dapt.errors import UserError
 from dapt.safe.files import parse_yaml
 
+# A name, or the names of models that are joined; and what each of them has: a tag, a commit.
+Names = str | Sequence[str]
+Each = str | Sequence[str | None] | None
+
+BUNDLED = "bundled"
 SUITED = "auto"  # by this name, that model is asked for
 STAND_IN = (
     "The bundled model stands in for one that could not be had: it knows drawings, not photographs"
@@ -80,3 +87,35 @@ def memory_of_machine() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, OSError, ValueError):
         return float("inf")
+
+
+def names_of(backbone: Names) -> tuple[str, ...]:
+    """All names of a backbone: one, or those of the models that are joined."""
+    return (backbone,) if isinstance(backbone, str) else tuple(backbone)
+
+
+def each_of(backbone: Names, values: Each, what: str = "pretrained") -> tuple[str | None, ...]:
+    """The value of each model of a backbone, None for 'default'; a `UserError` if not as many."""
+    if not (count := len(names_of(backbone))):
+        raise UserError("backbone is an empty list; name a model, or leave it out")
+    if values is None:
+        return (None,) * count
+    own = [values] if isinstance(values, str) else values
+    found = tuple(None if value == "default" else value for value in own)
+    if len(found) != count:
+        told = f"backbone names {count} models, and {what} is of {len(found)}"
+        raise UserError(f"{told}; give each its own, in their order (its usual one: 'default')")
+    return found
+
+
+def as_one(values: Any) -> Any:
+    """What `names_of` or `each_of` gave, as settings keep it: a single value is no list."""
+    if all(value is None for value in values):
+        return None
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def stands_in(asked: Names, used: Names) -> bool:
+    """Whether the bundled model was used for want of the one for photographs."""
+    both = zip(names_of(asked), names_of(used), strict=False)
+    return any(one == SUITED and other == BUNDLED for one, other in both)

@@ -24,12 +24,13 @@ from torch import nn
 
 from dapt.clip import hub, hub_format, image_only, known
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
+from dapt.clip.joined import Joined
 from dapt.errors import UserError, lacking, nearest, refusing
 from dapt.progress import errors, quietly, say
 from dapt.safe.files import parse_json, read_text, user_path
 from dapt.safe.weights import StateDict, is_torchscript, read_state_dict
 
-BUNDLED = "bundled"
+BUNDLED = known.BUNDLED
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".index.json")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")  # listed in an index
 _HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
@@ -52,14 +53,14 @@ Loaded = tuple[nn.Module, Any, Preprocessing]
 
 
 def load_backbone(
-    name: str = BUNDLED,
-    pretrained: str | None = None,
+    name: known.Names = BUNDLED,
+    pretrained: known.Each = None,
     *,
     device: str = "auto",
     precision: str = "fp32",
-    revision: str | None = None,
+    revision: known.Each = None,
 ) -> Backbone:
-    """Load a frozen backbone.
+    """Load a frozen backbone; of several names, with as many of what goes by name, `Joined` ones.
 
     Args:
         name: one of
@@ -86,7 +87,16 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'; use one of {', '.join(PRECISIONS)}")
-    place = choose_device(device)
+    names, tags = known.names_of(name), known.each_of(name, pretrained)
+    commits = known.each_of(name, revision, "the run's revision")
+    each = zip(names, tags, commits, strict=True)
+    found = [_load_one(*one, choose_device(device), precision) for one in each]
+    return found[0] if len(found) == 1 else Joined(found)
+
+
+def _load_one(
+    name: str, pretrained: str | None, revision: str | None, place: torch.device, precision: str
+) -> Backbone:
     if name == known.SUITED and pretrained is None:
         return _load_suited(place, precision)
     precision = usable_precision(precision, place)
@@ -101,7 +111,7 @@ def load_backbone(
 
 def _load_suited(place: torch.device, precision: str) -> Backbone:
     """The model for photographs, fetched once into the usual cache; else the bundled one."""
-    model, how = known.recommended(place.type, memory_of(place)), {"precision": precision}
+    model = known.recommended(place.type, memory_of(place))
     if model is None:
         why = "this machine has too little memory for a model that knows photographs"
     else:
@@ -110,11 +120,11 @@ def _load_suited(place: torch.device, precision: str) -> Backbone:
                 hub.reach(model.name, model.pretrained)
                 what = f"{model} ({model.megabytes:,} MB, licence {model.licence})"
                 say(f"dapt: {what} is the model for photographs on this machine", to=errors)
-            return load_backbone(model.name, model.pretrained, device=str(place), **how)
+            return _load_one(model.name, model.pretrained, None, place, precision)
         except UserError as error:
             why = f"{model}, the model for photographs on this machine, cannot be had: {error}"
     say(f"dapt: warning: {why}. {known.STAND_IN}; see 'dapt backbones'", to=errors)
-    return load_backbone(BUNDLED, device=str(place), **how)
+    return _load_one(BUNDLED, None, None, place, precision)
 
 
 def memory_of(place: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
+from dapt.clip.joined import Joined, JoinedTexts
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
 from dapt.data.grey import Scale
 from dapt.data.items import DEFAULT_TEMPLATE
@@ -66,11 +67,17 @@ class Classifier(nn.Module):
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoders = nn.ModuleList()
         if backbone.reads_text and (self.head.reads_text or parts_of(self.parts, "text")):
-            context = inside_of(self.parts, "text").tokens
-            own = {"class_contexts": context is not None and context.dim() == 3}
-            for tokens in self._tokens(context, templates or (template,)):
-                self.text_encoders.append(TextEncoder(backbone, tokens, text_memory, **own))
+            self.text_encoders.extend(self._encoders(templates or (template,), text_memory))
         self._fixed_text: tuple[Tensor, Tensor] | None = None
+
+    def _encoders(self, templates: Sequence[str], memory: int) -> Iterator[nn.Module]:
+        backbone, context = self.backbone, inside_of(self.parts, "text").tokens
+        if isinstance(backbone, Joined):  # which take no context
+            yield from (JoinedTexts(backbone, self.class_names, t, memory) for t in templates)
+            return
+        own = {"class_contexts": context is not None and context.dim() == 3}
+        for tokens in self._tokens(context, templates):
+            yield TextEncoder(backbone, tokens, memory, **own)
 
     def _tokens(self, context: Tensor | None, templates: Sequence[str]) -> list[ClassTokens]:
         backbone, names = self.backbone, self.class_names
@@ -285,6 +292,8 @@ def new_classifier(
     Where the backbone reads no text, `ClassVectors` stand beside the row's parts: to be tuned with
     them and, if no head is fitted afterwards, in what is ``tuned`` too.
     """
+    if method.learns:
+        backbone.require_towers()
     rows = method.parts
     if method.learns and not backbone.reads_text and not (tuned and method.head.fitted):
         rows = (*rows, ClassVectors)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
+from dapt.clip.known import Each
 from dapt.clip.sources import load_backbone
 from dapt.data import Allowance, ImageStore, Item, SupportSet, Task
 from dapt.data.items import by_label
@@ -28,11 +29,12 @@ _NAMED = 5
 
 
 def backbone_of(
-    settings: Settings, *, device: str | None = None, revision: str | None = None
+    settings: Settings, *, device: str | None = None, revision: Each = None
 ) -> Backbone:
     """Load the backbone that settings name, on another device than theirs if one is given.
 
-    Of a hub's repository the commit ``revision``, which a run was tuned on, in place of the latest.
+    Of a hub's repository the commit ``revision``, which a run was tuned on, in place of the latest;
+    of several models, each one's.
     """
     how: dict[str, Any] = {"device": device or settings.device, "precision": settings.precision}
     return load_backbone(settings.backbone, settings.pretrained, revision=revision, **how)

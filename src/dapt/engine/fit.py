@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.known import names_of
 from dapt.clip.sources import taken_for_granted
 from dapt.data import Task
 from dapt.engine.classifier import Classifier, new_classifier, parts_of, tuning_head
@@ -141,7 +142,7 @@ def fit(
     data = replace(data, support=support.drawn)
     tuned = Tuned(settings, data, support, classifier, support.skipped)
     tell_notes(task, reporter)
-    if (guessed := taken_for_granted(settings.backbone)) is not None:
+    for guessed in filter(None, map(taken_for_granted, names_of(settings.backbone))):
         reporter.warn(guessed)
     if processes.first:
         journal.begin(data, shared.backbone)

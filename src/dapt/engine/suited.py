@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.known import SUITED
+from dapt.clip.known import SUITED, as_one, each_of, names_of
 from dapt.clip.text import ClassTokens
 from dapt.engine.classifier import Classifier, inside_of, new_classifier, parts_of
 from dapt.errors import UserError
@@ -47,10 +47,16 @@ def differing(settings: Settings, other: Settings) -> dict[str, Any]:
 
 
 def _with_named_backbone(settings: Settings, backbone: Backbone) -> Settings:
-    if settings.backbone != SUITED:
+    names = names_of(settings.backbone)
+    if SUITED not in names:
         return settings
-    name, _, tag = backbone.name.partition("/")
-    return settings.model_copy(update={"backbone": name, "pretrained": tag or None})
+    tags = each_of(names, settings.pretrained)
+    used, its = list[str](), list[str | None]()
+    for name, tag, model in zip(names, tags, backbone.members, strict=True):
+        own, _, of = model.name.partition("/")
+        used.append(own if name == SUITED else name)
+        its.append((of or None) if name == SUITED else tag)
+    return settings.model_copy(update={"backbone": as_one(used), "pretrained": as_one(its)})
 
 
 def _with_taken_method(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from dapt.clip.known import Each
 from dapt.data import Task
 from dapt.engine.data import Data, support_of, task_of, tell_notes
 from dapt.engine.features import Shared, backbone_of
@@ -64,7 +65,7 @@ class Session:
             torch.set_num_threads(threads)
             threadpool_limits(threads)
 
-    def shared(self, settings: Settings, revision: str | None = None) -> Shared:
+    def shared(self, settings: Settings, revision: Each = None) -> Shared:
         """The settings' backbone and what runs with it have in common; one is kept at a time.
 
         Of a hub's repository it is the commit ``revision``, if a run was begun with one.

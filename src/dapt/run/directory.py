@@ -21,8 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.known import SUITED
-from dapt.clip.sources import BUNDLED
+from dapt.clip.known import Each, stands_in
 from dapt.data import SupportSet, Task, content_digest
 from dapt.errors import UserError, refusing
 from dapt.methods import find_method
@@ -252,9 +251,10 @@ class RunDirectory:
         changed = [f"{n} was {then[n]}, is {now.get(n)}" for n in then if then[n] != now.get(n)]
         return "; ".join(changed) or None
 
-    def revision(self) -> str | None:
+    def revision(self) -> Each:
         """The commit of a hub's repository that the run was begun with, if one is recorded."""
-        return self.read_environment().backbone_revision if self.exists else None
+        found = self.read_environment().backbone_revision if self.exists else None
+        return tuple(found) if isinstance(found, list) else found
 
     def require_backbone(self, backbone: Backbone) -> None:
         """Raise `UserError` unless these are the weights that the run was tuned on."""
@@ -330,8 +330,7 @@ class RunDirectory:
 
     def stands_in(self) -> bool:
         """Whether its backbone is the bundled one for want of that which was meant."""
-        asked = self.read_environment().asked or {}
-        return asked.get("backbone") == SUITED and self.read_settings().backbone == BUNDLED
+        return stands_in(self.asked_settings().backbone, self.read_settings().backbone)
 
     def read_search(self) -> records.SearchRecord:
         """The search for the run's method."""

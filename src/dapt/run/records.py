@@ -26,6 +26,7 @@ from dapt.safe.files import read_json, to_json
 from dapt.settings import Settings, kept_values, make_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "scikit-learn")
@@ -242,7 +243,8 @@ class Environment(Record):
 
     backbone_sha256: str | None = None  # of its weights
     backbone_fingerprint: str | None = None  # of all of it
-    backbone_revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")  # of the hub's repository
+    # Of the hub's repository; of models that are joined, each one's.
+    backbone_revision: Commit | list[Commit | None] | None = None
     reads_text: bool = True  # whether the backbone does
     support_content_sha256: str | None = None
     tuning_seconds: FiniteFloat | None = Field(None, ge=0)

@@ -20,6 +20,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
+from dapt.clip.known import Each
 from dapt.data import Task, content_digest, load_support_set, support_digest
 from dapt.engine.cost import forget_peak, peak_memory, predict_seconds
 from dapt.engine.data import Data, open_data, task_of, tell_notes, tell_of_overlap
@@ -79,7 +80,10 @@ def train(
     # Everything that can be wrong with the input is found before anything is written.
     data = data or open_data(settings)
     if shared is None:
-        how = {"device": processes.device(settings.device), "revision": pinned(run, resume)}
+        how: dict[str, Any] = {
+            "device": processes.device(settings.device),
+            "revision": pinned(run, resume),
+        }
         shared = Shared(backbone_of(settings, **how))
     tell = reporter.warn if processes.first else nobody
     forget_peak(shared.backbone.device)
@@ -97,7 +101,7 @@ def train(
     return run
 
 
-def pinned(run: RunDirectory, resume: bool) -> str | None:
+def pinned(run: RunDirectory, resume: bool) -> Each:
     """The commit of a hub's repository that a run is to go on with, if it is to."""
     return run.revision() if resume else None
 

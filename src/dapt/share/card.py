@@ -11,13 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dapt import __version__
-from dapt.clip.known import STAND_IN, known_models
+from dapt.clip.known import STAND_IN, each_of, known_models, names_of
 from dapt.clip.sources import BUNDLED
 from dapt.errors import DISTRIBUTION, printable, refusing
 from dapt.methods import get_method
 from dapt.progress import Reporter
 from dapt.run.directory import RunDirectory
-from dapt.settings import FITTED, IMPORTED, backbone_name, idle_settings
+from dapt.settings import FITTED, IMPORTED, Settings, backbone_name, idle_settings
 
 # By this a card is known for one of ours, which may be replaced.
 _START = "---\nlibrary_name: dapt\n"
@@ -27,6 +27,12 @@ _NOT_TOLD = frozenset(
      "test_fraction", "device", "eval_batch_size", "text_memory", "memory_budget",
      "checkpoint_every"}
 )  # fmt: skip
+# Licences of weights that dapt knows beside those of `known_models`.
+_OWN = {
+    BUNDLED: "MIT (the small CLIP in dapt; what it was trained on is listed in its LICENSES.md).",
+    "openai": "MIT (OpenAI's CLIP).",
+}
+_UNKNOWN = "not known to dapt; see where the weights come from."
 
 
 def is_card(path: Path) -> bool:
@@ -92,9 +98,6 @@ def model_card(
     given = {IMPORTED: "not recorded", FITTED: "images given in Python"}
     idle = _NOT_TOLD | idle_settings(settings.method, settings.loss_weights)
     tuned = {item.class_name for item in images}
-    local = "/" in settings.backbone or Path(settings.backbone).suffix
-    openai = settings.pretrained in (None, "openai") and not local
-    licences = {(m.name, m.pretrained): m.licence for m in known_models()}
     metrics = run.read_metrics() if run.finished else None
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -123,9 +126,20 @@ def model_card(
         told={k: v for k, v in settings.model_dump().items() if k not in idle and v is not None},
         test=metrics.test if metrics else None,
         forecast=metrics.forecast if metrics else None,
-        weights=settings.backbone if settings.backbone == BUNDLED else "openai" if openai else "",
-        licence=licences.get((settings.backbone, settings.pretrained or "")),
+        backbone_licences=(weights := _licences(settings)),
+        mit_weights=all(licence.startswith("MIT") for licence in weights),
     )
+
+
+def _licences(settings: Settings) -> list[str]:
+    """Of the weights of each model, in a sentence."""
+    known, found = {(m.name, m.pretrained): f"{m.licence}." for m in known_models()}, list[str]()
+    names = names_of(settings.backbone)
+    for name, tag in zip(names, each_of(names, settings.pretrained), strict=True):
+        openai = tag in (None, "openai") and not (set("/:") & set(name) or Path(name).suffix)
+        own = _OWN.get("openai" if openai and name != BUNDLED else name)
+        found.append(own or known.get((name, tag or ""), _UNKNOWN))
+    return found
 
 
 def _plain(value: Any) -> str:
