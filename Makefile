@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint docs bench torture fuzz lowest audit package release pretrain clean
+.PHONY: demo test lint docs bench gpu torture fuzz lowest audit package release pretrain clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dapt demo --output demo
@@ -24,6 +24,11 @@ docs: $(VENV)/.installed-docs
 # Times a training step and an evaluation, the plain way and ours; ARGS='--help' says what else.
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# What only a GPU can tell: nothing is installed or fetched, PYTHON is one that has torch with CUDA.
+# Begins no check after 8 minutes; the same command goes on from build/gpu.json.
+gpu:
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --json build/gpu.json $(ARGS)
 
 # Kills, full disks, two at once, hostile files: about half an hour; the summary is build/torture.json.
 torture: $(VENV)/.installed-test

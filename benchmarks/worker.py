@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.meters import count_operations, now
 from benchmarks.plain import PlainClassifier, all_tokens
+from dapt.clip.backbone import Backbone
 from dapt.clip.sources import load_backbone, load_model
 from dapt.engine.classifier import Classifier, tuning_head
 from dapt.engine.cost import peak_memory
@@ -71,9 +72,10 @@ def work(pipe: Connection, job: Job) -> None:
 class Variant:
     """One variant's model, with a training step and an evaluation batch to run."""
 
-    def __init__(self, job: Job) -> None:
-        names = job.class_names
-        backbone = load_backbone(
+    def __init__(self, job: Job, backbone: Backbone | None = None) -> None:
+        """The ``backbone`` is loaded, unless it is given."""
+        names, own = job.class_names, backbone is None
+        backbone = backbone or load_backbone(
             job.backbone, job.pretrained, device=job.device, precision=job.precision
         )
         row = get_method(job.method)
@@ -88,7 +90,8 @@ class Variant:
         classifier: Any
         if self.plain and job.method == "dapt":
             # Its own weights, unfolded; those that drew the prompts go before these come.
-            del backbone.visual, backbone.text
+            if own:
+                del backbone.visual, backbone.text
             model, _, _ = load_model(job.backbone, job.pretrained)
             classifier = PlainClassifier(backbone, model.to(backbone.device), names, parts)
         else:
@@ -121,13 +124,15 @@ class Variant:
         shape = (4 * classes, dimension)
         features = F.normalize(torch.randn(shape, generator=draw), dim=-1)
         support = Examples(features, torch.arange(classes).repeat(4))
-        text, lengths = own.text_features(), own.text_lengths()
+        text, lengths = own.text_features().cpu(), own.text_lengths().cpu()
         views = partial(_views, features)
         evidence = Evidence(support, None, text, own.backbone.logit_scale, views, lengths,
                             lambda: features)  # fmt: skip
         started = now(self.device)
         own.head.fit(evidence, self.settings)
-        return now(self.device) - started
+        seconds = now(self.device) - started
+        own.head.to(self.device)
+        return seconds
 
     def train(self) -> dict[str, Any]:
         """One training step: seconds of forward, of backward, of all; and its loss.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -268,6 +269,11 @@ def test_names_of_any_bytes_are_printed(photo_folder, tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "a/b: the disk quota is used up"),
         (OSError(errno.EMFILE, "Too many open files"), "dapt: too many open files"),
         (MemoryError(), "not enough memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "dapt: the GPU has not enough memory",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(monkeypatch, tmp_path, error, told):

@@ -148,10 +148,21 @@ def readable_errors(
         where = error.filename or run
         told = _STORAGE.get(error.errno, str(error.strerror).lower())
         said = f"{f'{where}: ' if where else ''}{told}{hint(', then: ')}"
-    except MemoryError:
-        said = "there is not enough memory; take a smaller batch or fewer threads"
+    except (MemoryError, RuntimeError) as error:
+        if not (said := _short_of_memory(error)):
+            raise
     say_error(f"dapt: {said}")
     raise Exit(2)
+
+
+def _short_of_memory(error: Exception) -> str:
+    """A sentence where an error is want of memory, for which torch has its own; else nothing."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch is not imported for the sake of it
+        what = "the GPU has not enough memory; take a smaller batch, --precision bf16"
+        return f"{what} or --device cpu"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "there is not enough memory; take a smaller batch or fewer threads"
+    return ""
 
 
 def _begun(folder: Path) -> bool:

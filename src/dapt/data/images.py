@@ -240,9 +240,9 @@ class ImageStore:
 
         try:
             for indices, view in wanted:
-                # Page-locked, to go to a GPU while it is at work: untested, for want of one. Crops
+                # Page-locked where this process uses a GPU, to go there while it is at work. Crops
                 # stay on the CPU: the protocol's bicubic resizing is PIL's.
-                shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_available()
+                shape, pinned = (len(indices), 3, self.size, self.size), torch.cuda.is_initialized()
                 views = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
                 lots = [slice(i, i + _CHUNK) for i in range(0, len(indices), _CHUNK)]
                 pixels, places = (

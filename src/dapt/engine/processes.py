@@ -42,10 +42,13 @@ class Processes:
         return self.count == 1
 
     def device(self, device: str) -> str | None:
-        """Its own GPU where several processes would take the same; None leaves it as it is."""
+        """Its own GPU where several processes would take the same; None leaves it as it is.
+
+        Where there are fewer GPUs than processes, some share one.
+        """
         if self.alone or device not in ("auto", "cuda") or not torch.cuda.is_available():
             return None
-        return f"cuda:{self.local}"
+        return f"cuda:{self.local % torch.cuda.device_count()}"
 
     def part(self, batch: Sequence[int]) -> slice:
         """Which images of a batch are its own; a `UserError` if there is not one for each."""
@@ -81,10 +84,12 @@ def join_processes() -> Processes:
         return Processes()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if not dist.is_initialized():
-        # Both kinds of tensors are summed: flags on the CPU, gradients where the prompts are.
-        if gpus := torch.cuda.is_available():
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if gpus := torch.cuda.device_count() if torch.cuda.is_available() else 0:
+            torch.cuda.set_device(local % gpus)
+        # Both kinds of tensors are summed: flags on the CPU, gradients where the prompts are. NCCL
+        # takes one process a GPU; gloo sums for those that share one, and knows both kinds.
+        each = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus
+        dist.init_process_group("cpu:gloo,cuda:nccl" if each else "gloo")
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size(), local)
 
