@@ -308,22 +308,45 @@ def test_text_towers_of_transformers_take_templates_and_a_prompt_of_embeddings()
     sentences = tokenizer([f"a photo of a {name}." for name in NAMES])
     expected = backbone.text(sentences)
     torch.testing.assert_close(TextEncoder(backbone, template)(), expected, atol=1e-5, rtol=1e-5)
-    backbone.text.output_tokens = True  # as CoCa has it
+    text = backbone.text
+    text.output_tokens = True  # as CoCa has it
     torch.testing.assert_close(TextEncoder(backbone, template)(), expected, atol=1e-5, rtol=1e-5)
-    [part] = new_parts(backbone, "coop", text_vectors=4)
-    found = TextEncoder(backbone, ClassTokens.for_context(backbone, NAMES, 4))
-    text, ids = backbone.text, tokenizer([f"WXYZ{name}." for name in NAMES])
-    x = text.transformer.words(ids)
-    x = torch.cat([x[:, :1], part.text_prompt.expand(3, -1, -1), x[:, 5:]], 1)
-    x = x + text.transformer.places.weight[: x.shape[1]]
-    for layer in text.transformer.layers:
-        x = layer(x, src_key_padding_mask=ids == 2)
-    x = torch.stack([row[own != 2].mean(0) for row, own in zip(x, ids, strict=True)])
-    assert_equal(found(inside_of([part], "text")), text.proj(x), [part.text_prompt])
     words = new_parts(backbone, "coop", text_vectors=3, text_init="a b")[0].text_prompt
     torch.testing.assert_close(words[1].detach(), text.transformer.words.weight[3 + ord("a") % 80])
-    with pytest.raises(UserError, match="'foreign' is a HFTextEncoder, in whose layers nothing"):
-        DeepContext.create(backbone, settings_for())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_text_towers_of_transformers_take_prompts_in_their_layers_too(depth):
+    torch.manual_seed(6)
+    tokenizer = LetterTokenizer(40, (0,), (1,), 2)
+    backbone = backbone_of(text=transformers_text(), tokenizer=tokenizer, name="foreign")
+    assert backbone.text_layers == 2
+    part = DeepContext.create(backbone, settings_for(text_vectors=4, text_depth=depth))
+    learned = list(part.parameters())
+    assert len(learned) == depth
+    encoder = TextEncoder(backbone, ClassTokens.for_context(backbone, NAMES, 4))
+    found = encoder(inside_of([part], "text"))
+    text, ids = backbone.text, tokenizer([f"WXYZ{name}." for name in NAMES])
+
+    def put(x, vectors):
+        return torch.cat([x[:, :1], vectors.expand(3, -1, -1), x[:, 5:]], 1)
+
+    x = put(text.transformer.words(ids), learned[0])
+    x = x + text.transformer.places.weight[: x.shape[1]]
+    for i, layer in enumerate(text.transformer.layers):
+        x = put(x, learned[i]) if 0 < i < depth else x
+        x = layer(x, src_key_padding_mask=ids == 2)
+    x = torch.stack([row[own != 2].mean(0) for row, own in zip(x, ids, strict=True)])
+    assert_equal(found, text.proj(x), learned)
+    # Nothing of it stays behind in the tower.
+    sentences = tokenizer([f"a {name}." for name in NAMES])
+    alone = ClassTokens.for_template(backbone, NAMES, "a {}.")
+    torch.testing.assert_close(
+        TextEncoder(backbone, alone)(), text(sentences), atol=1e-5, rtol=1e-5
+    )
+    changes = type("Changes", (Inside,), {"norms": True})(learned[0])
+    with pytest.raises(UserError, match="HFTextEncoder, in whose layers nothing is changed; use"):
+        encoder(changes)
 
 
 def test_more_layers_than_a_tower_has_are_told_where_they_were_asked_for():
