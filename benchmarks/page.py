@@ -23,10 +23,10 @@ The first one times; the second asks what is not in the JSON file yet. {versions
 """
 _WORKS = """## What works
 
-These are the architectures of at most {most:.0f} million parameters, and small models in
-transformers' form. "Yes" means that it was tried: features are those of the model's own towers,
-gradients reach all that is learned, and the exported graph computes the same. A number is that of
-the reason below for which it is refused.
+These are {count} architectures of at most {most:.0f} million parameters, small models in
+transformers' form among them. "Yes" means that it was tried: features are those of the model's own
+towers, gradients reach all that is learned, and the exported graph computes the same. A number is
+that of the reason below for which it is refused. What was not tried is empty.
 
 {meanings}
 
@@ -65,7 +65,7 @@ def written(kept: Mapping[str, Any], columns: Mapping[str, str], most: float) ->
     meanings = "\n".join(f"- **{name}**: {about}" for name, about in columns.items())
     parts = [
         _INTRODUCTION.format(versions=kept["versions"], page=PAGE),
-        _WORKS.format(most=most, meanings=meanings),
+        _WORKS.format(count=len(kept["rows"]), most=most, meanings=meanings),
         works(kept["rows"], list(columns)),
     ]
     if speed := kept["speed"]:

@@ -259,7 +259,7 @@ def layers_of_text(backbone: Backbone) -> Sequence[nn.Module]:
     """The text tower's layers, before which tokens can be put in the place of others."""
     if isinstance(backbone.text, HFTextEncoder):
         lists = (m for m in backbone.text.transformer.modules() if isinstance(m, nn.ModuleList))
-        return next(lists)  # of transformers' encoders, the outermost list
+        return cast(Sequence[nn.Module], next(lists))  # the outermost list of an encoder
     return cast(Any, backbone.text_transformer().transformer).resblocks
 
 
