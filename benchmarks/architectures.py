@@ -1,9 +1,12 @@
 """What works on which architecture: ``python -m benchmarks.architectures [NAME ...]``.
 
-Every open_clip architecture of at most so many parameters is built with random weights, one after
-the other, and asked for everything. An entry is "works", "refused" with the sentence below the
-table, or "FAILS": an error that is no sentence, or numbers that are not finite or not the model's.
-Vocabularies that only a hub has are stood in for by letters, as none of this depends on words.
+Every open_clip architecture of at most so many parameters is built with random weights, the
+smallest first, and after them small models in transformers' form; each is asked for everything. An
+entry is "works", "refused" with a sentence, or "FAILS": an error that is no sentence, or numbers
+that are not finite or not the model's. Vocabularies that only a hub has are stood in for by
+letters, as none of this depends on words. With ``--json`` all is kept as it is found, and a later
+run goes on from there; ``--only`` asks some columns anew; ``--markdown`` writes the page of the
+documentation; ``--speed`` times prompts in the towers of each family (`benchmarks.families`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import open_clip
 import torch
@@ -20,6 +23,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks import families, page
+from benchmarks.families import Letters
+from dapt.cli.common import readable_errors
 from dapt.clip.backbone import Backbone, Preprocessing
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier
@@ -28,7 +34,7 @@ from dapt.errors import UserError
 from dapt.methods import Evidence, get_method
 from dapt.methods.contract import Examples
 from dapt.progress import cell, console, quietly, say, table
-from dapt.safe.files import write_json
+from dapt.safe.files import parse_json, read_text, write_atomic, write_json
 from dapt.settings import make_settings
 from dapt.share.export import TOLERANCE, ImageClassifier
 
@@ -39,30 +45,23 @@ HOW = {"force_custom_text": True, "pretrained_hf": False}
 app = typer.Typer(add_completion=False)
 
 
-class Letters:
-    """A token a letter, in place of a vocabulary; ends as a text tower that reads the last one."""
-
-    def __init__(self, length: int, pad: int = 1) -> None:
-        self.context_length, self.pad = length, pad
-
-    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
-        """(n, L) ids."""
-        ids = torch.full((len(texts), context_length or self.context_length), self.pad)
-        for row, text in zip(ids, texts, strict=True):
-            own = [2 + ord(letter) % 90 for letter in text.replace(" ", "")][: len(row) - 1]
-            row[: len(own)] = torch.tensor(own, dtype=torch.long)
-        return ids
-
-
-def parameters(name: str) -> int:
-    """How many numbers an architecture has, without making room for them."""
+def parameters(name: str) -> float:
+    """How many millions of numbers an architecture has, without making room for them."""
+    if name in families.TRANSFORMERS:
+        return 0.0
     with quietly(), torch.device("meta"):
         model = open_clip.create_model(name, device="meta", **HOW)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def load(name: str) -> Backbone:
     """An architecture with random weights."""
+    how: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
+    if name in families.TRANSFORMERS:
+        with quietly():
+            model, size, letters = families.TRANSFORMERS[name]()
+        seen = Preprocessing(size, (0.5,) * 3, (0.5,) * 3)
+        return Backbone(model, letters, seen, name=name, **how)
     text = open_clip.get_model_config(name)["text_cfg"]
     if not text.get("hf_tokenizer_name"):
         return load_backbone(name, "random", device="cpu")
@@ -70,7 +69,6 @@ def load(name: str) -> Backbone:
         model = open_clip.create_model(name, **HOW)
     length = text.get("context_length", 77)
     seen = Preprocessing(int(model.visual.image_size[0]), (0.5,) * 3, (0.5,) * 3)
-    how: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
     # transformers' towers mask what their configuration calls padding.
     pad = model.text.config.pad_token_id if text.get("hf_model_name") else 1
     return Backbone(model, Letters(length, pad), seen, name=name, **how)
@@ -104,16 +102,20 @@ def zero_shot(backbone: Backbone) -> None:
     torch.testing.assert_close(found, image @ text.T, atol=1e-4, rtol=1e-4)
 
 
-def tuned(method: str) -> Callable[[Backbone], None]:
-    """What asks whether a gradient reaches all that a method learns."""
+def tuned(*methods: str) -> Callable[[Backbone], None]:
+    """What asks whether a gradient reaches all that methods learn."""
 
     def check(backbone: Backbone) -> None:
-        classifier = classifier_of(backbone, method)
-        labels = torch.tensor([0, 1])
-        F.cross_entropy(classifier(views_for(backbone)), labels).backward()
-        for name, tensor in classifier.learned().items():
-            if tensor.grad is None or not 0 < float(tensor.grad.norm()) < float("inf"):
-                raise ArithmeticError(f"no gradient reaches {name}")
+        for method in methods:
+            classifier = classifier_of(backbone, method)
+            with torch.no_grad():  # away from zeros, behind which no gradient reaches anything
+                for tensor in classifier.learned().values():
+                    tensor.add_(0.01 * torch.randn_like(tensor))
+            labels = torch.tensor([0, 1])
+            F.cross_entropy(classifier(views_for(backbone)), labels).backward()
+            for name, tensor in classifier.learned().items():
+                if tensor.grad is None or not 0 < float(tensor.grad.norm()) < float("inf"):
+                    raise ArithmeticError(f"of {method}, no gradient reaches {name}")
 
     return check
 
@@ -122,12 +124,14 @@ def fitted(method: str) -> Callable[[Backbone], None]:
     """What asks whether a head is fitted."""
 
     def check(backbone: Backbone) -> None:
-        classifier, views = classifier_of(backbone, method), views_for(backbone, 6)
+        classifier = classifier_of(backbone, method)
         settings = make_settings({"dataset": "bundled", "method": method, "auto_views": 1})
         settings = settings.model_copy(update={"prolip_steps": 2, "prolip_views": 1})
         with torch.no_grad():
             text = classifier.text_features()
-            raw = classifier.image_features(views, normalized=False)
+            raw = classifier.image_features(views_for(backbone), normalized=False)
+        # As if of six images: a head knows features alone.
+        raw = raw.repeat(3, 1) + 0.1 * raw.std() * torch.randn(6, raw.shape[1])
         support = Examples(F.normalize(raw, dim=-1), torch.arange(6) % 3)
         mirrored = lambda: support.features  # noqa: E731
         evidence = Evidence(support, None, text, backbone.logit_scale,
@@ -159,21 +163,33 @@ def onnx(backbone: Backbone) -> None:
             raise ArithmeticError("the graph computes something else")
 
 
-CHECKS: dict[str, Callable[[Backbone], None]] = {
-    "zero-shot": zero_shot,
-    "text prompt": tuned("coop"),
-    "visual prompt": tuned("vpt"),
-    "deep prompts": tuned("ivlp"),
-    "head": fitted("auto"),
-    "projection": fitted("prolip"),
-    "ONNX": onnx,
-}
+class Column(NamedTuple):
+    """A column of the table: what it stands for, and what asks."""
+
+    about: str
+    check: Callable[[Backbone], None]
 
 
-def asked(name: str) -> dict[str, tuple[str, str]]:
-    """What became of each check on an architecture: its entry, and a sentence where it is one."""
-    found: dict[str, tuple[str, str]] = {}
-    backbone: Any = None
+# After "loads".
+CHECKS: dict[str, Column] = {
+    "zero-shot": Column("`zero-shot`: class names alone", zero_shot),
+    "text prompt": Column("`coop`, and what else learns a context (`dapt`)", tuned("coop")),
+    "visual prompt": Column("`vpt`, and `dapt`", tuned("vpt")),
+    "deep visual": Column("`vpt-deep`: a visual prompt in every layer", tuned("vpt-deep")),
+    "deep in both": Column("`ivlp`, `maple`: prompts in both towers' layers",
+                           tuned("ivlp", "maple")),
+    "LoRA": Column("`clip-lora`: low-rank changes in both towers", tuned("clip-lora")),
+    "head": Column("`auto`, as every head on features", fitted("auto")),
+    "projection": Column("`prolip`: the image tower's projection", fitted("prolip")),
+    "ONNX": Column("the export, with a visual prompt inside where there can be one", onnx),
+}  # fmt: skip
+COLUMNS = ("loads", *CHECKS)
+Entries = dict[str, tuple[str, str]]  # by column: what became of it, and a sentence where it is one
+
+
+def asked(name: str, columns: tuple[str, ...] = COLUMNS) -> Entries:
+    """What became of each check on an architecture."""
+    found: Entries = {}
 
     def keep(what: str, check: Callable[[], Any]) -> Any:
         found[what] = (WORKS, "")
@@ -186,42 +202,85 @@ def asked(name: str) -> dict[str, tuple[str, str]]:
             found[what] = (REFUSED if needs else FAILS, f"{type(error).__name__}: {error}")
         return None
 
-    if (backbone := keep("loads", partial(load, name))) is not None:
-        for what, check in CHECKS.items():
-            keep(what, partial(check, backbone))
+    backbone = keep("loads", partial(load, name))
+    for what in (column for column in columns if column in CHECKS):
+        if backbone is None:
+            found[what] = ("", "")  # the same is told of loading it
+        else:
+            keep(what, partial(CHECKS[what].check, backbone))
     return found
+
+
+def some(names: list[str] | None, most: float, sizes: dict[str, float]) -> list[str]:
+    """The architectures to ask, the smallest first; what is learned of their sizes is kept."""
+    found = dict[str, float]()
+    for name in names or (*open_clip.list_models(), *families.TRANSFORMERS):
+        try:
+            found[name] = sizes[name] = sizes.get(name) or parameters(name)
+        except Exception as error:
+            # Such as of a text tower of transformers, whose configuration only the hub has.
+            say(f"{name} is left out: {type(error).__name__}: {error}")
+    return sorted((n for n in found if names or found[n] <= most), key=found.__getitem__)
+
+
+def columns_of(only: list[str] | None) -> tuple[str, ...]:
+    """The columns that are asked for; a `UserError` if there is no such one."""
+    known = {column.lower(): column for column in CHECKS}
+    if unknown := [one for one in only or () if one.lower() not in known]:
+        raise UserError(f"there is no column '{unknown[0]}'; use one of {', '.join(CHECKS)}")
+    return tuple(known[one.lower()] for one in only or ())
+
+
+def show(rows: dict[str, Any], sizes: dict[str, float]) -> None:
+    """Print the table, and every sentence below it."""
+    made = table("architecture", *COLUMNS, figures=["million"])
+    for name, row in rows.items():
+        made.add_row(cell(name), *(row[what][0] for what in COLUMNS), f"{sizes[name]:.0f}")
+    console.print(made)
+    for name, row in rows.items():
+        for what, (_, why) in row.items():
+            if why:
+                say(f"{name}, {what}: {why}")
 
 
 @app.command()
 def architectures(
     names: Annotated[list[str] | None, typer.Argument(help="Some, not all.")] = None,
     most: Annotated[float, typer.Option(help="Millions of parameters, at most.")] = 200.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all to it.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Ask this column anew.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep all in it.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the page to it.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Time prompts in the towers.")] = False,
 ) -> None:
     """Ask every open_clip architecture, with random weights, for everything."""
-    made = table("architecture", "loads", *CHECKS, figures=["million"])
-    said, all_found, failed = dict[str, str](), dict[str, Any](), 0
-    for name in names or open_clip.list_models():
-        count = None
-        try:
-            count = parameters(name) / 1e6
-        except Exception as error:  # the same is told of loading it
-            say(f"{name}: {type(error).__name__}: {error}")
-        if count is not None and count > most and not names:
-            continue
-        found = all_found[name] = asked(name)
-        entries = [found.get(what, ("", ""))[0] for what in ("loads", *CHECKS)]
-        made.add_row(cell(name), *entries, "" if count is None else f"{count:.0f}")
-        say(f"{name}: {', '.join(entries)}")
-        failed += entries.count(FAILS)
-        said |= {f"{name}, {what}": why for what, (_, why) in found.items() if why}
-        if json_file:
-            write_json(json_file, all_found)
-        gc.collect()
-    console.print(made)
-    for what, why in said.items():
-        say(f"{what}: {why}")
-    raise typer.Exit(failed > 0)
+    with readable_errors():
+        again = columns_of(only)
+        kept: dict[str, Any] = {"rows": {}, "sizes": {}, "speed": []}
+        if json_file and json_file.is_file():
+            kept |= parse_json(read_text(json_file))
+
+        def keep() -> None:
+            kept["versions"] = page.versions()
+            if json_file:
+                write_json(json_file, kept)
+
+        if speed:
+            kept["speed"] = families.timed(say)
+            return keep()
+        rows = dict[str, Entries]()
+        for name in some(names, most, kept["sizes"]):
+            rows[name] = row = kept["rows"].setdefault(name, {})
+            if wanted := again or tuple(one for one in COLUMNS if one not in row):
+                row |= asked(name, wanted)
+                say(f"{name}: {', '.join(row[what][0] for what in COLUMNS if what in row)}")
+                keep()
+            gc.collect()
+        show(rows, kept["sizes"])
+        if markdown:
+            columns = {"loads": "the towers are built and found usable"}
+            columns |= {name: column.about for name, column in CHECKS.items()}
+            write_atomic(markdown, page.written(kept, columns, most).encode())
+    raise typer.Exit(any(entry == FAILS for row in rows.values() for entry, _ in row.values()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from timm.layers import HybridEmbed
 from timm.models import Eva, NaFlexVit, NaFlexVitCfg, VisionTransformer
 from torch import nn
+from typer.testing import CliRunner
 
 from benchmarks import architectures
 from dapt.clip.backbone import Backbone, Preprocessing
@@ -306,22 +308,45 @@ def test_text_towers_of_transformers_take_templates_and_a_prompt_of_embeddings()
     sentences = tokenizer([f"a photo of a {name}." for name in NAMES])
     expected = backbone.text(sentences)
     torch.testing.assert_close(TextEncoder(backbone, template)(), expected, atol=1e-5, rtol=1e-5)
-    backbone.text.output_tokens = True  # as CoCa has it
+    text = backbone.text
+    text.output_tokens = True  # as CoCa has it
     torch.testing.assert_close(TextEncoder(backbone, template)(), expected, atol=1e-5, rtol=1e-5)
-    [part] = new_parts(backbone, "coop", text_vectors=4)
-    found = TextEncoder(backbone, ClassTokens.for_context(backbone, NAMES, 4))
-    text, ids = backbone.text, tokenizer([f"WXYZ{name}." for name in NAMES])
-    x = text.transformer.words(ids)
-    x = torch.cat([x[:, :1], part.text_prompt.expand(3, -1, -1), x[:, 5:]], 1)
-    x = x + text.transformer.places.weight[: x.shape[1]]
-    for layer in text.transformer.layers:
-        x = layer(x, src_key_padding_mask=ids == 2)
-    x = torch.stack([row[own != 2].mean(0) for row, own in zip(x, ids, strict=True)])
-    assert_equal(found(inside_of([part], "text")), text.proj(x), [part.text_prompt])
     words = new_parts(backbone, "coop", text_vectors=3, text_init="a b")[0].text_prompt
     torch.testing.assert_close(words[1].detach(), text.transformer.words.weight[3 + ord("a") % 80])
-    with pytest.raises(UserError, match="'foreign' is a HFTextEncoder, in whose layers nothing"):
-        DeepContext.create(backbone, settings_for())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_text_towers_of_transformers_take_prompts_in_their_layers_too(depth):
+    torch.manual_seed(6)
+    tokenizer = LetterTokenizer(40, (0,), (1,), 2)
+    backbone = backbone_of(text=transformers_text(), tokenizer=tokenizer, name="foreign")
+    assert backbone.text_layers == 2
+    part = DeepContext.create(backbone, settings_for(text_vectors=4, text_depth=depth))
+    learned = list(part.parameters())
+    assert len(learned) == depth
+    encoder = TextEncoder(backbone, ClassTokens.for_context(backbone, NAMES, 4))
+    found = encoder(inside_of([part], "text"))
+    text, ids = backbone.text, tokenizer([f"WXYZ{name}." for name in NAMES])
+
+    def put(x, vectors):
+        return torch.cat([x[:, :1], vectors.expand(3, -1, -1), x[:, 5:]], 1)
+
+    x = put(text.transformer.words(ids), learned[0])
+    x = x + text.transformer.places.weight[: x.shape[1]]
+    for i, layer in enumerate(text.transformer.layers):
+        x = put(x, learned[i]) if 0 < i < depth else x
+        x = layer(x, src_key_padding_mask=ids == 2)
+    x = torch.stack([row[own != 2].mean(0) for row, own in zip(x, ids, strict=True)])
+    assert_equal(found, text.proj(x), learned)
+    # Nothing of it stays behind in the tower.
+    sentences = tokenizer([f"a {name}." for name in NAMES])
+    alone = ClassTokens.for_template(backbone, NAMES, "a {}.")
+    torch.testing.assert_close(
+        TextEncoder(backbone, alone)(), text(sentences), atol=1e-5, rtol=1e-5
+    )
+    changes = type("Changes", (Inside,), {"norms": True})(learned[0])
+    with pytest.raises(UserError, match="HFTextEncoder, in whose layers nothing is changed; use"):
+        encoder(changes)
 
 
 def test_more_layers_than_a_tower_has_are_told_where_they_were_asked_for():
@@ -450,17 +475,81 @@ def test_a_run_keeps_what_its_backbone_took_and_resumes(photo_folder, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-def test_the_table_tells_what_works_from_what_is_refused_and_what_fails(monkeypatch):
+@pytest.fixture
+def small_ones(monkeypatch):
+    """Two architectures alone, which are small."""
     made = {
-        "turning": backbone_of(tower_of(TRUNKS["pe-core"]())),
-        "conv": backbone_of(tower_of(timm.create_model("resnet10t", num_classes=OUT))),
+        "turning": backbone_of(tower_of(TRUNKS["pe-core"]()), name="turning/random"),
+        "conv": backbone_of(
+            tower_of(timm.create_model("resnet10t", num_classes=OUT)), name="conv/random"
+        ),
     }
     monkeypatch.setattr(architectures, "load", made.__getitem__)
-    found = {name: architectures.asked(name) for name in (*made, "missing")}
+    monkeypatch.setattr(architectures, "parameters", {"turning": 2.0, "conv": 1.0}.__getitem__)
+    monkeypatch.setattr(architectures.open_clip, "list_models", lambda: list(made))
+    monkeypatch.setattr(architectures.families, "TRANSFORMERS", {})
+
+
+def test_the_table_tells_what_works_from_what_is_refused_and_what_fails(small_ones):
+    found = {name: architectures.asked(name) for name in ("turning", "conv", "missing")}
     entries = {name: {k: v for k, (v, _) in row.items()} for name, row in found.items()}
-    kinds = ("text prompt", "visual prompt", "deep prompts", "head", "projection", "ONNX")
-    for name, refused in (("turning", kinds[4:5]), ("conv", (*kinds[1:3], kinds[4]))):
+    kinds = ("text prompt", "visual prompt", "deep visual", "deep in both", "head", "ONNX")
+    for name, refused in (("turning", ()), ("conv", kinds[1:4])):
         works = {k for k, v in entries[name].items() if v == "works"}
-        assert works == {"loads", "zero-shot", *kinds} - {*refused}
+        assert works >= {"loads", "zero-shot", *kinds} - {*refused}
+        refused = (*refused, "projection")
         assert all(entries[name][k] == "refused" and found[name][k][1] for k in refused)
-    assert found["missing"] == {"loads": ("FAILS", "KeyError: 'missing'")}
+    assert found["missing"]["loads"] == ("FAILS", "KeyError: 'missing'")
+    assert {entry for k, entry in entries["missing"].items() if k != "loads"} == {""}
+
+
+def ask(*arguments):
+    """The command, in this process; what it said, and its exit code."""
+    result = CliRunner().invoke(architectures.app, [str(one) for one in arguments])
+    return result.output, result.exit_code
+
+
+def test_the_table_goes_on_where_it_stopped_and_asks_some_columns_anew(
+    small_ones, monkeypatch, tmp_path
+):
+    calls = []
+
+    def check(backbone):
+        calls.append(backbone.name)
+        if "conv" in backbone.name:
+            raise UserError(f"'{backbone.name}' has none")
+
+    kept, page = tmp_path / "all.json", tmp_path / "page.md"
+    monkeypatch.setattr(architectures, "CHECKS", {"LoRA": architectures.Column("rank", check)})
+    monkeypatch.setattr(architectures, "COLUMNS", ("loads", "LoRA"))
+    assert ask("--json", kept)[1] == 0
+    assert calls == ["conv/random", "turning/random"]  # the smallest first
+    assert ask("--json", kept, "--markdown", page)[1] == 0
+    assert len(calls) == 2
+    text = page.read_text("utf-8")
+    assert "| `conv` | yes | (1) |" in text
+    assert "1. '…' has none" in text
+    assert ask("turning", "--json", kept, "--only", "lora")[1] == 0
+    assert calls[2:] == ["turning/random"]
+    said, code = ask("--only", "rank")
+    assert code == 2
+    assert "there is no column 'rank'; use one of LoRA" in said
+    monkeypatch.setattr(
+        architectures, "CHECKS", {"LoRA": architectures.Column("rank", lambda _: 1 / 0)}
+    )
+    said, code = ask("--json", kept, "--only", "LoRA", "--markdown", page)
+    assert (code, "ZeroDivisionError" in said) == (1, True)
+    assert "| `conv`, `turning` | yes | FAILS (1) |" in page.read_text("utf-8")
+
+
+def test_prompts_are_timed_beside_the_towers_own_pass(monkeypatch, tmp_path):
+    families = architectures.families
+    monkeypatch.setattr(families, "DEPTH", 2)
+    rows = families.timed(lambda _: None, rounds=2)
+    assert {row["tower"] for row in rows} == {"image", "text"}
+    assert {row["family"] for row in rows} == {*families.IMAGE_TOWERS, *families.TEXT_TOWERS} - (
+        set() if find_spec("transformers") else {"transformers' XLM-R"}
+    )
+    for row in rows:
+        assert 0 < row["low"] <= row["time"] <= row["high"]
+        assert 1 <= row["tokens"] < 1.2

@@ -122,9 +122,7 @@ class Backbone(nn.Module):
     text_width = property(
         lambda self: self.word_embeddings().shape[1], doc="Of a text prompt vector."
     )
-    text_layers = property(
-        lambda self: len(self.text_transformer().transformer.resblocks), doc="How many."
-    )
+    text_layers = property(lambda self: len(layers_of_text(self)), doc="How many.")
     vision_width = property(lambda self: self._layers().width, doc="Of a visual prompt vector.")
     patch_size = property(lambda self: self._layers().patch, doc="Side of a patch in pixels.")
     vision_layers = property(lambda self: len(self._layers().blocks), doc="How many.")
@@ -191,12 +189,12 @@ class Backbone(nn.Module):
         return int(projection.out_features if linear else projection.shape[1])
 
     def text_transformer(self) -> TextTransformer:
-        """The text tower, where something can be learned in its layers."""
+        """The text tower, where something can be changed in its layers."""
         self.require_text()
         if not isinstance(self.text, TextTransformer):
             what = f"the text tower of '{self.name}' is a {type(self.text).__name__}"
-            hint = "use a method of shallow prompts (coop, dapt), or a model such as ViT-B-16"
-            raise UserError(f"{what}, in whose layers nothing is learned; {hint}")
+            hint = "use a method of prompts (coop, dapt, ivlp), or a model such as ViT-B-16"
+            raise UserError(f"{what}, in whose layers nothing is changed; {hint}")
         return self.text
 
     def word_embeddings(self) -> Tensor:
@@ -265,6 +263,14 @@ class Backbone(nn.Module):
         """Token ids of words, without start and end; some tokenizers put no end."""
         ids = self.tokenize([words.replace("_", " ")])[0][len(self.start_tokens) :]
         return ids[:-1] if ids[-1:] == [self.end_token] else ids
+
+
+def layers_of_text(backbone: Backbone) -> Sequence[nn.Module]:
+    """The text tower's layers, before which tokens can be put in the place of others."""
+    if isinstance(backbone.text, HFTextEncoder):
+        lists = (m for m in backbone.text.transformer.modules() if isinstance(m, nn.ModuleList))
+        return cast(Sequence[nn.Module], next(lists))  # the outermost list of an encoder
+    return cast(Any, backbone.text_transformer().transformer).resblocks
 
 
 def embedded(text: Any, ids: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, takewhile
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dapt.clip import inside as tower
-from dapt.clip.backbone import Backbone, embedded
+from dapt.clip.backbone import Backbone, embedded, layers_of_text
 from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
 
@@ -253,12 +254,13 @@ class TextEncoder(nn.Module):
 
     def _whole(self, chunk: Chunk, inside: Inside, context: Tensor | None) -> Tensor:
         """Features (c, D) of a chunk's c classes, each in full, through the tower's own modules."""
-        text, first = self.backbone.text, len(self.tokens.shared)
+        backbone, first = self.backbone, len(self.tokens.shared)
+        text = backbone.text
         length = 0 if context is None else context.shape[-2]
         ids, places = self._ids(chunk, length)  # (c, L), (c, M)
         if not isinstance(text, TextTransformer):
             context = None if context is None else _rows_of(context, self.order[chunk.classes])
-            return _of_others(text, ids, context, places, inside)
+            return _of_others(backbone, ids, context, places, inside)
         x, mask = text._embeds(ids)  # (c, L, W), with positional embedding
         x = x.to(self.backbone.dtype)
         if context is not None:
@@ -326,12 +328,16 @@ def _rows_of(context: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 def _of_others(
-    text: Any, ids: Tensor, context: Tensor | None, places: Tensor, inside: Inside
+    backbone: Backbone, ids: Tensor, context: Tensor | None, places: Tensor, inside: Inside
 ) -> Tensor:
-    """Features (c, D) of ids (c, L) by a text tower of transformers', a context in its places."""
-    if inside.layers or inside.linears:
-        what = f"the text tower is a {type(text).__name__}, in whose layers nothing is learned"
-        raise UserError(f"{what}; use a method of shallow prompts (coop, dapt), or a head (auto)")
+    """Features (c, D) of ids (c, L) by a text tower of transformers', a context in its places.
+
+    Those are the same in all rows where a layer is to have others there.
+    """
+    text = backbone.text
+    if inside.linears or inside.norms:
+        what = f"the text tower is a {type(text).__name__}, in whose layers nothing is changed"
+        raise UserError(f"{what}; use a method of prompts (coop, dapt, ivlp), or a head (auto)")
     if context is None:
         found = text(ids)
         return found[0] if isinstance(found, tuple) else found  # CoCa's gives its tokens too
@@ -339,8 +345,30 @@ def _of_others(
     mask = (ids != text.config.pad_token_id).long()
     placed = context.to(x.dtype).expand(len(x), -1, -1)
     x = x.scatter(1, places[..., None].expand_as(placed), placed)
-    out = text.transformer(inputs_embeds=x, attention_mask=mask)
+    with _entered(layers_of_text(backbone) if inside.layers else (), inside, int(places[0, 0])):
+        out = text.transformer(inputs_embeds=x, attention_mask=mask)
     return cast(Tensor, text.proj(text.pooler(out, mask)))
+
+
+@contextmanager
+def _entered(layers: Sequence[nn.Module], inside: Inside, start: int) -> Iterator[None]:
+    """Layers of others' are given tokens as they are to see them; inserted ones begin at start."""
+
+    def enter(index: int, _layer: nn.Module, given: Any, named: Any) -> Any:
+        if given:
+            return (inside.before_layer(index, given[0], start), *given[1:]), named
+        x = inside.before_layer(index, named["hidden_states"], start)
+        return given, {**named, "hidden_states": x}
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(enter, index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _project(text: TextTransformer, x: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ def warning(folder: Path, problem: object, consequence: str = "this run is left 
     return f"{where}{clean(said, 800)}; {consequence}"
 
 
-_Name = Annotated[str, StringConstraints(pattern=r"\S"), AfterValidator(clean)]
+# Of one argument: early versions of pydantic would give `clean` more in place of its limit.
+_CLEAN = AfterValidator(lambda text: clean(text))
+_Name = Annotated[str, StringConstraints(pattern=r"\S"), _CLEAN]
 _Unread = Annotated[Any, BeforeValidator(lambda _: None)]
 
 
@@ -69,7 +71,7 @@ class _Task(Record):
     """Names are as they may be shown, not as a prompt needs them."""
 
     dataset: _Name
-    class_names: list[Annotated[str, AfterValidator(clean)]]
+    class_names: list[Annotated[str, _CLEAN]]
 
 
 Target = tuple[str, str]  # a dataset, and which of its classes: "all", "base" or "new"
