@@ -3,6 +3,8 @@
 #     docker build -t dapt .
 #     docker run --rm -p 127.0.0.1:8000:8000 -e DAPT_TOKEN=secret -v "$PWD/runs/photos:/run/photos:ro" dapt
 #
+# Nothing is fetched in the container. A run of another backbone than the bundled one needs its weights there:
+#     -v "$HOME/.cache/huggingface:/home/dapt/.cache/huggingface:ro"
 # Support images are shown only where they lie at the paths that the run was tuned on: mount them there too.
 FROM python:3.12-slim AS build
 WORKDIR /source

@@ -7,6 +7,7 @@ each method gets a page of its own.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -65,10 +66,14 @@ def on_files(files: Files, config: Any) -> None:
     """These pages are made here."""
     for name in METHODS:
         files.append(File.generated(config, page_of(name), content=method(name)))
+    for uri in [file.src_uri for file in files if file.src_uri.endswith(".ipynb")]:
+        page = uri.replace(".ipynb", ".md")
+        files.append(File.generated(config, page, content=notebook(DOCS / uri)))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace each comment that asks for something generated."""
+    """Replace each comment that asks for something generated; a notebook is read as its page."""
+    markdown = re.sub(r"(\]\([^)]*tutorials/[\w-]+)\.ipynb", r"\1.md", markdown)
     return re.sub(r"<!-- generated: (\w+)(?: (\S+))? -->", _told, markdown)
 
 
@@ -134,6 +139,26 @@ def kind_of(schema: dict[str, Any]) -> str:
     return " ".join(["mapping" if named == "object" else named, ", ".join(bounds)]).strip()
 
 
+# Notebooks
+
+
+def notebook(file: Path) -> str:
+    """The page of a notebook: its cells, and below each what it showed."""
+    text = []
+    for cell in json.loads(file.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        text.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        text += map(_shown, cell.get("outputs", ()))
+    return "\n\n".join(text) + "\n"
+
+
+def _shown(output: dict[str, Any]) -> str:
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "text/html" in data:
+        return f'<div class="shown">{"".join(data["text/html"])}</div>'
+    return f"```{{ .text .shown }}\n{''.join(data['text/plain']).rstrip()}\n```"
+
+
 # Reference
 
 
@@ -160,6 +185,7 @@ def _command(path: tuple[str, str], one: Any) -> str:
     )
     body = [[f"`{_option(p)}`", p.help or "", _default(p)] for p in shown if p.name != "help"]
     about = (one.help or "").replace("**Example", "\n**Example")
+    about = re.sub(r"docs/([\w/-]+\.md)", r"[\g<0>](../\1)", about)
     table = rows(["argument or option", "what it says", "default"], body) if body else ""
     return f"## {' '.join(path)}\n\n```text\n{usage}\n```\n\n{about}\n\n{table}\n"
 
@@ -417,12 +443,13 @@ def _parts(row: Method) -> str:
 
 
 def _unwrapped(one: Any) -> str:
-    """Its docstring; that of what a private function only calls, where it has none."""
+    """Its docstring; that of the function that a private one calls, where it has none."""
     if own := one.__doc__:
         text = inspect.cleandoc(own.partition("\n\n    Attributes:")[0])
         return text.replace("][", "]\\[")  # no link
-    called = re.search(r"return (\w+)\(", inspect.getsource(one))
-    return paragraphs(inspect.getmodule(one).__dict__[called[1]]) if called else ""
+    beside = inspect.getmodule(one).__dict__
+    called = (beside.get(name) for name in re.findall(r"\b(\w+)\(", inspect.getsource(one)))
+    return next((paragraphs(f) for f in called if inspect.isfunction(f) and f is not one), "")
 
 
 def _own_settings(name: str, row: Method) -> str:

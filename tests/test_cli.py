@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import REPOSITORY
 from dapt.cli import app
+from dapt.cli.usage import as_options
 from dapt.settings import all_fields
 
 runner = CliRunner()
@@ -435,3 +438,16 @@ def test_a_name_with_underscores_is_shown_with_spaces_and_kept_in_data(photo_fol
     for form, shown in (("lines", True), ("table", True), ("csv", False), ("json", False)):
         said = dapt("predict", run, image, "--top", 3, "--format", form).stdout
         assert ("green thing" in said, "green_thing" in said) == (shown, not shown)
+
+
+@pytest.mark.parametrize("room", ["clip", "data", "grid", "report", "run", "share"])
+def test_sentences_that_programs_read_name_arguments_and_no_options(room):
+    for file in (REPOSITORY / "src" / "dapt" / room).rglob("*.py"):
+        lines = [line.partition("  # ")[0] for line in file.read_text().splitlines()]
+        options = [line for line in lines if re.search(r"(?<![\w`-])--[a-z]", line)]
+        assert not [line for line in options if "dapt " not in line], file  # a command to type
+
+
+def test_arguments_that_a_sentence_names_are_options_on_the_command_line():
+    said = as_options("give `class_names` or `root`, not `x`")
+    assert said == "give --class-names or --root, not `x`"

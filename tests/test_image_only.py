@@ -157,7 +157,7 @@ def test_what_cannot_be_fetched_is_said(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(hub, "hf_hub_download", broken)
-    with pytest.raises(UserError, match="could not be fetched from the hub.*--pretrained FILE"):
+    with pytest.raises(UserError, match="could not be fetched from the hub.*`pretrained` a file"):
         load_backbone(VIT, device="cpu")
 
 

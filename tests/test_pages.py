@@ -1,5 +1,6 @@
 """The documentation's pages: their commands and code run, and what they mention is there."""
 
+import json
 import re
 import shlex
 import shutil
@@ -22,9 +23,13 @@ from dapt.cli import app
 from dapt.clip import sources
 from dapt.errors import DISTRIBUTION
 from dapt.methods import METHODS, plugins
+from notebooks import execute, shown
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"])
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+PAGES = sorted(
+    [*DOCS.rglob("*.md"), *NOTEBOOKS, REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+)
 PROJECT = (REPOSITORY / "pyproject.toml").read_text("utf-8")
 NOT_RUN = "Not run by the tests: "  # how the title of such a block begins
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
@@ -64,8 +69,17 @@ class Command(NamedTuple):
         return cls(before, None, output)
 
 
+def text_of(page):
+    """A page in Markdown; of a notebook, without its code."""
+    text = page.read_text("utf-8")
+    if page.suffix == ".ipynb":
+        cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells)
+    return text
+
+
 def blocks_of(page):
-    return [Block(*found) for found in _BLOCK.findall(page.read_text("utf-8"))]
+    return [Block(*found) for found in _BLOCK.findall(text_of(page) + "\n")]
 
 
 def name_of(page):
@@ -142,6 +156,9 @@ def run(command):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_code_of_a_page_run(page, place):
     blocks, names = blocks_of(page), {}
+    if page in NOTEBOOKS:
+        pytest.importorskip("nbclient")
+        assert shown(execute(page, place)) == shown(json.loads(page.read_text("utf-8")))
     for block in blocks:
         if block.title.startswith(NOT_RUN):
             for command in block.commands:
@@ -154,8 +171,17 @@ def test_commands_and_code_of_a_page_run(page, place):
         elif block.title:
             Path(block.title).write_text(block.text, encoding="utf-8")
     # Whatever stands in a fence is seen above; one that begins otherwise would not be.
-    fences = re.findall(r"^ *```", page.read_text("utf-8"), re.M)
+    fences = re.findall(r"^ *```", text_of(page), re.M)
     assert len(fences) == 2 * len(blocks)
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=name_of)
+def test_a_notebook_shows_results_and_no_noise(page):
+    outputs = shown(json.loads(page.read_text("utf-8")))
+    assert sum(map(len, outputs)) >= 2
+    assert not {name for cell in outputs for _, name, _ in cell} - {None, "stdout"}
+    assert not re.search(r"/home/|/tmp/|/root/|/work/|site-packages", page.read_text("utf-8"))
+    assert page.stat().st_size < 60_000
 
 
 def test_a_block_that_does_not_run_says_why():
@@ -177,7 +203,7 @@ def test_options_that_pages_mention_are_there():
 
     known = options(get_command(app)) | options(get_command(yardsticks)) | _OTHERS
     for page in PAGES:
-        spans = re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
+        spans = re.findall(r"`([^`\n]+)`", text_of(page))
         mentioned = {o for span in spans for o in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
         assert mentioned <= known, name_of(page)
 
@@ -199,7 +225,7 @@ def test_extras_that_pages_and_messages_mention_are_there():
     "page", [p for p in PAGES if p.is_relative_to(DOCS)], ids=lambda page: name_of(page)
 )
 def test_a_page_begins_with_what_its_reader_will_be_able_to_do(page):
-    heading, first, *_ = page.read_text("utf-8").split("\n\n")
+    heading, first, *_ = text_of(page).split("\n\n")
     assert heading.startswith("# ")
     assert not first.startswith(("#", "```", "|", "- ", "!"))
     assert re.search(r"\b(you|runs|needs)\b", first, re.I)

@@ -211,10 +211,10 @@ def test_resume_of_a_finished_run_changes_nothing(given, tmp_path):
 def test_a_run_is_never_mixed_with_another(given, tmp_path):
     settings = make_settings(given)
     run = train(settings, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a finished run; add --overwrite"):
+    with pytest.raises(UserError, match="holds a finished run; add `overwrite`"):
         train(settings, run.path)
     run.metrics_file.unlink()
-    with pytest.raises(UserError, match="holds an unfinished run; add --resume"):
+    with pytest.raises(UserError, match="holds an unfinished run; add `resume`"):
         train(settings, run.path)
     with pytest.raises(UserError, match=r"cannot resume .* with lr=0.5: .* lr=0.02"):
         train(settings.model_copy(update={"lr": 0.5}), run.path, resume=True)
@@ -368,7 +368,7 @@ def test_a_saved_support_set_says_its_shots(given, tmp_path):
     task = task_of(make_settings(given))
     file = tmp_path / "set.json"
     draw_support_set(task, 2, seed=3).save(file)
-    with pytest.raises(UserError, match="was drawn with 2 shots; give --shots 2"):
+    with pytest.raises(UserError, match="was drawn with 2 shots; give `shots` 2"):
         train(make_settings({**given, "support_set": str(file)}), tmp_path / "run")
 
 

@@ -176,7 +176,7 @@ def test_bad_folders(tmp_path):
     refused("holds one class folder, cat/, and one class leaves nothing", tmp_path / "single")
     tree(tmp_path / "lonely", _={"cat": 1, "dog": 1})
     refused("names no test images", tmp_path / "lonely")
-    refused("--domain x goes with the bundled task only", tmp_path / "same", domain="x")
+    refused("`domain` x goes with the bundled task only", tmp_path / "same", domain="x")
 
 
 # -- class names -----------------------------------------------------------------------------
@@ -352,8 +352,8 @@ def test_every_row_of_the_table():
 
 
 def test_missing_benchmarks(tmp_path):
-    refused("needs --root, the folder that holds dtd", "dtd")
-    refused(f"--root {tmp_path / 'no'} does not exist", "dtd", root=tmp_path / "no")
+    refused("needs `root`, the folder that holds dtd", "dtd")
+    refused(f"`root` {tmp_path / 'no'} does not exist", "dtd", root=tmp_path / "no")
     refused(f"{tmp_path / 'dtd'} does not exist", "dtd", root=tmp_path)
     (tmp_path / "dtd").mkdir()
     file = tmp_path / "dtd" / "split_zhou_DescribableTextures.json"

@@ -20,7 +20,7 @@ from rich.table import Table
 from typer import Argument, Context, Exit, Option, Typer, echo
 
 import dapt
-from dapt.cli.usage import OneSentence
+from dapt.cli.usage import OneSentence, as_options
 from dapt.errors import PictureWarning, UserError, readable
 from dapt.progress import console, errors, say, table
 from dapt.run.hub import find_run
@@ -138,7 +138,7 @@ def readable_errors(
             yield
         return
     except UserError as error:
-        said = str(error)
+        said = as_options(str(error))
     except (interrupted, KeyboardInterrupt):
         say_error(f"stopped{hint('; go on with: ')}")
         raise Exit(130) from None

@@ -57,6 +57,18 @@ _COMMANDS = {
 }
 
 
+# What is said to all names arguments, as `class_names`; on the command line these are options.
+_NAMED = re.compile(
+    "`(baseline|batch|class_names|dataset|domain|effort|fp16|int8|method|out|output|overwrite|"
+    "plugin|pretrained|ray|report|resume|root|shots|threads|workers)`"
+)
+
+
+def as_options(sentence: str) -> str:
+    """A sentence that names arguments of Python, with the options that they are here."""
+    return _NAMED.sub(lambda found: f"--{found[1].replace('_', '-')}", sentence)
+
+
 class OneSentence(TyperGroup):
     """A group of commands that tells what is wrong in one sentence, with exit code 2."""
 
@@ -66,7 +78,7 @@ class OneSentence(TyperGroup):
             run: Any = super().main  # which returns the exit code, then
             code = run(*args, standalone_mode=False, **extra)
         except UserError as error:  # of an argument that is checked before its command begins
-            _end(str(error))
+            _end(as_options(str(error)))
         except UsageError as error:
             # Help that was printed for want of a command is an error of its own.
             _end("" if type(error).__name__ == "NoArgsIsHelpError" else _sentence(error))

@@ -87,9 +87,9 @@ def timm_weights(name: str) -> Path:
     file = found.hf_hub_filename or "model.safetensors"
     if not found.hf_hub_id or not file.endswith(".safetensors"):
         what = f"timm has no weights of '{name}' on the hub that can be read without running them"
-        raise UserError(f"{what}; name others, or give --pretrained FILE or random")
+        raise UserError(f"{what}; name others, or give `pretrained` a file or random")
     if not cached(found.hf_hub_id, file):
         tell_of(f"weights of 'timm:{name}'", f"'{found.hf_hub_id}' of the Hugging Face hub")
     what = f"weights of 'timm:{name}' could not be fetched from the hub"
-    with refusing(what, "check the connection, or give --pretrained FILE", Exception):
+    with refusing(what, "check the connection, or give `pretrained` a file", Exception):
         return Path(hf_hub_download(found.hf_hub_id, file))

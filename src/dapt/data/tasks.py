@@ -63,7 +63,7 @@ def open_task(
             given; one file of a folder then has the labels of all class folders that it lies in.
     """
     if domain is not None and dataset != BUNDLED:
-        raise UserError(f"--domain {domain} goes with the bundled task only, not with '{dataset}'")
+        raise UserError(f"`domain` {domain} goes with the bundled task only, not with '{dataset}'")
     if not 0 <= test_fraction < 1:
         raise UserError(f"test_fraction {test_fraction} must be 0 or more, and less than 1")
     split = (1.0 if evaluate else test_fraction, split_seed)
@@ -95,7 +95,7 @@ def open_task(
     for one, other in alike[:1]:  # some benchmarks do have two classes of one name
         what = f"{len(alike)} of the {len(names):,} classes of '{task.name}' have another's name"
         such = f"(such as '{names[other]}', label {other}, that of label {one})"
-        hint = "text prompts cannot tell apart; better names can be given with --class-names"
+        hint = "text prompts cannot tell apart; better ones can be given as class_names"
         return replace(task, notes=(*task.notes, f"{what} {such}, which {hint}"))
     return task
 
@@ -259,13 +259,13 @@ class Benchmark:
         """Read the listing below ``root``."""
         wanted = f"the folder that holds {self.folder}/"
         if root is None:
-            raise UserError(f"benchmark '{self.name}' needs --root, {wanted}")
+            raise UserError(f"benchmark '{self.name}' needs `root`, {wanted}")
         root = files.user_path(root)
         if not root.is_dir():
-            files.require_there(root, "--root", f"give {wanted}")
-            raise UserError(f"--root {root} is a file; give {wanted}")
+            files.require_there(root, "`root`", f"give {wanted}")
+            raise UserError(f"`root` {root} is a file; give {wanted}")
         if not (home := root / self.folder).is_dir():
-            raise UserError(f"benchmark '{self.name}': {home} does not exist; check --root")
+            raise UserError(f"benchmark '{self.name}': {home} does not exist; check `root`")
         index, images = home / self.index, home / self.images
         if self.index == _CLASS_NAMES and not index.exists():
             index = root / "imagenet" / _CLASS_NAMES  # the same for ImageNet and its four shifts

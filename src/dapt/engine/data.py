@@ -78,7 +78,7 @@ def support_of(settings: Settings, task: Task) -> SupportSet:
     if support.shots != settings.shots:
         raise UserError(
             f"support set {settings.support_set} was drawn with {support.shots} shots; give "
-            f"--shots {support.shots}, or draw another"
+            f"`shots` {support.shots}, or draw another"
         )
     if not support.train:
         raise UserError(f"dataset '{settings.dataset}' has no images to tune on")

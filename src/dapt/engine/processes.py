@@ -55,7 +55,7 @@ class Processes:
         if len(batch) < self.count:
             raise UserError(
                 f"a batch of {len(batch)} images cannot be divided among {self.count} processes; "
-                "start fewer, or use more shots or a larger --set batch_size"
+                "start fewer, or use more shots or a larger batch_size"
             )
         start, end = (len(batch) * rank // self.count for rank in (self.rank, self.rank + 1))
         return slice(start, end)

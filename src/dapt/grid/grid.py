@@ -165,7 +165,7 @@ class Grid:
         worker.kill()  # it may only be out of reach
         self._deaths[run] += 1
         if run is None and self._deaths[run] >= _DEATHS * self._count and not self._doing():
-            raise UserError("workers end as soon as they are started; try --workers 1")
+            raise UserError("workers end as soon as they are started; try `workers` 1")
         if run is not None or self.waiting or self._held:
             self._ask(self._hire(), None)
         if run is not None and self._deaths[run] >= _DEATHS:

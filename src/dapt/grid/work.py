@@ -257,7 +257,7 @@ def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Wo
     try:
         import ray
     except ImportError as error:
-        raise UserError(f"--ray needs Ray: {install('ray')}") from error
+        raise UserError(f"`ray` needs Ray: {install('ray')}") from error
     if begun := not ray.is_initialized():
         dashboard = False if address == "local" else None
         quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -265,13 +265,13 @@ def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Wo
             ray.init(address, include_dashboard=dashboard, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = reason_of(error)
-            raise UserError(f"--ray {address}: no cluster answers there ({reason})") from error
+            raise UserError(f"`ray` {address}: no cluster answers there ({reason})") from error
     try:
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node.get("Alive")]
         each = threads or min((c for c in cores if c), default=1)
         room = sum(c // each for c in cores)
         if not room:
-            raise UserError(f"no node of the cluster has {each} CPUs; give a smaller --threads")
+            raise UserError(f"no node of the cluster has {each} CPUs; give fewer `threads`")
         # Ray hides GPUs from those that ask for none.
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=each, num_gpus=gpus, max_restarts=0, max_task_retries=0)

@@ -83,7 +83,7 @@ def write_report(
             something else than a report.
     """
     reporter = reporter or Reporter()
-    require_page(out, "--out", _GENERATOR)
+    require_page(out, "`out`", _GENERATOR)
     folder = out.with_name(f"{out.stem}-files")
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which may lead anywhere; delete it")
@@ -113,7 +113,7 @@ def _write_files(folder: Path, items: Sequence[figures.Drawing | Table]) -> None
         names = known if isinstance(known, dict) else ()
         before = {n for n in names if re.fullmatch(r"[a-z0-9-]+\.(png|svg|md|csv|tex)", n)}
     elif folder.is_dir() and any(p.suffix != TEMPORARY for p in folder.iterdir()):
-        why = "is there and not from a report; move it, or choose another --out"
+        why = "is there and not from a report; move it, or choose another `out`"
         raise UserError(f"{folder} {why}")
     folder.mkdir(exist_ok=True)
     files = {f"{item.about.name}.{kind}": c for item in items for kind, c in item.files.items()}

@@ -19,7 +19,7 @@ _SHOWN = 60  # findings of a kind, so that the page stays of a few megabytes
 
 def require_sheet(path: Path) -> None:
     """Refuse, as a `UserError`, a path that a sheet cannot be written to."""
-    require_page(path, "--report", _GENERATOR)
+    require_page(path, "`report`", _GENERATOR)
 
 
 def write_sheet(path: Path, task: Task, found: Findings) -> None:

@@ -112,7 +112,7 @@ class Study:
                 self._compare(name, [run for run in whole if not self.differing(run)])
         if baseline is not None and finished and baseline not in methods:
             raise UserError(
-                f"--baseline {baseline}: no finished run is of this method"
+                f"`baseline` {baseline}: no finished run is of this method"
                 f"{nearest(baseline, self.methods)}; use one of {', '.join(self.methods)}"
             )
         # The table begins with zero-shot.

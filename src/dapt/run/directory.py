@@ -108,7 +108,7 @@ class RunDirectory:
 
         Who holds it is the only one to write there, so what killed processes left of writing goes.
         """
-        what, hint = f"run directory {self.path} cannot be made", "choose another with --output"
+        what, hint = f"run directory {self.path} cannot be made", "choose another `output`"
         with refusing(what, hint, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
         before, way = (
@@ -221,7 +221,7 @@ class RunDirectory:
         for file in (*self._results(), *self._records()):
             if file not in ours and (file.exists() or file.is_symlink()):
                 what = f"{file} is there, and {self.path} holds no run that it could be of"
-                raise UserError(f"{what}; choose another --output, or --overwrite to replace it")
+                raise UserError(f"{what}; choose another `output`, or `overwrite` to replace it")
 
     def resume(self, task: Task, support: SupportSet, backbone: Backbone) -> str | None:
         """Check that what was found again is what the run was begun with, and record this session.
@@ -236,7 +236,7 @@ class RunDirectory:
             if read_json(file, what) != now:
                 raise UserError(
                     f"cannot resume {self.path}: the {what} of '{task.name}' differ from its "
-                    f"{file.name}; restore the data, or start anew with --overwrite"
+                    f"{file.name}; restore the data, or start anew with `overwrite`"
                 )
         before, now = self.read_environment(), records.environment(backbone)
         now |= records.plugin_entry(self.read_settings().method)
@@ -244,7 +244,7 @@ class RunDirectory:
         if known is not None and known != content_digest(task, support):
             raise UserError(
                 f"cannot resume {self.path}: support images of '{task.name}' are not what "
-                "they were when it began; restore them, or start anew with --overwrite"
+                "they were when it began; restore them, or start anew with `overwrite`"
             )
         self.add_to_environment(resumed=[*before.resumed, now])
         then, now = records.rounding(before.model_dump()), records.rounding(now)
@@ -315,7 +315,7 @@ class RunDirectory:
         if isinstance(method, str) and find_method(method) is None and (of := self._plugin()):
             raise UserError(
                 f"{self.path} is of method '{method}' of {of.name}, which is not loaded; give "
-                "--plugin with a copy of that file that you trust, or install the package"
+                "`plugin` with a copy of that file that you trust, or install the package"
             )
         return make_settings(found)
 

@@ -46,7 +46,7 @@ def choose_method(
         if resume and effort and (kept or run.exists):
             before = kept.search.effort if kept else None
             if effort != before:
-                what = f"cannot resume {run.path} with --effort {effort}: it was started with"
+                what = f"cannot resume {run.path} with `effort` {effort}: it was started with"
                 raise UserError(f"{what} {before or 'none'}; leave it out")
         if resume and run.exists:
             return settings
@@ -78,6 +78,6 @@ def _begun(
     if what:
         raise UserError(
             f"cannot resume the search for a method: its {what} was another; restore it, or start "
-            "anew with --overwrite"
+            "anew with `overwrite`"
         )
     return kept

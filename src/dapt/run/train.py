@@ -211,7 +211,7 @@ class RunJournal(Journal):
     def after_divergence(self, steps: int) -> str:
         """Where the last good checkpoint is."""
         kept = f"the checkpoint after {steps} steps is" if steps else "no checkpoint was"
-        return f" ({kept} kept in {self.run.path}); train again with --overwrite"
+        return f" ({kept} kept in {self.run.path}); train again with `overwrite`"
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:
@@ -282,16 +282,16 @@ def check_output(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    way: str = "add --{}, or choose another --output",
+    way: str = "add `{}`, or choose another `output`",
 ) -> None:
     """Raise `UserError` of a directory with another run, unless to be resumed or overwritten.
 
     Without settings, it is not one that could be resumed. ``way`` tells how to ask for either.
     """
     if resume and overwrite:
-        raise UserError("--resume continues a run and --overwrite discards it; give one of them")
+        raise UserError("`resume` continues a run and `overwrite` discards it; give one of them")
     if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--output {run.path} is a file; give a directory")
+        raise UserError(f"`output` {run.path} is a file; give a directory")
     run.tidy()
     if overwrite:
         return
@@ -312,7 +312,7 @@ def check_output(
     if settings and (name := other_setting(kept, settings)):
         old, value = getattr(kept, name), getattr(settings, name)
         what = f"cannot resume {run.path} with {name}={value}: it was started with {name}={old}"
-        raise UserError(f"{what}; leave the setting out, or choose another --output")
+        raise UserError(f"{what}; leave the setting out, or choose another `output`")
 
 
 def other_setting(kept: Settings, settings: Settings) -> str | None:
@@ -408,7 +408,7 @@ def evaluate_run(
     settings = settings.model_copy(update={"strict": strict or settings.strict})
     if not task.test:
         raise UserError(
-            f"no image of '{task.name}' was held out of tuning to test on; give --dataset with "
+            f"no image of '{task.name}' was held out of tuning to test on; give `dataset` with "
             "other images of these classes, or see the forecast in metrics.json"
         )
     result = evaluate_task(classifier, task, settings, reporter, shared)

@@ -210,7 +210,7 @@ def _settings_of(
     """What is given, and what the tensors say of themselves; of a backbone, their sizes too."""
     given = {name: value for name, value in given.items() if value is not None}
     if "class_names" not in given and "dataset" not in given:
-        hint = f"give {checkpoint} --class-names, a JSON list in label order, or --dataset"
+        hint = f"give {checkpoint} `class_names`, a JSON list in label order, or `dataset`"
         raise UserError(f"a checkpoint does not say what its classes are called; {hint}")
     # Losses leave no trace in a file: of methods that learn the same, the usual one, or the first.
     usual, fit = Settings.model_fields["method"].default, published.methods
@@ -219,7 +219,7 @@ def _settings_of(
     if method not in fit:
         held = dict.fromkeys(name.split(".")[0].replace("_", " ") for name in published.tensors)
         what = f"what {published.file} holds (a {' and a '.join(held)})"
-        hint = f"leave --method out, or give one that does: {', '.join(fit)}"
+        hint = f"leave `method` out, or give one that does: {', '.join(fit)}"
         raise UserError(f"method '{method}' does not learn {what}; {hint}")
     decided = {"method": method, "dataset": IMPORTED, "epochs": published.epoch}
     decided |= published.settings[method]
@@ -238,7 +238,7 @@ def _tell(
         reporter.say(f"passed over: {count:,} tensors that are not learned ({some}, …)")
     if len(published.methods) > 1 and not given.get("method"):
         names = ", ".join(published.methods)
-        reporter.say(f"taken as {method}; of {names}, which predict the same, give --method if not")
+        reporter.say(f"taken as {method}; {names} predict the same: name the method if not")
 
 
 def _named_task(file: Path) -> Task:
@@ -261,10 +261,10 @@ def published_files(run: RunDirectory, form: str = DASSL) -> dict[str, bytes]:
     layouts = get_method(settings.method).checkpoint
     if (layout := next((one for one in layouts if one.form == form), None)) is None:
         what = f"what {settings.method} learned in {run.path} has no place in a {_FORMS[form]}"
-        raise UserError(f"{what}; use --format onnx or torch")
+        raise UserError(f"{what}; use the format onnx or torch")
     if not run.read_environment().reads_text:
         what = f"{run.path} has class vectors beside its prompts, which a CoOp checkpoint has not"
-        raise UserError(f"{what}; use --format onnx or torch")
+        raise UserError(f"{what}; use the format onnx or torch")
     tensors, _ = run.read_tensors(run.prompts_file)
     keys, facts = layout.keys(tensors), layout.facts(settings)
     state = {

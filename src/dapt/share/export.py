@@ -128,20 +128,20 @@ def export(
         raise UserError(f"unknown format '{form}'; use one of {', '.join(FORMATS)}")
     smaller = [name for name, asked in (("int8", int8), ("fp16", fp16)) if asked]
     if smaller and form != "onnx":
-        raise UserError(f"--{smaller[0]} goes with --format onnx, not with {form}")
+        raise UserError(f"`{smaller[0]}` goes with the format onnx, not with {form}")
     if len(smaller) > 1:
-        raise UserError("--int8 and --fp16 exclude each other; give one")
+        raise UserError("`int8` and `fp16` exclude each other; give one")
     if batch is not None and (batch < 1 or form in _LEARNED_ALONE):
-        raise UserError(f"--batch {batch} is 1 or more, with --format onnx or torch; change it")
+        raise UserError(f"`batch` {batch} is 1 or more, with the format onnx or torch; change it")
     if file.is_dir() or card == file:
-        raise UserError(f"--output {file} must name a file, such as classifier.onnx")
+        raise UserError(f"`output` {file} must name a file, such as classifier.onnx")
     adapter = form == "peft"
     if adapter and file.name != ADAPTER:
-        raise UserError(f"--output {file}: PEFT reads {ADAPTER} alone; give folder/{ADAPTER}")
+        raise UserError(f"`output` {file}: PEFT reads {ADAPTER} alone; give folder/{ADAPTER}")
     if file.suffix.lower() in _OF_RUNS and not adapter:
-        raise UserError(f"--output {file} has the name of a run's own files; give classifier.onnx")
+        raise UserError(f"`output` {file} has the name of a run's own files; give classifier.onnx")
     if card.exists() and not is_card(card):
-        hint = "choose another --output"
+        hint = "choose another `output`"
         raise UserError(f"{card}, where the model card goes, is something else; {hint}")
     run.require()
     if form not in _LEARNED_ALONE and get_method(name := run.read_settings().method).reads_images:
@@ -240,7 +240,7 @@ def _compare(
     difference = float((found - expected).abs().max())
     if not isfinite(difference) or difference > limit:
         why = f"its probabilities differ from the classifier's by up to {difference:.2g}"
-        hint = "try --format torch, or other versions of torch and onnxruntime"
+        hint = "try the format torch, or other versions of torch and onnxruntime"
         raise UserError(f"{what} is not written: {why}; {hint}")
     return difference, float((found.argmax(-1) == expected.argmax(-1)).float().mean())
 
@@ -293,7 +293,7 @@ def _graph(program: ExportedProgram, example: Tensor, free: bool) -> Any:
     size = sum(t.nbytes for t in program.state_dict.values())
     if size >= _MAX_ONNX:
         what = f"the image tower's {size / 2**30:.1f} GiB do not fit one ONNX file"
-        raise UserError(f"{what}; use --format torch")
+        raise UserError(f"{what}; use the format torch")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
     names |= {"opset_version": _OPSET, "dynamo": True, "verbose": False}
     made: Any = torch.onnx.export(program, (example,), **names)
