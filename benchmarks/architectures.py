@@ -109,6 +109,9 @@ def tuned(method: str) -> Callable[[Backbone], None]:
 
     def check(backbone: Backbone) -> None:
         classifier = classifier_of(backbone, method)
+        for tensor in classifier.learned().values():
+            if not tensor.any():  # which would keep gradients from what it is multiplied with
+                tensor.data.fill_(0.01)
         labels = torch.tensor([0, 1])
         F.cross_entropy(classifier(views_for(backbone)), labels).backward()
         for name, tensor in classifier.learned().items():
@@ -164,6 +167,7 @@ CHECKS: dict[str, Callable[[Backbone], None]] = {
     "text prompt": tuned("coop"),
     "visual prompt": tuned("vpt"),
     "deep prompts": tuned("ivlp"),
+    "low rank": tuned("clip-lora"),
     "head": fitted("auto"),
     "projection": fitted("prolip"),
     "ONNX": onnx,

@@ -458,8 +458,16 @@ def test_the_table_tells_what_works_from_what_is_refused_and_what_fails(monkeypa
     monkeypatch.setattr(architectures, "load", made.__getitem__)
     found = {name: architectures.asked(name) for name in (*made, "missing")}
     entries = {name: {k: v for k, (v, _) in row.items()} for name, row in found.items()}
-    kinds = ("text prompt", "visual prompt", "deep prompts", "head", "projection", "ONNX")
-    for name, refused in (("turning", kinds[4:5]), ("conv", (*kinds[1:3], kinds[4]))):
+    kinds = (
+        "text prompt",
+        "head",
+        "ONNX",
+        "visual prompt",
+        "deep prompts",
+        "low rank",
+        "projection",
+    )
+    for name, refused in (("turning", kinds[6:]), ("conv", kinds[3:])):
         works = {k for k, v in entries[name].items() if v == "works"}
         assert works == {"loads", "zero-shot", *kinds} - {*refused}
         assert all(entries[name][k] == "refused" and found[name][k][1] for k in refused)

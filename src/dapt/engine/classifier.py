@@ -285,7 +285,7 @@ def new_classifier(
     Where the backbone reads no text, `ClassVectors` stand beside the row's parts: to be tuned with
     them and, if no head is fitted afterwards, in what is ``tuned`` too.
     """
-    rows = method.parts
+    rows = method.parts_on(backbone.reads_text)
     if method.learns and not backbone.reads_text and not (tuned and method.head.fitted):
         rows = (*rows, ClassVectors)
     parts = [part.create_for(backbone, settings, len(names)) for part in rows]
