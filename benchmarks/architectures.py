@@ -74,9 +74,9 @@ def load(name: str) -> Backbone:
     return Backbone(model, Letters(length, pad), seen, name=name, **how)
 
 
-def classifier_of(backbone: Backbone, method: str) -> Classifier:
+def classifier_of(backbone: Backbone, method: str, **given: Any) -> Classifier:
     """A method's classifier, not tuned; words that a prompt would start from are left out."""
-    settings = make_settings({"dataset": "bundled", "method": method, "text_vectors": 4})
+    settings = make_settings({"dataset": "bundled", "method": method, "text_vectors": 4, **given})
     settings = suited(settings.model_copy(update={"text_init": None}), NAMES, backbone)
     parts = [part.create(backbone, settings) for part in get_method(method).parts]
     return Classifier(backbone, NAMES, parts, get_method(method).head.create(backbone))
@@ -102,12 +102,12 @@ def zero_shot(backbone: Backbone) -> None:
     torch.testing.assert_close(found, image @ text.T, atol=1e-4, rtol=1e-4)
 
 
-def tuned(*methods: str) -> Callable[[Backbone], None]:
-    """What asks whether a gradient reaches all that methods learn."""
+def tuned(*methods: str, **given: Any) -> Callable[[Backbone], None]:
+    """What asks whether a gradient reaches all that methods learn, by the settings given."""
 
     def check(backbone: Backbone) -> None:
         for method in methods:
-            classifier = classifier_of(backbone, method)
+            classifier = classifier_of(backbone, method, **given)
             with torch.no_grad():  # away from zeros, behind which no gradient reaches anything
                 for tensor in classifier.learned().values():
                     tensor.add_(0.01 * torch.randn_like(tensor))
@@ -118,6 +118,14 @@ def tuned(*methods: str) -> Callable[[Backbone], None]:
                     raise ArithmeticError(f"of {method}, no gradient reaches {name}")
 
     return check
+
+
+def low_rank(backbone: Backbone) -> None:
+    """As published; in the layers' MLPs where there is no attention."""
+    try:
+        tuned("clip-lora")(backbone)
+    except UserError:
+        tuned("clip-lora", lora_maps=("fc", "proj"))(backbone)
 
 
 def fitted(method: str) -> Callable[[Backbone], None]:
@@ -178,7 +186,7 @@ CHECKS: dict[str, Column] = {
     "deep visual": Column("`vpt-deep`: a visual prompt in every layer", tuned("vpt-deep")),
     "deep in both": Column("`ivlp`, `maple`: prompts in both towers' layers",
                            tuned("ivlp", "maple")),
-    "LoRA": Column("`clip-lora`: low-rank changes in both towers", tuned("clip-lora")),
+    "LoRA": Column("`clip-lora`: low-rank changes in both towers", low_rank),
     "head": Column("`auto`, as every head on features", fitted("auto")),
     "projection": Column("`prolip`: the image tower's projection", fitted("prolip")),
     "ONNX": Column("the export, with a visual prompt inside where there can be one", onnx),

@@ -493,8 +493,8 @@ def small_ones(monkeypatch):
 def test_the_table_tells_what_works_from_what_is_refused_and_what_fails(small_ones):
     found = {name: architectures.asked(name) for name in ("turning", "conv", "missing")}
     entries = {name: {k: v for k, (v, _) in row.items()} for name, row in found.items()}
-    kinds = ("text prompt", "visual prompt", "deep visual", "deep in both", "head", "ONNX")
-    for name, refused in (("turning", ()), ("conv", kinds[1:4])):
+    kinds = ("text prompt", "visual prompt", "deep visual", "deep in both", "LoRA", "head", "ONNX")
+    for name, refused in (("turning", ()), ("conv", kinds[1:5])):
         works = {k for k, v in entries[name].items() if v == "works"}
         assert works >= {"loads", "zero-shot", *kinds} - {*refused}
         refused = (*refused, "projection")

@@ -38,9 +38,9 @@ from dapt.share.export import export
 
 VIT, RESNET = "timm:test_vit", "timm:test_resnet"
 HEADS = ["auto", "linear-probe", "kernel-ridge", "gda", "tip-adapter", "tip-adapter-f"]
-WORDY = ["zero-shot", "coop", "maple", "mmrl", "clip-lora", "text-prototype", "clap", "lp++",
+WORDY = ["zero-shot", "coop", "maple", "mmrl", "2sfs", "text-prototype", "clap", "lp++",
          "ss-text", "prolip", "dapt", "vpt+clap"]  # fmt: skip
-TUNED = ["vpt", "vpt-deep", "dapt-visual"]
+TUNED = ["vpt", "vpt-deep", "dapt-visual", "clip-lora", "clip-svd"]
 runner = CliRunner()
 
 
@@ -72,7 +72,7 @@ def shared(backbone):
     return Shared(backbone)
 
 
-@pytest.fixture(scope="module", params=["auto", "vpt", "vpt-deep", "vpt+auto"])
+@pytest.fixture(scope="module", params=["auto", "vpt", "vpt-deep", "vpt+auto", "clip-lora"])
 def run(request, given, shared, tmp_path_factory):
     settings = settings_of(given, request.param)
     return train(settings, tmp_path_factory.mktemp("runs") / "run", shared=shared)
@@ -331,8 +331,9 @@ def test_photos_are_judged_without_names(given, backbone):
     assert all(one.text_cosine is None for one in found.classes)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(given, shared, tmp_path, monkeypatch):
-    settings = settings_of(given, "vpt", epochs=4, checkpoint_every=1)
+@pytest.mark.parametrize("method", ["vpt", "clip-lora"])
+def test_a_killed_run_goes_on_to_the_same_bits(given, shared, tmp_path, monkeypatch, method):
+    settings = settings_of(given, method, epochs=4, checkpoint_every=1)
     whole = train(settings, tmp_path / "whole", shared=shared)
     step, taken = Tuner.step, []
 

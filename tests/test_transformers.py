@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks import architectures
 from dapt.clip.backbone import Backbone, Preprocessing
 from dapt.clip.hub_format import FAMILIES
+from dapt.clip.hub_vision import FAMILIES as IMAGE_FAMILIES
 from dapt.clip.image import encode_image
 from dapt.clip.sources import load_backbone
 from dapt.clip.text import ClassTokens, TextEncoder
@@ -228,3 +229,60 @@ def test_random_weights_are_random_in_text_towers_of_transformers_too(monkeypatc
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: 1 / 0)
     monkeypatch.setattr("open_clip.get_tokenizer", lambda *_, **__: LetterTokenizer())
     assert load_backbone("roberta-ViT-B-32", "random").text_width == config.hidden_size
+
+
+IMAGES = {
+    "vit": ("ViTForImageClassification", "ViT", {"intermediate_size": 50}),
+    "vit without biases": ("ViTModel", "ViT", {"intermediate_size": 50, "qkv_bias": False}),
+    "dinov2": ("Dinov2Model", "Bit", {}),
+    "dinov2 giant": ("Dinov2ForImageClassification", "Bit", {"use_swiglu_ffn": True}),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Bit", {"num_register_tokens": 3}),
+    "dinov3": ("DINOv3ViTModel", "ViT", {"intermediate_size": 50, "num_register_tokens": 4}),
+    "dinov3 plus": ("DINOv3ViTModel", "ViT", {
+        "intermediate_size": 50, "num_register_tokens": 4, "use_gated_mlp": True,
+        "hidden_act": "silu", "query_bias": False, "value_bias": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [32, 24])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_models_of_images_alone_give_what_transformers_gives(tmp_path, kind, side):
+    """At the size of its positions and at another one, to which they are fitted."""
+    name, seen, more = IMAGES[kind]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers knows no {name}")
+    model = getattr(transformers, name)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
+    torch.manual_seed(2)
+    model = model(model.config_class(**sizes, image_size=32, **more)).eval()
+    with torch.no_grad():  # what starts as ones and zeros would hide what is left out
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    crop = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    square = {"size": {"height": side, "width": side}, "do_center_crop": False}
+    images = image_processor(seen, **(crop if seen == "Bit" else square))
+    images.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    generator = np.random.default_rng(0)
+    photos = [Image.fromarray(generator.integers(0, 256, s, dtype=np.uint8))
+              for s in ((50, 70, 3), (90, 40, 3))]  # fmt: skip
+    given = torch.as_tensor(np.asarray(images(photos)["pixel_values"]))
+    views = [centre_view(p, **backbone.preprocessing.of_views()) for p in photos]
+    pixels = backbone.normalize(torch.stack(
+        [torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in views]))  # fmt: skip
+    torch.testing.assert_close(pixels, given, atol=1e-5, rtol=0)
+    how = {"interpolate_pos_encoding": True} if name.startswith("ViT") else {}
+    with torch.no_grad():
+        theirs = model.base_model if "Classification" in name else model
+        expected = theirs(given, **how).last_hidden_state[:, 0]
+        found = encode_image(backbone.visual, pixels)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_configuration_of_images_alone_leaves_out_is_as_it_is_there():
+    for kind, family in IMAGE_FAMILIES.items():
+        if kind in transformers.CONFIG_MAPPING:
+            theirs = transformers.CONFIG_MAPPING[kind]()
+            told = {key: getattr(theirs, key, value) for key, value in family.usual.items()}
+            assert told == family.usual

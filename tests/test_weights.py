@@ -128,6 +128,6 @@ def test_epochs_that_are_given_stand_in_place_of_published_steps(given):
 def test_maps_are_given_by_name(given):
     own = {**given, "method": "clip-lora"}
     assert make_settings({**own, "lora_maps": "q,o"}).lora_maps == ("q", "o")
-    for wrong in ("", "q,fc"):
+    for wrong in ("", "q,gate"):
         with pytest.raises(UserError, match="setting lora_maps"):
             make_settings({**own, "lora_maps": wrong})

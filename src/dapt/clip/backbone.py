@@ -12,10 +12,11 @@ import torch
 from open_clip import transformer
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, VisionTransformer
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from dapt.clip import trunks
-from dapt.clip.inside import NOT_ORDINARY, is_plain
+from dapt.clip.inside import is_plain, linear_maps
 from dapt.clip.known import Each
 from dapt.errors import UserError, refusing
 
@@ -106,6 +107,8 @@ class Backbone(nn.Module):
         for module in model.modules():
             if isinstance(module, transformer.ResidualAttentionBlock):
                 _fold_quick_gelu(module.mlp)
+            elif isinstance(module, EvaAttention):
+                trunks.own_bias(module)
         for tower in filter(None, (self.visual, self.text)):
             _cast(tower, self.dtype)
         self.to(device)
@@ -221,8 +224,25 @@ class Backbone(nn.Module):
         own = self.text_transformer() if tower == "text" else self.visual
         transformer = getattr(own, "transformer", None)
         if transformer is None or not is_plain(transformer):
-            raise UserError(NOT_ORDINARY)
+            kind = type(own).__name__ if tower == "text" else trunks.name_of(own)
+            what = f"this method changes weights of ordinary layers, and the {tower} tower of"
+            others = "coop, auto" if self.reads_text else "auto, linear-probe"
+            hint = f"use a method of prompts or of a head ({others}), or a ViT such as ViT-B-16"
+            raise UserError(f"{what} '{self.name}', a {kind}, has others; {hint}")
         return list(transformer.resblocks)
+
+    def linear_maps(self, tower: str) -> list[dict[str, tuple[Tensor, float]]]:
+        """Of each layer of a tower, as `inside.linear_maps`; a `UserError` if none is known."""
+        if tower == "text" or not (found := trunks.maps_of(self.visual)):
+            return [linear_maps(block) for block in self.blocks(tower)]
+        made = []
+        for own in found:
+            weights = {n: self.visual.get_submodule(path).weight for n, path in own.items()}
+            parts = ((n, weight.chunk(len(n))) for n, weight in weights.items())
+            made.append(
+                {name: (w, 1.0) for n, rows in parts for name, w in zip(n, rows, strict=True)}
+            )
+        return made
 
     def normalize(self, views: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 views as the towers' input, on their device, at their dtype."""

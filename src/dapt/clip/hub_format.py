@@ -8,7 +8,7 @@ itself is asked for tokenizers that are not CLIP's and for BERT; nothing in a fo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -33,6 +33,7 @@ _VOCABULARIES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "t
                  "vocab.txt")  # fmt: skip
 # transformers' numbers of Pillow's filters, those that views of images can be made with.
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic")
+LARGEST_IMAGE = 2048  # px, far beyond any CLIP
 _ORDINARY = 49408  # tokens of the vocabulary that CLIPs share, which open_clip brings
 
 Configuration = dict[str, Any]
@@ -73,7 +74,8 @@ _TIMM_LAYER = {
 }  # fmt: skip
 
 
-def _layers(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
+def in_layers(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
+    """A table of names inside a layer, of all layers."""
     return {f"{theirs}#.{k}": f"{ours}#.{v}" for k, v in table.items()}
 
 
@@ -85,13 +87,13 @@ _VIT_NAMES = {
     "vision_model.pre_layrnorm.": "visual.ln_pre.",
     "vision_model.post_layernorm.": "visual.ln_post.",
     "visual_projection.weight": "visual.proj",
-    **_layers("vision_model.encoder.layers.", "visual.transformer.resblocks.", _OPEN_CLIP_LAYER),
+    **in_layers("vision_model.encoder.layers.", "visual.transformer.resblocks.", _OPEN_CLIP_LAYER),
 }
 _TEXT_NAMES = {
     "text_model.embeddings.token_embedding.": "text.token_embedding.",
     "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
     "text_model.final_layer_norm.": "text.ln_final.",
-    **_layers("text_model.encoder.layers.", "text.transformer.resblocks.", _OPEN_CLIP_LAYER),
+    **in_layers("text_model.encoder.layers.", "text.transformer.resblocks.", _OPEN_CLIP_LAYER),
 }
 _CLIP_NAMES = {**_VIT_NAMES, **_TEXT_NAMES, "text_projection.weight": "text.text_projection"}
 _CHINESE_NAMES = {
@@ -111,7 +113,7 @@ _SIGLIP_NAMES = {
     "vision_model.head.attention.out_proj.": "visual.trunk.attn_pool.proj.",
     "vision_model.head.layernorm.": "visual.trunk.attn_pool.norm.",
     "vision_model.head.mlp.": "visual.trunk.attn_pool.mlp.",
-    **_layers("vision_model.encoder.layers.", "visual.trunk.blocks.", _TIMM_LAYER),
+    **in_layers("vision_model.encoder.layers.", "visual.trunk.blocks.", _TIMM_LAYER),
 }
 
 
@@ -158,14 +160,14 @@ class Translated(NamedTuple):
         """Their state dict under our names; what has none keeps its own."""
         found = StateDict()
         for name, tensor in _joined(state).items():
-            ours = _renamed(name, self.family.names)
+            ours = renamed(name, self.family.names)
             found[ours] = _CHANGES.get(ours, lambda t: t)(tensor)
         return found
 
     def name_of(self, ours: str) -> str:
         """What a tensor of ours is called in their file."""
         back = {ours: theirs for theirs, ours in self.family.names.items()}
-        theirs = _renamed(ours, back)
+        theirs = renamed(ours, back)
         return theirs.replace(".attention.kv.", ".attention.in_proj_").replace(".qkv.", ".q_proj.")
 
     def tokenizer(self) -> Any:
@@ -189,39 +191,47 @@ def is_transformers(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def translate(folder: Path) -> Translated:
+def translate(folder: Path, others: Iterable[str] = ()) -> Translated:
     """What a folder's files say of its model, in open_clip's words.
 
     A `UserError` names a type that is not known here, and settings that no tower of ours has; what
     is no configuration at all ends in errors of Python's own.
     """
-    config = _object(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     if (family := FAMILIES.get(kind := str(config.get("model_type")))) is None:
         what = f"{folder} holds a transformers model of type {shown(kind)}"
-        raise UserError(f"{what}; those of type {', '.join(FAMILIES)} can be used")
-    vision, text = (_part(config, tower, getattr(family, tower)) for tower in ("vision", "text"))
+        raise UserError(f"{what}; those of type {', '.join((*FAMILIES, *others))} can be used")
+    vision, text = (
+        whole_part(config.get(f"{tower}_config") or {}, getattr(family, tower),
+                   config.get(f"{tower}_config_dict"))
+        for tower in ("vision", "text")
+    )  # fmt: skip
     told = family.configure(config, vision, text)
-    side = told["vision_cfg"]["image_size"]
-    return Translated(folder, family, told, family.preprocessing | _seen(folder, side))
+    file, said = processor(folder)
+    seen = seen_by(said, told["vision_cfg"]["image_size"], file)
+    return Translated(folder, family, told, family.preprocessing | seen)
 
 
-def missing_files(folder: Path) -> list[str]:
+def missing_files(folder: Path, *, words: bool = True) -> list[str]:
     """Which of a folder's files that say how images and texts are read are not there."""
     seen = any((folder / name).is_file() for name in _PREPROCESSING)
-    words = any((folder / name).is_file() for name in (*_VOCABULARIES, "vocab.json"))
-    return [*[_PREPROCESSING[0]] * (not seen), *["tokenizer.json"] * (not words)]
+    words = words and not any((folder / name).is_file() for name in (*_VOCABULARIES, "vocab.json"))
+    return [*[_PREPROCESSING[0]] * (not seen), *["tokenizer.json"] * words]
 
 
-def _object(file: Path) -> Configuration:
+def read_object(file: Path) -> Configuration:
+    """A JSON file, which holds one object."""
     if not isinstance(found := parse_json(read_text(file)), dict):
         raise ValueError(f"{file.name} is no JSON object")
     return found
 
 
-def _part(config: Configuration, tower: str, defaults: Configuration) -> Configuration:
+def whole_part(
+    said: Configuration, defaults: Configuration, twice: Configuration | None = None
+) -> Configuration:
     """A tower's configuration, whole; what early versions wrote twice counts as it does there."""
-    found = defaults | (config.get(f"{tower}_config") or {})
-    if (twice := config.get(f"{tower}_config_dict")) is not None:
+    found = defaults | said
+    if twice is not None:
         found |= defaults | twice
     for key, usual in defaults.items():
         kinds = {bool: (bool,), int: (int,), float: (float, int)}.get(type(usual))
@@ -230,7 +240,7 @@ def _part(config: Configuration, tower: str, defaults: Configuration) -> Configu
     return found
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str:
+def renamed(name: str, table: Mapping[str, str]) -> str:
     """A tensor's name by a table, or as it is."""
     number = found[1] if (found := re.search(r"(?:layers|blocks)\.(\d+)\.", name)) else "#"
     general = name.replace(f"s.{number}.", "s.#.", 1)
@@ -264,7 +274,8 @@ def _joined(state: StateDict) -> StateDict:
 # ------------------------------------------------------------------------------ configurations
 
 
-def _activation(part: Configuration) -> str:
+def activation(part: Configuration) -> str:
+    """ "quick" for QuickGELU, "tanh" for GELU's approximation, "none" for GELU itself."""
     known = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh",
              "gelu_pytorch_tanh": "tanh"}  # fmt: skip
     if (found := known.get(part["hidden_act"])) is None:
@@ -273,12 +284,16 @@ def _activation(part: Configuration) -> str:
     return found
 
 
+# What timm calls them.
+TIMM_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+
+
 def _tower(part: Configuration) -> Configuration:
     """What both towers of open_clip's have."""
     width, heads = part["hidden_size"], part["num_attention_heads"]
     if width % heads or part["num_channels"] != 3:
         raise ValueError(f"its width {width} is not {heads} heads', or its images have no colours")
-    act = _activation(part)
+    act = activation(part)
     return {
         "layers": part["num_hidden_layers"], "width": width,
         # The half keeps the product from being rounded down past the whole number it is.
@@ -302,7 +317,7 @@ def _text(part: Configuration) -> Configuration:
 
 
 def _clip(config: Configuration, vision: Configuration, text: Configuration) -> Configuration:
-    acts = {_activation(vision), _activation(text)}
+    acts = {activation(vision), activation(text)}
     if "quick" in acts and len(acts) > 1:
         what = f"{CONFIG} asks for two activations, {vision['hidden_act']} and {text['hidden_act']}"
         raise UserError(f"{what}, which open_clip's towers do not have together")
@@ -316,7 +331,7 @@ def _clip(config: Configuration, vision: Configuration, text: Configuration) -> 
 
 
 def _chinese(config: Configuration, vision: Configuration, text: Configuration) -> Configuration:
-    quick = _activation(vision) == "quick"
+    quick = activation(vision) == "quick"
     # Texts of CLIPs are short; places that BERT has beyond cost time and change nothing.
     length = min(text["max_position_embeddings"], 77)
     bert = {key: text[key] for key in _BERT}
@@ -334,10 +349,10 @@ def _siglip(config: Configuration, vision: Configuration, text: Configuration) -
     if not vision["vision_use_head"]:
         raise UserError(f"{CONFIG} says vision_use_head false: its image tower gives no features")
     told = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
-    act = {"none": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}[_activation(vision)]
+    act = TIMM_ACTIVATIONS[activation(vision)]
     seen = _vision(vision) | {"act_layer": act, "heads": vision["num_attention_heads"]}
     return {"embed_dim": text["projection_size"] or text["hidden_size"], "init_logit_bias": 0.0,
-            "quick_gelu": _activation(text) == "quick", "vision_cfg": seen,
+            "quick_gelu": activation(text) == "quick", "vision_cfg": seen,
             "text_cfg": _text(text) | told}  # fmt: skip
 
 
@@ -388,14 +403,16 @@ def _make_chinese(text_cfg: Configuration, **config: Any) -> CustomTextCLIP:
 # ---------------------------------------------------------------------------- images and words
 
 
-def _seen(folder: Path, side: int) -> Configuration:
-    """How the folder says that images are made ready, as open_clip's preprocessing."""
+def processor(folder: Path) -> tuple[Path, Configuration]:
+    """The file in which a folder says how images are made ready, and what; where none is, {}."""
     file = next((folder / name for name in _PREPROCESSING if (folder / name).is_file()), None)
-    if file is None:
-        return {}
-    said = _object(file)
-    said = said.get("image_processor", said)
-    size = said.get("size")
+    said = {} if file is None else read_object(file)
+    return file or folder, said.get("image_processor", said)
+
+
+def seen_by(said: Configuration, side: int, file: Path) -> Configuration:
+    """What a processor's file says, as open_clip's preprocessing, for a tower of ``side`` px."""
+    size: Any = said.get("size")
     # A crop that is not made may be told of all the same.
     crop = said.get("crop_size") if said.get("do_center_crop", True) else None
     if isinstance(size, int):
@@ -431,11 +448,11 @@ def _merges(folder: Path, text: Configuration) -> SimpleTokenizer | None:
     words, pairs = folder / "vocab.json", folder / "merges.txt"
     found = SimpleTokenizer(context_length=text["context_length"])
     if words.is_file() and pairs.is_file():
-        vocabulary = _object(words)
+        vocabulary = read_object(words)
         lines = read_text(pairs).splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
-        model = _object(folder / "tokenizer.json")["model"]
+        model = read_object(folder / "tokenizer.json")["model"]
         if model.get("end_of_word_suffix") != "</w>":
             return None
         vocabulary = model["vocab"]

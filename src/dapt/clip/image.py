@@ -53,7 +53,9 @@ def encode_image(
         x, read = _encode_vit(visual, images, tokens, inside)  # (B, W), (B, reads, W)
         x = (x @ visual.proj if projected and visual.proj is not None else x).float()
         return inside.features(x, None if read is None else read.float())
-    if tokens is None and not (inside.layers or inside.linears):
+    if inside.linears:
+        visual = trunks.asking(visual, inside)
+    if tokens is None and not inside.layers:
         return visual(images).float()
     return _encode_timm(visual, images, tokens, inside).float()
 
@@ -104,5 +106,5 @@ def _encode_timm(visual: Any, images: Tensor, tokens: Tensor | None, inside: Ins
     start = x.shape[1]
     if tokens is not None:
         x = torch.cat([x, tokens], 1)  # (B, T+N, W)
-    x = trunk.norm(tower.through(blocks, x, inside, start))
+    x = trunk.norm(tower.through(blocks, x, inside, start, asking=True))
     return visual.head(trunk.forward_head(x[:, :start]))

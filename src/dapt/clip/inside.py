@@ -186,9 +186,13 @@ def linear_maps(block: ResidualAttentionBlock) -> dict[str, tuple[Tensor, float]
 
 def is_plain(transformer: nn.Module) -> bool:
     """Whether every layer is open_clip's ordinary block, which `Layer` unrolls."""
+    return _are_plain(cast(Any, transformer).resblocks)
+
+
+def _are_plain(blocks: Any) -> bool:
     from open_clip.transformer import ResidualAttentionBlock
 
-    return all(type(b) is ResidualAttentionBlock for b in cast(Any, transformer).resblocks)
+    return all(type(block) is ResidualAttentionBlock for block in blocks)
 
 
 NOT_ORDINARY = (
@@ -197,14 +201,36 @@ NOT_ORDINARY = (
 )
 
 
-def through(blocks: Any, x: Tensor, inside: Inside, start: int, **options: Any) -> Tensor:
-    """Run layers of any kind by their own modules, tokens (B, L, W) first."""
-    if inside.linears or inside.norms:
-        raise UserError(NOT_ORDINARY)
+def through(
+    blocks: Any, x: Tensor, inside: Inside, start: int, *, asking: bool = False, **options: Any
+) -> Tensor:
+    """Run layers of any kind by their own modules, tokens (B, L, W) first.
+
+    Where something changes inside of them, they are open_clip's ordinary ones, or such as are
+    ``asking`` for their linear maps themselves.
+    """
+    if inside.norms or (inside.linears and not asking):
+        return _through_plain(blocks, x, inside, start, **options)
     for i, block in enumerate(blocks):
         if inside.layers:
             x = inside.before_layer(i, x, start)
         x = block(x, **options)
+    return x
+
+
+def _through_plain(
+    blocks: Any, x: Tensor, inside: Inside, start: int, attn_mask: Tensor | None = None
+) -> Tensor:
+    """The same by `Layer`; a mask is (L, L), or (B * H, L, L)."""
+    if not _are_plain(blocks):
+        raise UserError(NOT_ORDINARY)
+    for layer in (Layer(block, i, inside) for i, block in enumerate(blocks)):
+        x = layer.enter(x, start)
+        q, k, v = (split_heads(t, layer.heads) for t in layer.qkv(x))
+        mask = attn_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, layer.heads))
+        x = layer.finish(x, attend(q, k, v, mask=mask))
     return x
 
 
@@ -218,14 +244,16 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
     """Scaled dot-product attention over split heads: (..., H, L, d) each -> (..., L, W)."""
-    on_cpu = q.requires_grad and q.device.type == "cpu"
+    on_cpu = q.requires_grad and q.device.type == "cpu" and mask is None
     if on_cpu and q.dtype != torch.float32 and q.dim() == 4 and not causal:
         # On CPUs the fused kernel's backward pass at low precision takes over three times as long
         # as the matrix products it is made of.
         return merge_heads(_Attention.apply(q, k, v))
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
 class _Attention(torch.autograd.Function):

@@ -22,7 +22,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import hub, hub_format, image_only, known
+from dapt.clip import hub, hub_format, hub_vision, image_only, known
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.clip.joined import Joined
 from dapt.errors import UserError, lacking, nearest, refusing
@@ -43,7 +43,7 @@ _HEAD_WIDTH, _WIDEST = 64, 1024
 _HANDED_ON = {"tokenizer_kwargs": {"clean", "strip_sep_token"}, "norm_kwargs": {"eps"},
               "act_kwargs": {"approximate"}}  # fmt: skip
 # Far beyond any CLIP: a text tower keeps a mask of its length squared, an image is made this large.
-_LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, 2048
+_LONGEST_CONTEXT, _LARGEST_IMAGE = 1024, hub_format.LARGEST_IMAGE
 
 # What comes of configurations that are none, here and in open_clip.
 _ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -72,7 +72,8 @@ def load_backbone(
             a Hugging Face hub id (``"hf-hub:org/repo"`` or ``"org/repo"``), of its latest commit
             or of one, ``"org/repo@commit"``;
             a directory with ``open_clip_config.json`` and weights, or one of transformers' with
-            ``config.json`` (of types clip, siglip, siglip2, metaclip_2, chinese_clip);
+            ``config.json`` (of types clip, siglip, siglip2, metaclip_2, chinese_clip; of images
+            alone, vit, dinov2, dinov2_with_registers, dinov3_vit);
             a file of weights with OpenAI's key names (``.safetensors``, ``.pt``, TorchScript),
             whose architecture is read from the shapes.
         pretrained: tag or weights file for a name of open_clip's or timm's; ``"random"`` for
@@ -166,7 +167,8 @@ def taken_for_granted(name: str) -> str | None:
     """
     path = user_path(name)
     if path.is_dir() and not (path / _HUB_CONFIG[0]).is_file() and hub_format.is_transformers(path):
-        absent = " or ".join(hub_format.missing_files(path))
+        words = not hub_vision.is_of_images(path)
+        absent = " or ".join(hub_format.missing_files(path, words=words))
         usual = "what is usual for models of its type is taken"
         return f"{name} holds no {absent}: {usual}" if absent else None
     if name == BUNDLED or not path.is_file() or is_torchscript(path):
@@ -212,14 +214,16 @@ def _from_transformers(path: Path) -> Loaded:
 
 
 @quietly()
-def _told_by_transformers(path: Path) -> tuple[hub_format.Translated, Any]:
+def _told_by_transformers(
+    path: Path,
+) -> tuple[hub_format.Translated | hub_vision.Translated, Any]:
     """What the small files of a folder of transformers' say, and its tokenizer."""
     if not hub_format.is_transformers(path):
         what = f"{path} has no {_HUB_CONFIG[0]}, and no {_HUB_CONFIG[1]} of transformers'"
         raise UserError(f"{what}; a folder of a backbone holds one of them")
     hint = "give the files that came with the weights"
     with refusing(f"{path} is no transformers model that can be read", hint, OSError, *_ODD):
-        theirs = hub_format.translate(path)
+        theirs = hub_vision.translate(path)
     with refusing(f"the vocabulary in {path} cannot be used", hint, Exception):
         return theirs, theirs.tokenizer()
 

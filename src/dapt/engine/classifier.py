@@ -294,7 +294,7 @@ def new_classifier(
     """
     if method.learns:
         backbone.require_towers()
-    rows = method.parts
+    rows = method.parts_on(backbone.reads_text)
     if method.learns and not backbone.reads_text and not (tuned and method.head.fitted):
         rows = (*rows, ClassVectors)
     parts = [part.create_for(backbone, settings, len(names)) for part in rows]

@@ -217,7 +217,7 @@ def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
         return {}
     labels, prototypes = support.labels, own.as_own(support.prototypes)
     plain = own  # where the words are not learned, they are those before
-    if method.changes("text"):
+    if method.changes("text") and own.backbone.reads_text:
         plain = _zero_shot(own.backbone, own.class_names, own.template, settings)
     with torch.inference_mode():
         classes = [c.text_features().cpu() for c in (plain, own)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dapt.clip.inside import Pass
 from dapt.methods.contract import LARGEST, HasSettings, PartSettings
 from dapt.methods.published import settings_for
-from dapt.methods.weights import DESCENT, FEW, LISTED, WeightChange, own_steps
+from dapt.methods.weights import DESCENT, FEW, LISTED, Map, Maps, WeightChange, maps_in, own_steps
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
@@ -34,8 +34,8 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class LoraSettings(PartSettings):
     """Of low-rank changes."""
 
-    lora_maps: Annotated[tuple[Literal["q", "k", "v", "o"], ...], LISTED] = Field(
-        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o"
+    lora_maps: Annotated[tuple[Map, ...], LISTED] = Field(
+        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o, fc, proj"
     )
     lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")
     lora_alpha: float = Field(1.0, gt=0, le=LARGEST, description="LoRA's scale times sqrt(r)")
@@ -45,27 +45,34 @@ class LoraSettings(PartSettings):
 class LowRank(WeightChange):
     """Low-rank changes in one tower: ``<kind>_lora.<layer>.<map>.A`` and ``B`` in a run's files.
 
-    Each map's dropout is drawn by itself. In the text tower, what all classes share is run once,
-    so that they share its draw too.
+    Maps of an MLP (fc, proj) are not the published code's. Each map's dropout is drawn by itself.
+    In the text tower, what all classes share is run once, so that they share its draw too.
     """
 
     Settings = LoraSettings
     kind: ClassVar[str]
 
-    def __init__(
-        self, layers: int, width: int, own: LoraSettings, generator: torch.Generator
-    ) -> None:
+    def __init__(self, maps: Maps, own: LoraSettings, generator: torch.Generator) -> None:
         super().__init__()
-        self.maps, self.dropout = own.lora_maps, own.lora_dropout
-        self.scale = own.lora_alpha / sqrt(own.lora_rank)
+        self.dropout, scale = own.lora_dropout, own.lora_alpha / sqrt(own.lora_rank)
+        # Of each map, with the factor that its frozen weight has.
+        self.scales = {n: scale * factor for one in maps for n, (_, factor) in one.items()}
 
-        def pair() -> nn.ParameterDict:
+        def pair(weight: Tensor) -> nn.ParameterDict:
             # Kaiming's uniform distribution with a = sqrt(5), as linear layers start; B is zero.
+            out, width = weight.shape
             drawn = (2 * torch.rand(own.lora_rank, width, generator=generator) - 1) / sqrt(width)
-            return nn.ParameterDict({"A": drawn, "B": torch.zeros(width, own.lora_rank)})
+            return nn.ParameterDict({"A": drawn, "B": torch.zeros(out, own.lora_rank)})
 
-        pairs = [nn.ModuleDict({name: pair() for name in own.lora_maps}) for _ in range(layers)]
+        pairs = [nn.ModuleDict({name: pair(w) for name, (w, _) in one.items()}) for one in maps]
         setattr(self, f"{self.kind}_lora", nn.ModuleList(pairs))
+
+    @classmethod
+    def create(cls, backbone: Backbone, settings: HasSettings) -> LowRank:
+        """A is drawn, B zero."""
+        own: LoraSettings = settings.of(LoraSettings)
+        generator = torch.Generator().manual_seed(2 * settings.seed + (cls.tower == "image"))
+        return cls(maps_in(backbone, cls.tower, "lora_maps", own.lora_maps), own, generator)
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -79,16 +86,17 @@ class LowRank(WeightChange):
         """Which maps are changed, and the rank."""
         there = {name.split(".")[2]: t for name, t in tensors.items() if name.endswith(".A")}
         rank = next(iter(there.values())).shape[0]
-        return {"lora_maps": tuple(name for name in "qkvo" if name in there), "lora_rank": rank}
+        maps = tuple(name for name in get_args(Map) if name in there)
+        return {"lora_maps": maps, "lora_rank": rank}
 
     def _pair(self, layer: int, name: str) -> Any:
         layers: Any = getattr(self, f"{self.kind}_lora")
-        return layers[layer][name] if name in self.maps else None
+        return dict(layers[layer].items()).get(name)
 
     def change(self, layer: int, name: str) -> Tensor | None:
         """``s B A``."""
         pair = self._pair(layer, name)
-        return None if pair is None else self.scale * pair["B"] @ pair["A"]
+        return None if pair is None else self.scales[name] * pair["B"] @ pair["A"]
 
     def weight(self, tower: str, layer: int, names: tuple[str, ...], weight: Tensor) -> Tensor:
         """Frozen while it is tuned: the changes stand beside it, which costs less."""
@@ -105,32 +113,18 @@ class LowRank(WeightChange):
             if (pair := self._pair(layer, name)) is not None:
                 a, b = pair["A"].to(x.dtype), pair["B"].to(x.dtype)
                 seen = now.dropout(x, self.dropout, tower, layer, name)
-                own = own + self.scale * (seen @ a.T) @ b.T
+                own = own + self.scales[name] * (seen @ a.T) @ b.T
             found.append(own)
-        return torch.cat(found, -1)
+        return torch.cat(found, -1) if len(found) > 1 else found[0]
 
 
 class TextLowRank(LowRank):
     """Those of the text tower."""
 
-    kind, tower, towers = "text", "text", frozenset({"text"})
-
-    @classmethod
-    def create(cls, backbone: Backbone, settings: HasSettings) -> TextLowRank:
-        """A is drawn, B zero."""
-        generator = torch.Generator().manual_seed(2 * settings.seed)
-        size = backbone.text_layers, backbone.text_width
-        return cls(*size, settings.of(LoraSettings), generator)
+    kind, tower, towers, optional = "text", "text", frozenset({"text"}), True
 
 
 class VisualLowRank(LowRank):
     """Those of the image tower."""
 
     kind, tower, towers = "visual", "image", frozenset({"image"})
-
-    @classmethod
-    def create(cls, backbone: Backbone, settings: HasSettings) -> VisualLowRank:
-        """A is drawn, B zero."""
-        generator = torch.Generator().manual_seed(2 * settings.seed + 1)
-        size = backbone.vision_layers, backbone.vision_width
-        return cls(*size, settings.of(LoraSettings), generator)

@@ -9,22 +9,19 @@ takes the number of epochs for the cosine's period, in steps: a mistake, not fol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dapt.clip.inside import linear_maps
 from dapt.methods.contract import HasSettings, PartSettings
 from dapt.methods.layouts import CLIP, Layout, Published
 from dapt.methods.published import settings_for
-from dapt.methods.weights import DESCENT, FEW, LISTED, WeightChange, own_steps
+from dapt.methods.weights import DESCENT, FEW, LISTED, Map, Maps, WeightChange, maps_in, own_steps
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
     from dapt.clip.backbone import Backbone
-
-Map = Literal["q", "k", "v", "o", "fc", "proj"]
 
 
 def usual(dataset: str, shots: int) -> dict[str, Any]:
@@ -69,7 +66,7 @@ class SingularValues(WeightChange):
     Settings = SvdSettings
     kind: ClassVar[str]
 
-    def __init__(self, maps: list[dict[str, tuple[Tensor, float]]]) -> None:
+    def __init__(self, maps: Maps) -> None:
         super().__init__()
         learned = []
         # (layer, map) -> U, s and V of the frozen weight; no part of what is kept of a run.
@@ -87,8 +84,7 @@ class SingularValues(WeightChange):
     def create(cls, backbone: Backbone, settings: HasSettings) -> SingularValues:
         """They start as they are."""
         names = settings.of(SvdSettings).svd_maps
-        blocks = (linear_maps(block) for block in backbone.blocks(cls.tower))
-        return cls([{name: maps[name] for name in names} for maps in blocks])
+        return cls(maps_in(backbone, cls.tower, "svd_maps", names))
 
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
@@ -114,7 +110,7 @@ class SingularValues(WeightChange):
 class TextSingularValues(SingularValues):
     """Those of the text tower."""
 
-    kind, tower, towers = "text", "text", frozenset({"text"})
+    kind, tower, towers, optional = "text", "text", frozenset({"text"}), True
 
 
 class VisualSingularValues(SingularValues):

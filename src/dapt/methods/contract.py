@@ -60,8 +60,10 @@ class TowerPart(nn.Module):
         ahead: how many of its tokens stand before the class name there, if not all of them; the
             others stand after it, before the full stop.
         reads: how many tokens that it put among the patches are read at the image tower's end.
+        optional: whether its row does without it on a backbone that reads no text.
     """
 
+    optional: ClassVar[bool] = False
     towers: ClassVar[frozenset[str]] = frozenset()
     reads_images: ClassVar[bool] = False
     Settings: ClassVar[type[PartSettings]] = PartSettings
@@ -400,7 +402,11 @@ class Method:
         parts: list[Any] = [*self.parts, *self.losses, self.head, self.finish]
         return [part.Settings for part in parts]
 
-    def describe(self, settings: HasSettings) -> str:
+    def parts_on(self, reads_text: bool) -> tuple[type[TowerPart], ...]:
+        """Its parts on a backbone that reads text, or none."""
+        return tuple(part for part in self.parts if reads_text or not part.optional)
+
+    def describe(self, settings: HasSettings, reads_text: bool = True) -> str:
         """What is learned, in words for a model card."""
-        words = [part.describe(settings) for part in self.parts]
+        words = [part.describe(settings) for part in self.parts_on(reads_text)]
         return " and ".join(filter(None, [*words, self.head.describe(settings)]))

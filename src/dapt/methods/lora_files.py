@@ -94,14 +94,23 @@ def _from_peft(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"lora_alpha": float(alpha if facts.get("use_rslora") else alpha / sqrt(rank))}
 
 
-def _as_own(settings: HasSettings) -> dict[str, Any]:
+def _settings(settings: HasSettings) -> LoraSettings:
+    """Those of a run that has a place in these files."""
     own: LoraSettings = settings.of(LoraSettings)
+    if odd := [name for name in own.lora_maps if name not in _OWN]:
+        what = f"changes of {odd[0]} have no place in a file of CLIP-LoRA's or PEFT's"
+        raise UserError(f"{what}; use --format onnx or torch")
+    return own
+
+
+def _as_own(settings: HasSettings) -> dict[str, Any]:
+    own = _settings(settings)
     return {"r": own.lora_rank, "alpha": own.lora_alpha, "encoder": "both",
             "params": list(own.lora_maps), "position": "all"}  # fmt: skip
 
 
 def _as_peft(settings: HasSettings) -> dict[str, Any]:
-    own: LoraSettings = settings.of(LoraSettings)
+    own = _settings(settings)
     return {"peft_type": "LORA", "r": own.lora_rank, "lora_alpha": own.lora_alpha,
             "use_rslora": True, "lora_dropout": own.lora_dropout, "bias": "none",
             "target_modules": [_OF_PEFT[name].split(".")[1] for name in own.lora_maps],

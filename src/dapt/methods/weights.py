@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from dapt.errors import UserError
 from dapt.methods.contract import TowerPart
 
 if TYPE_CHECKING:  # it brings open_clip along, which the table of methods should not
@@ -30,6 +31,24 @@ def own_steps(shots: int) -> dict[str, Any]:
 
 # Of settings that are a list of names: on the command line, "q,v" is as good as "[q, v]".
 LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+
+
+# Linear maps of a layer: of attention, then of its MLP.
+Map = Literal["q", "k", "v", "o", "fc", "proj"]
+Maps = list[dict[str, tuple[Tensor, float]]]
+
+
+def maps_in(backbone: Backbone, tower: str, setting: str, names: Sequence[str]) -> Maps:
+    """Of each layer of a tower, those of its linear maps (`Backbone.linear_maps`) that are named.
+
+    A `UserError` of the ``setting`` if one is named that no layer has.
+    """
+    found = backbone.linear_maps(tower)
+    there = [name for name in get_args(Map) if any(name in own for own in found)]
+    if absent := [name for name in names if name not in there]:
+        what = f"layers of the {tower} tower of '{backbone.name}' have no linear map {absent[0]}"
+        raise UserError(f"{what}; use --set {setting}={','.join(there)}")
+    return [{name: own[name] for name in names if name in own} for own in found]
 
 
 class WeightChange(TowerPart):

@@ -256,7 +256,7 @@ class _Look:
         coloured = sorted(int(c) for c in largest if counts[c])
         named = [figures.Entry(f"class-{i}", self.shown[c]) for i, c in enumerate(coloured)]
         self.legend = dict(zip(coloured, named, strict=True))
-        if row.changes("text"):
+        if row.changes("text") and self.shared.backbone.reads_text:
             plain = Classifier(self.shared.backbone, names, template=self.classifier.template)
             with torch.inference_mode():
                 pair = [c.text_features().cpu().numpy() for c in (plain, self.classifier)]
