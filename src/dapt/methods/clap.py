@@ -19,10 +19,10 @@ from dapt.methods.losses import class_prototypes
 class ClapSettings(contract.PartSettings):
     """Of CLAP and of ZS-LP."""
 
-    clap_views: int = Field(20, ge=1, le=1000, description="views of an image to tune CLAP on")
-    clap_epochs: int = Field(300, ge=0, le=10**6, description="passes that tune CLAP's weights")
+    clap_views: int = Field(20, ge=1, le=1000, description="views of each image to tune CLAP on")
+    clap_epochs: int = Field(300, ge=0, le=10**6, description="epochs of tuning CLAP's weights")
     clap_lr: float = Field(0.1, gt=0, le=LARGEST, description="learning rate of CLAP's weights")
-    clap_batch: int = Field(256, ge=1, description="features a step of CLAP's weights")
+    clap_batch: int = Field(256, ge=1, description="features per step of tuning CLAP's weights")
 
 
 class ZeroShotProbe(contract.Head):

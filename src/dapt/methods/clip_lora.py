@@ -35,11 +35,11 @@ class LoraSettings(PartSettings):
     """Of low-rank changes."""
 
     lora_maps: Annotated[tuple[Literal["q", "k", "v", "o"], ...], LISTED] = Field(
-        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o"
+        ("q", "k", "v"), min_length=1, description="maps that LoRA changes: some of q, k, v, o"
     )
-    lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")
+    lora_rank: int = Field(2, ge=1, le=2**12, description="rank r of LoRA's changes")
     lora_alpha: float = Field(1.0, gt=0, le=LARGEST, description="LoRA's scale times sqrt(r)")
-    lora_dropout: float = Field(0.25, ge=0, lt=1, description="dropout on what LoRA's changes see")
+    lora_dropout: float = Field(0.25, ge=0, lt=1, description="dropout before LoRA's changes")
 
 
 class LowRank(WeightChange):

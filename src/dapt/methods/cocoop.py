@@ -41,7 +41,7 @@ class ConditionalSettings(ContextSettings):
     """Of a context that a network shifts."""
 
     shift_start: float = Field(
-        1.0, ge=0, le=1, description="CoCoOp's shift at the start, as a share of a usual draw's"
+        1.0, ge=0, le=1, description="CoCoOp's shift at the start, relative to the usual one"
     )
 
 

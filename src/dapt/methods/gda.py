@@ -19,9 +19,9 @@ class GdaSettings(contract.PartSettings):
     """Of GDA."""
 
     gda_alpha: float = Field(
-        1.0, gt=0, le=LARGEST, description="weight of GDA's classifier without val images"
+        1.0, gt=0, le=LARGEST, description="weight of GDA's classifier, if there are no val images"
     )
-    gda_views: int = Field(10, ge=1, le=1000, description="views of an image in GDA's statistics")
+    gda_views: int = Field(10, ge=1, le=1000, description="views of each image in GDA's statistics")
 
 
 class Gda(contract.Head):

@@ -61,14 +61,14 @@ def usual_vpt(dataset: str, shots: int) -> dict[str, Any]:
 class DeepContextSettings(ContextSettings):
     """Of a deep text prompt."""
 
-    text_depth: int = Field(12, ge=1, le=2**10, description="layers with a text prompt each")
+    text_depth: int = Field(12, ge=1, le=2**10, description="layers that have a text prompt")
 
 
 class DeepVisualSettings(PartSettings):
     """Of a deep visual prompt."""
 
     visual_vectors: int = VisualSettings.model_fields["visual_vectors"]  # type: ignore[assignment]
-    visual_depth: int = Field(12, ge=1, le=2**10, description="layers with a visual prompt each")
+    visual_depth: int = Field(12, ge=1, le=2**10, description="layers that have a visual prompt")
 
 
 class DeepPrompt(Prompt):

@@ -47,7 +47,7 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class CoupledSettings(ContextSettings):
     """Of prompts that both towers share."""
 
-    prompt_depth: int = Field(9, ge=1, le=2**10, description="layers with a coupled prompt each")
+    prompt_depth: int = Field(9, ge=1, le=2**10, description="layers that have a coupled prompt")
 
 
 class CoupledPrompt(Prompt):

@@ -69,7 +69,7 @@ class BlendSettings(PartSettings):
 class RepresentationSettings(BlendSettings):
     """Of tokens that both towers share."""
 
-    rep_tokens: int = Field(5, ge=1, le=2**10, description="tokens of the shared space")
+    rep_tokens: int = Field(5, ge=1, le=2**10, description="number of tokens in the shared space")
     rep_width: int = Field(512, ge=1, le=2**16, description="width of the shared space")
     rep_from: int = Field(6, ge=1, le=2**10, description="first layer with tokens, counted from 1")
 

@@ -23,10 +23,10 @@ class ProLIPSettings(contract.PartSettings):
     """Of ProLIP."""
 
     prolip_steps: int = Field(300, ge=0, le=10**6, description="steps that tune the projection")
-    prolip_views: int = Field(300, ge=1, le=1000, description="views of an image that they take")
+    prolip_views: int = Field(300, ge=1, le=1000, description="views of each image to tune on")
     prolip_lr: float = Field(1e-5, gt=0, le=LARGEST, description="learning rate of the projection")
     prolip_lambda: float | None = Field(
-        None, ge=0, le=LARGEST, description="pull to its first values, if not 1 / images a class"
+        None, ge=0, le=LARGEST, description="pull to first values; else 1 / images per class"
     )
 
 

@@ -27,23 +27,23 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class ContextSettings(PartSettings):
     """Of a text prompt."""
 
-    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
-    text_init: str | None = Field(None, description="words the text prompt starts from")
+    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors in the text prompt")
+    text_init: str | None = Field(None, description="words that the text prompt starts from")
 
 
 class PlacedSettings(ContextSettings):
     """Of a text prompt that may be anywhere about the class name."""
 
     text_position: Literal["end", "middle", "front"] = Field(
-        "end", description="where in the text prompt the class name stands"
+        "end", description="position of the class name in the text prompt"
     )
-    class_contexts: bool = Field(False, description="a text prompt for each class by itself")
+    class_contexts: bool = Field(False, description="a separate text prompt for each class")
 
 
 class VisualSettings(PartSettings):
     """Of a visual prompt."""
 
-    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
+    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors in the visual prompt")
     visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
 
 

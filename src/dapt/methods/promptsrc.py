@@ -66,7 +66,7 @@ class AverageSettings(PartSettings):
         30.0, ge=-LARGEST, le=LARGEST, description="epoch that counts most in the average"
     )
     average_std: float = Field(
-        30.0, gt=0, le=LARGEST, description="epochs around it that count, as a deviation"
+        30.0, gt=0, le=LARGEST, description="spread of that average, in epochs"
     )
 
 

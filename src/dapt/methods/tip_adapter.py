@@ -21,15 +21,15 @@ class TipSettings(contract.PartSettings):
 
     tip_alpha: float = Field(1.17, gt=0, le=LARGEST, description="weight of Tip-Adapter's memory")
     tip_beta: float = Field(1.0, gt=0, le=LARGEST, description="sharpness of Tip-Adapter's memory")
-    tip_views: int = Field(10, ge=1, le=1000, description="views of an image in the memory")
+    tip_views: int = Field(10, ge=1, le=1000, description="views of each image in the memory")
 
 
 class TipFSettings(TipSettings):
     """Of Tip-Adapter-F."""
 
-    tip_epochs: int = Field(20, ge=0, le=10**6, description="passes that tune the memory's keys")
+    tip_epochs: int = Field(20, ge=0, le=10**6, description="epochs of tuning the memory's keys")
     tip_lr: float = Field(0.001, gt=0, le=LARGEST, description="learning rate of the keys")
-    tip_batch: int = Field(256, ge=1, description="features a step of the keys")
+    tip_batch: int = Field(256, ge=1, description="features per step of tuning the keys")
 
 
 class TipAdapter(contract.Head):

@@ -119,8 +119,8 @@ class ClassifierSettings(PartSettings):
     """Of 2SFS's second stage."""
 
     classifier_steps: int = Field(1920, ge=1, le=10**7, description="steps of 2SFS's second stage")
-    classifier_lr: float = Field(2e-4, gt=0, le=LARGEST, description="highest rate of these steps")
-    classifier_batch: int = Field(32, ge=1, description="images of each of these steps")
+    classifier_lr: float = Field(2e-4, gt=0, le=LARGEST, description="highest lr of these steps")
+    classifier_batch: int = Field(32, ge=1, description="images per step of the second stage")
 
 
 class TwoStage(Head):
