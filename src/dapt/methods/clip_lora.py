@@ -1,9 +1,10 @@
-"""CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes of attention in both towers.
+"""CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes to the attention of both towers.
 
 ``W x + b`` becomes ``W x + b + s B A dropout(x)``, with A (r, in) and B (out, r). As in the
-published code, and unlike LoRA's paper, ``s = alpha / sqrt(r)``; on benchmarks the loss is
-cross-entropy at a fixed scale of 100, whatever the backbone's. Where dropout is 0, that code takes
-another path, on which gradients miss the changes of later layers: a mistake, not followed here.
+published code, and unlike in LoRA's paper, ``s = alpha / sqrt(r)``. On benchmarks the loss is
+cross-entropy at a fixed logit scale of 100 instead of the backbone's. With a dropout of 0, the
+published code takes another path, on which gradients miss the changes to later layers. This is a
+mistake and is not repeated here.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class LowRank(WeightChange):
 
 
 class TextLowRank(LowRank):
-    """Those of the text tower."""
+    """Low-rank changes to the attention of every layer."""
 
     kind, tower, towers = "text", "text", frozenset({"text"})
 
@@ -124,7 +125,7 @@ class TextLowRank(LowRank):
 
 
 class VisualLowRank(LowRank):
-    """Those of the image tower."""
+    """Low-rank changes to the attention of every layer."""
 
     kind, tower, towers = "visual", "image", frozenset({"image"})
 

@@ -235,9 +235,9 @@ class Evidence:
 
 
 class Head(nn.Module):
-    """How features become logits: by itself, cosines times the scale, and the model's bias.
+    """How features become logits: by default, cosines times the scale, plus the model's bias.
 
-    Its buffers and parameters are what is fitted.
+    A head's buffers and parameters are what is fitted.
 
     Attributes:
         shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C classes, D

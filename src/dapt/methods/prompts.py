@@ -90,11 +90,11 @@ class Prompt(TowerPart):
 
 
 class Context(Prompt):
-    """CoOp's context (Zhou et al., 2022), DAPT's too: ``[SOS] u_1 .. u_M <name> . [EOT]``.
+    """CoOp's context (Zhou et al., 2022), as in DAPT: ``[SOS] u_1 .. u_M <name> . [EOT]``.
 
-    At the position "middle" the name stands behind the first M // 2 vectors, at "front" before all;
-    the full stop always follows. Each class may have a context of its own. (Initial words turn that
-    off in the published code; here, each class's context starts from them.)
+    With ``text_position`` "middle", the name stands after the first M // 2 vectors; with "front",
+    before all of them. The full stop always comes last. Each class may have its own context. (In
+    the published code, initial words turn this off; here, each class's context starts from them.)
     """
 
     kind, towers = "text", frozenset({"text"})
@@ -136,8 +136,8 @@ class Context(Prompt):
 class VisualPrompt(Prompt):
     """Shallow VPT (Jia et al., 2022), DAPT's visual prompt: ``[CLS] v_1 .. v_N patches``.
 
-    It enters after ``ln_pre`` and carries no positional embedding. ``dropout`` is the probability
-    of zeroing an element, drawn anew for each image of a step.
+    The vectors enter after ``ln_pre`` and have no positional embedding. ``dropout`` is the
+    probability of setting an element to zero, drawn anew for each image in a step.
     """
 
     kind, towers = "visual", frozenset({"image"})

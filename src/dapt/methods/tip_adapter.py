@@ -1,4 +1,4 @@
-"""Tip-Adapter and Tip-Adapter-F (Zhang et al., 2022): a memory beside the text classifier."""
+"""Tip-Adapter and Tip-Adapter-F (Zhang et al., 2022): a memory added to the text classifier."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TipFSettings(TipSettings):
 class TipAdapter(contract.Head):
     """``scale x·T + alpha exp(-beta (1 - x·K)) V``: a memory of the support images; no training.
 
-    Keys K are the means of an image's features over views, normalised; V are the labels. Alpha and
-    beta are chosen on held-out images, where there are any.
+    Keys K are each image's normalised mean features over views; V are the labels. Alpha and
+    beta are chosen on held-out images, if there are any.
     """
 
     Settings: ClassVar[type[contract.PartSettings]] = TipSettings
@@ -106,10 +106,10 @@ class TipAdapter(contract.Head):
 
 
 class TipAdapterF(TipAdapter):
-    """A Tip-Adapter whose keys are tuned, at the initial alpha and beta, and not normalised again.
+    """A Tip-Adapter whose keys are tuned with the initial alpha and beta, and not normalised again.
 
-    The published code keeps the epoch that is best on test images; this one keeps the last, as
-    nothing here is chosen on test images.
+    The published code keeps the epoch that is best on test images. dapt keeps the last one, because
+    it chooses nothing on test images.
     """
 
     Settings = TipFSettings
