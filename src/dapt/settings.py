@@ -175,9 +175,9 @@ def idle_settings(method: str, added: Collection[str] = ()) -> frozenset[str]:
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
-    """Fill what is not given with published settings, or with those for own data, and validate.
+    """Validate settings; those not given are the published ones, or those for your own data.
 
-    A `UserError` names an unknown setting (with the nearest known one) or an impossible value.
+    Raises a `UserError` that names an unknown setting (and the nearest known one) or a bad value.
     """
     given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
     if odd := next((name for name in given if name not in known), None):
