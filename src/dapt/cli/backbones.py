@@ -22,11 +22,11 @@ _SHARE = 0.5
 
 @command("backbones")
 def backbones(
-    name: Annotated[str | None, Argument(help="Model to say more about.")] = None,
+    name: Annotated[str | None, Argument(help="Model to describe.")] = None,
     pretrained: common.PretrainedOption = None,
-    memory: Annotated[float | None, Option(min=0, help="GiB it may use; else all here.")] = None,
+    memory: Annotated[float | None, Option(min=0, help="GiB to use; default: all.")] = None,
     seconds: Annotated[
-        float | None, Option(min=0, help="Longest time for 1,000 images, by a measurement here.")
+        float | None, Option(min=0, help="Longest time for 1,000 images, as measured here.")
     ] = None,
     every: Annotated[bool, Option("--all", help="List every name and tag of open_clip.")] = False,
     device: common.DeviceOption = None,
