@@ -186,7 +186,7 @@ def _command(path: tuple[str, str], one: Any) -> str:
     body = [[f"`{_option(p)}`", p.help or "", _default(p)] for p in shown if p.name != "help"]
     about = (one.help or "").replace("**Example", "\n**Example")
     about = re.sub(r"docs/([\w/-]+\.md)", r"[\g<0>](../\1)", about)
-    table = rows(["argument or option", "what it says", "default"], body) if body else ""
+    table = rows(["argument or option", "meaning", "default"], body) if body else ""
     return f"## {' '.join(path)}\n\n```text\n{usage}\n```\n\n{about}\n\n{table}\n"
 
 
@@ -212,8 +212,8 @@ def settings() -> str:
     general = [name for name in all_fields() if name in Settings.model_fields]
     others = [name for name in all_fields() if name not in general]
     tables = []
-    for title, names in (("Of every run", general), ("Of parts of methods", others)):
-        users = title != "Of every run"
+    for title, names in (("Every run", general), ("Parts of methods", others)):
+        users = title != "Every run"
         body = [
             [
                 f"`{name}`",
@@ -288,7 +288,7 @@ def _fields(about: str, schema: dict[str, Any]) -> str:
         [f"`{name}`", kind_of(own), "always" if name in needed else ""]
         for name, own in schema.get("properties", {}).items()
     ]
-    return f"{inspect.cleandoc(about)}\n\n{rows(['field', 'value', 'there'], body)}"
+    return f"{inspect.cleandoc(about)}\n\n{rows(['field', 'value', 'present'], body)}"
 
 
 def rest() -> str:
@@ -309,7 +309,7 @@ def rest() -> str:
                 rows(["body"], bodies) if bodies else "",
                 rows(["status", "when"], answers),
             ]
-    text.append("## Forms of answers\n")
+    text.append("## Answers\n")
     for name, schema in api["components"]["schemas"].items():
         text.append(f"### {name}\n\n{_fields(schema.get('description', ''), schema)}")
     return "\n".join(text)
@@ -363,16 +363,16 @@ def method(name: str) -> str:
         ["changes", ", ".join(t for t in ("text", "image") if row.changes(t)) or "no tower"],
         ["cost", cost(row)],
         ["classes it was not tuned on", known(row, _usual(name))],
-        ["several labels an image", "yes" if _multilabel(row) else "no"],
-        ["source of the code", ", ".join(f"`{one}`" for one in _modules(row))],
+        ["several labels per image", "yes" if _multilabel(row) else "no"],
+        ["modules", ", ".join(f"`{one}`" for one in _modules(row))],
     ]
     paper = said.get("paper")
     source = f"## Source\n\n{_paper(paper)}\n" if paper else ""
     return f"""# {row.title}
 
-On this page you see what `{name}` learns, when to take it and what can be set.
+On this page you find what `{name}` learns, when to use it and which settings it has.
 
-**When to take it.** {said["when"]}
+**When to use it.** {said["when"]}
 
 ```console
 $ dapt train photos/ -o runs/{name} -m {name}
@@ -391,7 +391,7 @@ $ dapt train photos/ -o runs/{name} -m {name}
 def known(row: Method, settings: Settings) -> str:
     """Whether classes that it was not tuned on can be named."""
     closed = row.closed(settings)
-    return f"not named: it learns {closed}" if closed else "named by their words"
+    return f"not recognised: it learns {closed}" if closed else "recognised by their names"
 
 
 def cost(row: Method) -> str:
@@ -418,7 +418,7 @@ def _pieces(row: Method) -> list[tuple[str, Any]]:
     """Parts, losses, head and finish, each with the words that it goes by."""
     found: list[tuple[str, Any]] = [(_tower_words(part), part) for part in row.parts]
     found += [("Loss", row.loss)] if row.loss is not cross_entropy else []
-    found += [(f"Loss term `{t.name}`, weighed by `{t.weight}`", t.compute) for t in row.losses]
+    found += [(f"Loss term `{t.name}`, weighted by `{t.weight}`", t.compute) for t in row.losses]
     found += [("Head", row.head)] if row.head.fitted or not row.learns else []
     return [*found, *([("At the end", row.finish)] if row.finish.__name__ != "Finish" else [])]
 
@@ -464,7 +464,7 @@ def _own_settings(name: str, row: Method) -> str:
         for n in fields
     ]
     if not body:
-        return "There is nothing to set.\n"
+        return "This method has no settings.\n"
     return rows(["setting", "your data, 16 shots", "`caltech101`, 16 shots", "meaning"], body)
 
 

@@ -45,11 +45,11 @@ def spreadsheet_path(path: str) -> str:
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that names the culprit and the way out.
+    """Bad input, explained in one sentence that names what is wrong and the way out.
 
-    The command line prints the sentence and exits with code 2; from Python it is an
-    ordinary exception. Names from files and folders stand in it with line breaks and control
-    characters escaped, so that it is one line and cannot steer a terminal.
+    The command line prints the sentence and exits with code 2; in Python it is an
+    ordinary exception. Line breaks and control characters in names of files and folders are
+    escaped, so that the sentence is one line and cannot control a terminal.
     """
 
     def __init__(self, sentence: str) -> None:

@@ -54,42 +54,42 @@ from dapt.settings import (
 
 @dataclass(eq=False, repr=False)
 class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
-    """A few labelled images in, a classifier out.
+    """A scikit-learn classifier that learns from a few labelled images.
 
     Images are paths, files' bytes, PIL images, arrays (H, W, 3) or tensors (3, H, W) (uint8, or
     floating point in 0 .. 1), a table with a column ``image`` or ``path``, or a torch or Hugging
-    Face dataset, streamed or not. Labels are class names, or anything else with ``class_names``;
-    they may be left out for datasets, tables and pairs that have them. (Model selection picks rows
-    as of an array, which a Hugging Face dataset is not: give it ``dataset["image"]`` and
-    ``dataset["label"]``.) A pickle of a classifier is code to whoever loads it; what `save` writes
-    is not. Where each image has a list of labels, `predict` gives lists, and `predict_proba` the
-    probability of each class by itself.
+    Face dataset, streamed or not. Labels are class names, or anything else together with
+    ``class_names``. They may be left out for datasets, tables and pairs that contain them. If each
+    image has a list of labels, `predict` returns lists, and `predict_proba` a separate probability
+    for each class. (Cross-validation selects rows from arrays; from a Hugging Face dataset, pass
+    ``dataset["image"]`` and ``dataset["label"]``.) Loading a pickled classifier can run code;
+    loading what `save` writes cannot.
 
     Args:
         backbone: 'auto', the best for photographs on this machine (see ``dapt backbones``), which
-            is fetched once; 'bundled', an open_clip name, a hub id, or a file. Of a list of them,
-            features are joined, for a head on all.
-        method: a row of the method table, such as auto, dapt, coop, vpt, linear-probe, zero-shot.
-        shots: at most this many images a class are tuned on, drawn by ``seed``; None takes all.
-        pretrained: open_clip tag, weights file, or 'random'; of several backbones, a list.
-        class_names: what prompts call the classes, where labels are not their names: a mapping
+            is downloaded once; 'bundled', an open_clip name, a hub id, or a file. Features
+            of a list of them are joined, for a head on all.
+        method: a method, such as auto, dapt, coop, vpt, linear-probe or zero-shot.
+        shots: train on at most this many images per class, drawn with ``seed``; None uses all.
+        pretrained: open_clip tag, weights file, or 'random'; for several backbones, a list.
+        class_names: names of the classes for the prompts, if labels are not names: a mapping
             from label to name, or a list in the order of ``classes_``.
-        epochs, lr, beta_visual, beta_text, text_vectors, visual_vectors, batch_size: None takes the
-            method's default for own data; see ``dapt settings``.
-        seed: of support set, prompts, order and views.
-        precision: fp32, bf16 or fp16, of the frozen model.
+        epochs, lr, beta_visual, beta_text, text_vectors, visual_vectors, batch_size: settings of
+            the method; None uses its default for your own data, see ``dapt settings``.
+        seed: seed of support set, prompts, order and views.
+        precision: precision of the frozen model: fp32, bf16 or fp16.
         device: auto, cpu, cuda, cuda:N or mps.
-        settings: any others that ``dapt settings`` lists.
-        effort: 'seconds', 'minutes', 'hours' or a time such as '20m': beyond seconds, methods that
-            tune prompts are judged beside auto on held-out images, and one is taken where better.
+        settings: any other settings that ``dapt settings`` lists.
+        effort: 'seconds', 'minutes', 'hours' or a time such as '20m'. Beyond seconds, methods that
+            tune the towers are also tried on held-out images, and one is used if clearly better.
         verbose: show a progress bar.
 
     Attributes:
         classes_: labels, in the order of the columns of `predict_proba`.
-        class_names_: what prompts call them.
-        files_: the run's files, by name: what `save` writes.
-        effort_: what was tried beside auto, and what it gave; None where nothing was asked for.
-        forecast_: what to expect of new photos, as in metrics.json; None where it is not known.
+        class_names_: their names in prompts.
+        files_: the files, by name, that `save` writes.
+        effort_: what was tried beside auto, and its results; None without ``effort``.
+        forecast_: what to expect on new photos, as in metrics.json; None if not known.
     """
 
     backbone: Names = SUITED
@@ -120,10 +120,10 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         return tags
 
     def fit(self, X: Any, y: Any = None) -> PromptClassifier:
-        """Tune prompts on n images and labels; without labels, on those of the dataset ``X``.
+        """Fit the classifier to n images and labels; without ``y``, to the labels in dataset ``X``.
 
-        Warns where labels are numbers and nothing says what they mean, unless no prompt reads it.
-        What cannot be used is a `UserError`, a ValueError too where ``X`` or ``y`` is to blame.
+        Warns if labels are numbers without names, unless the method reads no class names. Bad input
+        raises a `UserError`, which is also a ValueError if the fault is in ``X`` or ``y``.
         """
         images = as_sequence(X)
         labels = labels_of(images) if y is None else y
@@ -180,7 +180,7 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         self._data = data
 
     def predict(self, X: Any) -> np.ndarray:
-        """(n,) labels of n images, or lists of those that reach their thresholds."""
+        """Predict (n,) labels of n images, or lists of the labels that reach their thresholds."""
         found = self.predict_proba(X)  # which also says if nothing was fitted
         if (thresholds := self._classifier.thresholds) is None:
             return self.classes_[found.argmax(-1)]
@@ -190,9 +190,10 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         return lists
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """(n, C) probabilities of n images, columns in the order of ``classes_``.
+        """Predict (n, C) probabilities for n images, with columns in the order of ``classes_``.
 
-        An image that cannot be read is an `InputError`; before `fit` or `load`, NotFittedError.
+        Raises an `InputError` if an image cannot be read, and NotFittedError before `fit` or
+        `load`.
         """
         classifier = self._ready()
         store = ImageStore(as_sequence(X), **classifier.of_views())
@@ -203,9 +204,9 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         return classifier.probabilities(logits.double()).numpy()[:, self._places]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Accuracy on images and labels; without labels, on those of the dataset ``X``.
+        """Compute the accuracy on images and labels; without ``y``, on the labels in dataset ``X``.
 
-        Of lists of labels, it is the share of images that have exactly the labels predicted.
+        With lists of labels, it is the share of images whose labels are predicted exactly.
         """
         if y is None:
             y = labels_of(X := as_sequence(X))
@@ -222,9 +223,9 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         return float(super().score(X, labels, sample_weight))
 
     def show(self, X: Any, top: int = 3) -> notebook.Page:
-        """Images with their ``top`` classes, as a notebook shows them inline; errors of `predict`.
+        """Show images with their ``top`` classes in a notebook; raises the errors of `predict`.
 
-        Of several labels an image, it is the most probable ones, whatever their thresholds.
+        With several labels per image, shows the most probable ones, whatever their thresholds.
         """
         found = best(torch.from_numpy(self.predict_proba(X)), self.class_names_, top)
         return notebook.photos(as_sequence(X), found, self._classifier.grey)
@@ -239,21 +240,21 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
     def add_classes(
         self, names: Sequence[str] | Mapping[Any, str], X: Any = None, y: Any = None
     ) -> PromptClassifier:
-        """Tell apart further classes.
+        """Add classes to a fitted classifier.
 
-        Prompts take them by their names, in the tuned context, and nothing is tuned again. A head
-        of the classes it was fitted on, such as that of ``auto``, is fitted again, on the images it
-        was fitted on and those given: at most ``shots`` a class, as in `fit`. Added classes that
-        have none are known by their names alone.
+        Methods that learn prompts recognise them by name, without tuning again. A head that knows
+        only the classes it was fitted on, such as that of ``auto``, is fitted again on its earlier
+        images and the new ones: at most ``shots`` per class, as in `fit`. Added classes without
+        images are known only by their names.
 
         Args:
-            names: class names, or a mapping from labels to them where labels are no names.
-            X, y: images of added classes, as for `fit`.
+            names: class names, or a mapping from labels to names if labels are not names.
+            X, y: images and labels of added classes, as for `fit`.
 
-        Metrics that came with the run are dropped: they are those of fewer classes. A `UserError`
-        if a name is there already or is none; if a head is to be fitted again and its images are no
-        more (those in memory go with the process, files must be where they were), or it reads no
-        names and a class has no images; or if prompts are given images.
+        The run's metrics are dropped, because they are for fewer classes. Raises a `UserError` if a
+        name exists already or is not a name; if a head must be fitted again and its earlier images
+        are gone (images in memory end with the process; files must be where they were); if the head
+        reads no names and a class has no images; or if a method without a head is given images.
         """
         check_is_fitted(self, "files_")
         if isinstance(names, str):
@@ -337,11 +338,11 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         return Data(found, SupportSet(FITTED, settings.shots, settings.seed, train, val))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
-        """Write a run directory, which ``dapt predict`` and the other commands read.
+        """Write a run directory, which ``dapt predict`` and the other commands can read.
 
-        It holds tensors and JSON; a pickle or joblib file of a classifier is code instead.
+        It contains only tensors and JSON. (Loading a pickle or joblib file can run code.)
 
-        A `UserError` if a run is there already, unless to ``overwrite``, or it is in use.
+        Raises a `UserError` if the directory holds a run, unless ``overwrite``, or is in use.
         """
         check_is_fitted(self, "files_")
         run, way = RunDirectory(path), "give {}=True, or choose another path"
@@ -355,12 +356,13 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
     def load(
         cls, path: Path | str, *, device: str = "auto", backbone: Names | None = None
     ) -> PromptClassifier:
-        """The classifier of a run directory that `save`, ``dapt train`` or ``dapt import`` wrote.
+        """Load a classifier from a directory that `save`, ``dapt train`` or ``dapt import`` wrote.
 
-        Or of ``org/name`` of the Hugging Face hub, ``@`` a commit, where ``dapt push`` put one.
+        ``path`` can also be ``org/name`` or ``org/name@commit`` on the Hugging Face hub, if
+        ``dapt push`` put a run there.
 
-        ``backbone`` says where the weights it was tuned on are now, if they have moved. A
-        `UserError` if there is no finished run, or its backbone is not what it was tuned on.
+        ``backbone`` says where the backbone's weights are now, if they have moved. Raises a
+        `UserError` if there is no finished run, or the backbone is not the one it was tuned on.
         """
         run = RunDirectory(find_run(path))
         run.require()

@@ -39,59 +39,59 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    dataset: str = Field(description="'bundled', a benchmark, folder, .csv, .jsonl, packed dataset")
-    root: str | None = Field(None, description="folder that holds the benchmarks")
+    dataset: str = Field(description="'bundled', benchmark, folder, .csv, .jsonl or packed dataset")
+    root: str | None = Field(None, description="folder with the benchmarks")
     domain: str | None = Field(None, description="style of the bundled task")
-    class_names: str | None = Field(None, description="JSON file: folder name -> class name")
-    classes: Literal["all", "base", "new"] = Field("all", description="base: first half, new: rest")
-    multi_label: bool | None = Field(None, description="several labels an image, or not (false)")
+    class_names: str | None = Field(None, description="JSON file from folder names to class names")
+    classes: Literal["all", "base", "new"] = Field("all", description="base: first half; new: rest")
+    multi_label: bool | None = Field(None, description="whether images have several labels")
     test_fraction: float = Field(
-        0.5, ge=0, lt=1, description="share of own unsplit images to test on; 0: none held out"
+        0.5, ge=0, lt=1, description="share of your own images to test on if not split; 0: none"
     )
-    support_set: str | None = Field(None, description="saved support set, instead of a draw")
-    method: str = Field("dapt", description="row of the method table, or two: dapt+kernel-ridge")
+    support_set: str | None = Field(None, description="saved support set to use instead of a draw")
+    method: str = Field("dapt", description="method, or two combined: dapt+kernel-ridge")
     backbone: str | tuple[str, ...] = Field(
         "bundled",
-        description="'bundled', 'auto' (the best here), open_clip name, timm:NAME, hub id, file, "
-        "or a list of them, joined",
+        description="'bundled', 'auto' (best here), open_clip name, timm:NAME, hub id or file; "
+        "a list joins them",
     )
     pretrained: str | tuple[str | None, ...] | None = Field(
-        None, description="open_clip tag, weights file, or 'random'; of several, a list"
+        None, description="open_clip tag, weights file, or 'random'; a list for several backbones"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the frozen model; bf16 is fp16 on a GPU without it"
+        "fp32", description="of the frozen model; bf16 becomes fp16 on a GPU without bf16"
     )
-    shots: int = Field(16, ge=1, description="support images a class")
-    seed: int = Field(1, ge=0, lt=2**32, description="of support set, prompts, order and views")
-    template: str | None = Field(None, description="sentence with {} for un-learned text prompts")
+    shots: int = Field(16, ge=1, description="support images per class")
+    seed: int = Field(1, ge=0, lt=2**32, description="seed of support set, prompts and views")
+    template: str | None = Field(None, description="sentence with {}, if no prompt is learned")
     templates: list[str] | None = Field(
-        None, min_length=1, description="several, to average over: a list, or a file of a line each"
+        None, min_length=1, description="several templates to average: a list or a file of lines"
     )
     epochs: int = Field(ge=1, description="passes over the support set")
-    steps: int | None = Field(None, ge=1, description="steps of tuning, in place of epochs")
-    crop_min: float = Field(0.08, gt=0, le=1, description="least share of an image in a view")
-    batch_size: int = Field(32, ge=1, description="images a step")
+    steps: int | None = Field(None, ge=1, description="steps of tuning, instead of epochs")
+    crop_min: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a view")
+    batch_size: int = Field(32, ge=1, description="images per step")
     lr: float = Field(gt=0, le=LARGEST, description="highest learning rate")
     schedule: Literal["warm-cosine", "cosine"] = Field(
-        "warm-cosine", description="of lr: by epochs, the first at 1e-5; or by steps, down to 1e-6"
+        "warm-cosine", description="of lr: by epochs, the first at 1e-5; or by steps, to 1e-6"
     )
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="of what is learned in towers")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="of SGD and AdamW")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="optimiser of the towers' parts")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(5e-4, ge=0, le=LARGEST, description="weight decay of SGD and AdamW")
     logit_scale: float | None = Field(
-        None, gt=0, le=LARGEST, description="of cosines, where towers are tuned; or the backbone's"
+        None, gt=0, le=LARGEST, description="scale of cosines in tuning; default: the backbone's"
     )
     loss_weights: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]] = Field(
-        {}, description="weights of further loss terms: 'inter', 'intra', or a method's own"
+        {}, description="weights of added losses: 'inter', 'intra', or a method's own"
     )
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
-    eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
+    eval_batch_size: int = Field(100, ge=1, description="images per batch in evaluation")
     text_memory: float = Field(4.0, gt=0, le=2**20, description="GiB of text activations in a step")
     grey_range: tuple[float, float] | None = Field(
-        None, description="grey of over 8 bits seen as black and white; by default what images use"
+        None, description="grey values over 8 bits for black and white; default: by the images"
     )
-    strict: bool = Field(False, description="an unreadable image is an error, not left out")
+    strict: bool = Field(False, description="stop at an unreadable image, do not skip it")
     memory_budget: float = Field(2.0, gt=0, le=2**20, description="GiB of decoded images in memory")
 
     @pydantic.field_validator("*", mode="before")
@@ -184,9 +184,9 @@ def idle_settings(method: str, added: Collection[str] = ()) -> frozenset[str]:
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
-    """Fill what is not given with published settings, or with those for own data, and validate.
+    """Validate settings; those not given are the published ones, or those for your own data.
 
-    A `UserError` names an unknown setting (with the nearest known one) or an impossible value.
+    Raises a `UserError` that names an unknown setting (and the nearest known one) or a bad value.
     """
     given, known = {k: v for k, v in given.items() if v is not None}, list(all_fields())
     if odd := next((name for name in given if name not in known), None):

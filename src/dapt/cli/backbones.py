@@ -22,16 +22,16 @@ _SHARE = 0.5
 
 @command("backbones")
 def backbones(
-    name: Annotated[str | None, Argument(help="Say what each method can do with it.")] = None,
+    name: Annotated[str | None, Argument(help="Model to describe.")] = None,
     pretrained: common.OnePretrainedOption = None,
-    memory: Annotated[float | None, Option(min=0, help="GiB it may take; else all here.")] = None,
+    memory: Annotated[float | None, Option(min=0, help="GiB to use; default: all.")] = None,
     seconds: Annotated[
-        float | None, Option(min=0, help="For 1,000 images; measures how fast this machine is.")
+        float | None, Option(min=0, help="Longest time for 1,000 images, as measured here.")
     ] = None,
-    every: Annotated[bool, Option("--all", help="Every name and tag of open_clip's.")] = False,
+    every: Annotated[bool, Option("--all", help="List every name and tag of open_clip.")] = False,
     device: common.DeviceOption = None,
 ) -> None:
-    """List models known by name and recommend one; or say what can be done with a model."""
+    """List models known by name and recommend one; or say what each method can do with a model."""
     if name is not None:
         _tell_methods(name, pretrained)
     elif every:

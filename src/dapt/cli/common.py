@@ -41,39 +41,39 @@ def _is_there(run: Path) -> Path:
 # Options of more than one command. Those that are called like a setting are one.
 RunArgument = Annotated[
     Path,
-    Argument(help="Run that 'dapt train' wrote, or org/name of the hub.", callback=_is_there),
+    Argument(help="Run that 'dapt train' wrote, or org/name on the hub.", callback=_is_there),
 ]
-RootOption = Annotated[Path | None, Option(help="Folder that holds the benchmarks.")]
+RootOption = Annotated[Path | None, Option(help="Folder with the benchmarks.")]
 DomainOption = Annotated[str | None, Option(help="Style of the bundled task.")]
-NamesOption = Annotated[Path | None, Option(help="JSON file: folder name -> class name.")]
+NamesOption = Annotated[Path | None, Option(help="JSON file from folder names to class names.")]
 MethodOption = Annotated[str | None, Option("--method", "-m", help="See 'dapt methods'.")]
-ShotsOption = Annotated[int | None, Option(help="Support images a class.", show_default="16")]
+ShotsOption = Annotated[int | None, Option(help="Support images per class.", show_default="16")]
 SeedOption = Annotated[
-    int | None, Option(help="Of support set, prompts and order.", show_default="1")
+    int | None, Option(help="Seed of support set, prompts and order.", show_default="1")
 ]
 EpochsOption = Annotated[
     int | None, Option(help="Passes over the support set.", show_default="the method's")
 ]
-_BACKBONES = "'bundled', 'auto', open_clip name, timm:NAME, hub id, or file."
-BACKBONES = f"{_BACKBONES} Given twice: both, joined."
+_BACKBONES = "'bundled', 'auto', open_clip name, timm:NAME, hub id or file."
+BACKBONES = f"{_BACKBONES} Give several to join them."
 BackboneOption = Annotated[list[str] | None, Option("--backbone", "-b", help=BACKBONES)]
 OneBackboneOption = Annotated[str, Option("--backbone", "-b", help=_BACKBONES)]
 _TAGS = "An open_clip tag, a file, or 'random'."
 PretrainedOption = Annotated[
-    list[str] | None, Option(help=f"{_TAGS} Of several, each in turn, or 'default'.")
+    list[str] | None, Option(help=f"{_TAGS} One per backbone, or 'default'.")
 ]
 OnePretrainedOption = Annotated[str | None, Option("--pretrained", help=_TAGS)]
 PrecisionOption = Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="fp32")]
 _DEVICES = "auto, cpu, cuda, cuda:N or mps."
 DeviceOption = Annotated[str | None, Option(help=_DEVICES, show_default="auto")]
 RunDeviceOption = Annotated[str | None, Option("--device", help=_DEVICES, show_default="the run's")]
-StrictOption = Annotated[bool, Option("--strict", help="Stop at an unreadable image, skip none.")]
-OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard the run there.")]
+StrictOption = Annotated[bool, Option("--strict", help="Stop at an unreadable image.")]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Discard an existing run.")]
 PluginOption = Annotated[
     list[Path] | None, Option("--plugin", help="Your Python file with methods; it is executed.")
 ]
 SetOption = Annotated[
-    list[str] | None, Option("--set", "-s", help="Any as name=value; see 'dapt settings'.")
+    list[str] | None, Option("--set", "-s", help="Any setting, as name=value; see 'dapt settings'.")
 ]
 
 

@@ -21,9 +21,9 @@ DEMO_EPOCHS = 30
 def compare(
     context: Context,
     dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
-    output: Annotated[Path, Option("--output", "-o", help="Where all goes.")] = Path("comparison"),
+    output: Annotated[Path, Option("--output", "-o", help="Results folder.")] = Path("comparison"),
     methods: Annotated[
-        str | None, Option(help="Those to compare: a,b.", show_default="seven, zero-shot to auto")
+        str | None, Option(help="Methods to compare: a,b.", show_default="seven, zero-shot to auto")
     ] = None,
     shots: common.ShotsOption = None,
     seed: common.SeedOption = None,
@@ -41,7 +41,7 @@ def compare(
     settings: common.SetOption = None,
     strict: common.StrictOption = False,
 ) -> None:
-    """Train several methods on the same few images, and show them side by side."""
+    """Train several methods on the same few images, and compare them side by side."""
     require_dataset(dataset)
     given = given_settings(context, assignments=settings)
     again = f"dapt compare {shlex.quote(dataset)} --output {shlex.quote(str(output))} ..."
@@ -50,9 +50,9 @@ def compare(
 
 @command("demo")
 def demo(
-    output: Annotated[Path, Option("--output", "-o", help="Where all of it goes.")] = Path("demo"),
+    output: Annotated[Path, Option("--output", "-o", help="Results folder.")] = Path("demo"),
     epochs: Annotated[int, Option(min=1, help="Passes over the support set.")] = DEMO_EPOCHS,
-    seed: Annotated[int, Option(min=0, help="Of support set, prompts and order.")] = 1,
+    seed: Annotated[int, Option(min=0, help="Seed of support set, prompts and order.")] = 1,
 ) -> None:
     """Compare zero-shot, a linear probe, prompts and the automatic head on the bundled task."""
     given = {"dataset": BUNDLED, "epochs": epochs, "seed": seed}

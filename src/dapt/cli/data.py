@@ -25,15 +25,13 @@ _SHOWN = 10  # problems of a kind that are told one by one
 data = Typer(no_args_is_help=True, help="Look at datasets and their support sets.")
 common.app.add_typer(data, name="data")
 
-_JsonOption = Annotated[bool, Option("--json", help="Print all of it, as JSON.")]
+_JsonOption = Annotated[bool, Option("--json", help="Print everything, as JSON.")]
 
 
 @command("new")
 def new(
     folder: Annotated[Path, Argument(help="Folder for your photos.")] = Path("photos"),
-    classes: Annotated[
-        list[str] | None, Argument(help="Names of its classes; a folder is made for each.")
-    ] = None,
+    classes: Annotated[list[str] | None, Argument(help="Class names; each gets a folder.")] = None,
 ) -> None:
     """Show how a folder of photos should look, or make one: dapt new photos cat 'golden retriever'.
 
@@ -59,12 +57,12 @@ def new(
 @command("support-set", data)
 def support_set(
     dataset: Annotated[str, Argument(help="As for 'dapt train'.")],
-    shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
-    seed: Annotated[int, Option(min=0, help="Of the draw.")] = 1,
+    shots: Annotated[int, Option(min=1, help="Support images per class.")] = 16,
+    seed: Annotated[int, Option(min=0, help="Seed of the draw.")] = 1,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
-    save: Annotated[Path | None, Option(help="Write it to a file for 'dapt train'.")] = None,
+    save: Annotated[Path | None, Option(help="File to write, for 'dapt train'.")] = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Draw a support set exactly as the published protocol does, and print it."""
@@ -86,7 +84,7 @@ def support_set(
 
 @command("list", data)
 def list_datasets(as_json: _JsonOption = False) -> None:
-    """List the datasets that are known by name: sizes, licences, and where to get them."""
+    """List the datasets known by name: sizes, licences, and where to get them."""
     from dapt.data import BENCHMARKS
     from dapt.data.items import PARTS
     from dapt.data.tasks import LAYOUT
@@ -111,24 +109,21 @@ def list_datasets(as_json: _JsonOption = False) -> None:
 
 @command("check", data)
 def check(
-    dataset: Annotated[str | None, Argument(help="If none, all benchmarks below --root.")] = None,
+    dataset: Annotated[str | None, Argument(help="Default: all benchmarks in --root.")] = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
-    quick: Annotated[bool, Option("--quick", help="Look for files alone, not into them.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Only check that the files exist.")] = False,
     decode: Annotated[bool, Option("--decode", help="Decode images, not just their ends.")] = False,
     backbone: common.BackboneOption = None,
     pretrained: common.PretrainedOption = None,
     device: common.DeviceOption = None,
     report: Annotated[
-        Path | None, Option(help="HTML page of the photos it finds; with -b.")
+        Path | None, Option(help="HTML page of the findings to write; needs -b.")
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Check a dataset's files and, with a backbone, its photos and labels.
-
-    The exit code is 1 if anything is wrong with the files; what the backbone finds is advice.
-    """
+    """Check a dataset's files and, with a backbone, its photos and labels."""
     from dapt.data import BENCHMARKS
     from dapt.data.check import check_dataset
 

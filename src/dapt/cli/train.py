@@ -37,30 +37,29 @@ FAR_BELOW = 3.0
 def train(
     context: Context,
     dataset: Annotated[
-        str | None, Argument(help="'bundled', a benchmark, a folder, .csv/.jsonl, packed images.")
+        str | None, Argument(help="'bundled', benchmark, folder, .csv/.jsonl or packed images.")
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Run directory to write.")] = None,
     method: Annotated[
         str | None,
-        Option(
-            "--method", "-m", help="See 'dapt methods'.", show_default="auto; of benchmarks dapt"
-        ),
+        Option("--method", "-m", help="See 'dapt methods'.", show_default="auto; benchmarks: dapt"),
     ] = None,
     head: Annotated[
-        str | None, Option(help="Head of another method, fitted on what this one tunes.")
+        str | None, Option(help="Head of another method, fitted on the tuned features.")
     ] = None,
     shots: common.ShotsOption = None,
-    every: Annotated[bool, Option("--all", help="Tune on every image; hold none out.")] = False,
+    every: Annotated[bool, Option("--all", help="Train on every image, test on none.")] = False,
     seed: common.SeedOption = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
     multi_label: Annotated[
-        bool, Option("--multi-label", help="Several labels an image; most tables tell themselves.")
+        bool, Option("--multi-label", help="Several labels per image; most tables show this.")
     ] = False,
-    support_set: Annotated[Path | None, Option(help="Saved support set, not a draw.")] = None,
+    support_set: Annotated[Path | None, Option(help="Saved support set to use.")] = None,
     backbone: Annotated[
-        list[str] | None, Option("--backbone", "-b", help=common.BACKBONES, show_default="bundled")
+        list[str] | None,
+        Option("--backbone", "-b", help=common.BACKBONES, show_default="by dataset"),
     ] = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,
@@ -68,25 +67,25 @@ def train(
     epochs: common.EpochsOption = None,
     lr: Annotated[float | None, Option(help="Learning rate.", show_default="the method's")] = None,
     loss: Annotated[
-        list[str] | None, Option(help="Add a loss: inter=0.1, intra=10; any method that learns.")
+        list[str] | None, Option(help="Add a loss to a method that tunes: inter=0.1, intra=10.")
     ] = None,
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.")] = None,
     settings: common.SetOption = None,
     plugin: common.PluginOption = None,
     tune_settings: Annotated[
-        bool, Option("--tune-settings", help="Search lr and betas on held-out support images.")
+        bool, Option("--tune-settings", help="Search lr and loss weights on held-out images.")
     ] = False,
     effort: Annotated[
         str | None,
         Option(
-            help="seconds, minutes, hours or 20m, say: try what tunes, too.", show_default="seconds"
+            help="Time to try slower methods: seconds, minutes, hours, 20m.", show_default="seconds"
         ),
     ] = None,
     strict: common.StrictOption = False,
     resume: Annotated[bool, Option("--resume", help="Continue a stopped run.")] = False,
     overwrite: common.OverwriteOption = False,
 ) -> None:
-    """Make a classifier of a few labelled images, say what to expect of it, and evaluate it."""
+    """Train a classifier on a few labelled images, say what to expect from it, and evaluate it."""
     if dataset is not None:
         require_dataset(dataset)
     from dapt.engine.fit import Interrupted
@@ -261,12 +260,12 @@ def _everything(said: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def methods(
     backbone: common.BackboneOption = None,
     pretrained: common.PretrainedOption = None,
-    classes: Annotated[int, Option(min=1, help="Classes to count numbers for.")] = 100,
+    classes: Annotated[int, Option(min=1, help="Number of classes to count parameters for.")] = 100,
     plugin: common.PluginOption = None,
 ) -> None:
-    """List the methods: what each learns, by which loss terms; of a backbone, how many numbers.
+    """List the methods: what each learns, its loss terms and, with a backbone, how many parameters.
 
-    Numbers are those of gradient descent; those of heads follow from the images.
+    The number counts what gradient descent learns; a head's size depends on the images.
     """
     counted = _counted(backbone, pretrained, classes) if backbone else {}
     figures = [f"numbers, {classes} classes"] if counted else []
@@ -303,12 +302,12 @@ def _counted(backbone: list[str], pretrained: list[str] | None, classes: int) ->
 
 @command("settings")
 def list_settings(
-    dataset: Annotated[str, Argument(help="Show the settings published for it.")] = "bundled",
-    shots: Annotated[int, Option(min=1, help="Support images a class.")] = 16,
+    dataset: Annotated[str, Argument(help="Dataset whose published settings to show.")] = "bundled",
+    shots: Annotated[int, Option(min=1, help="Support images per class.")] = 16,
     method: common.MethodOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
-    """List every setting with its default for a dataset, and what it means; or one method's."""
+    """List all settings, or those of one method: default for a dataset, and meaning."""
     made = table("setting", "default", "meaning")
     with outlines():
         from dapt.methods import get_method
@@ -330,30 +329,30 @@ def list_settings(
 @command("experiment")
 def experiment(
     context: Context,
-    suite: Annotated[str, Argument(help="A suite that ships with dapt, or a YAML file.")],
+    suite: Annotated[str, Argument(help="Suite that comes with dapt, or a YAML file.")],
     root: common.RootOption = None,
-    output: Annotated[Path, Option("--output", "-o", help="Where runs go.")] = Path("results"),
-    datasets: Annotated[str | None, Option(help="Instead of the suite's: a,b.")] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Folder for runs.")] = Path("results"),
+    datasets: Annotated[str | None, Option(help="Datasets instead of the suite's: a,b.")] = None,
     methods: Annotated[
-        str | None, Option(help="Methods, variants of the suite, field or all: a,b.")
+        str | None, Option(help="Methods or variants of the suite: a,b; or field, or all.")
     ] = None,
-    shots: Annotated[str | None, Option(help="Instead of the suite's: 1,16.")] = None,
-    seeds: Annotated[str | None, Option(help="Instead of the suite's: 1,2,3.")] = None,
+    shots: Annotated[str | None, Option(help="Shots instead of the suite's: 1,16.")] = None,
+    seeds: Annotated[str | None, Option(help="Seeds instead of the suite's: 1,2,3.")] = None,
     backbone: common.BackboneOption = None,
     pretrained: common.PretrainedOption = None,
     precision: common.PrecisionOption = None,
     device: common.DeviceOption = None,
     settings: common.SetOption = None,
     plugin: common.PluginOption = None,
-    quick: Annotated[bool, Option("--quick", help="Fewer shots, seeds and epochs.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Run fewer shots, seeds and epochs.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its time.")] = False,
     yaml: Annotated[bool, Option("--yaml", help="Print the suite's file, to copy.")] = False,
     retry: Annotated[bool, Option("--retry", help="Try failed runs again.")] = False,
-    workers: Annotated[int | None, Option(min=1, help="Processes that do runs at once.")] = None,
-    threads: Annotated[int | None, Option(min=1, help="Of a run; else cores / workers.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Runs at the same time.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="Per run; else cores / workers.")] = None,
     ray: Annotated[str | None, Option(help="Address of a Ray cluster, or 'local'.")] = None,
 ) -> None:
-    """Do a grid of runs: methods, shots and seeds on datasets, with evaluations elsewhere."""
+    """Run a grid of methods, shots and seeds on datasets, with further evaluations."""
     from dapt.engine.fit import Interrupted
     from dapt.grid import Grid, make_plan, read_suite, suite_file
     from dapt.grid.plan import DONE
@@ -442,17 +441,17 @@ def _show_result(grid: Grid) -> None:
 
 @command("report")
 def report(
-    runs: Annotated[list[Path], Argument(help="Run directories, or folders that hold some.")],
-    out: Annotated[Path, Option("--out", "-o", help="HTML page.")] = Path("report.html"),
+    runs: Annotated[list[Path], Argument(help="Run directories, or folders that contain some.")],
+    out: Annotated[Path, Option("--out", "-o", help="HTML page to write.")] = Path("report.html"),
     baseline: Annotated[
-        str | None, Option(help="Method to compare with; by default zero-shot, or the first.")
+        str | None, Option(help="Method to compare with; default: zero-shot, or the first.")
     ] = None,
     features: Annotated[
-        bool, Option("--features", help="Feature maps, reliability, misnamed images, too.")
+        bool, Option("--features", help="Add feature maps, reliability and misnamed images.")
     ] = False,
     plugin: common.PluginOption = None,
 ) -> None:
-    """Tables and figures of any set of runs, on one HTML page that needs nothing else."""
+    """Make one self-contained HTML page with tables and figures of any set of runs."""
     from dapt.report import write_report
 
     told = RichReporter()
@@ -471,7 +470,7 @@ _UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 @command("bench", context_settings=_UNREAD)
 def bench(context: Context) -> None:
-    """Time a training step and an evaluation, the plain way and ours, in one run."""
+    """Time a training step and an evaluation, with a plain implementation and with dapt's."""
     sources = Path(dapt.__file__).resolve().parents[1]
     if sources.name != "src" or not (sources.parent / "benchmarks").is_dir():
         raise UserError(

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def evaluate(
     context: Context,
     run: common.RunArgument,
-    dataset: Annotated[str | None, Option(help="Another dataset than the run's own.")] = None,
+    dataset: Annotated[str | None, Option(help="Another dataset to evaluate on.")] = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     class_names: common.NamesOption = None,
@@ -52,7 +52,7 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="Print all metrics as JSON.")] = False,
     plugin: common.PluginOption = None,
 ) -> None:
-    """Evaluate a run's prompts: on its own test images, another domain, or another dataset."""
+    """Evaluate a run on its own test images, another domain, or another dataset."""
     from dapt.run.directory import RunDirectory
     from dapt.run.train import Target, evaluate_run
 
@@ -85,21 +85,21 @@ def predict(
     form: Annotated[str, Option("--format", "-f", help="lines, json, csv or table.")] = "lines",
     as_json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
     unknown: Annotated[
-        str | None, Option(help="Less probable than this, an image is unknown; or auto.")
+        str | None, Option(help="Call an image unknown below this probability; or auto.")
     ] = None,
     known_share: Annotated[
         float, Option(min=0, max=1, help="Share of known images that --unknown auto lets pass.")
     ] = 0.95,
     set_coverage: Annotated[
         float | None,
-        Option(min=0, max=1, help="Name so many classes that the true one is so often among them."),
+        Option(min=0, max=1, help="How often the true class is among those named, such as 0.9."),
     ] = None,
-    null: Annotated[bool, Option("-0", help="Names end in NUL, as of find -print0.")] = False,
-    batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
+    null: Annotated[bool, Option("-0", help="Names end in NUL (find -print0).")] = False,
+    batch_size: Annotated[int, Option(min=1, help="Images per batch.")] = 100,
     device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
-    """Classify images with a run's prompts."""
+    """Classify images with a run."""
     from dapt.predict import Unreadable, named_in, predict_each
     from dapt.run.directory import RunDirectory
     from dapt.run.load import load_classifier
@@ -280,11 +280,11 @@ def suggest(
     images: Annotated[list[str], Argument(help="Files, folders, patterns.", callback=_are_there)],
     count: Annotated[int, Option("--count", "-n", min=1, help="Photos to list.")] = 20,
     form: Annotated[str, Option("--format", "-f", help="lines, json or csv.")] = "lines",
-    batch_size: Annotated[int, Option(min=1, help="Images a batch.")] = 100,
+    batch_size: Annotated[int, Option(min=1, help="Images per batch.")] = 100,
     device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
-    """Say which unlabelled photos to label next: unsure ones, unlike each other."""
+    """Suggest which unlabelled photos to label next: unsure ones, unlike each other."""
     from dapt.data import ImageStore
     from dapt.engine.suggest import suggest
     from dapt.predict import find_images
@@ -325,27 +325,27 @@ def suggest(
 def serve(
     run: common.RunArgument,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
     token: Annotated[
-        str | None, Option(envvar="DAPT_TOKEN", help="That clients must send.")
+        str | None, Option(envvar="DAPT_TOKEN", help="Token that clients must send.")
     ] = None,
-    nearest: Annotated[bool, Option(help="Show nearest support images, if they are here.")] = True,
-    max_upload: Annotated[float, Option(min=0.01, help="MB of a request.")] = 20,
-    max_pixels: Annotated[float, Option(min=0.01, help="Megapixels of an image.")] = 50,
-    max_images: Annotated[int, Option(min=1, help="Images of a request.")] = 32,
-    queue: Annotated[int, Option(min=1, help="Images that may wait, in all.")] = 128,
-    batch_size: Annotated[int, Option(min=1, help="Images the model takes at a time.")] = 32,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds a request may take.")] = 30,
+    nearest: Annotated[bool, Option(help="Show the nearest support images, if available.")] = True,
+    max_upload: Annotated[float, Option(min=0.01, help="Largest request, in MB.")] = 20,
+    max_pixels: Annotated[float, Option(min=0.01, help="Largest image, in megapixels.")] = 50,
+    max_images: Annotated[int, Option(min=1, help="Most images per request.")] = 32,
+    queue: Annotated[int, Option(min=1, help="Most images waiting, in all.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Images the model processes at a time.")] = 32,
+    timeout: Annotated[float, Option(min=0.1, help="Longest time for a request, in seconds.")] = 30,
     allow_host: Annotated[list[str] | None, Option(help="Another name of this server.")] = None,
     allow_origin: Annotated[
-        list[str] | None, Option(help="Scheme, host and port of pages that may use it.")
+        list[str] | None, Option(help="Other web pages that may use it: scheme, host, port.")
     ] = None,
-    workers: Annotated[int, Option(min=1, help="Processes that answer, each with a model.")] = 1,
-    root_path: Annotated[str, Option(help="Path that a proxy before it has it below.")] = "",
+    workers: Annotated[int, Option(min=1, help="Processes, each with its own model.")] = 1,
+    root_path: Annotated[str, Option(help="Path below which a proxy serves it.")] = "",
     feedback: Annotated[
-        Path | None, Option(help="Folder that photos corrected on the page are kept in.")
+        Path | None, Option(help="Folder for photos that visitors correct.")
     ] = None,
-    feedback_room: Annotated[float, Option(min=0.01, help="MB that they may take in all.")] = 1000,
+    feedback_room: Annotated[float, Option(min=0.01, help="Most MB for these photos.")] = 1000,
     device: common.RunDeviceOption = None,
     plugin: common.PluginOption = None,
 ) -> None:
@@ -422,12 +422,12 @@ def import_(
     output: Annotated[Path, Option("--output", "-o", help="Run directory to write.")],
     backbone: common.OneBackboneOption = "bundled",
     pretrained: common.OnePretrainedOption = None,
-    class_names: Annotated[Path | None, Option(help="JSON list, in label order.")] = None,
-    dataset: Annotated[str | None, Option(help="Evaluate on its test images.")] = None,
+    class_names: Annotated[Path | None, Option(help="Names in label order, as JSON.")] = None,
+    dataset: Annotated[str | None, Option(help="Dataset to evaluate on.")] = None,
     root: common.RootOption = None,
     domain: common.DomainOption = None,
     method: common.MethodOption = None,
-    template: Annotated[str | None, Option(help="Where no text prompt is: a {} in words.")] = None,
+    template: Annotated[str | None, Option(help="With {}, if no text prompt is learned.")] = None,
     shots: common.ShotsOption = None,
     seed: common.SeedOption = None,
     epochs: common.EpochsOption = None,
@@ -453,7 +453,7 @@ def export(
     form: Annotated[str, Option("--format", "-f", help="onnx, torch, coop or peft.")] = "onnx",
     int8: Annotated[bool, Option("--int8", help="ONNX in 8 bits: smaller, a bit worse.")] = False,
     fp16: Annotated[bool, Option("--fp16", help="ONNX in 16 bits: half as large.")] = False,
-    batch: Annotated[int | None, Option(min=1, help="Fix the number of images it takes.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Fix the number of images per batch.")] = None,
     plugin: common.PluginOption = None,
 ) -> None:
     """Write a run's classifier to one file that needs no dapt, with a model card beside it."""
@@ -472,7 +472,7 @@ def export(
 def push(
     run: common.RunArgument,
     repo_id: Annotated[str, Argument(help="Model repository, such as name/flowers.")],
-    private: Annotated[bool, Option("--private", help="Make it a private one.")] = False,
+    private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be uploaded.")] = False,
     plugin: common.PluginOption = None,
 ) -> None:

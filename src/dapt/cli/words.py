@@ -15,8 +15,8 @@ from dapt.safe.files import to_json
 @command("words")
 def words(
     run: common.RunArgument,
-    count: Annotated[int, Option("--count", "-n", min=1, help="Words to name of each.")] = 5,
-    as_json: Annotated[bool, Option("--json", help="Print them with distances, as JSON.")] = False,
+    count: Annotated[int, Option("--count", "-n", min=1, help="Words to list per vector.")] = 5,
+    as_json: Annotated[bool, Option("--json", help="Print words and distances as JSON.")] = False,
     device: common.RunDeviceOption = None,
 ) -> None:
     """Say which words the learned text vectors of a run are nearest to."""

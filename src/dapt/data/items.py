@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Classes, and images to tune on (train, val; a target domain has none) and to evaluate on."""
+    """Classes, and images to train on (train, val; none for a target domain) and to evaluate on."""
 
     name: str
     root: Path
@@ -66,11 +66,11 @@ class Task:
     pictures: Sequence[Any] | None = field(default=None, compare=False, repr=False)
 
     def image_path(self, item: Item) -> Path:
-        """Where the item's image file is."""
+        """Return the path of the item's image file."""
         return self.root / item.path
 
     def source(self, item: Item) -> Any:
-        """What the item's image is read from: the path of its file, or one of ``pictures``."""
+        """Return what the item's image is read from: its file's path, or one of ``pictures``."""
         if self.pictures is not None and item.path.isdecimal():
             return self.pictures[int(item.path)]
         return self.image_path(item)
@@ -83,7 +83,7 @@ class Task:
 
 @dataclass(frozen=True)
 class SupportSet:
-    """Images drawn from a task: ``train`` to tune on, ``val`` to choose settings by."""
+    """Images drawn from a task: ``train`` to train on, ``val`` to choose settings by."""
 
     dataset: str
     shots: int
@@ -285,13 +285,14 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def draw_support_set(task: Task, shots: int, seed: int) -> SupportSet:
-    """Draw a support set as the published protocol does, to the very image (Zhou et al., 2022).
+    """Draw exactly the support set that the published protocol draws (Zhou et al., 2022).
 
-    One generator, seeded by ``seed``, draws ``shots`` images a class from train and then
-    ``min(shots, 4)`` a class from val, classes in order of first appearance. A class with fewer
-    gives all it has, without a draw. A subset of classes has its images of the draw from all.
-    Where images have several labels, the rarest classes are drawn for first, and a class lacks
-    only what those before it have not brought along; it may get more.
+    One random generator with seed ``seed`` draws ``shots`` images per class from train, then
+    ``min(shots, 4)`` per class from val, with classes in order of first appearance. From a class
+    with fewer images, all are taken without drawing. A subset of classes gets its images from the
+    draw for all classes. If images have several labels, the rarest classes are drawn first, and a
+    class gets only what earlier draws have not already brought along; it may have more than
+    ``shots``.
     """
     if shots < 1 or seed < 0:  # random.Random would take the absolute value
         raise UserError(f"shots {shots} must be 1 or more, and seed {seed} 0 or more")

@@ -48,19 +48,19 @@ def open_task(
     evaluate: bool = False,
     multi_label: bool | None = None,
 ) -> items.Task:
-    """Open a task. No image is looked at yet: a missing one is reported when it is read.
+    """Open a dataset as a task. Images are not read yet; a missing one is reported when it is read.
 
     Args:
-        dataset: ``bundled``; a benchmark's name; or what `read_folder`, `read_table` or
-            `read_packed` takes. A `UserError` if it is none, or anything in it is wrong.
-        root: folder that holds the benchmarks; not read for anything else.
-        domain: style of the bundled task; the source domain if not given.
-        class_names: JSON file with other names for the classes, as `read_class_names` takes it.
+        dataset: ``bundled``, a benchmark's name, a folder, a table or packed data. Raises a
+            `UserError` if it is none of these, or anything in it is wrong.
+        root: folder with the benchmarks; only benchmarks need it.
+        domain: style of the bundled task; by default the source domain.
+        class_names: JSON file with other names for the classes.
         test_fraction, split_seed: share of each class that becomes test images, and the seed of
-            that split, where nothing is split yet. 0 holds nothing out: val images join train, too.
-        evaluate: the task is only evaluated on: an unsplit source is all test images.
-        multi_label: whether images may have several labels. A table tells by itself if this is not
-            given; one file of a folder then has the labels of all class folders that it lies in.
+            this split, if the dataset is not split yet. With 0, val images join train, too.
+        evaluate: only evaluate on the task: an unsplit dataset becomes all test images.
+        multi_label: whether images may have several labels. By default, a table shows this itself.
+            In folders, a file then has the labels of all class folders that contain it.
     """
     if domain is not None and dataset != BUNDLED:
         raise UserError(f"`domain` {domain} goes with the bundled task only, not with '{dataset}'")

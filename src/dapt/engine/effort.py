@@ -49,7 +49,7 @@ MARGIN, LEAST = 1.0, 0.01
 
 
 class Fold(BaseModel):
-    """What a classifier said of n images that were held out, and how long it took to make it."""
+    """A classifier's predictions for n held-out images, and how long it took to fit."""
 
     model_config = ConfigDict(strict=True)
 
@@ -68,7 +68,7 @@ class Fold(BaseModel):
 
 
 class Trial(BaseModel):
-    """A method on the folds, as far as it came; or why it is left out."""
+    """A method on the folds done so far, or why it is left out."""
 
     model_config = ConfigDict(strict=True)
 
@@ -103,9 +103,9 @@ class Trial(BaseModel):
 
 
 class Search(BaseModel):
-    """What is known so far: of the head alone, which comes first, and of what is tried beside it.
+    """The results so far: of the head alone, which comes first, and of the methods tried.
 
-    ``ended`` says why nothing is tried, where that is so.
+    ``ended`` says why no method is tried, if that is so.
     """
 
     model_config = ConfigDict(strict=True)

@@ -116,16 +116,15 @@ def fit(
 ) -> Tuned:
     """Tune a classifier on a support set.
 
-    Of several processes that ``torchrun`` started, all tune and the first keeps the journal.
+    If ``torchrun`` started several processes, all of them tune, and the first writes the journal.
 
     Args:
-        settings: from `make_settings`.
-        shared: a loaded backbone, as the settings say, and what earlier runs read with it.
-        journal: keeps the progress, to resume from.
+        settings: settings from `make_settings`.
+        shared: a backbone loaded with the same settings, and what earlier runs cached with it.
+        journal: records the progress, so that tuning can be resumed.
 
-    Raises:
-        UserError: bad input, or (`Diverged`) the numbers are no longer finite.
-        Interrupted: the process got SIGINT or SIGTERM; the same call with its journal continues.
+    Raises: UserError: bad input, or (`Diverged`) numbers are no longer finite. Interrupted: the
+    process got SIGINT or SIGTERM; call again with the same journal to continue.
     """
     reporter, journal = reporter or Reporter(), journal or Journal()
     require_method(data.task, settings.method)

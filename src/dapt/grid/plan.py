@@ -55,19 +55,19 @@ class Evaluation(BaseModel, extra="forbid", frozen=True):
 class Suite(BaseModel, extra="forbid", frozen=True):
     """A grid, and how it changes on the bundled task (``bundled``) or in a hurry (``quick``)."""
 
-    name: str  # folder of its runs; the file's name, if not given
-    about: str = ""  # what it is for
-    plugins: list[str] = []  # files of one's own methods, which are executed
-    bundled: dict[str, Any] = {}  # changes where benchmarks are meant but no root is given
-    quick: dict[str, Any] = {}  # changes for --quick
-    datasets: list[str] = []  # to tune on; each one's name or path
-    methods: list[str] = []  # rows of the method table
-    variants: dict[str, dict[str, Any]] = {}  # further columns beside these: name -> settings
-    sweeps: dict[str, list[Any]] = {}  # setting -> values, each a variant named setting=value
-    shots: list[Annotated[int, Field(strict=True, ge=1)]] = [16]  # support images a class
-    seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]  # each a run
-    settings: dict[str, Any] = {}  # fixed for all runs
-    evaluations: list[Evaluation] = []  # to do after each run
+    name: str  # folder for its runs; default: the file's name
+    about: str = ""  # what the suite is for
+    plugins: list[str] = []  # files with your own methods, which are executed
+    bundled: dict[str, Any] = {}  # changes if no --root is given
+    quick: dict[str, Any] = {}  # changes with --quick
+    datasets: list[str] = []  # names or paths of the datasets to tune on
+    methods: list[str] = []  # names of methods
+    variants: dict[str, dict[str, Any]] = {}  # further columns: name -> settings
+    sweeps: dict[str, list[Any]] = {}  # setting -> values: variants named setting=value
+    shots: list[Annotated[int, Field(strict=True, ge=1)]] = [16]  # support images per class
+    seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = [1, 2, 3]  # one run per seed
+    settings: dict[str, Any] = {}  # settings of all runs
+    evaluations: list[Evaluation] = []  # what else to evaluate each run on
 
     @model_validator(mode="after")
     def _sound(self) -> Suite:

@@ -1,10 +1,11 @@
-"""The best head that a few photos can give: many closed forms, weighed by what they hold out.
+"""The automatic head: many closed forms, weighted by how well they classify held-out images.
 
-The pieces are text and prototypes (`Prototypes`) and kernel ridge regressions (`Ridge`), each with
-the class names' say and without. Candidates are pieces, pairs of them, and the bare text. Each is
-judged on support images that it was not fitted on, in closed form. Candidates that the images
-cannot tell apart are averaged: a weight falls with how many standard errors a candidate's
-cross-entropy lies above the best one's. As logits are averaged, all become one classifier.
+The pieces are the class texts, class means (`Prototypes`) and kernel ridge regressions (`Ridge`),
+each with and without class names. The candidates are pieces, pairs of pieces, and the text alone.
+Each is judged, in closed form, on support images that it was not fitted on. Candidates that the
+images cannot tell apart are averaged: the more standard errors a candidate's cross-entropy lies
+above the best one's, the lower its weight. Because logits are averaged, the result is one
+classifier.
 """
 
 from __future__ import annotations
@@ -179,10 +180,10 @@ def smoothed(evidence: Evidence, count: int) -> Tensor:
 
 
 class Auto(contract.Head):
-    """``x·weight + exp(-width |x - keys|²) values``, of everything that `weigh` finds good.
+    """``x·weight + exp(-width |x - keys|²) values``, of all candidates that `weigh` keeps.
 
-    Support features are averaged over the plain and the mirrored image and some training views. The
-    sum is calibrated by one factor, fitted on what was held out.
+    Support features are averaged over the plain image, the mirrored image and some training views.
+    The logits are calibrated by one factor, fitted on held-out images.
     """
 
     Settings = AutoSettings

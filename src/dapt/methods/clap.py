@@ -1,4 +1,4 @@
-"""CLAP and ZS-LP (Silva-Rodríguez et al., 2024): class weights that start at the text features."""
+"""CLAP and ZS-LP (Silva-Rodríguez et al., 2024): tune class weights that start as text features."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dapt.methods.losses import class_prototypes
 class ClapSettings(contract.PartSettings):
     """Of CLAP and of ZS-LP."""
 
-    clap_views: int = Field(20, ge=1, le=1000, description="views of an image to tune CLAP on")
-    clap_epochs: int = Field(300, ge=0, le=10**6, description="passes that tune CLAP's weights")
+    clap_views: int = Field(20, ge=1, le=1000, description="views of each image to tune CLAP on")
+    clap_epochs: int = Field(300, ge=0, le=10**6, description="epochs of tuning CLAP's weights")
     clap_lr: float = Field(0.1, gt=0, le=LARGEST, description="learning rate of CLAP's weights")
-    clap_batch: int = Field(256, ge=1, description="features a step of CLAP's weights")
+    clap_batch: int = Field(256, ge=1, description="features per step of tuning CLAP's weights")
 
 
 class ZeroShotProbe(contract.Head):
-    """ZS-LP: cosine with weights w that start at the text features t (not normalised).
+    """Cosine with weights w that start as the text features t (not normalised).
 
-    All views are one pool; an epoch takes as many full batches of a new shuffle as one view's
-    images would fill, and at least one. The last epoch stays.
+    All views form one pool. An epoch shuffles it and takes as many full batches as the images would
+    fill in a single view, but at least one. The last epoch is the result.
     """
 
     Settings = ClapSettings
@@ -96,7 +96,7 @@ class ZeroShotProbe(contract.Head):
 
 
 class Clap(ZeroShotProbe):
-    """CLAP: ZS-LP, and the mean over classes of ``lambda_c |w_c - t_c|²`` (its l2 constraint)."""
+    """ZS-LP, with the mean over classes of ``lambda_c |w_c - t_c|²`` in the loss (its l2 form)."""
 
     def pull(self, features: Tensor, labels: Tensor, text: Tensor) -> Tensor:
         """lambda: how probable zero-shot CLIP finds the true class, on average over its images.

@@ -1,9 +1,10 @@
-"""CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes of attention in both towers.
+"""CLIP-LoRA (Zanella and Ben Ayed, 2024): low-rank changes to the attention of both towers.
 
 ``W x + b`` becomes ``W x + b + s B A dropout(x)``, with A (r, in) and B (out, r). As in the
-published code, and unlike LoRA's paper, ``s = alpha / sqrt(r)``; on benchmarks the loss is
-cross-entropy at a fixed scale of 100, whatever the backbone's. Where dropout is 0, that code takes
-another path, on which gradients miss the changes of later layers: a mistake, not followed here.
+published code, and unlike in LoRA's paper, ``s = alpha / sqrt(r)``. On benchmarks the loss is
+cross-entropy at a fixed logit scale of 100 instead of the backbone's. With a dropout of 0, the
+published code takes another path, on which gradients miss the changes to later layers. This is a
+mistake and is not repeated here.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class LoraSettings(PartSettings):
     """Of low-rank changes."""
 
     lora_maps: Annotated[tuple[Map, ...], LISTED] = Field(
-        ("q", "k", "v"), min_length=1, description="maps that LoRA changes, of q, k, v, o, fc, proj"
+        ("q", "k", "v"),
+        min_length=1,
+        description="maps that LoRA changes: some of q, k, v, o, fc, proj",
     )
-    lora_rank: int = Field(2, ge=1, le=2**12, description="r of LoRA's changes")
+    lora_rank: int = Field(2, ge=1, le=2**12, description="rank r of LoRA's changes")
     lora_alpha: float = Field(1.0, gt=0, le=LARGEST, description="LoRA's scale times sqrt(r)")
-    lora_dropout: float = Field(0.25, ge=0, lt=1, description="dropout on what LoRA's changes see")
+    lora_dropout: float = Field(0.25, ge=0, lt=1, description="dropout before LoRA's changes")
 
 
 class LowRank(WeightChange):
@@ -119,12 +122,12 @@ class LowRank(WeightChange):
 
 
 class TextLowRank(LowRank):
-    """Those of the text tower."""
+    """Low-rank changes to the attention of every layer."""
 
     kind, tower, towers, optional = "text", "text", frozenset({"text"}), True
 
 
 class VisualLowRank(LowRank):
-    """Those of the image tower."""
+    """Low-rank changes to the attention of every layer."""
 
     kind, tower, towers = "visual", "image", frozenset({"image"})

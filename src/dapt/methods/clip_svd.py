@@ -1,9 +1,10 @@
-"""CLIP-SVD (Koleilat et al., 2025): singular values of the towers' weights are learned, alone.
+"""CLIP-SVD (Koleilat et al., 2025): learns only the singular values of the towers' weights.
 
-Every weight of a layer is ``U diag(s) V``; U and V follow from the frozen weight and are made anew
-wherever a run is loaded. As in the published code weight decay pulls s towards 0, and on benchmarks
-the loss is cross-entropy at a fixed scale of 100, whatever the backbone's. Its code for new classes
-takes the number of epochs for the cosine's period, in steps: a mistake, not followed here.
+Every weight of a layer is ``U diag(s) V``. U and V follow from the frozen weight and are computed
+again when a run is loaded. As in the published code, weight decay pulls s towards 0. On benchmarks
+the loss is cross-entropy at a fixed logit scale of 100 instead of the backbone's. The published
+code for new classes uses the number of epochs as the cosine's period in steps. This is a mistake
+and is not repeated here.
 """
 
 from __future__ import annotations
@@ -108,12 +109,12 @@ class SingularValues(WeightChange):
 
 
 class TextSingularValues(SingularValues):
-    """Those of the text tower."""
+    """Singular values of the weights of every layer."""
 
     kind, tower, towers, optional = "text", "text", frozenset({"text"}), True
 
 
 class VisualSingularValues(SingularValues):
-    """Those of the image tower."""
+    """Singular values of the weights of every layer."""
 
     kind, tower, towers = "visual", "image", frozenset({"image"})

@@ -1,4 +1,4 @@
-"""CoCoOp (Zhou et al., 2022): a context that a small network shifts by the image's features."""
+"""CoCoOp (Zhou et al., 2022): a small network shifts the context depending on the image."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class ConditionalSettings(ContextSettings):
     """Of a context that a network shifts."""
 
     shift_start: float = Field(
-        1.0, ge=0, le=1, description="CoCoOp's shift at the start, as a share of a usual draw's"
+        1.0, ge=0, le=1, description="CoCoOp's shift at the start, relative to the usual one"
     )
 
 
 class ConditionalContext(Prompt):
-    """``[SOS] u_1 + h(f) .. u_M + h(f) <name> . [EOT]`` of an image with features f.
+    """``[SOS] u_1 + h(f) .. u_M + h(f) <name> . [EOT]`` for an image with features f.
 
-    The network h has one hidden layer, of a sixteenth as many numbers as f, and a ReLU. Without an
+    The network h has one hidden layer, a sixteenth as wide as f, with a ReLU. Without an
     image, nothing is added.
     """
 

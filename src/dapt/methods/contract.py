@@ -48,18 +48,18 @@ class HasSettings(Protocol):
 
 
 class TowerPart(nn.Module):
-    """Something learned inside a frozen tower; by itself, it changes nothing there.
+    """Something learned inside a frozen tower; this base class changes nothing there.
 
-    Its parameters are what is learned: in fp32, by the names they have in a run's files.
+    Its parameters are what is learned. They are in fp32 and have the same names in a run's files.
 
     Attributes:
-        towers: those it changes: "text", "image" or both. Features of the others are cached.
-        reads_images: whether its tokens in the text tower depend on the image: class features are
-            then made for each image, whose own are `Pass.image_features`.
-        after: words that stand between its tokens and the class name, in the text tower.
-        ahead: how many of its tokens stand before the class name there, if not all of them; the
+        towers: the towers it changes: "text", "image" or both. Features of the others are cached.
+        reads_images: whether its tokens in the text tower depend on the image. Class features are
+            then computed for each image, whose own features are `Pass.image_features`.
+        after: words between its tokens and the class name, in the text tower.
+        ahead: how many of its tokens stand before the class name, if not all of them; the
             others stand after it, before the full stop.
-        reads: how many tokens that it put among the patches are read at the image tower's end.
+        reads: how many of the tokens it put among the patches are read at the image tower's end.
         optional: whether its row does without it on a backbone that reads no text.
     """
 
@@ -188,7 +188,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Added to cross-entropy: a mean over a batch's images, or the same for any part of it."""
+    """A loss added to cross-entropy: a mean over the images of a batch, or independent of them."""
 
     name: str  # its column in log.csv
     weight: str  # the setting that weighs it: one of ``Settings``, or of the user's loss_weights
@@ -237,14 +237,14 @@ class Evidence:
 
 
 class Head(nn.Module):
-    """How features become logits: by itself, cosines times the scale, and the model's bias.
+    """How features become logits: by default, cosines times the scale, plus the model's bias.
 
-    Its buffers and parameters are what is fitted.
+    A head's buffers and parameters are what is fitted.
 
     Attributes:
-        shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C classes, D
-            numbers of a feature, other letters for sizes that a file may choose, such as
-            ``{"keys": "nD", "labels": "n", "alpha": ""}``.
+        shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C for the number
+            of classes, D for the length of a feature, other letters for sizes that a file may
+            choose, such as ``{"keys": "nD", "labels": "n", "alpha": ""}``.
     """
 
     shapes: ClassVar[dict[str, str]] = {}
@@ -335,7 +335,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the parts that a method is put together of."""
+    """A row of the table of methods: the parts that make up a method."""
 
     title: str  # how tables call it
     parts: tuple[type[TowerPart], ...] = ()

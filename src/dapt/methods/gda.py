@@ -1,4 +1,4 @@
-"""GDA (Wang et al., 2024): Gaussian discriminant analysis beside the text classifier."""
+"""GDA (Wang et al., 2024): Gaussian discriminant analysis added to the text classifier."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class GdaSettings(contract.PartSettings):
     """Of GDA."""
 
     gda_alpha: float = Field(
-        1.0, gt=0, le=LARGEST, description="weight of GDA's classifier without val images"
+        1.0, gt=0, le=LARGEST, description="weight of GDA's classifier, if there are no val images"
     )
-    gda_views: int = Field(10, ge=1, le=1000, description="views of an image in GDA's statistics")
+    gda_views: int = Field(10, ge=1, le=1000, description="views of each image in GDA's statistics")
 
 
 class Gda(contract.Head):
-    """``scale x·T + alpha (W x + b)``: Gaussians of one covariance, in closed form.
+    """``scale x·T + alpha (W x + b)``: Gaussians with one covariance, in closed form.
 
-    Every view of an image is a sample of its own. Alpha is the first best power of ten on held-out
-    images; the code has no way without, where the two classifiers' log-posteriors count alike here.
-    A class without images takes the mean of the others' means, so that the text decides on it.
+    Every view of an image counts as a sample. Alpha is the power of ten that is best on held-out
+    images (the first, if several are). Without held-out images, which the published code needs,
+    both classifiers' log-posteriors have equal weight here. A class without images gets the mean of
+    the other classes' means, so that the text decides.
     """
 
     Settings = GdaSettings

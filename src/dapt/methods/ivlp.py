@@ -1,7 +1,8 @@
 """Deep prompts in both towers: IVLP (Khattak et al., 2023), and deep VPT (Jia et al., 2022).
 
-A layer's own prompt replaces what the layer before made of the last one; beyond the last prompt
-tokens flow on. Learned with one rate and cross-entropy alone.
+Each layer's own prompt replaces the previous layer's output for its prompt. After the last layer
+that has a prompt, the tokens flow on. All prompts are learned with one rate, by cross-entropy
+alone.
 """
 
 from __future__ import annotations
@@ -61,14 +62,14 @@ def usual_vpt(dataset: str, shots: int) -> dict[str, Any]:
 class DeepContextSettings(ContextSettings):
     """Of a deep text prompt."""
 
-    text_depth: int = Field(12, ge=1, le=2**10, description="layers with a text prompt each")
+    text_depth: int = Field(12, ge=1, le=2**10, description="layers that have a text prompt")
 
 
 class DeepVisualSettings(PartSettings):
     """Of a deep visual prompt."""
 
     visual_vectors: int = VisualSettings.model_fields["visual_vectors"]  # type: ignore[assignment]
-    visual_depth: int = Field(12, ge=1, le=2**10, description="layers with a visual prompt each")
+    visual_depth: int = Field(12, ge=1, le=2**10, description="layers that have a visual prompt")
 
 
 class DeepPrompt(Prompt):
@@ -88,8 +89,8 @@ def put(own: Tensor, x: Tensor, at: slice) -> Tensor:
 class DeepContext(DeepPrompt):
     """``[SOS] u_1 .. u_M [further words] <name> .``: text prompts at any depth.
 
-    Where the initial words are more than the vectors, the further ones stay in the prompt as they
-    are, as in the published code ("[v][v] of a name.").
+    If there are more initial words than vectors, the other words stay in the prompt unchanged, as
+    in the published code ("[v][v] of a name.").
     """
 
     kind, towers = "text", frozenset({"text"})
@@ -129,8 +130,8 @@ def starting(
 class DeepVisual(DeepPrompt):
     """``[CLS] patches v_1 .. v_N``: visual prompts at any depth.
 
-    The first enters before ``ln_pre`` (here ``pre``, which stays frozen), as in the published code;
-    it has no position.
+    The first prompt enters before ``ln_pre`` (here ``pre``, which stays frozen), as in the
+    published code, and has no positional embedding.
     """
 
     kind, towers = "visual", frozenset({"image"})

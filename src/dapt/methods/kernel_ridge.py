@@ -1,4 +1,4 @@
-"""Kernel ridge regression on what the text classifier leaves unexplained, in closed form."""
+"""Kernel ridge regression on the errors of the text classifier, in closed form."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Ridge:
 class KernelRidge(contract.Head):
     """``sharpness (x·tᵀ + exp(-|x - X|²) (K + penalty I)⁻¹ (onehot(y) - X·tᵀ))``.
 
-    The penalty is chosen, and the sharpness fitted, on held-out images, in closed form.
+    The penalty is chosen and the sharpness fitted on held-out images, in closed form.
     """
 
     fitted = without_text = multilabel = True

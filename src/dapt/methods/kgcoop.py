@@ -1,4 +1,4 @@
-"""KgCoOp (Yao et al., 2023): a context whose class features stay near those of given words."""
+"""KgCoOp (Yao et al., 2023): a context that keeps class features near those of given words."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class KgCoOpSettings(PartSettings):
 
 
 def knowledge(step: Step) -> Tensor:
-    """``1 - cos(w_c, t_c)``, a mean over classes: t_c are frozen features in the task's template.
+    """Mean over classes of ``1 - cos(w_c, t_c)``; t_c are frozen features in the task's template.
 
-    As in the code; the paper's mean squared distance is twice that. (The code starts from "a photo
-    of a" whatever words are given; here, from these.)
+    This is the published code's loss; the paper's mean squared distance is twice as large. (The
+    code always starts from "a photo of a"; dapt starts from the given words.)
     """
     template = F.normalize(step.frozen_text()[0], dim=-1)  # (C, D)
     return 1 - (step.text_features * template).sum(-1).mean()

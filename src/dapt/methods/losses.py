@@ -18,7 +18,7 @@ _ROWS = 1000
 
 
 def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
-    """Gaussian potential of class text features: small where classes lie far apart.
+    """Gaussian potential of the classes' text features: small if classes lie far apart.
 
     Mean over pairs c < c' of ``exp(-t * |w_c - w_c'|²)`` for (C, D) L2-normalised features (the
     inter-dispersion loss of the paper, after Wang and Isola, 2020). Zero for a single class.
@@ -45,18 +45,21 @@ def inter_dispersion(text_features: Tensor, t: float = 2.0) -> Tensor:
 
 
 def intra_dispersion(image_features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """Mean squared difference of image features from their class prototype.
+    """Mean squared difference between image features and the prototypes of their classes.
 
-    Of (B, D) L2-normalised features with labels (B,), and (C, D) from `class_prototypes`; the mean
-    runs over batch and feature dimensions (the intra-dispersion loss of the paper).
+    Takes (B, D) L2-normalised features with labels (B,), and (C, D) prototypes from
+    `class_prototypes`. The mean runs over images and feature dimensions (the intra-dispersion loss
+    of the paper).
     """
     return F.mse_loss(image_features, prototypes[labels])
 
 
 def class_prototypes(image_features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(C, D) means of each class's normalised, un-prompted support features; not normalised again.
+    """(C, D) means of each class's normalised support features, without prompts.
 
-    Of (n, D) features with labels (n,); a class without images gets a zero row.
+    The means are not normalised again.
+
+    Takes (n, D) features with labels (n,). A class without images gets a row of zeros.
     """
     counts = torch.bincount(labels, minlength=classes).clamp_min(1)
     return class_sums(image_features, labels, classes) / counts[:, None]
@@ -98,6 +101,10 @@ def _intra(step: Step) -> Tensor:
 
 
 def _inter(step: Step) -> Tensor:
+    """Mean over pairs of classes of ``exp(-t |w_c - w_c'|²)``, where w are their text features.
+
+    It is small if classes lie far apart (the inter-dispersion loss of the paper).
+    """
     t, text = step.settings.of(PotentialSettings).rbf_t, step.text_features
     # Of class features made for each image (B, C, D), a mean over images.
     sets = text.reshape(-1, *text.shape[-2:])

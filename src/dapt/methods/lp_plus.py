@@ -1,4 +1,4 @@
-"""LP++ (Huang et al., 2024): a linear probe that blends the text classifier in."""
+"""LP++ (Huang et al., 2024): a linear probe blended with the text classifier."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LPPlusSettings(contract.PartSettings):
 class LPPlus(contract.Head):
     """``W x + b + alpha_c (x·t_c)``: weights, biases and a blend for each class.
 
-    Step sizes follow from the data. As in the published code, alpha's gradients add up over all
-    steps; the paper's block-wise update uses the current one. The code reports the (latest) epoch
-    that is best on held-out images; without any, the last is taken.
+    Step sizes are computed from the data. As in the published code, alpha's gradients add up over
+    all steps; the paper's block-wise update uses only the current one. The result is the epoch that
+    is best on held-out images (the latest, if several are), or the last epoch without such images.
     """
 
     Settings = LPPlusSettings

@@ -1,7 +1,7 @@
-"""MaPLe (Khattak et al., 2023): deep prompts of both towers, the visual ones made of the text's.
+"""MaPLe (Khattak et al., 2023): deep prompts in both towers, the visual ones mapped from text.
 
-The visual prompt of a layer is a learned linear map of the text prompt of the same layer, so that
-gradients of both towers meet. Learned with one rate and cross-entropy alone.
+A layer's visual prompt is a learned linear map of the same layer's text prompt, so both
+towers' gradients reach the text prompts. All is learned with one rate, by cross-entropy alone.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class CoupledSettings(ContextSettings):
     """Of prompts that both towers share."""
 
-    prompt_depth: int = Field(9, ge=1, le=2**10, description="layers with a coupled prompt each")
+    prompt_depth: int = Field(9, ge=1, le=2**10, description="layers that have a coupled prompt")
 
 
 class CoupledPrompt(Prompt):
-    """Text prompts ``t_i`` at any depth, and the visual prompts ``v_i = F_i(t_i)`` of the same.
+    """Text prompts ``t_i`` at any depth, and visual prompts ``v_i = F_i(t_i)`` at the same depths.
 
-    F_i are linear maps with a bias, text width to vision width: all deeper ones start as copies of
-    one (as in the published code), the first is drawn on its own. Where vectors stand, and how the
-    initial words start them, is as in IVLP, the visual ones before ``ln_pre`` (here ``pre``).
+    F_i are linear maps with a bias, from text width to vision width. All deeper ones start as
+    copies of one map (as in the published code); the first is drawn separately. The vectors'
+    positions and initial words are as in IVLP, with visual prompts before ``ln_pre`` (here
+    ``pre``).
     """
 
     kind, towers = "text", frozenset({"text", "image"})

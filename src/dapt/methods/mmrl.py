@@ -1,8 +1,8 @@
-"""MMRL (Guo and Gu, 2025): tokens of a space that both towers share, in their later layers.
+"""MMRL (Guo and Gu, 2025): tokens from a shared space, inserted into later layers of both towers.
 
-What the image tower makes of the tokens is a second feature of an image. Both features are tuned to
-name the class, the usual one also stays near the frozen model's. As published, it is
-tuned by AdamW, and on benchmarks at a fixed logit scale of 100.
+The image tower's output for these tokens is a second feature of the image. Both features are tuned
+to predict the class; the usual one must also stay near the frozen model's. As published, the method
+is tuned by AdamW, and on benchmarks at a fixed logit scale of 100.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class BlendSettings(PartSettings):
 class RepresentationSettings(BlendSettings):
     """Of tokens that both towers share."""
 
-    rep_tokens: int = Field(5, ge=1, le=2**10, description="tokens of the shared space")
+    rep_tokens: int = Field(5, ge=1, le=2**10, description="number of tokens in the shared space")
     rep_width: int = Field(512, ge=1, le=2**16, description="width of the shared space")
     rep_from: int = Field(6, ge=1, le=2**10, description="first layer with tokens, counted from 1")
 
@@ -83,14 +83,15 @@ class NearFrozenSettings(PartSettings):
 
 
 class Representation(TowerPart):
-    """Tokens R (n, rep_width), a linear map of them for each later layer of each tower.
+    """Tokens R (n, rep_width), with a linear map of them for each later layer of each tower.
 
-    They enter without positions at the first of these layers, after the start token of a text and
-    beside an image's class token, and replace what became of them at each later one. Logits are
-    ``a f·t + (1 - a) r·t`` times the scale: f is the class token's feature, r the projected mean of
-    the tokens at the image tower's end. Both fit into one dot product of vectors of length one,
-    ``[sqrt(a) f, sqrt(1 - a) r]·[sqrt(a) t, sqrt(1 - a) t]``: these are the features, so that any
-    head may follow. Classes that were not tuned on are told by f alone, as in the published code.
+    They enter without positional embeddings at the first of these layers, after the start token of
+    a text or beside the class token of an image. At each later layer, new ones replace the outputs
+    of the previous ones. Logits are ``a f·t + (1 - a) r·t`` times the scale; f is the class token's
+    feature, r the projected mean of the tokens at the image tower's end. Both terms fit into one
+    dot product of vectors of length one, ``[sqrt(a) f, sqrt(1 - a) r]·[sqrt(a) t, sqrt(1 - a) t]``.
+    These vectors are the features, so any head can follow. Classes that were not tuned on are
+    predicted by f alone, as in the published code.
     """
 
     towers = frozenset({"text", "image"})
@@ -190,7 +191,7 @@ def _alone(step: Step) -> tuple[float, Tensor, Tensor, Tensor]:
 
 
 def both_entropies(step: Step) -> Tensor:
-    """``a`` times the cross-entropy by f, ``1 - a`` times that by r."""
+    """``a`` times the cross-entropy with f, plus ``1 - a`` times that with r."""
     alpha, usual, other, text = _alone(step)
     first, second = (
         F.cross_entropy(step.logits_of(images, text), step.labels) for images in (usual, other)

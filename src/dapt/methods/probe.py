@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on frozen image features, by scikit-learn."""
+"""The linear probe: logistic regression on frozen image features, with scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ STRENGTHS = tuple(float(10**e) for e in np.arange(-1, 4.5, 0.5))
 class LinearProbe(Head):
     """Multinomial logistic regression on frozen image features, which needs no class names.
 
-    Its strength is chosen on the support set's val images, else on folds of its train images, else
-    (too few images a class) a middle one is taken. A class without images never wins.
+    Its regularisation is chosen on the support set's val images or, without these, on folds of its
+    train images. With too few images per class, a medium value is used. A class without images is
+    never predicted.
     """
 
     fitted, reads_text, without_text, reads_val = True, False, True, True

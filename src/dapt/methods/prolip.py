@@ -1,4 +1,4 @@
-"""ProLIP (Fahes et al., 2024): the image tower's projection, tuned near its first values."""
+"""ProLIP (Fahes et al., 2024): tunes the image tower's projection, near its first values."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class ProLIPSettings(contract.PartSettings):
     """Of ProLIP."""
 
     prolip_steps: int = Field(300, ge=0, le=10**6, description="steps that tune the projection")
-    prolip_views: int = Field(300, ge=1, le=1000, description="views of an image that they take")
+    prolip_views: int = Field(300, ge=1, le=1000, description="views of each image to tune on")
     prolip_lr: float = Field(1e-5, gt=0, le=LARGEST, description="learning rate of the projection")
     prolip_lambda: float | None = Field(
-        None, ge=0, le=LARGEST, description="pull to its first values, if not 1 / images a class"
+        None, ge=0, le=LARGEST, description="pull to first values; else 1 / images per class"
     )
 
 
 class ProLIP(contract.Head):
-    """``scale unit(P x)·t_c`` of pooled features x before the projection P, which is tuned.
+    """``scale unit(P x)·t_c``, with pooled features x before the projection P, which is tuned.
 
-    Loss: cross-entropy plus lambda times the sum of squared differences to the first P. A step sees
-    all images, in one of their views. Other classes may be told apart by it than those of its
-    images. Features come to it normalised, which takes nothing from it: P x is normalised again.
+    The loss is cross-entropy plus lambda times the sum of squared differences from the first P.
+    Each step uses all images, in one of their views. The result also works for classes that had no
+    images. Features x are normalised, which changes nothing, because P x is normalised again.
     """
 
     Settings = ProLIPSettings

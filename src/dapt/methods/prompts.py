@@ -27,23 +27,23 @@ def usual(dataset: str, shots: int) -> dict[str, Any]:
 class ContextSettings(PartSettings):
     """Of a text prompt."""
 
-    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors of the text prompt")
-    text_init: str | None = Field(None, description="words the text prompt starts from")
+    text_vectors: int = Field(16, ge=1, le=2**16, description="M, vectors in the text prompt")
+    text_init: str | None = Field(None, description="words that the text prompt starts from")
 
 
 class PlacedSettings(ContextSettings):
     """Of a text prompt that may be anywhere about the class name."""
 
     text_position: Literal["end", "middle", "front"] = Field(
-        "end", description="where in the text prompt the class name stands"
+        "end", description="position of the class name in the text prompt"
     )
-    class_contexts: bool = Field(False, description="a text prompt for each class by itself")
+    class_contexts: bool = Field(False, description="a separate text prompt for each class")
 
 
 class VisualSettings(PartSettings):
     """Of a visual prompt."""
 
-    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors of the visual prompt")
+    visual_vectors: int = Field(16, ge=1, le=2**16, description="N, vectors in the visual prompt")
     visual_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the visual prompt")
 
 
@@ -90,11 +90,11 @@ class Prompt(TowerPart):
 
 
 class Context(Prompt):
-    """CoOp's context (Zhou et al., 2022), DAPT's too: ``[SOS] u_1 .. u_M <name> . [EOT]``.
+    """CoOp's context (Zhou et al., 2022), as in DAPT: ``[SOS] u_1 .. u_M <name> . [EOT]``.
 
-    At the position "middle" the name stands behind the first M // 2 vectors, at "front" before all;
-    the full stop always follows. Each class may have a context of its own. (Initial words turn that
-    off in the published code; here, each class's context starts from them.)
+    With ``text_position`` "middle", the name stands after the first M // 2 vectors; with "front",
+    before all of them. The full stop always comes last. Each class may have its own context. (In
+    the published code, initial words turn this off; here, each class's context starts from them.)
     """
 
     kind, towers = "text", frozenset({"text"})
@@ -136,8 +136,8 @@ class Context(Prompt):
 class VisualPrompt(Prompt):
     """Shallow VPT (Jia et al., 2022), DAPT's visual prompt: ``[CLS] v_1 .. v_N patches``.
 
-    It enters after ``ln_pre`` and carries no positional embedding. ``dropout`` is the probability
-    of zeroing an element, drawn anew for each image of a step.
+    The vectors enter after ``ln_pre`` and have no positional embedding. ``dropout`` is the
+    probability of setting an element to zero, drawn anew for each image in a step.
     """
 
     kind, towers = "visual", frozenset({"image"})

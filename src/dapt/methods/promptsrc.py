@@ -1,8 +1,8 @@
-"""PromptSRC (Khattak et al., 2023): deep prompts that stay near what the frozen model says.
+"""PromptSRC (Khattak et al., 2023): deep prompts that stay near the frozen model's predictions.
 
-Prompts of both towers as in IVLP, and three additions. Prompted features are pulled towards those
-of the frozen model, of images and of class names in many templates; prompted logits likewise; and
-the result is an average over epochs, weighed by a Gaussian.
+Both towers have prompts as in IVLP, with three additions. The features of images and classes are
+pulled towards those of the frozen model, which reads class names in many templates. The logits are
+pulled towards the frozen model's. And the result is an average over epochs with Gaussian weights.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AverageSettings(PartSettings):
         30.0, ge=-LARGEST, le=LARGEST, description="epoch that counts most in the average"
     )
     average_std: float = Field(
-        30.0, gt=0, le=LARGEST, description="epochs around it that count, as a deviation"
+        30.0, gt=0, le=LARGEST, description="spread of that average, in epochs"
     )
 
 
@@ -86,19 +86,19 @@ def _templates() -> list[str]:
 
 
 def near_text(step: Step) -> Tensor:
-    """Mean absolute difference of class features from the teacher's, over classes and numbers."""
+    """Mean absolute difference between class features and the frozen model's in many templates."""
     return F.l1_loss(step.text_features, teacher(step))
 
 
 def near_image(step: Step) -> Tensor:
-    """Mean absolute difference of image features from the frozen ones, over batch and numbers."""
+    """Mean absolute difference between image features and the frozen model's."""
     return F.l1_loss(step.image_features, step.frozen_image())
 
 
 def near_logits(step: Step) -> Tensor:
-    """Divergence KL(frozen || prompted), a mean over batch and classes as in the published code.
+    """Divergence KL(frozen || prompted), averaged over images and classes as in the published code.
 
-    (The paper's is a sum over classes.)
+    (In the paper it is summed over classes.)
     """
     frozen = step.logits_of(step.frozen_image(), teacher(step))
     said, wanted = step.logits.log_softmax(-1), frozen.log_softmax(-1)
@@ -112,9 +112,9 @@ NEAR_FROZEN = tuple(
 
 
 class GaussianAverage(Finish):
-    """The learned tensors' sum over epochs e = 1 .. E, each weighed by a normal density at e.
+    """Weighted mean of the learned tensors over epochs e = 1 .. E, by a normal density at e.
 
-    Weights are divided by their sum; the first epoch, whose rate is tiny, counts as any other.
+    The weights are divided by their sum. The first epoch, whose learning rate is tiny, counts too.
     """
 
     Settings = AverageSettings

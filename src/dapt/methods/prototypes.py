@@ -1,4 +1,4 @@
-"""Text and prototype: class names and the mean of a class's images, added."""
+"""Text + prototype: adds the features of a class's name and the mean of its images' features."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Prototypes:
 
 
 class TextPrototype(contract.Head):
-    """``scale x·w`` with the strength that held-out images prefer; with one image a class it is 1.
+    """``scale x·w`` with the strength that held-out images prefer, or 1 with one image per class.
 
-    At two images a class, a mean without the held-out one is of one image: the means are worth more
-    than that shows. So the strength stays 1, unless another is clearly better.
+    With two images per class, holding one out leaves a mean of a single image, which understates
+    how good the means are. So the strength stays 1 unless another is clearly better.
     """
 
     fitted = True

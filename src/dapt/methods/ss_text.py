@@ -1,4 +1,4 @@
-"""SS-Text and SS-Text+ (Silva-Rodríguez et al., 2025): text features moved, in closed form."""
+"""SS-Text and SS-Text+ (Silva-Rodríguez et al., 2025): shift text features, in closed form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dapt.methods.losses import class_sums
 
 
 class SSText(contract.Head):
-    """Cosine with class weights ``w_c = t_c + v_c / (n l)``, v_c = scale times the class's sum.
+    """Cosine with ``w_c = t_c + v_c / (n l)``; v_c = scale times the sum of the class's features.
 
-    n are all images, ``l = 1 / n``. A class without images keeps its text feature. There is
-    nothing to set.
+    n is the number of all images, and ``l = 1 / n``. A class without images keeps its text feature.
+    There is nothing to set.
     """
 
     fitted = True
@@ -48,9 +48,9 @@ class SSText(contract.Head):
 
 
 class SSTextPlus(SSText):
-    """SS-Text with ``l = 1 / n_c`` of a class's own images; then classes are pushed apart.
+    """SS-Text with ``l = 1 / n_c`` for a class of n_c images; then pushes classes apart.
 
-    From each class weight ``unit(2 w_c - mean of all)`` is taken away.
+    To do so, it subtracts ``unit(2 w_c - mean of all)`` from each class weight.
     """
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> None:

@@ -1,4 +1,4 @@
-"""Tip-Adapter and Tip-Adapter-F (Zhang et al., 2022): a memory beside the text classifier."""
+"""Tip-Adapter and Tip-Adapter-F (Zhang et al., 2022): a memory added to the text classifier."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class TipSettings(contract.PartSettings):
 
     tip_alpha: float = Field(1.17, gt=0, le=LARGEST, description="weight of Tip-Adapter's memory")
     tip_beta: float = Field(1.0, gt=0, le=LARGEST, description="sharpness of Tip-Adapter's memory")
-    tip_views: int = Field(10, ge=1, le=1000, description="views of an image in the memory")
+    tip_views: int = Field(10, ge=1, le=1000, description="views of each image in the memory")
 
 
 class TipFSettings(TipSettings):
     """Of Tip-Adapter-F."""
 
-    tip_epochs: int = Field(20, ge=0, le=10**6, description="passes that tune the memory's keys")
+    tip_epochs: int = Field(20, ge=0, le=10**6, description="epochs of tuning the memory's keys")
     tip_lr: float = Field(0.001, gt=0, le=LARGEST, description="learning rate of the keys")
-    tip_batch: int = Field(256, ge=1, description="features a step of the keys")
+    tip_batch: int = Field(256, ge=1, description="features per step of tuning the keys")
 
 
 class TipAdapter(contract.Head):
     """``scale x·T + alpha exp(-beta (1 - x·K)) V``: a memory of the support images; no training.
 
-    Keys K are the means of an image's features over views, normalised; V are the labels. Alpha and
-    beta are chosen on held-out images, where there are any.
+    Keys K are each image's normalised mean features over views; V are the labels. Alpha and
+    beta are chosen on held-out images, if there are any.
     """
 
     Settings: ClassVar[type[contract.PartSettings]] = TipSettings
@@ -106,10 +106,10 @@ class TipAdapter(contract.Head):
 
 
 class TipAdapterF(TipAdapter):
-    """A Tip-Adapter whose keys are tuned, at the initial alpha and beta, and not normalised again.
+    """A Tip-Adapter whose keys are tuned with the initial alpha and beta, and not normalised again.
 
-    The published code keeps the epoch that is best on test images; this one keeps the last, as
-    nothing here is chosen on test images.
+    The published code keeps the epoch that is best on test images. dapt keeps the last one, because
+    it chooses nothing on test images.
     """
 
     Settings = TipFSettings

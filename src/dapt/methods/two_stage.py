@@ -1,8 +1,8 @@
-"""2SFS (Farina et al., 2025): layer norms of both towers, then a classifier on what they give.
+"""2SFS (Farina et al., 2025): tunes layer norms of both towers, then a classifier on the result.
 
-The first stage is tuning as of every row, the second a head. As in the published code only ``ln_1``
-and ``ln_2`` of every layer are learned; those before and after the layers stay frozen, which the
-paper does not say.
+The first stage tunes the towers as any method does; the second stage is a head. As in the published
+code, only ``ln_1`` and ``ln_2`` of every layer are learned. The layer norms before and after the
+layers stay frozen, which the paper does not say.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def _copy(norm: nn.LayerNorm) -> nn.ParameterDict:
 
 
 class TextNorms(LayerNorms):
-    """Those of the text tower."""
+    """Weights and biases of the layer norms in every layer."""
 
     kind, tower, towers = "text", "text", frozenset({"text"})
 
 
 class VisualNorms(LayerNorms):
-    """Those of the image tower."""
+    """Weights and biases of the layer norms in every layer."""
 
     kind, tower, towers = "visual", "image", frozenset({"image"})
 
@@ -119,8 +119,8 @@ class ClassifierSettings(PartSettings):
     """Of 2SFS's second stage."""
 
     classifier_steps: int = Field(1920, ge=1, le=10**7, description="steps of 2SFS's second stage")
-    classifier_lr: float = Field(2e-4, gt=0, le=LARGEST, description="highest rate of these steps")
-    classifier_batch: int = Field(32, ge=1, description="images of each of these steps")
+    classifier_lr: float = Field(2e-4, gt=0, le=LARGEST, description="highest lr of these steps")
+    classifier_batch: int = Field(32, ge=1, description="images per step of the second stage")
 
 
 class TwoStage(Head):

@@ -27,12 +27,12 @@ def load_classifier(
     backbone: Backbone | None = None,
     device: str | None = None,
 ) -> Classifier:
-    """The tuned classifier of a finished run.
+    """Load the tuned classifier of a finished run.
 
     Args:
-        task: other classes than it was tuned on, for what carries over.
-        backbone: already loaded, to share it.
-        device: to run on, if not the one it was tuned on.
+        task: a task with other classes than those it was tuned on, if the method allows that.
+        backbone: a loaded backbone to share.
+        device: device to run on, if not the one it was tuned on.
     """
     run.require()
     keep_freed_memory()

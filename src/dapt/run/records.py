@@ -39,7 +39,7 @@ class Record(BaseModel):
 
 
 class ClassScore(Record):
-    """A class's test images and the share that was named right; None without images."""
+    """A class's test images and the share classified correctly; None without images."""
 
     name: str = Field(alias="class")
     images: Count
@@ -48,7 +48,7 @@ class ClassScore(Record):
 
 
 class Confusion(Record):
-    """Entries of a confusion matrix that are not zero: labels, and numbers of images."""
+    """The non-zero entries of a confusion matrix: labels, and numbers of images."""
 
     true: list[Count]
     predicted: list[Count]
@@ -56,10 +56,10 @@ class Confusion(Record):
 
 
 class Test(Record):
-    """Figures of an evaluation; all but images are fractions.
+    """Figures of an evaluation; all except ``images`` are fractions.
 
-    Where images have several labels, accuracy is the share of images of which exactly the true ones
-    were named, and ``map`` (mean average precision) and ``micro_f1`` are there.
+    If images have several labels, accuracy is the share of images for which exactly the true labels
+    were predicted, and ``map`` (mean average precision) and ``micro_f1`` are present.
     """
 
     images: Count
@@ -82,21 +82,21 @@ class Change(Record):
 
 
 class Rise(Record):
-    """Mean cross-entropy of the first and the last epoch, where it grew as it should not."""
+    """Mean cross-entropy of the first and the last epoch; present only if it grew in tuning."""
 
     first: FiniteFloat
     last: FiniteFloat
 
 
 class Confused(Record):
-    """Two classes that are taken for each other, and how many held-out images were."""
+    """Two classes that are confused with each other, and for how many held-out images."""
 
     classes: list[str] = Field(min_length=2, max_length=2)
     images: Count
 
 
 class ForecastRecord(Record):
-    """What new photos can be expected to give, as `dapt.engine.forecast.forecast` says."""
+    """What to expect on new photos, from `dapt.engine.forecast.forecast`."""
 
     images: Count
     accuracy: Share
@@ -119,7 +119,7 @@ class ForecastRecord(Record):
 
 
 class MapForecast(Record):
-    """The same of several labels an image: mean average precision, as `forecast_map` says."""
+    """The same for several labels per image: mean average precision, from `forecast_map`."""
 
     images: Count
     map: Share
@@ -129,7 +129,7 @@ class MapForecast(Record):
 
 
 class TriedRecord(Record):
-    """A method on held-out images, and by how much its cross-entropy is lower; see `Trial`."""
+    """A method on held-out images, and by how much it lowers cross-entropy; see `Trial`."""
 
     method: str
     epochs: Count
@@ -140,7 +140,7 @@ class TriedRecord(Record):
 
 
 class EffortRecord(Record):
-    """What was tried beside the automatic head, as `dapt.engine.effort.summary` says."""
+    """What was tried beside the automatic head, from `dapt.engine.effort.summary`."""
 
     asked: str
     folds: Count
@@ -152,7 +152,7 @@ class EffortRecord(Record):
 
 
 class SearchRecord(Record):
-    """effort.json: a search for a method, and what it is made on."""
+    """effort.json: a search for a method, and the images and backbone it uses."""
 
     settings: dict[str, Any]
     support_sha256: str | None
@@ -193,7 +193,7 @@ class Metrics(Record):
 
 
 class EvaluationRecord(Record):
-    """eval-<name>.json: the same prompts on another dataset, domain or set of classes."""
+    """eval-<name>.json: the run on another dataset, domain or set of classes."""
 
     dataset: str
     domain: str | None = None
@@ -204,7 +204,7 @@ class EvaluationRecord(Record):
 
 
 class TaskRecord(Record):
-    """task.json: what a run is to tell apart."""
+    """task.json: the classes that a run tells apart."""
 
     dataset: str
     template: str
@@ -232,14 +232,14 @@ class TaskRecord(Record):
 
 
 class PluginRecord(Record):
-    """What a method is of that does not come with dapt; nothing that could be loaded."""
+    """The plugin of a method that is not part of dapt; only a record, nothing is loaded by it."""
 
     name: str = Field(max_length=200)
     sha256: str | None = None
 
 
 class Environment(Record):
-    """environment.json: what a run was made with; of the seconds, as far as it came."""
+    """environment.json: what a run was made with, and the seconds that its finished stages took."""
 
     backbone_sha256: str | None = None  # of its weights
     backbone_fingerprint: str | None = None  # of all of it
@@ -262,7 +262,7 @@ class Environment(Record):
 
 
 class SupportImage(Record):
-    """An image that was tuned on."""
+    """An image that the run was trained on."""
 
     path: str
     label: Count
@@ -271,14 +271,14 @@ class SupportImage(Record):
 
 
 class SupportRecord(Record):
-    """support_set.json: the images that were tuned on."""
+    """support_set.json: the images that the run was trained on."""
 
     train: list[SupportImage]
     val: list[SupportImage] = []
 
 
 class FailureRecord(Record):
-    """failure.json: why an experiment gave a run up."""
+    """failure.json: why a run of an experiment failed."""
 
     error: str
     traceback: str | None = None

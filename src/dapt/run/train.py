@@ -56,19 +56,19 @@ def train(
     shared: Shared | None = None,
     data: Data | None = None,
 ) -> RunDirectory:
-    """Tune a classifier on a support set, evaluate it, and leave a run directory.
+    """Tune a classifier on a support set, evaluate it, and write a run directory.
 
     Args:
-        resume: continue a run that was stopped; a finished one is left as it is.
-        overwrite: discard the run that is there.
-        shared: a loaded backbone, as the settings say, and what earlier runs read with it.
-        data: already opened as the settings say.
+        resume: continue a run that was stopped; a finished run is left unchanged.
+        overwrite: discard an existing run.
+        shared: a backbone loaded with the same settings, and what earlier runs cached with it.
+        data: data opened with the same settings.
 
     Raises:
-        UserError: bad input, or a directory that is in use or holds another run.
+        UserError: bad input, or the directory is in use or holds another run.
         Interrupted: the process got SIGINT or SIGTERM; ``resume`` continues.
 
-    Of several processes that ``torchrun`` started, the first keeps the directory: in the others
+    If ``torchrun`` started several processes, the first writes the directory; in the others,
     the run may not be finished when this returns.
     """
     reporter, run = reporter or Reporter(), RunDirectory(output)
