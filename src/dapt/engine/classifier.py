@@ -126,7 +126,8 @@ class Classifier(nn.Module):
         """
         if image_features is None or not self.reads_images:
             return self._text(now)[0]
-        passes = (Pass(now.generator, image_features=one) for one in image_features)
+        how = {"recompute": now.recompute}
+        passes = (Pass(now.generator, image_features=one, **how) for one in image_features)
         found = [self._encoded(inside_of(self.parts, "text", each))[0] for each in passes]
         return torch.stack(found)
 
@@ -135,9 +136,9 @@ class Classifier(nn.Module):
         return self._text()[1]
 
     def _text(self, now: Pass = EVALUATION) -> tuple[Tensor, Tensor]:
-        parts = parts_of(self.parts, "text")
+        parts, own = parts_of(self.parts, "text"), Pass(now.generator, recompute=now.recompute)
         if any(p.requires_grad for part in parts for p in part.parameters()):
-            return self._encoded(inside_of(parts, "text", Pass(now.generator)))
+            return self._encoded(inside_of(parts, "text", own))
         if self._fixed_text is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
@@ -232,6 +233,7 @@ class Together(Inside):
         )
         self.linears = weights or linears
         self.reads = sum(part.reads for part in parts)
+        self.recompute = now.recompute
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import median
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
+from dapt.clip.image import kept_bytes as _kept_of_images
 from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
-from dapt.engine.processes import join_processes
-from dapt.methods import Head, Step, get_method
+from dapt.engine.processes import free_memory, join_processes
+from dapt.methods import Head, Step, TowerPart, get_method
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
 from dapt.settings import Settings, loss_terms, loss_weights
@@ -49,6 +51,11 @@ class Tuner:
         self._frozen: dict[str, Tensor] = {}
         self._kept = _KEPT[settings.optimizer]
         self.optimizer = new_optimizer(self.named.values(), settings)
+        self.recompute = settings.recompute
+        if self.recompute is None:  # to the same bits: what is free now may decide
+            free, images = free_memory(self.prototypes.device), settings.batch_size
+            wanted = kept_bytes(classifier, -(-images // self.processes.count))
+            self.recompute = free is not None and wanted > _SHARE_OF_FREE * free
 
     def frozen_text(self, *templates: str) -> Tensor:
         """(T, C, D) of the classes in templates, not normalised; made when first asked for."""
@@ -65,7 +72,7 @@ class Tuner:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         classifier, labels = self.classifier, labels.to(self.prototypes.device)
-        now = now or Pass(images=len(views))
+        now = replace(now or Pass(images=len(views)), recompute=self.recompute)
         image = classifier.image_features(views, now)
         text = classifier.text_features(image, now)
         logits = classifier.logits(image, text)
@@ -140,6 +147,22 @@ class Tuner:
                     if (value := state.get(f"{kept}.{name}")) is not None:
                         place = "cpu" if key == "step" else parameter.device  # as torch has it
                         self.optimizer.state[parameter][key] = value.to(place, copy=True)
+
+
+# Of what is free, what layers may keep: a step needs more than they.
+_SHARE_OF_FREE = 0.7
+
+
+def kept_bytes(classifier: Classifier, images: int) -> int:
+    """What the layers of both towers keep of a step for its backward pass, about.
+
+    Towers in which nothing is learned keep nothing.
+    """
+    towers = {tower for part in classifier.parts for tower in cast(TowerPart, part).towers}
+    text = sum(encoder.kept_bytes for encoder in cast(Any, classifier.text_encoders))
+    text *= images if classifier.reads_images else 1
+    image = _kept_of_images(classifier.backbone, images)
+    return image * ("image" in towers) + text * ("text" in towers)
 
 
 # What optimisers know of a parameter, by torch's names and by those in a checkpoint.
