@@ -51,27 +51,25 @@ def test_less_is_kept_of_both_towers(tiny_weights, method):
     backbone, kept = load_backbone(str(tiny_weights)), []
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
 
-    for recompute in (False, True):
-        tuner, storages = tuner_of(backbone, method, recompute=recompute), {}
+    classifier, (views, _) = tuner_of(backbone, method).classifier, batch(backbone)
 
-        def keep(tensor, storages=storages):
+    def bytes_of(encode, *given, **how):
+        storages = {}
+
+        def keep(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage
             return tensor
 
-        views, _ = batch(backbone)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            encode(*given, **how)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    for recompute in (False, True):
         now = Pass(torch.Generator().manual_seed(0), 4, recompute=recompute)
-        of_towers = []
-        for encode in (
-            lambda: tuner.classifier.image_features(views, now),
-            lambda: tuner.classifier.text_features(now=now),
-        ):
-            storages.clear()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                encode()
-            of_towers.append(sum(storage.nbytes() for storage in storages.values()))
-        kept.append(of_towers)
+        image = bytes_of(classifier.image_features, views, now)
+        kept.append((image, bytes_of(classifier.text_features, now=now)))
     for all_of_it, some in zip(*kept, strict=True):
         assert some < 0.75 * all_of_it  # the last of three layers is kept
 

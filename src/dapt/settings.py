@@ -86,7 +86,7 @@ class Settings(BaseModel):
     eval_batch_size: int = Field(100, ge=1, description="images a batch in evaluation")
     text_memory: float = Field(4.0, gt=0, le=2**20, description="GiB of text activations in a step")
     recompute: bool | None = Field(
-        None, description="layers computed anew for gradients, or not; by default if memory is short"
+        None, description="compute layers anew for gradients; by default if memory is short"
     )
     grey_range: tuple[float, float] | None = Field(
         None, description="grey of over 8 bits seen as black and white; by default what images use"

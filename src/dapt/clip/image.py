@@ -25,7 +25,6 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
 
-
 # Widths of activations a token keeps in one layer, measured: 12 of prompts, 16 of changed maps.
 _KEPT_WIDTHS = 16
 
