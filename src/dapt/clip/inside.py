@@ -105,7 +105,7 @@ def kept(inside: Inside, layer: Callable[..., Tensor], *x: Tensor) -> Tensor:
     if not (inside.recompute and torch.is_grad_enabled()):
         return layer(*x)
     # Dropout is a function of its place: see `Pass.dropout`.
-    how = {"use_reentrant": False, "preserve_rng_state": False}
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return cast(Tensor, checkpoint(layer, *x, **how))
 
 
