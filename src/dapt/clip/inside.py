@@ -106,7 +106,7 @@ def kept(inside: Inside, layer: Callable[..., Tensor], *x: Tensor) -> Tensor:
         return layer(*x)
     # Dropout is a function of its place: see `Pass.dropout`.
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return cast(Tensor, checkpoint(layer, *x, **how))
+    return checkpoint(layer, *x, **how)
 
 
 def norm(norm: nn.Module, x: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Tensor:

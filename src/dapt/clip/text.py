@@ -297,9 +297,12 @@ class TextEncoder(nn.Module):
         return ids.to(backbone.device), places.to(backbone.device)
 
 
-def _layer(layer: tower.Layer, groups: tower.Groups, x: Tensor, *prefix: Tensor) -> Tensor:
+def _layer(
+    layer: tower.Layer, groups: tower.Groups, x: Tensor, prefix_k: Tensor, prefix_v: Tensor
+) -> Tensor:
     """Own tokens (N, W) after a layer, given its keys and values of the shared prefix."""
-    return layer.finish(x, tower.attend_after_prefix(*layer.qkv(x), *prefix, groups))
+    q, k, v = layer.qkv(x)
+    return layer.finish(x, tower.attend_after_prefix(q, k, v, prefix_k, prefix_v, groups))
 
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -126,8 +127,8 @@ class Classifier(nn.Module):
         """
         if image_features is None or not self.reads_images:
             return self._text(now)[0]
-        how = {"recompute": now.recompute}
-        passes = (Pass(now.generator, image_features=one, **how) for one in image_features)
+        own = Pass(now.generator, recompute=now.recompute)
+        passes = (replace(own, image_features=one) for one in image_features)
         found = [self._encoded(inside_of(self.parts, "text", each))[0] for each in passes]
         return torch.stack(found)
 

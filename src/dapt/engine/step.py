@@ -51,11 +51,11 @@ class Tuner:
         self._frozen: dict[str, Tensor] = {}
         self._kept = _KEPT[settings.optimizer]
         self.optimizer = new_optimizer(self.named.values(), settings)
-        self.recompute = settings.recompute
-        if self.recompute is None:  # to the same bits: what is free now may decide
-            free, images = free_memory(self.prototypes.device), settings.batch_size
-            wanted = kept_bytes(classifier, -(-images // self.processes.count))
-            self.recompute = free is not None and wanted > _SHARE_OF_FREE * free
+        images = -(-settings.batch_size // self.processes.count)
+        wanted, free = kept_bytes(classifier, images), free_memory(self.prototypes.device)
+        # To the same bits: what is free now may decide.
+        short = free is not None and wanted > _SHARE_OF_FREE * free
+        self.recompute = short if settings.recompute is None else settings.recompute
 
     def frozen_text(self, *templates: str) -> Tensor:
         """(T, C, D) of the classes in templates, not normalised; made when first asked for."""
