@@ -86,6 +86,10 @@ class PlainClassifier(nn.Module):
         """Both prompts, by their names in a run's files."""
         return {name: p for part in self.parts for name, p in part.named_parameters()}
 
+    def kept_bytes(self, _images: int) -> int:
+        """Not known: the plain way computes nothing anew."""
+        return 0
+
     def text_features(self, _images: Any = None, _now: Pass = EVALUATION) -> Tensor:
         """(C, D), normalised."""
         prompt = self.learned()["text_prompt"]

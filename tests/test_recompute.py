@@ -10,7 +10,7 @@ from dapt.clip.sources import load_backbone
 from dapt.engine import step
 from dapt.engine.classifier import new_classifier, tuning_head
 from dapt.engine.processes import free_memory
-from dapt.engine.step import Tuner, kept_bytes
+from dapt.engine.step import Tuner
 from dapt.methods import get_method
 from dapt.settings import make_settings
 
@@ -77,7 +77,7 @@ def test_less_is_kept_of_both_towers(tiny_weights, method):
 @pytest.mark.parametrize("method", ["dapt", "coop", "cocoop", "clip-lora"])
 def test_memory_that_is_short_asks_for_it(tiny_weights, monkeypatch, method):
     backbone = load_backbone(str(tiny_weights))
-    needed = kept_bytes(tuner_of(backbone, method).classifier, 4)
+    needed = tuner_of(backbone, method).classifier.kept_bytes(4)
     assert needed > 0
     free = {"plenty": 2 * needed, "short": needed, "unknown": None}
     for state, expected in (("plenty", False), ("short", True), ("unknown", False)):
@@ -89,8 +89,8 @@ def test_memory_that_is_short_asks_for_it(tiny_weights, monkeypatch, method):
 def test_more_images_and_layers_that_learn_keep_more(tiny_weights):
     backbone = load_backbone(str(tiny_weights))
     one, two = (tuner_of(backbone, method).classifier for method in ("coop", "dapt"))
-    assert kept_bytes(one, 4) == kept_bytes(one, 8)  # class names alone
-    assert kept_bytes(one, 4) < kept_bytes(two, 4) < kept_bytes(two, 8)
+    assert one.kept_bytes(4) == one.kept_bytes(8)  # class names alone
+    assert one.kept_bytes(4) < two.kept_bytes(4) < two.kept_bytes(8)
 
 
 def test_what_is_not_learned_is_never_computed_anew(tiny_weights, monkeypatch):

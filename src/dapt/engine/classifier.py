@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.image import image_features
+from dapt.clip.image import image_features, kept_bytes
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
 from dapt.data.grey import Scale
@@ -158,6 +158,16 @@ class Classifier(nn.Module):
             features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
             features = F.normalize(features, dim=-1)
         return inside.features(features, None), lengths
+
+    def kept_bytes(self, images: int) -> int:
+        """What the layers of both towers keep of a step for its backward pass, about.
+
+        Towers in which nothing is learned keep nothing.
+        """
+        text = sum(encoder.kept_bytes for encoder in cast(Any, self.text_encoders))
+        text *= images if self.reads_images else 1
+        own = {"text": text, "image": kept_bytes(self.backbone, images)}
+        return sum(size for tower, size in own.items() if parts_of(self.parts, tower))
 
     def as_own(self, features: Tensor) -> Tensor:
         """The frozen image tower's features (..., D) among those that this classifier makes."""

@@ -7,19 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import median
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features
-from dapt.clip.image import kept_bytes as _kept_of_images
 from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
 from dapt.engine.processes import free_memory, join_processes
-from dapt.methods import Head, Step, TowerPart, get_method
+from dapt.methods import Head, Step, get_method
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
 from dapt.settings import Settings, loss_terms, loss_weights
@@ -52,7 +50,7 @@ class Tuner:
         self._kept = _KEPT[settings.optimizer]
         self.optimizer = new_optimizer(self.named.values(), settings)
         images = -(-settings.batch_size // self.processes.count)
-        wanted, free = kept_bytes(classifier, images), free_memory(self.prototypes.device)
+        wanted, free = classifier.kept_bytes(images), free_memory(self.prototypes.device)
         # To the same bits: what is free now may decide.
         short = free is not None and wanted > _SHARE_OF_FREE * free
         self.recompute = short if settings.recompute is None else settings.recompute
@@ -151,19 +149,6 @@ class Tuner:
 
 # Of what is free, what layers may keep: a step needs more than they.
 _SHARE_OF_FREE = 0.7
-
-
-def kept_bytes(classifier: Classifier, images: int) -> int:
-    """What the layers of both towers keep of a step for its backward pass, about.
-
-    Towers in which nothing is learned keep nothing.
-    """
-    towers = {tower for part in classifier.parts for tower in cast(TowerPart, part).towers}
-    text = sum(encoder.kept_bytes for encoder in cast(Any, classifier.text_encoders))
-    text *= images if classifier.reads_images else 1
-    image = _kept_of_images(classifier.backbone, images)
-    return image * ("image" in towers) + text * ("text" in towers)
-
 
 # What optimisers know of a parameter, by torch's names and by those in a checkpoint.
 _KEPT = {
