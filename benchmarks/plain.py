@@ -7,6 +7,7 @@ features computed for every batch, all in fp32. The package itself never uses it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import sqrt
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from dapt.clip import inside as tower
 from dapt.clip.backbone import Backbone
-from dapt.clip.inside import EVALUATION, Pass
+from dapt.clip.inside import EVALUATION, Inside, Pass
 from dapt.clip.text import Chunk
 from dapt.engine.classifier import Classifier
 from dapt.methods import TowerPart
@@ -84,6 +86,10 @@ class PlainClassifier(nn.Module):
         """Both prompts, by their names in a run's files."""
         return {name: p for part in self.parts for name, p in part.named_parameters()}
 
+    def kept_bytes(self, _images: int) -> int:
+        """Not known: the plain way computes nothing anew."""
+        return 0
+
     def text_features(self, _images: Any = None, _now: Pass = EVALUATION) -> Tensor:
         """(C, D), normalised."""
         prompt = self.learned()["text_prompt"]
@@ -107,9 +113,32 @@ def all_tokens(classifier: Classifier) -> None:
     """Let a classifier of any method send each class's 77 tokens, padding and all, through.
 
     The plain way of methods that are not written out here: no prefix is run once for all classes,
-    nothing is left away behind a name, all classes are one batch. The image tower stays ours.
+    nothing is left away behind a name, all classes are one batch, changes of weights stand beside
+    each map for all tokens of all classes. The image tower stays ours. A text tower of other layers
+    than CLIP's runs by its own modules.
     """
     for encoder in cast(Iterable[Any], classifier.text_encoders):
+        if encoder.ends_at_end and tower.is_plain(encoder.backbone.text.transformer):
+            encoder._whole = partial(_layer_by_layer, encoder)
         encoder.shares_prefix = encoder.ends_at_end = False
         count = len(encoder.tokens.own)
         encoder.chunks = [Chunk(slice(0, count), slice(0, len(encoder.packed)), ())]
+
+
+def _layer_by_layer(encoder: Any, chunk: Chunk, inside: Inside, context: Tensor | None) -> Tensor:
+    """Text features (C, D) of all tokens through all layers, with what parts put inside."""
+    text, first = encoder.backbone.text, len(encoder.tokens.shared)
+    length = 0 if context is None else context.shape[-2]
+    ids, places = encoder._ids(chunk, length)  # (C, 77), (C, M)
+    x = text.token_embedding(ids)
+    if context is not None:
+        own = context[encoder.order] if context.dim() == 3 else context.expand(len(ids), -1, -1)
+        x = x.scatter(1, places[..., None].expand_as(own), own)
+    x = x + text.positional_embedding[: x.shape[1]]
+    for layer in tower.unrolled(text.transformer, inside):
+        x = layer.enter(x, first)
+        q, k, v = (tower.split_heads(t, layer.heads) for t in layer.qkv(x))
+        x = layer.finish(x, tower.attend(q, k, v, causal=True))
+    # Vectors that layers put behind the start token moved the end token.
+    ends = ids.argmax(-1) + x.shape[1] - ids.shape[1]
+    return text.ln_final(x)[torch.arange(len(ids)), ends] @ text.text_projection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -137,16 +138,18 @@ class Variant:
     def train(self) -> dict[str, Any]:
         """One training step: seconds of forward, of backward, of all; and its loss.
 
-        Of a head that is fitted, the seconds of that.
+        Beside them stand the seconds that all of the process's threads worked, which others on the
+        machine lengthen least. Of a head that is fitted, the seconds of that.
         """
         if not self.learns:
             return {"fit": self.fit_seconds} if self.head.fitted else {}
-        started = now(self.device)
-        # At a learning rate of zero, every step is the first.
-        result = self.tuner.step(self.views, self.labels, lr=0.0)
+        # At a learning rate of zero, every step is the first; what is random in one is drawn.
+        drawn = torch.Generator().manual_seed(0)
+        worked, started = time.process_time(), now(self.device)
+        result = self.tuner.step(self.views, self.labels, 0.0, drawn)
         end, half = now(self.device), self.tuner.forward_ended
         times = {"forward": half - started, "backward": end - half, "step": end - started}
-        return {**times, "loss": result.total}
+        return {**times, "step_cpu": time.process_time() - worked, "loss": result.total}
 
     @torch.inference_mode()
     def eval(self) -> dict[str, Any]:

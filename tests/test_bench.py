@@ -309,8 +309,11 @@ def test_every_method_is_measured_once(tiny_weights, tmp_path):
     assert "figures of something else" in " ".join(other.output.split())
 
 
-@pytest.mark.parametrize("method", ["maple", "promptsrc", "coop"])
-def test_the_plain_way_of_any_method_has_its_loss(tiny_weights, method):
+@pytest.mark.parametrize(
+    "method", ["coop", "maple", "promptsrc", "mmrl", "clip-lora", "2sfs", "clip-svd"]
+)
+def test_the_plain_way_of_any_method_has_its_logits_loss_and_gradients(tiny_weights, method):
+    """Of what stands somewhere else than where it starts: low-rank changes are zero there."""
     found = []
     for variant in ("plain", "fp32"):
         job = worker.Job(str(tiny_weights), None, "a", WORDS, 2, 1, "cpu", variant, method)
@@ -318,6 +321,13 @@ def test_the_plain_way_of_any_method_has_its_loss(tiny_weights, method):
         if made.plain:
             encoder = made.classifier.text_encoders[0]
             assert encoder._ids(encoder.chunks[0], encoder.tokens.context)[0].shape == (5, 77)
-        torch.manual_seed(0)
-        found.append(made.tuner.losses(made.views, made.labels)[0].item())
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in made.tuner.named.values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+        total, _, logits = made.tuner.losses(made.views, made.labels)
+        total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in made.tuner.named.values()])
+        found.append((total.detach(), logits.detach(), gradient))
+    for ours, plain in zip(found[1], found[0], strict=True):
+        assert (ours - plain).norm() <= 1e-4 * plain.norm()

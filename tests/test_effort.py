@@ -181,6 +181,23 @@ def test_a_cheap_method_is_not_left_out_for_dear_ones(given, monkeypatch):
     assert not any(t.left_out for t in planned)
 
 
+def test_a_method_of_so_many_steps_is_planned_for_them(given, monkeypatch):
+    """100 steps a shot: of 16 images a class they are fewer than everyone's passes."""
+    monkeypatch.setattr(effort, "step_seconds", lambda *_: 1.0)
+    for name, row in METHODS.items():
+        monkeypatch.setitem(METHODS, name, replace(row, tried=name == "clip-lora"))
+    settings = make_settings({**given, "epochs": None, "lr": None, "shots": 6, "batch_size": 6})
+    data, found = open_data(settings), new_search("10h")
+    fold = Fold(truth=[0], predicted=[0], best=[0.5], losses=[1.0], seconds=1.0)
+    found.trials = [Trial(method="auto", folds=[fold] * 4)]
+    parts, shared = folds(data.support, 4, 1), Shared(backbone_of(settings))
+    (trial,) = effort._Work(
+        found, settings, data, parts, shared, lambda: None, effort.Reporter()
+    )._plan(36_000.0)
+    assert with_method(settings, trial.method).steps == 600
+    assert trial.epochs == 600 // (len(data.support.train) // 6)
+
+
 def test_a_budget_too_small_for_the_head_itself_ends_at_once(given):
     found, chosen = search(given, "0.001s")
     assert chosen.method == "auto"

@@ -88,6 +88,9 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(10, ge=1, description="epochs between checkpoints")
     eval_batch_size: int = Field(100, ge=1, description="images per batch in evaluation")
     text_memory: float = Field(4.0, gt=0, le=2**20, description="GiB of text activations in a step")
+    recompute: bool | None = Field(
+        None, description="compute layers anew for gradients; by default if memory is short"
+    )
     grey_range: tuple[float, float] | None = Field(
         None, description="grey values over 8 bits for black and white; default: by the images"
     )

@@ -10,13 +10,15 @@ C classes, P prefix tokens that all classes share, S own tokens of a class, N ow
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dapt.errors import UserError
 
@@ -37,6 +39,7 @@ class Pass:
     part: slice = field(default_factory=lambda: slice(None))  # that is here, if processes share it
     # (D,), normalised, of the one image that class features are made for; None: of none.
     image_features: Tensor | None = None
+    recompute: bool = False  # whether gradients compute layers anew, so that little is kept
 
     def dropout(self, x: Tensor, share: float, *place: Any) -> Tensor:
         """``x`` (L, W), or (B, L, W) of images; in training with a share of it zeroed.
@@ -64,9 +67,10 @@ class Inside:
     ``tokens`` are (N, W), or (B, N, W): after the start token, or among the patches. ``layers``,
     ``linears`` and ``norms`` say whether `before_layer`, `weight` or `linear`, and `norm` do
     anything; ``reads`` how many of the inserted tokens the image tower gives `features` at its end.
+    With ``recompute``, nothing is kept of layers for the backward pass but what enters them.
     """
 
-    layers = linears = norms = False
+    layers = linears = norms = recompute = False
     reads = 0
 
     def __init__(self, tokens: Tensor | None = None) -> None:
@@ -94,6 +98,15 @@ class Inside:
 
 
 NOTHING = Inside()
+
+
+def kept(inside: Inside, layer: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """What a layer makes of tokens, to the same bits where gradients compute it anew."""
+    if not (inside.recompute and torch.is_grad_enabled()):
+        return layer(*x)
+    # Dropout is a function of its place: see `Pass.dropout`.
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(layer, *x, **how)
 
 
 def norm(norm: nn.Module, x: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -214,7 +227,7 @@ def through(
     for i, block in enumerate(blocks):
         if inside.layers:
             x = inside.before_layer(i, x, start)
-        x = block(x, **options)
+        x = kept(inside, partial(block, **options), x)
     return x
 
 

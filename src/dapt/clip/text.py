@@ -189,13 +189,16 @@ class TextEncoder(nn.Module):
         before, own = 0 if self.shares_prefix else frame, isinstance(text, TextTransformer)
         whole = None if self.ends_at_end or not own else backbone.context_length
         sizes = [whole or before + length for length in lengths]
+        each = _bytes_per_token(text, backbone.dtype) if own else 0
         if own:
-            budget = max(1, memory_budget // _bytes_per_token(text, backbone.dtype))
+            budget = max(1, memory_budget // each)
         else:
             budget = _CLASSES_OF_OTHERS * _CHUNKS_IN_BUDGET * backbone.context_length
         if sum(sizes) > budget:
             # Every chunk's activations are computed anew, so smaller ones cost no more.
             budget = max(1, budget // _CHUNKS_IN_BUDGET)
+        # For a backward pass, about; of other towers it is not known.
+        self.kept_bytes = min(sum(sizes), budget) * each
         self.chunks = _chunks(lengths, sizes, budget)
 
     def forward(self, inside: Inside = NOTHING) -> Tensor:
@@ -241,11 +244,8 @@ class TextEncoder(nn.Module):
         x = x + text.positional_embedding[self.positions[chunk.tokens] + length].to(dtype)
         *layers, last = tower.unrolled(text.transformer, inside)
         for i, layer in enumerate(layers):
-            q, k, v = layer.qkv(x)
-            mixed = tower.attend_after_prefix(
-                q, k, v, prefix[2 * i], prefix[2 * i + 1], chunk.groups
-            )
-            x = layer.finish(x, mixed)
+            of_prefix = prefix[2 * i : 2 * i + 2]  # keys and values
+            x = tower.kept(inside, partial(_layer, layer, chunk.groups), x, *of_prefix)
         ends = self.ends[chunk.classes] - chunk.tokens.start
         q, k, v = last.asked(x, ends)
         mixed = tower.attend_after_prefix(q, k, v, prefix[-2], prefix[-1], chunk.groups)
@@ -297,6 +297,14 @@ class TextEncoder(nn.Module):
         # They hold a token that is neither padding nor the end.
         ids[ids == _CONTEXT] = next(t for t in range(2, 100) if t not in (pad, *owns[0]))
         return ids.to(backbone.device), places.to(backbone.device)
+
+
+def _layer(
+    layer: tower.Layer, groups: tower.Groups, x: Tensor, prefix_k: Tensor, prefix_v: Tensor
+) -> Tensor:
+    """Own tokens (N, W) after a layer, given its keys and values of the shared prefix."""
+    q, k, v = layer.qkv(x)
+    return layer.finish(x, tower.attend_after_prefix(q, k, v, prefix_k, prefix_v, groups))
 
 
 def _bytes_per_token(text: TextTransformer, dtype: torch.dtype) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dapt.clip.backbone import Backbone
-from dapt.clip.image import image_features
+from dapt.clip.image import image_features, kept_bytes
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.joined import Joined, JoinedTexts
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
@@ -133,7 +134,8 @@ class Classifier(nn.Module):
         """
         if image_features is None or not self.reads_images:
             return self._text(now)[0]
-        passes = (Pass(now.generator, image_features=one) for one in image_features)
+        own = Pass(now.generator, recompute=now.recompute)
+        passes = (replace(own, image_features=one) for one in image_features)
         found = [self._encoded(inside_of(self.parts, "text", each))[0] for each in passes]
         return torch.stack(found)
 
@@ -142,9 +144,9 @@ class Classifier(nn.Module):
         return self._text()[1]
 
     def _text(self, now: Pass = EVALUATION) -> tuple[Tensor, Tensor]:
-        parts = parts_of(self.parts, "text")
+        parts, own = parts_of(self.parts, "text"), Pass(now.generator, recompute=now.recompute)
         if any(p.requires_grad for part in parts for p in part.parameters()):
-            return self._encoded(inside_of(parts, "text", Pass(now.generator)))
+            return self._encoded(inside_of(parts, "text", own))
         if self._fixed_text is None:
             # Ordinary tensors even if asked for in inference mode: a later step may use them.
             with torch.inference_mode(False), torch.no_grad():
@@ -163,6 +165,16 @@ class Classifier(nn.Module):
             features, lengths = (torch.stack(each).mean(0) for each in zip(*found, strict=True))
             features = F.normalize(features, dim=-1)
         return inside.features(features, None), lengths
+
+    def kept_bytes(self, images: int) -> int:
+        """What the layers of both towers keep of a step for its backward pass, about.
+
+        Towers in which nothing is learned keep nothing.
+        """
+        text = sum(encoder.kept_bytes for encoder in cast(Any, self.text_encoders))
+        text *= images if self.reads_images else 1
+        own = {"text": text, "image": kept_bytes(self.backbone, images)}
+        return sum(size for tower, size in own.items() if parts_of(self.parts, tower))
 
     def as_own(self, features: Tensor) -> Tensor:
         """The frozen image tower's features (..., D) among those that this classifier makes."""
@@ -239,6 +251,7 @@ class Together(Inside):
         )
         self.linears = weights or linears
         self.reads = sum(part.reads for part in parts)
+        self.recompute = now.recompute
 
     def before_layer(self, layer: int, x: Tensor, start: int) -> Tensor:
         """Each part in turn, which is told where its own tokens stand."""

@@ -27,7 +27,7 @@ from dapt.engine.classifier import new_classifier
 from dapt.engine.data import Data
 from dapt.engine.evaluate import logits_of
 from dapt.engine.features import Shared
-from dapt.engine.fit import Diverged, fit, steps_per_epoch
+from dapt.engine.fit import Diverged, fit, steps_per_epoch, total_steps
 from dapt.engine.forecast import Named
 from dapt.engine.search import folds
 from dapt.engine.step import step_seconds
@@ -356,9 +356,10 @@ class _Work:
     def _costs(self, trial: Trial, step: float) -> dict[int, float]:
         """Seconds to tune on each fold's rest and on all images, by epochs, the most first."""
         settings = with_method(self.settings, trial.method)
-        full, sizes = settings.epochs, [len(part.train) for part in self.parts]
-        sizes.append(len(self.data.support.train))
-        steps = sum(steps_per_epoch(size, settings.batch_size) for size in sizes)
+        sizes = [*(len(part.train) for part in self.parts), len(self.data.support.train)]
+        each = [steps_per_epoch(size, settings.batch_size) for size in sizes]
+        # A method that is tuned for a number of steps takes them on all images.
+        full, steps = -(-total_steps(settings, sizes[-1]) // each[-1]), sum(each)
         heads = len(sizes) * self._fold_seconds()
         few = [full // part for part in _PARTS if full // part >= min(_FEWEST, full)]
         return {epochs: epochs * steps * step + heads for epochs in few}

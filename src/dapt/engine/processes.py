@@ -9,8 +9,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from dapt.errors import UserError
 
+_GROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -92,6 +96,24 @@ def join_processes() -> Processes:
         dist.init_process_group("cpu:gloo,cuda:nccl" if each else "gloo")
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size(), local)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    free = int(found[1]) * 1024 if found else None
+    with suppress(OSError, ValueError):  # of a container, which may have less
+        most, taken = (int((_GROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        free = most - taken if free is None else min(free, most - taken)
+    return free
 
 
 def keep_freed_memory() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import median
 
@@ -16,7 +16,7 @@ from dapt.clip.image import image_features
 from dapt.clip.inside import Pass
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import Classifier
-from dapt.engine.processes import join_processes
+from dapt.engine.processes import free_memory, join_processes
 from dapt.methods import Head, Step, get_method
 from dapt.methods.fitting import WARMUP_LR as WARMUP_LR
 from dapt.methods.fitting import learning_rate as learning_rate
@@ -49,6 +49,11 @@ class Tuner:
         self._frozen: dict[str, Tensor] = {}
         self._kept = _KEPT[settings.optimizer]
         self.optimizer = new_optimizer(self.named.values(), settings)
+        images = -(-settings.batch_size // self.processes.count)
+        wanted, free = classifier.kept_bytes(images), free_memory(self.prototypes.device)
+        # To the same bits: what is free now may decide.
+        short = free is not None and wanted > _SHARE_OF_FREE * free
+        self.recompute = short if settings.recompute is None else settings.recompute
 
     def frozen_text(self, *templates: str) -> Tensor:
         """(T, C, D) of the classes in templates, not normalised; made when first asked for."""
@@ -65,7 +70,7 @@ class Tuner:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Total loss, its parts by name, and the logits (B, C) of one batch, or a part of it."""
         classifier, labels = self.classifier, labels.to(self.prototypes.device)
-        now = now or Pass(images=len(views))
+        now = replace(now or Pass(images=len(views)), recompute=self.recompute)
         image = classifier.image_features(views, now)
         text = classifier.text_features(image, now)
         logits = classifier.logits(image, text)
@@ -141,6 +146,9 @@ class Tuner:
                         place = "cpu" if key == "step" else parameter.device  # as torch has it
                         self.optimizer.state[parameter][key] = value.to(place, copy=True)
 
+
+# Of what is free, what layers may keep: a step needs more than they.
+_SHARE_OF_FREE = 0.7
 
 # What optimisers know of a parameter, by torch's names and by those in a checkpoint.
 _KEPT = {

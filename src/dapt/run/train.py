@@ -41,7 +41,7 @@ from dapt.safe.files import file_digest, read_text, write_atomic, write_json
 from dapt.settings import Settings
 
 # Settings that decide what a run costs, not what it finds: they may change when it resumes.
-FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict"})
+FREE_ON_RESUME = frozenset({"memory_budget", "checkpoint_every", "strict", "recompute"})
 # Seconds to wait for who else writes an evaluation into the run.
 _PATIENCE = 10
 

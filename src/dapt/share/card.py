@@ -25,7 +25,7 @@ _START = "---\nlibrary_name: dapt\n"
 _NOT_TOLD = frozenset(
     {"dataset", "root", "domain", "class_names", "support_set", "method", "backbone", "pretrained",
      "test_fraction", "device", "eval_batch_size", "text_memory", "memory_budget",
-     "checkpoint_every"}
+     "recompute", "checkpoint_every"}
 )  # fmt: skip
 # Licences of weights that dapt knows beside those of `known_models`.
 _OWN = {
