@@ -14,8 +14,9 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
 from conftest import frugal, fuzzed
+from dapt.clip import shapes
 from dapt.clip.backbone import usable_precision
-from dapt.clip.sources import config_from_shapes, load_backbone
+from dapt.clip.sources import load_backbone
 from dapt.errors import UserError
 from dapt.safe.weights import read_state_dict
 
@@ -31,7 +32,7 @@ def same_weights(a, b):
 
 
 def test_architecture_is_read_from_the_shapes(state):
-    config, expected = config_from_shapes(state), tiny_config()
+    config, expected = shapes.configuration(state), tiny_config()
     for part in ("vision_cfg", "text_cfg"):
         assert expected[part].items() <= config[part].items()
     assert config["embed_dim"] == 32

@@ -22,7 +22,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
-from dapt.clip import hub, hub_format, hub_vision, image_only, known
+from dapt.clip import hub, hub_format, hub_vision, image_only, known, shapes
 from dapt.clip.backbone import PRECISIONS, Backbone, Preprocessing, choose_device, usable_precision
 from dapt.clip.joined import Joined
 from dapt.errors import UserError, lacking, nearest, refusing
@@ -37,8 +37,6 @@ _HUB_CONFIG = ("open_clip_config.json", hub_format.CONFIG)
 # transformers' on the hub, of which the first kind that is there is fetched.
 _THEIR_WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"])
 _REVISION, _COMMIT = re.compile(r"[\w-][\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}")
-# OpenAI's CLIPs have heads 64 wide; image towers wider than theirs have wider heads too.
-_HEAD_WIDTH, _WIDEST = 64, 1024
 # Of what open_clip hands on to other libraries, the part that its own configurations use.
 _HANDED_ON = {"tokenizer_kwargs": {"clean", "strip_sep_token"}, "norm_kwargs": {"eps"},
               "act_kwargs": {"approximate"}}  # fmt: skip
@@ -174,9 +172,9 @@ def taken_for_granted(name: str) -> str | None:
     if name == BUNDLED or not path.is_file() or is_torchscript(path):
         return None
     return (
-        f"{name} is taken for one of OpenAI's models: QuickGELU, heads {_HEAD_WIDTH} wide, their "
-        "normalisation of images; if it is not, give a folder with open_clip_config.json, or its "
-        "open_clip name and this file as pretrained"
+        f"{name} is taken for one of OpenAI's models: QuickGELU, heads {shapes.HEAD_WIDTH} wide, "
+        "their normalisation of images; if it is not, give a folder with open_clip_config.json, or "
+        "its open_clip name and this file as pretrained"
     )
 
 
@@ -284,42 +282,9 @@ def _from_file(path: Path) -> Loaded:
     if "visual.proj" not in state:
         hint = "load it by its open_clip name, such as RN50 with pretrained openai"
         raise UserError(f"{path} holds a ResNet image tower, which shapes do not tell; {hint}")
-    model = _build(config_from_shapes(state), state, path)
+    model = _build(shapes.configuration(state), state, path)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     return model, tokenizer, _preprocessing(model, {}, path)
-
-
-def config_from_shapes(state: StateDict) -> dict[str, Any]:
-    """An open_clip model configuration, off the shapes of a state dict of OpenAI's."""
-
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in state:
-            raise UserError(f"the weights lack '{name}'; give the whole state dict of a CLIP")
-        if len(found := state[name].shape) != dimensions:
-            said = f"the weights' '{name}' has shape {tuple(found)}"
-            raise UserError(f"{said}, where a CLIP's has {dimensions} dimensions")
-        return found
-
-    def layers(prefix: str) -> int:
-        return sum(k.startswith(prefix) and k.endswith("in_proj_weight") for k in state)
-
-    width, _, _, patch = shape("visual.conv1.weight", 4)
-    side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
-    text_width = shape("ln_final.weight", 1)[0]
-    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH or width > _WIDEST:
-        what = f"towers of width {width} and {text_width} do not divide into heads {_HEAD_WIDTH}"
-        hint = "give a directory with open_clip_config.json, which says their number"
-        raise UserError(f"{what} wide, as OpenAI's do; {hint}")
-    return {
-        "embed_dim": shape("text_projection", 2)[1],
-        "quick_gelu": True,
-        "vision_cfg": {"layers": layers("visual.transformer.resblocks"), "width": width,
-                       "head_width": _HEAD_WIDTH, "patch_size": patch, "image_size": side * patch},
-        "text_cfg": {"context_length": shape("positional_embedding", 2)[0],
-                     "vocab_size": shape("token_embedding.weight", 2)[0],
-                     "width": text_width, "heads": text_width // _HEAD_WIDTH,
-                     "layers": layers("transformer.resblocks")},
-    }  # fmt: skip
 
 
 def _build(
