@@ -405,7 +405,8 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         own, others = {name: getattr(self, name) for name in _OWN}, self.settings or {}
         if clash := sorted(others.keys() - _free()):
             what = f"setting '{clash[0]}' is no entry of PromptClassifier's settings"
-            raise UserError(f"{what}; give it as a parameter, if it is one")
+            near = "" if clash[0] in all_fields() else nearest(clash[0], sorted(_free()))
+            raise UserError(f"{what}{near}; give it as a parameter, if it is one")
         given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
