@@ -75,6 +75,14 @@ def test_images_in_memory_are_known_until_the_process_ends(images, tiny_weights)
         elsewhere.add_classes(["red"])
 
 
+def test_a_run_fitted_on_a_table_of_paths_takes_classes_too(images, tiny_weights, tmp_path):
+    known, labels, _, _ = images
+    table = [{"path": path, "label": label} for path, label in zip(known, labels, strict=True)]
+    made = PromptClassifier(str(tiny_weights), method=METHOD).fit(table)
+    again = PromptClassifier.load(made.save(tmp_path / "run")).add_classes(["red"])
+    assert again.classes_.tolist() == ["blue", "green thing", "red"]
+
+
 def test_images_of_other_classes_are_refused(made, images):
     before = made.files_
     for labels in (["blue"], ["red", "red"], ["fox"]):

@@ -404,6 +404,10 @@ def test_wrong_labels_and_parameters(new, photos, fitted):
         new(method="dupt").fit(photos[0], photos[1])
     with pytest.raises(UserError, match="setting 'dataset' is no entry"):
         new(settings={"dataset": "bundled"}).fit(photos[0], photos[1])
+    with pytest.raises(UserError, match=r"settings \(did you mean 'tip_views'\?\)"):
+        new(settings={"tip_view": 2}).fit(photos[0], photos[1])
+    with pytest.raises(UserError, match="settings; give it as a parameter"):
+        new(settings={"epochs": 2}).fit(photos[0], photos[1])
     with pytest.raises(UserError, match="does not exist"):
         fitted.predict(["nowhere.png"])
     for use in (new().fit, fitted.score):

@@ -216,6 +216,14 @@ def test_unfinished_runs_are_listed_and_not_counted(grid, tmp_path):
     assert page.cell("accuracy-pets", "DAPT", "16 shots") == "72.0 ±5.0"
 
 
+def test_a_classifier_saved_in_python_is_not_tested_rather_than_unfinished(grid, tmp_path):
+    make_run(grid / "z", 0.1, dataset="fitted", finished=False)
+    written, page = report(grid, tmp_path)
+    assert written.unfinished == 0
+    assert "not tested" in page.text
+    assert "unfinished" not in page.text
+
+
 def test_failed_runs_say_why(grid, tmp_path):
     begun = make_run(grid / "z", 0.1, seed=4, finished=False)
     alone = grid / "few-shot/dtd/1shots-seed1"

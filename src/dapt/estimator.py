@@ -22,6 +22,7 @@ from dapt.clip.known import STAND_IN, SUITED, Each, Names, as_one, each_of, name
 from dapt.clip.sources import load_backbone
 from dapt.data import BadImage, ImageStore, Item, SupportSet, Task, draw_support_set
 from dapt.data.given import as_labels, as_sequence, labels_of, names_of_labels
+from dapt.data.images import image_in
 from dapt.data.items import check_class_names
 from dapt.engine.classifier import Classifier
 from dapt.engine.data import Data, task_of, with_grey
@@ -31,7 +32,7 @@ from dapt.engine.features import Shared
 from dapt.engine.fit import Interrupted, Journal, fit
 from dapt.engine.forecast import forecast
 from dapt.engine.suited import differing
-from dapt.errors import InputError, UserError
+from dapt.errors import InputError, UserError, nearest
 from dapt.labels import are_lists, classes_of, classes_of_lists, names_for
 from dapt.methods import get_method
 from dapt.predict import best
@@ -404,7 +405,8 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
         own, others = {name: getattr(self, name) for name in _OWN}, self.settings or {}
         if clash := sorted(others.keys() - _free()):
             what = f"setting '{clash[0]}' is no entry of PromptClassifier's settings"
-            raise UserError(f"{what}; give it as a parameter, if it is one")
+            near = "" if clash[0] in all_fields() else nearest(clash[0], sorted(_free()))
+            raise UserError(f"{what}{near}; give it as a parameter, if it is one")
         given = {**own, **others, "shots": shots, "dataset": FITTED, "strict": True}
         return make_settings(absolute_paths(given))
 
@@ -456,8 +458,7 @@ def _free() -> frozenset[str]:
 
 def _located(images: Sequence[Any], item: Item) -> Item:
     """The item with the absolute path of its image, where it is a file."""
-    value = images[int(item.path)]
-    value = value[0] if isinstance(value, tuple) and len(value) == 2 else value
+    value = image_in(images[int(item.path)])
     is_file = isinstance(value, str | Path)
     return replace(item, path=str(Path(value).absolute())) if is_file else item
 

@@ -96,7 +96,7 @@ def write_report(
             parts[name] = [block for block in make(study) if block.items]
             advance(1)
     _write_files(folder, [item for blocks in parts.values() for b in blocks for item in b.items])
-    unfinished = sum(not (run.finished or run.failure) for run in runs)
+    unfinished = sum(not (run.finished or run.failure or run.untested) for run in runs)
     said = (*warnings, *study.warnings)
     written = Report(out, folder, len(runs), unfinished, len(failures), said)
     told = {"parts": parts, "report": written, "notes": notes, "features": features}

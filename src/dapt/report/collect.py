@@ -24,6 +24,7 @@ from dapt.run import records
 from dapt.run.directory import RunDirectory
 from dapt.run.records import Count, Environment, Record, read_record
 from dapt.safe.files import read_text
+from dapt.settings import FITTED
 
 # Bytes and rows of a log, which take many times the memory that they take on disk.
 _LARGEST_LOG = 2**26
@@ -101,6 +102,11 @@ class Run:
     def finished(self) -> bool:
         """Whether it came to its end."""
         return self.metrics is not None
+
+    @property
+    def untested(self) -> bool:
+        """Whether it is a classifier that was fitted and saved in Python, without a test."""
+        return not self.finished and self.settings.get("dataset") == FITTED
 
     @property
     def place(self) -> tuple[str, str, str, int, int]:
