@@ -11,35 +11,38 @@ from typing import Any
 LIBRARIES = ("open_clip_torch", "timm", "torch", "transformers")
 _INTRODUCTION = """# Architectures
 
-On this page you see what works with which of open_clip's architectures, and what prompts cost in
-the towers of each family. Two commands write it, with random weights:
+Here you can look up what works with each of open_clip's architectures, and how much time prompts
+cost in each family of towers.
+
+Two commands make this page, with random weights:
 
 ```console title="Not run by the tests: it takes an hour or more"
 $ python -m benchmarks.architectures --speed --json build/all.json
 $ python -m benchmarks.architectures --json build/all.json --markdown {page}
 ```
 
-The first one times; the second asks what is not in the JSON file yet. {versions}.
+The first measures times. The second tries what is not in the JSON file yet. The versions were
+{versions}.
 """
 _WORKS = """## What works
 
-These are {count} architectures of at most {most:.0f} million parameters, small models in
-transformers' form among them. "Yes" means that it was tried: features are those of the model's own
-towers, gradients reach all that is learned, and the exported graph computes the same. A number is
-that of the reason below for which it is refused. What was not tried is empty.
+The table has {count} architectures with at most {most:.0f} million parameters, and small models in
+the format of transformers. "Yes" means that it was tried: the features equal those of the model's
+own towers, gradients reach everything that is learned, and the exported graph computes the same. A
+number means that it is refused; the reasons are listed below the table. An empty cell was not tried.
 
 {meanings}
 
-Text towers of transformers' own (`text tower: …`) are tried in small: open_clip's architectures
-that have them are larger than the limit.
+Text towers from transformers (`text tower: …`) were tried as small models, because open_clip's
+architectures with such towers are larger than the limit.
 """
 _SPEED = """## What prompts cost
 
-A training step of {prompt} prompt vectors in a small random tower, beside the tower's own plain
-forward and backward pass: how many times as many tokens the tower sees, which is what it may cost,
-and how many times as long the step takes. Both were timed in turns; given are the median of
-{rounds} rounds, and the middle half of them. In a text tower a prompt takes the place of other
-words, and padding is left out where nothing sees it.
+This table compares a training step of {prompt} prompt vectors in a small random tower with the plain
+forward and backward pass of the same tower. "Tokens, times" says how many times as many tokens the
+tower sees with the prompt; a step may take that many times as long. "Time, times" says how long it
+really takes. Both were measured in turns: the table shows the median of {rounds} rounds and the
+middle half. In a text tower, a prompt replaces other words, and padding that nothing sees is left out.
 """
 PAGE = "docs/reference/architectures.md"
 

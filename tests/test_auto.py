@@ -1,6 +1,7 @@
 """The best that a few photos can give: closed forms, their choice, and what they promise."""
 
 import json
+import re
 from dataclasses import replace
 from functools import lru_cache
 
@@ -236,11 +237,16 @@ def test_thresholds_and_sets_keep_their_word(tmp_path):
     def predicted(*options):
         said = runner.invoke(app, ["predict", run, *images, "--json", *options])
         assert said.exit_code == 0, said.output
-        return [json.loads(line) for line in said.stdout.splitlines()]
+        return [json.loads(line) for line in said.stdout.splitlines()], said.stderr
 
-    rows = predicted("--unknown", "auto", "--known-share", "0.9")
+    rows, told = predicted("--unknown", "auto", "--known-share", "0.9")
     assert 0.82 < np.mean([not row["unknown"] for row in rows]) < 0.97
-    rows = predicted("--set-coverage", "0.9")
+    limit, share = map(float, re.search(r"below ([\d.]+) %; ([\d.]+) % of", told).groups())
+    best = [100 * row["classes"][0]["probability"] for row in rows]
+    assert max(p for p, row in zip(best, rows, strict=True) if row["unknown"]) < limit + 0.05
+    assert min(p for p, row in zip(best, rows, strict=True) if not row["unknown"]) > limit - 0.05
+    assert share == 90
+    rows, _ = predicted("--set-coverage", "0.9")
     inside = [
         y in [c["class"] for c in row["classes"]] for y, row in zip(labels, rows, strict=True)
     ]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conftest import REPOSITORY
 from dapt.cli import app
 from dapt.cli.usage import as_options
+from dapt.data import open_task
 from dapt.settings import all_fields
 
 runner = CliRunner()
@@ -94,6 +95,26 @@ def test_predictions_add_up_to_the_metrics(run, photo_folder):
     right = [Path(r["path"]).parent.name == r["classes"][0]["class"] for r in found]
     metrics = json.loads((run / "metrics.json").read_text())
     assert sum(right) / len(right) == metrics["test"]["accuracy"]
+
+
+def test_eval_leaves_out_what_became_a_test_image_when_photos_were_added(photo_folder, tiny_weights,
+                                                                         tmp_path):  # fmt: skip
+    photos, run = shutil.copytree(photo_folder / "train", tmp_path / "photos"), tmp_path / "run"
+    options = ["-b", tiny_weights, "--device", "cpu", "-m", "linear-probe"]
+    assert dapt("train", photos, *options, "-o", run).exit_code == 0
+    same = dapt("eval", run, "--json")
+    assert "left out" not in same.stderr
+    for source in (photo_folder / "test").rglob("*.png"):  # the same names, in other order
+        shutil.copy(source, photos / source.parent.name / f"0-{source.name}")
+    result = dapt("eval", run, "--json")
+    assert result.exit_code == 0, result.output
+    left_out, of = map(
+        int, re.search(r"(\d+) of (\d+) test images are left", result.stderr).groups()
+    )
+    assert json.loads(result.stdout)["images"] == of - left_out
+    seen = {i["path"] for i in json.loads((run / "support_set.json").read_text())["train"]}
+    assert seen & {i.path for i in open_task(photos).test}
+    assert left_out == len(seen & {i.path for i in open_task(photos).test})
 
 
 def test_eval(run, tmp_path, photo_folder):

@@ -1,6 +1,7 @@
 """`dapt compare`: methods on one support set, side by side."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -46,6 +47,17 @@ def test_runs_are_those_of_train(compared, options, tmp_path):
     dapt("train", *options, "-m", "coop", "-o", tmp_path / "coop")
     name = "prompts.safetensors"
     assert (folder / "coop" / name).read_bytes() == (tmp_path / "coop" / name).read_bytes()
+
+
+def test_a_test_image_that_cannot_be_read_is_skipped_in_the_picture_too(photo_folder, tiny_weights,
+                                                                        tmp_path):  # fmt: skip
+    photos = shutil.copytree(photo_folder, tmp_path / "photos")
+    next((photos / "test" / "blue").iterdir()).write_text("no image")
+    options = ["-b", tiny_weights, "--device", "cpu", "--methods", "zero-shot,linear-probe"]
+    result = dapt("compare", photos, *options, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1 of 12 test images cannot be read and are skipped" in result.stderr
+    assert (tmp_path / "out" / "comparison.png").is_file()
 
 
 def test_the_same_command_keeps_what_is_done_and_goes_on(compared, options):

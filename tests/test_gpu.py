@@ -19,6 +19,7 @@ from dapt.clip import inside
 from dapt.clip.inside import Pass
 from dapt.clip.sources import load_backbone
 from dapt.engine.classifier import Classifier, new_classifier, tuning_head
+from dapt.engine import step
 from dapt.engine.processes import Processes
 from dapt.engine.step import Tuner, noise
 from dapt.methods import METHODS, Evidence
@@ -213,6 +214,7 @@ def test_no_step_mixes_devices(name, tiny_weights, monkeypatch):
     backbone.tokenizer, generator = OutsideOfIt(backbone.tokenizer), torch.Generator
     monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # all is there already
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    monkeypatch.setattr(step, "free_memory", lambda device: None)  # there is no driver to ask
     inside._later.cache_clear()
     with FakeTensorMode() as mode:
         to_fake_gpu(mode, real)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from dapt.clip.backbone import Backbone
-from dapt.data import ImageStore, Item, Task
+from dapt.data import Item, Task
 from dapt.data.images import read_picture
 from dapt.engine.data import Data, open_data
-from dapt.engine.evaluate import classify
+from dapt.engine.evaluate import logits_of
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import require_method
 from dapt.engine.forecast import wilson
@@ -131,19 +131,20 @@ def _mended(
     data: Data, settings: Settings, pair: Sequence[RunDirectory], shared: Shared
 ) -> list[tuple[Item, int]]:
     """Test images that the second run names right and the first does not, with what it says."""
-    task, backbone = data.task, shared.backbone
+    task = data.task
     if task.multilabel or pair[0].path == pair[1].path:
         return []
-    store = shared.store(task, task.test, settings)
-    first, last = (_named(run, backbone, store) for run in pair)
-    named = zip(task.test, first, last, strict=True)
-    return [(item, before) for item, before, after in named if after == item.label != before]
+    before, after = (_named(run, task, settings, shared) for run in pair)
+    return [(item, before[item]) for item in before if after[item] == item.label != before[item]]
 
 
-def _named(run: RunDirectory, backbone: Backbone, store: ImageStore) -> list[int]:
-    """Label of each image, by a run."""
-    found = classify(load_classifier(run, backbone=backbone), store)
-    return [int(label) for label in found.argmax(-1)]
+def _named(run: RunDirectory, task: Task, settings: Settings, shared: Shared) -> dict[Item, int]:
+    """Label that a run gives each test image that can be read."""
+    classifier = load_classifier(run, backbone=shared.backbone)
+    # Those that cannot be read were told when the runs were evaluated.
+    found = shared.encode(task, task.test, settings, classifier)
+    labels = torch.cat(list(logits_of(classifier, found.features))).argmax(-1)
+    return dict(zip(found.items, labels.tolist(), strict=True))
 
 
 def _drawn(task: Task, results: Sequence[Metrics], mended: Sequence[tuple[Item, int]]) -> bytes:

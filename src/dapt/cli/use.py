@@ -163,7 +163,10 @@ def _limit(run: RunDirectory, unknown: str | None, share: float) -> float | None
     if unknown is None:
         return None
     if unknown == "auto":
-        return _forecast(run, "--unknown auto").probability_of_known(share)
+        limit = _forecast(run, "--unknown auto").probability_of_known(share)
+        reached = f"{100 * share:g} % of photos of known classes reach it"
+        say_error(f"unknown: below {100 * limit:.1f} %; {reached}")
+        return limit
     with refusing(f"--unknown {unknown}", "give a number from 0 to 1, or auto", ValueError):
         limit = float(unknown)
         if not 0 <= limit <= 1:

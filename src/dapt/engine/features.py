@@ -198,7 +198,7 @@ class Shared:
             reporter.warn(f"{bad[index]}; skipped")
         reporter.warn(
             f"{len(bad):,} of {len(items):,} {what} images cannot be read and are skipped; "
-            "the metrics name them, and strict makes them an error"
+            "the metrics name them, and --strict makes them an error"
         )
         kept = [i for i in range(len(items)) if i not in bad]
         skipped = [{"image": items[i].path, "reason": bad[i]} for i in sorted(bad)]

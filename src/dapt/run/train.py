@@ -406,6 +406,8 @@ def evaluate_run(
     task = replace(task, grey=classifier.grey or task.grey)  # the scale goes with the run
     tell_notes(task, reporter)
     settings = settings.model_copy(update={"strict": strict or settings.strict})
+    if not target.elsewhere:
+        task = _unseen(run, task, reporter)
     if not task.test:
         raise UserError(
             f"no image of '{task.name}' was held out of tuning to test on; give `dataset` with "
@@ -428,6 +430,24 @@ def evaluate_run(
             raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
         write_json(_file_for(run, target, own), record)
     return task.name, result
+
+
+def _unseen(run: RunDirectory, task: Task, reporter: Reporter) -> Task:
+    """The task without test images that the run was tuned on, which are told.
+
+    A folder to which photos were added is divided anew, into other halves than those of then.
+    """
+    with suppress(UserError):  # of a run that does not say which they were
+        support = load_support_set(run.support_file, replace(task, test=()))
+        seen = {item.path for item in (*support.train, *support.val)}
+        left = tuple(item for item in task.test if item.path not in seen)
+        if count := len(task.test) - len(left):
+            reporter.warn(
+                f"{count:,} of {len(task.test):,} test images are left out: the run was tuned on "
+                f"them, and '{task.name}' has changed since; train again for a full test"
+            )
+            return replace(task, test=left)
+    return task
 
 
 def _identity(run: RunDirectory) -> tuple[bytes, bytes]:
