@@ -259,9 +259,12 @@ def test_files_say_what_the_page_says(grid, tmp_path):
     assert "| DAPT | **62.0 ± 5.0** | **72.0 ± 5.0** |" in markdown
     latex = (written.folder / "accuracy-pets.tex").read_text(encoding="utf-8")
     assert r"DAPT & \textbf{62.0} $\pm$ 5.0 & \textbf{72.0} $\pm$ 5.0 \\" in latex
+    assert "± half of its 95 % interval (Student's t)" in markdown  # in a paper it stands alone
+    assert r"half of its 95 \% interval" in latex
     make_run(grid / "f", 0.5, dataset="flowers")
     written, _ = report(grid, tmp_path)
     latex = (written.folder / "accuracy-average.tex").read_text(encoding="utf-8")
+    assert "interval" not in latex  # one seed has both datasets
     assert (
         latex.index(r"\end{tabular}")
         < latex.index("Averages are over")
