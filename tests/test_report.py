@@ -274,6 +274,17 @@ def test_files_say_what_the_page_says(grid, tmp_path):
         assert svg.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("bits", "warned"), [(6e-9, False), (2e-3, True)])
+def test_a_repeat_with_other_threads_is_no_other_result(tmp_path, bits, warned):
+    make_run(tmp_path / "runs" / "a", 0.5)
+    file = make_run(tmp_path / "runs" / "b", 0.5) / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["test"]["ece"] += bits
+    file.write_text(json.dumps(metrics))
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert ("with another result" in page.text) == warned
+
+
 def test_domains_and_cross_dataset(tmp_path):
     for seed, gain in ((1, 0.0), (2, 0.02)):
         evals = {
