@@ -29,7 +29,7 @@ _WORKS = """## What works
 The table has {count} architectures with at most {most:.0f} million parameters, and small models in
 the format of transformers. "Yes" means that it was tried: the features equal those of the model's
 own towers, gradients reach everything that is learned, and the exported graph computes the same. A
-number means that it is refused; the reasons are listed below the table. An empty cell was not tried.
+number means that it is refused, for the reason below the table. An empty cell was not tried.
 
 {meanings}
 
@@ -38,11 +38,12 @@ architectures with such towers are larger than the limit.
 """
 _SPEED = """## What prompts cost
 
-This table compares a training step of {prompt} prompt vectors in a small random tower with the plain
-forward and backward pass of the same tower. "Tokens, times" says how many times as many tokens the
-tower sees with the prompt; a step may take that many times as long. "Time, times" says how long it
-really takes. Both were measured in turns: the table shows the median of {rounds} rounds and the
-middle half. In a text tower, a prompt replaces other words, and padding that nothing sees is left out.
+This table compares a training step of {prompt} prompt vectors in a small random tower with the
+plain forward and backward pass of the same tower. "Tokens, times" says how many times as many
+tokens the tower sees with the prompt; a step may take that many times as long. "Time, times" says
+how long it really takes. Both were measured in turns: the table shows the median of {rounds}
+rounds and the middle half. In a text tower, a prompt replaces other words, and padding that nothing
+sees is left out.
 """
 PAGE = "docs/reference/architectures.md"
 

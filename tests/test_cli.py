@@ -372,6 +372,18 @@ def test_a_wrong_option_is_one_sentence_that_names_ours(said, arguments):
     assert said in told.output
 
 
+def test_an_experiment_says_how_it_takes_lists():
+    fails("has no option --method; write --methods", "experiment", "few-shot", "--method", "coop")
+    fails("has no option --seed; write --seeds", "experiment", "few-shot", "--seed", "1")
+    fails("2: a list has commas and no spaces", "experiment", "few-shot", "--seeds", "1", "2")
+    assert "unexpected extra" in dapt("methods", "a").output  # which takes no lists
+
+
+def test_settings_are_shown_of_a_dataset_that_is_there():
+    fails("unknown dataset 'caltech-101' (did you mean 'caltech101'?)", "settings", "caltech-101")
+    fails("unknown dataset 'lora_rank'", "settings", "lora_rank")
+
+
 def test_a_wrong_command_names_ours():
     fails("'dapt' has no command 'evaluate' (did you mean 'eval'?)", "evaluate")
     fails("'dapt data' has no command 'lst' (did you mean 'list'?)", "data", "lst")

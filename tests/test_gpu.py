@@ -18,8 +18,8 @@ from conftest import REPOSITORY
 from dapt.clip import inside
 from dapt.clip.inside import Pass
 from dapt.clip.sources import load_backbone
-from dapt.engine.classifier import Classifier, new_classifier, tuning_head
 from dapt.engine import step
+from dapt.engine.classifier import Classifier, new_classifier, tuning_head
 from dapt.engine.processes import Processes
 from dapt.engine.step import Tuner, noise
 from dapt.methods import METHODS, Evidence

@@ -204,7 +204,7 @@ def test_which_methods_a_file_may_be_of_is_said(given, tmp_path):
     dapt("export", run.path, "--format", "coop", "-o", file)
     common = ["-o", tmp_path / "back", "--dataset", given["dataset"], "-b", given["backbone"]]
     said = " ".join(dapt("import", file, *common).split())
-    assert "taken as ivlp; ivlp, promptsrc predict the same" in said
+    assert "taken as ivlp: the file may as well be of promptsrc, which predict the same" in said
     wrong = CliRunner().invoke(app, [*map(str, ["import", file, *common, "-m", "maple"])])
     assert wrong.exit_code == 2
     assert "give one that does: ivlp, promptsrc" in " ".join(wrong.output.split())

@@ -35,7 +35,7 @@ NOT_RUN = "Not run by the tests: "  # how the title of such a block begins
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 LOADED = cache(sources.load_model)  # once for all pages, as reading it is half of a short command
 # Options of other programs that pages mention.
-_OTHERS = {"--nproc-per-node", "--index-url", "--help"}
+_OTHERS = {"--nproc-per-node", "--index-url", "--target", "--minutes", "--help"}
 
 
 class Block(NamedTuple):

@@ -267,9 +267,12 @@ def test_files_say_what_the_page_says(grid, tmp_path):
     assert "| DAPT | **62.0 ± 5.0** | **72.0 ± 5.0** |" in markdown
     latex = (written.folder / "accuracy-pets.tex").read_text(encoding="utf-8")
     assert r"DAPT & \textbf{62.0} $\pm$ 5.0 & \textbf{72.0} $\pm$ 5.0 \\" in latex
+    assert "± half of its 95 % interval (Student's t)" in markdown  # in a paper it stands alone
+    assert r"half of its 95 \% interval" in latex
     make_run(grid / "f", 0.5, dataset="flowers")
     written, _ = report(grid, tmp_path)
     latex = (written.folder / "accuracy-average.tex").read_text(encoding="utf-8")
+    assert "interval" not in latex  # one seed has both datasets
     assert (
         latex.index(r"\end{tabular}")
         < latex.index("Averages are over")
@@ -277,6 +280,17 @@ def test_files_say_what_the_page_says(grid, tmp_path):
     )
     for svg in written.folder.glob("*.svg"):
         assert svg.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("bits", "warned"), [(6e-9, False), (2e-3, True)])
+def test_a_repeat_with_other_threads_is_no_other_result(tmp_path, bits, warned):
+    make_run(tmp_path / "runs" / "a", 0.5)
+    file = make_run(tmp_path / "runs" / "b", 0.5) / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["test"]["ece"] += bits
+    file.write_text(json.dumps(metrics))
+    _, page = report(tmp_path / "runs", tmp_path)
+    assert ("with another result" in page.text) == warned
 
 
 def test_domains_and_cross_dataset(tmp_path):

@@ -308,6 +308,7 @@ def list_settings(
     plugin: common.PluginOption = None,
 ) -> None:
     """List all settings, or those of one method: default for a dataset, and meaning."""
+    require_dataset(dataset)
     made = table("setting", "default", "meaning")
     with outlines():
         from dapt.methods import get_method

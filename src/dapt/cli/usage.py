@@ -107,6 +107,10 @@ def _sentence(error: Any) -> str:
         word = next((n for n in known if found[1] in _COMMANDS.get(n, ())), None)
         near = f" (did you mean '{word}'?)" if word else nearest(found[1], [*known])
         return f"'{path}' has no command '{found[1]}'{near}; '{path} --help' lists all"
+    lists = any("--methods" in p.opts for p in context.command.params)
+    if lists and message.startswith("Got unexpected extra argument"):
+        extra = message.rpartition(" (")[2].rstrip(")")
+        return f"{extra}: a list has commas and no spaces, as 1,2; '{path} --help' shows how"
     return f"{message[:1].lower()}{message[1:]}; '{path} --help' shows how"
 
 
@@ -116,8 +120,9 @@ def _meant(error: Any, path: str) -> str:
     options = [o for p in parameters if p.param_type_name == "option" for o in p.opts]
     arguments = [p.name for p in parameters if p.param_type_name == "argument"]
     for own in (word, *(own for own, others in _OPTIONS.items() if word in others)):
-        if f"--{own}" in options:
-            return f"; write --{own}"
+        for name in (own, f"{own}s"):  # an experiment has lists: --methods, --seeds
+            if f"--{name}" in options:
+                return f"; write --{name}"
         if own in arguments:
             return f"; write it without one: {path} {own.upper()}"
         if "--set" in options and own.replace("-", "_") in _settings():

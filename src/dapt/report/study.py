@@ -323,8 +323,12 @@ class Study:
 
 
 def _result(run: Run) -> object:
-    """What repeats of a finished run have in common: its test or, without one, its forecast."""
-    return run.metrics and (run.metrics.test or run.metrics.forecast)
+    """What repeats of a finished run have in common: its test or, without one, its forecast.
+
+    To six digits: the last bits go by the number of threads, and so by that of workers.
+    """
+    found = run.metrics and (run.metrics.test or run.metrics.forecast)
+    return found and json.loads(found.model_dump_json(), parse_float=lambda n: round(float(n), 6))
 
 
 def _idle(run: Run) -> frozenset[str]:

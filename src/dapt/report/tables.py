@@ -20,6 +20,10 @@ from dapt.safe.files import open_regular
 PAGE = Path(__file__).parent / "page"  # templates and data
 CONFIDENCE = 0.95
 MOST_ROWS = 8  # of a table of methods that needs no groups
+_INTERVAL = (
+    f"Mean over seeds ± half of its {100 * CONFIDENCE:g} % interval (Student's t), which is no "
+    "standard deviation."
+)
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,10 @@ class Table:
     def files(self) -> dict[str, bytes | str]:
         """Content by kind of file."""
         made = {kind: TEMPLATES.get_template(f"table.{kind}") for kind in ("md", "csv", "tex")}
-        return {kind: template.render(table=self) for kind, template in made.items()}
+        # The page says it once for all; a file goes into a paper alone.
+        intervals = any(cell.interval for column in self.columns for cell in column.cells)
+        note = " ".join(filter(None, (self.note, _INTERVAL if intervals else "")))
+        return {kind: template.render(table=self, note=note) for kind, template in made.items()}
 
 
 # Control and surrogate characters, what XML does not take, and what makes text after it run the

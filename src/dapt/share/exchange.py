@@ -237,8 +237,11 @@ def _tell(
         some = ", ".join(sorted({key.rpartition(".")[2] for key in published.passed})[:4])
         reporter.say(f"passed over: {count:,} tensors that are not learned ({some}, …)")
     if len(published.methods) > 1 and not given.get("method"):
-        names = ", ".join(published.methods)
-        reporter.say(f"taken as {method}; {names} predict the same: name the method if not")
+        others = " or ".join(name for name in published.methods if name != method)
+        reporter.say(
+            f"taken as {method}: the file may as well be of {others}, which predict the same; "
+            "name the method if it is"
+        )
 
 
 def _named_task(file: Path) -> Task:
