@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock
 from test_towers import siglip
 from torch import nn
 
@@ -158,8 +159,13 @@ class Linear(TowerPart):
 def test_linear_maps_that_cannot_be_changed_are_told():
     from dapt.engine.classifier import Classifier
 
+    class Odd(ResidualAttentionBlock):
+        """Not quite open_clip's."""
+
+    backbone = siglip()
+    backbone.text.transformer.resblocks[0].__class__ = Odd
     with pytest.raises(UserError, match="the backbone has others; choose another backbone"):
-        Classifier(siglip(), ["cat", "dog"], [Linear()]).text_features()
+        Classifier(backbone, ["cat", "dog"], [Linear()]).text_features()
 
 
 class Scaled(Head):

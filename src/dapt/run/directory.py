@@ -100,7 +100,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.metrics_file.is_file()
+        return self.exists and self.metrics_file.is_file()
 
     @contextmanager
     def locked(self, patience: float = 0) -> Iterator[None]:
@@ -183,13 +183,12 @@ class RunDirectory:
 
         Of a run that was ``searched`` for, the search stays.
         """
-        # The settings go first and come last: while they are missing, no run is here. What makes
-        # it a finished one comes after that.
+        # The settings go first and come last: while they are missing, no run is here. So it is
+        # never half there.
         self._mark()
         self.clear(searched=searched)
-        last = [self.settings_file.name, self.metrics_file.name]
         try:
-            for name in sorted(files, key=lambda name: last.index(name) if name in last else -1):
+            for name in sorted(files, key=lambda name: name == self.settings_file.name):
                 write_atomic(self.path / name, files[name])
         except BaseException:
             self.clear(searched=searched)
