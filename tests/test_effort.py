@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,7 +203,7 @@ def test_a_budget_too_small_for_the_head_itself_ends_at_once(given):
     found, chosen = search(given, "0.001s")
     assert chosen.method == "auto"
     assert len(found.trials[0].folds) == 1
-    assert "its folds alone take about 1 s, not 0.001s" in effort.told(found)
+    assert re.search(r"its folds alone take about \d+ s, not 0\.001s", effort.told(found))
 
 
 def test_a_method_that_leaves_the_numbers_is_left_out(given, plain):
