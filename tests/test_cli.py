@@ -115,6 +115,9 @@ def test_eval_leaves_out_what_became_a_test_image_when_photos_were_added(photo_f
     seen = {i["path"] for i in json.loads((run / "support_set.json").read_text())["train"]}
     assert seen & {i.path for i in open_task(photos).test}
     assert left_out == len(seen & {i.path for i in open_task(photos).test})
+    page = tmp_path / "report.html"
+    assert dapt("report", run, "--features", "-o", page).exit_code == 0
+    assert f"{left_out} of {of} test images are left out" in page.read_text()
 
 
 def test_eval(run, tmp_path, photo_folder):

@@ -35,7 +35,7 @@ from dapt.report.collect import ConfusionMatrix, Run, read_confusion, read_log, 
 from dapt.report.study import Block, Scope, Study, loss_title, row_of
 from dapt.report.tables import PLAIN, Cell, Column, Row, Sample, Samples, Table, clean
 from dapt.run.directory import RunDirectory
-from dapt.run.load import known_support, load_classifier
+from dapt.run.load import known_support, load_classifier, unseen
 
 MATRIX_CLASSES = 60  # more cannot be read; the hardest are shown
 LISTED = 10  # hardest classes and most frequent confusions
@@ -272,6 +272,9 @@ class _Look:
         if there:
             self.predict()
 
+    def _note(self, sentence: str) -> None:
+        self.notes.append(f"{self.run.dataset}: {clean(sentence, 400)}")
+
     def words(self) -> None:
         """A table of the words that learned text vectors are nearest to, where there are some."""
         with suppress(UserError):
@@ -307,7 +310,8 @@ class _Look:
 
     def see(self, *, examples: bool) -> None:
         """Encode the test images; a `UserError` or `OSError` where they cannot be had."""
-        self.task = task = replace(task_of(self.settings), grey=self.classifier.grey)
+        task = replace(task_of(self.settings), grey=self.classifier.grey)
+        self.task = task = unseen(self.directory, task, self._note)
         if self.classifier.thresholds is not None:
             raise UserError("they have several labels each, of which these figures know one")
         if task.class_names != self.names:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -123,3 +125,21 @@ def known_support(run: RunDirectory, task: Task) -> SupportSet:
         what = f"the images in {task.root} are not known to be those that {run.path} was tuned on"
         raise UserError(f"{what}, so none of them is shown")
     return support
+
+
+def unseen(run: RunDirectory, task: Task, tell: Callable[[str], None]) -> Task:
+    """The task without test images that the run was tuned on, of which ``tell`` is told.
+
+    A folder to which photos were added is divided anew, into other halves than those of then.
+    """
+    with suppress(UserError):  # of a run that does not say which they were
+        support = load_support_set(run.support_file, replace(task, test=()))
+        seen = {item.path for item in (*support.train, *support.val)}
+        left = tuple(item for item in task.test if item.path not in seen)
+        if count := len(task.test) - len(left):
+            tell(
+                f"{count:,} of {len(task.test):,} test images are left out: the run was tuned on "
+                f"them, and '{task.name}' has changed since; train again for a full test"
+            )
+            return replace(task, test=left)
+    return task

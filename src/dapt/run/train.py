@@ -35,7 +35,7 @@ from dapt.engine.suited import differing, nobody, suited
 from dapt.errors import UserError, refusing
 from dapt.progress import Reporter
 from dapt.run.directory import EVENTS, RunDirectory, tensors_as_bytes
-from dapt.run.load import load_classifier
+from dapt.run.load import load_classifier, unseen
 from dapt.run.records import EvaluationRecord, made_of
 from dapt.safe.files import file_digest, read_text, write_atomic, write_json
 from dapt.settings import Settings
@@ -407,7 +407,7 @@ def evaluate_run(
     tell_notes(task, reporter)
     settings = settings.model_copy(update={"strict": strict or settings.strict})
     if not target.elsewhere:
-        task = _unseen(run, task, reporter)
+        task = unseen(run, task, reporter.warn)
     if not task.test:
         raise UserError(
             f"no image of '{task.name}' was held out of tuning to test on; give `dataset` with "
@@ -430,24 +430,6 @@ def evaluate_run(
             raise UserError(f"the run in {run.path} was replaced meanwhile; evaluate it again")
         write_json(_file_for(run, target, own), record)
     return task.name, result
-
-
-def _unseen(run: RunDirectory, task: Task, reporter: Reporter) -> Task:
-    """The task without test images that the run was tuned on, which are told.
-
-    A folder to which photos were added is divided anew, into other halves than those of then.
-    """
-    with suppress(UserError):  # of a run that does not say which they were
-        support = load_support_set(run.support_file, replace(task, test=()))
-        seen = {item.path for item in (*support.train, *support.val)}
-        left = tuple(item for item in task.test if item.path not in seen)
-        if count := len(task.test) - len(left):
-            reporter.warn(
-                f"{count:,} of {len(task.test):,} test images are left out: the run was tuned on "
-                f"them, and '{task.name}' has changed since; train again for a full test"
-            )
-            return replace(task, test=left)
-    return task
 
 
 def _identity(run: RunDirectory) -> tuple[bytes, bytes]:
