@@ -419,7 +419,7 @@ def test_a_dry_run_counts_what_is_done(grid, tmp_path, undisturbed):
     lost = plan_of(grid(), tmp_path).runs[0].path
     shutil.rmtree(lost)
     result = dapt("experiment", grid(), "-o", tmp_path, "--dry-run")
-    assert "1 runs to do" in result.output
+    assert "1 run to do" in result.output
     assert not lost.exists()
 
 

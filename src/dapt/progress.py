@@ -43,6 +43,11 @@ def duration(seconds: float) -> str:
     return f"about {hours:.1f} h" if hours < 48 else f"about {hours // 24:.0f} days"
 
 
+def counted(count: int, what: str) -> str:
+    """Such as "1 run" or "1,200 runs"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def nothing(_count: int) -> None:
     """Advance nobody is watching."""
 

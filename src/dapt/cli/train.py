@@ -16,7 +16,17 @@ from dapt.cli.common import command, given_settings, listed, readable_errors, sa
 from dapt.cli.outline import outlines
 from dapt.data.there import require_dataset
 from dapt.errors import UserError
-from dapt.progress import Reporter, RichReporter, cell, console, duration, errors, say, table
+from dapt.progress import (
+    Reporter,
+    RichReporter,
+    cell,
+    console,
+    counted,
+    duration,
+    errors,
+    say,
+    table,
+)
 from dapt.safe.files import read_json
 
 if TYPE_CHECKING:  # what only some commands need, they import
@@ -403,7 +413,7 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
     from dapt.grid.plan import FAILED, STATES
 
     plan = grid.plan
-    title = f"{plan.folder.name}: {len(plan.runs)} runs in {plan.folder}"
+    title = f"{plan.folder.name}: {counted(len(plan.runs), 'run')} in {plan.folder}"
     made = table("dataset", figures=("runs", *STATES, "time"), title=title)
     for dataset in dict.fromkeys(run.settings.dataset for run in plan.runs):
         runs = [run for run in plan.runs if run.settings.dataset == dataset]
@@ -420,10 +430,10 @@ def _show_plan(grid: Grid, seconds: dict[PlannedRun, float]) -> None:
         say(f"{failed} failed before; {how}")
     if seconds:
         total, workers = sum(seconds.values()), grid.workers or 1
-        time = f"{duration(total / workers)} with {workers} worker(s)"
+        time = f"{duration(total / workers)} with {counted(workers, 'worker')}"
         if grid.ray is not None and grid.workers is None:
             time = f"{duration(total)} of work for a machine like this one"
-        say(f"{len(seconds)} runs to do, {time}")
+        say(f"{counted(len(seconds), 'run')} to do, {time}")
 
 
 def _show_result(grid: Grid) -> None:
@@ -461,7 +471,7 @@ def report(
         say_error(f"warning: {warning}")
     unfinished = f", {written.unfinished} of them unfinished" if written.unfinished else ""
     failed = f", {written.failed} failed" if written.failed else ""
-    say(f"{written.runs} runs{unfinished}{failed}: {written.page}")
+    say(f"{counted(written.runs, 'run')}{unfinished}{failed}: {written.page}")
     say(f"tables and figures: {written.folder}")
 
 
