@@ -177,8 +177,8 @@ def test_a_cheap_method_is_not_left_out_for_dear_ones(given, monkeypatch):
     planned = effort._Work(
         found, settings, data, parts, shared, lambda: None, effort.Reporter()
     )._plan(600.0)
-    assert [t.method for t in planned] == ["vlpt+auto", "dapt+auto", "ivlp+auto"]
-    assert [t.epochs for t in planned] == [50, 50, 5]
+    assert [t.method for t in planned] == ["dapt+auto", "ivlp+auto", "clip-lora+auto"]
+    assert [t.epochs for t in planned] == [50, 5, 50]
     assert not any(t.left_out for t in planned)
 
 

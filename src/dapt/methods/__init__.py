@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     ),
     "vlpt": Method(
         "VLPT", (_TEXT, _VISUAL), checkpoint=_BOTH,
-        colour=("#7c3aee", "#b294fb"), marker="v", shown=True, tried=True,
+        colour=("#7c3aee", "#b294fb"), marker="v", shown=True,
     ),
     "dapt-text": Method(
         "DAPT-text", (_TEXT,), (INTER,), checkpoint=_CTX,
@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
     "clip-lora": Method(
         "CLIP-LoRA", (clip_lora.TextLowRank, clip_lora.VisualLowRank),
         checkpoint=lora_files.LAYOUTS, defaults=clip_lora.usual,
+        tried=True,
         field=True,
     ),
     "2sfs": Method(
