@@ -108,6 +108,10 @@ async function viewOf(path, { size, mean, std, interpolation, resize_mode }) {
 }
 
 const [model, ...paths] = process.argv.slice(2)
+if (!paths.length) {
+  console.error('usage: node onnx_predict.mjs MODEL.onnx IMAGE ...')
+  process.exit(1)
+}
 const file = await readFile(model)
 const { labels, preprocessing } = metadataOf(file)
 const session = await ort.InferenceSession.create(file)

@@ -12,6 +12,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python onnx_predict.py MODEL.onnx IMAGE ...")
 session = onnxruntime.InferenceSession(sys.argv[1])
 metadata = session.get_modelmeta().custom_metadata_map
 labels, seen = json.loads(metadata["labels"]), json.loads(metadata["preprocessing"])
