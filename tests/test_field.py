@@ -84,19 +84,14 @@ def test_ivlp(backbone):
     given = {name: said[name] for name in ("lr", "momentum", "weight_decay", "epochs")}
     settings = make_settings({"dataset": "bundled", "method": "ivlp", **given})
     tuner = Tuner(classifier, settings, torch.zeros(13, 32))
-    tuner.losses(images[0], labels[0])[0].backward()
+
+    def called(name):
+        return name.replace("_prompt.", ".")
+
+    for (cross_entropy, *_), loss in follow(tuner, images, labels, record, said, called):
+        assert [cross_entropy] == pytest.approx(loss, rel=1e-3)
     for name, parameter in tuner.named.items():
-        kind, layer = name.split("_prompt.")
-        near(parameter.grad, record[f"grad1.{kind}.{layer}"], 1e-4)
-    for step, (lr, loss) in enumerate(zip(record["lrs"], record["losses"], strict=True)):
-        rate = learning_rate(step // said["iterations_per_epoch"], said["epochs"], said["lr"])
-        assert rate == pytest.approx(lr.item(), rel=1e-12)
-        batch = step % len(images)
-        result = tuner.step(images[batch], labels[batch], rate)
-        assert result.cross_entropy == pytest.approx(loss.item(), rel=1e-3)
-    for name, parameter in tuner.named.items():
-        kind, layer = name.split("_prompt.")
-        near(parameter.detach(), record[f"final.{kind}.{layer}"], 1e-3)
+        near(parameter.detach(), record[f"final.{called(name)}"], 1e-3)
     new = Classifier(backbone, said["new_class_names"], [text, visual])
     with torch.no_grad():
         near(classifier(images[0]), record["final.logits"], 1e-3)
