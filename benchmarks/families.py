@@ -244,7 +244,7 @@ def timed(tell: Callable[[str], Any], rounds: int = 20) -> list[dict[str, Any]]:
         for depth in prompted:
             pairs = zip(seconds[depth], seconds["plain"], strict=True)
             ratios = [ours / theirs for ours, theirs in pairs]
-            low, _, high = quantiles(ratios, n=4)
+            low, _, high = quantiles(ratios, n=4, method="inclusive")
             row = {"tower": tower, "family": name, "layers": depth, "tokens": tokens,
                    "time": median(ratios), "low": low, "high": high, "prompt": PROMPT,
                    "rounds": rounds}  # fmt: skip

@@ -426,7 +426,7 @@ def test_several_workers_answer_at_one_address(run, photo):
         answers = {tuple(ranking(client.predict(photo).json["predictions"][0])) for _ in range(20)}
         assert len(answers) == 1
         counted = 'dapt_requests_total{path="/predict",status="200"}'
-        # Of both, whoever is asked: one counts an answer once it is sent, the other may tell before.
+        # Of both, whoever is asked: one counts an answer once it is sent, another may be sooner.
         until(lambda: client.metric(counted) == 20)
         for idle in ("dapt_queue_images", "dapt_decoders_busy", "dapt_decoder_longest_seconds"):
             until(lambda idle=idle: client.metric(idle) == 0)  # of all together, set now and then

@@ -6,15 +6,23 @@ weights that are changed by hand.
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from miniatures import tiny_config
 from open_clip import SimpleTokenizer
+from open_clip.factory import _MODEL_CONFIGS
+from open_clip.hf_model import HFTextEncoder, MeanPooler
 from open_clip.model import CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from test_architectures import LetterTokenizer
 from test_towers import siglip
 from theirs import make_folder
+from torch import nn
 from torch.func import functional_call
 
 from dapt.clip.backbone import Backbone, Preprocessing
@@ -22,6 +30,7 @@ from dapt.clip.image import encode_image
 from dapt.clip.image_only import ImageOnly, ImageTower
 from dapt.clip.inside import Pass
 from dapt.clip.sources import load_backbone
+from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.engine.classifier import inside_of, new_classifier
 from dapt.errors import UserError
 from dapt.methods import get_method
@@ -268,6 +277,162 @@ def test_a_run_on_a_siglip_is_evaluated_predicted_and_exported(
     assert export(run, tmp_path / "a.onnx", "onnx").difference < 1e-5
 
 
+# --------------------------------------------------------- ResNets, and text towers of transformers
+
+
+def with_tower(visual=None, text=None, tokenizer=None):
+    """A small backbone with another tower."""
+    model = CustomTextCLIP(**tiny_config(embed_dim=24)).eval()
+    model.visual, model.text = visual or model.visual, text or model.text
+    seen = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
+    how = {"name": "other", "device": torch.device("cpu"), "precision": "fp32"}
+    return Backbone(model, tokenizer or SimpleTokenizer(), seen, **how)
+
+
+def small_resnet():
+    torch.manual_seed(7)
+    return ModifiedResNet((1, 1, 1, 1), output_dim=24, heads=4, image_size=64, width=8).eval()
+
+
+@pytest.mark.parametrize("method", ["clip-lora", "clip-svd"])
+def test_a_resnet_is_changed_in_its_attention_pooling(method):
+    backbone, pixels = with_tower(small_resnet()), torch.randn(2, 3, 64, 64)
+    own = {"clip-lora": {"lora_maps": tuple("qkvo"), "lora_dropout": 0.0},
+           "clip-svd": {"svd_maps": tuple("qkvo")}}[method]  # fmt: skip
+    part, reference = part_of(backbone, method, "image", **own), copy.deepcopy(backbone.visual)
+    ways = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "c_proj"}
+    places = [{(name,): f"attnpool.{way}" for name, way in ways.items()}]
+    found = encode_image(backbone.visual, pixels, inside_of([part], "image"))
+    weights = changed(reference, places, part)
+    compare(found, functional_call(reference, weights, (pixels,)), part)
+    assert torch.equal(encode_image(backbone.visual, pixels), reference(pixels))  # as it was
+
+
+class TextLayer(nn.Module):
+    """A layer of some encoder: its linear maps are where ``places`` says."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places, sizes = places, {"fc": (24, 48), "proj": (48, 24)}
+        for name, place in places.items():
+            *way, last = place.split(".")
+            at = self
+            for part in way:
+                if part not in at._modules:
+                    at.add_module(part, nn.Module())
+                at = at._modules[part]
+            at.add_module(last, nn.Linear(*sizes.get(name, (24, 24))))
+
+    def forward(self, x, mask):
+        of = {name: self.get_submodule(place) for name, place in self.places.items()}
+        q, k, v = (of[name](x).unflatten(-1, (2, 12)).transpose(1, 2) for name in "qkv")
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + of["o"](mixed.transpose(1, 2).flatten(2))
+        return x + of["proj"](of["fc"](x).tanh()) if "fc" in of else x.tanh()
+
+
+class TextLayers(nn.Module):
+    """What transformers' encoders do, in two layers."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.words, self.encoder = nn.Embedding(100, 24), nn.Module()
+        self.encoder.layer = nn.ModuleList([TextLayer(places), TextLayer(places)])
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        x = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        for layer in self.encoder.layer:
+            x = layer(x, (attention_mask == 1)[:, None, None])
+        return SimpleNamespace(last_hidden_state=x)
+
+
+OF_BERT = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "fc": "intermediate.dense",
+    "proj": "output.dense",
+}
+OF_M2M = {**{n: f"self_attn.{n}_proj" for n in "qkv"}, "o": "self_attn.out_proj", "fc": "fc1",
+          "proj": "fc2"}  # fmt: skip
+OF_T5 = {n: f"layer.0.SelfAttention.{n}" for n in "qkvo"}
+
+
+@pytest.mark.parametrize("maps", [OF_BERT, OF_M2M, OF_T5])
+def test_text_towers_of_transformers_are_changed_in_their_layers(maps):
+    torch.manual_seed(8)
+    text = HFTextEncoder.__new__(HFTextEncoder)
+    nn.Module.__init__(text)
+    text.config, text.output_tokens = SimpleNamespace(pad_token_id=2), False
+    text.vocab_size, text.context_length = 100, 514
+    text.transformer, text.pooler = TextLayers(maps), MeanPooler()
+    text.proj = nn.Linear(24, 24, bias=False)
+    backbone = with_tower(text=text, tokenizer=LetterTokenizer(40, (0,), (1,), 2))
+    text = copy.deepcopy(text)
+    part = part_of(backbone, "clip-lora", "text", lora_maps=tuple(maps), lora_dropout=0.0)
+    places = [{(n,): f"transformer.encoder.layer.{i}.{place}" for n, place in maps.items()}
+              for i in range(2)]  # fmt: skip
+    encoder = TextEncoder(backbone, ClassTokens.for_template(backbone, NAMES, "a {}."))
+    found = encoder(inside_of([part], "text"))
+    ids = backbone.tokenizer([f"a {name}." for name in NAMES])
+    compare(found, functional_call(text, changed(text, places, part), (ids,)), part)
+    torch.testing.assert_close(encoder(), text(ids), atol=1e-5, rtol=1e-5)  # as it was
+    # Beside a context of embeddings.
+    prompt = part_of(backbone, "coop", "text", text_vectors=2)
+    encoder = TextEncoder(backbone, ClassTokens.for_context(backbone, NAMES, 2))
+    both = encoder(inside_of([part, prompt], "text"))
+    both.sum().backward()
+    assert all(p.grad.norm() > 0 for one in (part, prompt) for p in one.parameters())
+
+
+LAST = {
+    "ResNet": lambda: small_resnet(),
+    "head": lambda: TimmModel("test_vit", 24, image_size=64, pool="token", proj="linear"),
+    "MLP in the head": lambda: TimmModel("test_vit", 24, image_size=64, pool="avg", proj="mlp"),
+    "bias": lambda: TimmModel("test_vit", 24, image_size=64, pool="", proj="linear",
+                              proj_bias=True),
+    "trunk": lambda: TimmModel("test_vit", 24, image_size=64, pool="token", proj=""),
+    "trunk's own head": lambda: TimmModel("test_convnext", 24, image_size=64, pool="avg", proj=""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_a_linear_map_at_the_end_is_a_projection(name, photo_folder):
+    torch.manual_seed(9)
+    backbone = with_tower(LAST[name]().eval())
+    with torch.no_grad():  # biases too
+        for parameter in backbone.visual.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    pixels = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone.visual(pixels)
+        before = encode_image(backbone.visual, pixels, projected=False)
+    assert before.shape[1] == len(backbone.projection)
+    torch.testing.assert_close(before @ backbone.projection, expected, atol=1e-5, rtol=1e-5)
+    if name == "head":  # with what is put inside
+        part = part_of(backbone, "clip-lora", "image", lora_dropout=0.0)
+        ways = [encode_image(backbone.visual, pixels, inside_of([part], "image"), projected=p)
+                for p in (False, True)]  # fmt: skip
+        assert (ways[1] - expected).norm() > 1e-3
+        torch.testing.assert_close(ways[0] @ backbone.projection, ways[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_projection_of_a_resnet_is_tuned_and_exported(tmp_path, photo_folder, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 64}
+    monkeypatch.setitem(_MODEL_CONFIGS, "small", tiny_config(vision_cfg=vision))
+    given = {"dataset": str(photo_folder), "backbone": "small", "pretrained": "random", "shots": 2,
+             "device": "cpu", "method": "prolip", "prolip_steps": 3, "prolip_views": 1}  # fmt: skip
+    run = train(make_settings(given), tmp_path / "run")
+    _, result = evaluate_run(run, Target())
+    assert result["accuracy"] == run.read_metrics().test.accuracy
+    assert export(run, tmp_path / "a.onnx", "onnx").difference < 1e-5
+
+
 # -------------------------------------------------------------------------------- what is refused
 
 
@@ -277,7 +442,7 @@ def test_a_run_on_a_siglip_is_evaluated_predicted_and_exported(
         ("timm:test_resnet", "clip-lora", "image tower of 'timm:test_resnet/random', a ResNet of "
                                           "timm's, has others; .*auto, linear-probe"),
         ("timm:test_convnext", "clip-lora", "no linear map q; use --set lora_maps=fc,proj"),
-        ("RN50", "clip-lora", "image tower of 'RN50/random', a ModifiedResNet, has others; .*coop"),
+        ("RN50", "2sfs", "image tower of 'RN50/random', a ModifiedResNet, has others; .*coop"),
     ],
 )  # fmt: skip
 def test_a_tower_without_such_maps_is_refused(name, method, said):

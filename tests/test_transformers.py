@@ -3,21 +3,24 @@
 Models, vocabularies and preprocessing are random or tiny, and saved by transformers itself.
 """
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from miniatures import tiny_config
+from miniatures import new_parts, tiny_config
 from open_clip import SimpleTokenizer
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP
 from PIL import Image
 from theirs import KINDS, TEXT, VISION, LetterTokenizer, alike, features, make_folder
 from torch import nn
+from torch.func import functional_call
 
 from benchmarks import architectures
+from dapt.clip.asking import maps_of
 from dapt.clip.backbone import Backbone, Preprocessing
 from dapt.clip.hub_format import FAMILIES
 from dapt.clip.hub_vision import FAMILIES as IMAGE_FAMILIES
@@ -25,6 +28,7 @@ from dapt.clip.image import encode_image
 from dapt.clip.sources import load_backbone
 from dapt.clip.text import ClassTokens, TextEncoder
 from dapt.data.views import centre_view
+from dapt.engine.classifier import inside_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -219,7 +223,25 @@ def test_nothing_fails_with_text_towers_of_transformers(kind, monkeypatch):
     monkeypatch.delitem(architectures.CHECKS, "ONNX")  # which has no text tower in it
     found = architectures.asked(kind)
     expected = dict.fromkeys(("loads", *architectures.CHECKS), "works")
-    assert {k: v for k, (v, _) in found.items()} == expected | {"LoRA": "refused"}
+    assert {k: v for k, (v, _) in found.items()} == expected
+    own = copy.deepcopy(backbone.text)
+    part = new_parts(backbone, "clip-lora", lora_dropout=0.0)[0]
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        weights = {
+            f"{path}.weight": own.get_submodule(path).weight + part.change(layer, name)
+            for layer, places in enumerate(maps_of(own))
+            for (name,), path in places.items()
+            if name in "qkv"
+        }
+        assert len(weights) == 6
+        encoder = TextEncoder(backbone, ClassTokens.for_template(backbone, ["cat", "dog"], "a {}."))
+        ids = backbone.tokenizer(["a cat.", "a dog."], context_length=24)
+        expected = functional_call(own, weights, (ids,))
+        assert (expected - own(ids)).norm() > 1e-2 * expected.norm()
+        found = encoder(inside_of([part], "text"))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_random_weights_are_random_in_text_towers_of_transformers_too(monkeypatch):

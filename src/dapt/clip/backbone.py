@@ -15,7 +15,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from dapt.clip import trunks
+from dapt.clip import asking, trunks
 from dapt.clip.inside import is_plain, linear_maps
 from dapt.clip.known import Each
 from dapt.errors import UserError, refusing
@@ -170,12 +170,19 @@ class Backbone(nn.Module):
 
     @property
     def projection(self) -> Tensor:
-        """(W, D), in fp32: what the image tower multiplies its pooled output with at the end."""
-        found = self.visual.proj if isinstance(self.visual, VisionTransformer) else None
-        if found is None:
-            what = f"the image tower of '{self.name}' has no projection matrix at its end"
+        """(W, D), in fp32: what the image tower multiplies its pooled output with at the end.
+
+        If a bias is added to that, it is one row more: the output has a one behind it there.
+        """
+        visual = self.visual
+        if isinstance(visual, VisionTransformer) and visual.proj is not None:
+            return visual.proj.detach().float()
+        if (path := asking.last_map(visual)) is None:
+            what = f"the image tower of '{self.name}' has no projection at its end"
             raise UserError(f"{what}; use a method that tunes none, or a ViT such as ViT-B-16")
-        return found.detach().float()
+        last = visual.get_submodule(path)
+        rows = [last.weight.T] if last.bias is None else [last.weight.T, last.bias[None]]
+        return torch.cat(rows).detach().float()
 
     @property
     def image_dimension(self) -> int:
@@ -233,11 +240,14 @@ class Backbone(nn.Module):
 
     def linear_maps(self, tower: str) -> list[dict[str, tuple[Tensor, float]]]:
         """Of each layer of a tower, as `inside.linear_maps`; a `UserError` if none is known."""
-        if tower == "text" or not (found := trunks.maps_of(self.visual)):
+        if tower == "text":
+            self.require_text()
+        own = self.text if tower == "text" else self.visual
+        if not (found := asking.maps_of(own)):
             return [linear_maps(block) for block in self.blocks(tower)]
         made = []
-        for own in found:
-            weights = {n: self.visual.get_submodule(path).weight for n, path in own.items()}
+        for places in found:
+            weights = {n: own.get_submodule(path).weight for n, path in places.items()}
             parts = ((n, weight.chunk(len(n))) for n, weight in weights.items())
             made.append(
                 {name: (w, 1.0) for n, rows in parts for name, w in zip(n, rows, strict=True)}
@@ -287,9 +297,8 @@ class Backbone(nn.Module):
 
 def layers_of_text(backbone: Backbone) -> Sequence[nn.Module]:
     """The text tower's layers, before which tokens can be put in the place of others."""
-    if isinstance(backbone.text, HFTextEncoder):
-        lists = (m for m in backbone.text.transformer.modules() if isinstance(m, nn.ModuleList))
-        return cast(Sequence[nn.Module], next(lists))  # the outermost list of an encoder
+    if isinstance(text := backbone.text, HFTextEncoder):
+        return cast(Sequence[nn.Module], text.get_submodule(asking.layers_in(text)))
     return cast(Any, backbone.text_transformer().transformer).resblocks
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dapt.clip import inside as tower
 from dapt.clip import trunks
+from dapt.clip.asking import asking, last_map, without
 from dapt.clip.backbone import Backbone
 from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
@@ -55,7 +56,7 @@ def encode_image(
 ) -> Tensor:
     """(B, D) features, not normalised, in fp32, of (B, 3, S, S) images from `Backbone.normalize`.
 
-    Not ``projected``, they are (B, W), before the tower's projection (`Backbone.projection`).
+    Not ``projected``, they are (B, W), what is multiplied with `Backbone.projection`.
 
     The tokens ``inside``, (N, W) for the whole batch or (B, N, W), enter after class embedding,
     positional embedding and ``ln_pre``, have no positional embedding, and are left out of pooling.
@@ -68,7 +69,9 @@ def encode_image(
         x = (x @ visual.proj if projected and visual.proj is not None else x).float()
         return inside.features(x, None if read is None else read.float())
     if inside.linears:
-        visual = trunks.asking(visual, inside)
+        visual = asking(visual, inside)
+    if not projected and (path := last_map(visual)) is not None:
+        visual = without(visual, path)
     if tokens is None and not inside.layers:
         return visual(images).float()
     return _encode_timm(visual, images, tokens, inside).float()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dapt.clip import inside as tower
+from dapt.clip.asking import asking
 from dapt.clip.backbone import Backbone, embedded, layers_of_text
 from dapt.clip.inside import NOTHING, Inside
 from dapt.errors import UserError
@@ -342,10 +343,10 @@ def _of_others(
 
     Those are the same in all rows where a layer is to have others there.
     """
-    text = backbone.text
-    if inside.linears or inside.norms:
-        what = f"the text tower is a {type(text).__name__}, in whose layers nothing is changed"
+    if inside.norms:
+        what = f"the text tower is a {type(backbone.text).__name__}, whose norms stay as they are"
         raise UserError(f"{what}; use a method of prompts (coop, dapt, ivlp), or a head (auto)")
+    text = asking(backbone.text, inside) if inside.linears else backbone.text
     if context is None:
         found = text(ids)
         return found[0] if isinstance(found, tuple) else found  # CoCa's gives its tokens too
