@@ -413,7 +413,7 @@ def test_a_linear_map_at_the_end_is_a_projection(name, photo_folder):
         before = encode_image(backbone.visual, pixels, projected=False)
     assert before.shape[1] == len(backbone.projection)
     torch.testing.assert_close(before @ backbone.projection, expected, atol=1e-5, rtol=1e-5)
-    if name == "head":  # with what is put inside
+    if name in ("head", "ResNet"):  # with what is put inside
         part = part_of(backbone, "clip-lora", "image", lora_dropout=0.0)
         ways = [encode_image(backbone.visual, pixels, inside_of([part], "image"), projected=p)
                 for p in (False, True)]  # fmt: skip

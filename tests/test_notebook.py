@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dapt import progress
 from dapt.estimator import PromptClassifier
+from dapt.run.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_a_fitted_classifier_shows_its_figures(head, tmp_path):
     assert "&lt;b&gt; green" in html
     assert "<b>" not in html
     again = PromptClassifier.load(head.save(tmp_path / "run"))
+    assert again.forecast_["accuracy"] == head.forecast_["accuracy"]
+    assert RunDirectory(tmp_path / "run").read_metrics().test is None  # no image was kept back
     assert "tuned on" in again._repr_html_()
     assert "tuned on" not in PromptClassifier()._repr_mimebundle_()["text/html"]
 

@@ -273,7 +273,7 @@ def test_service_folders_are_left_out_and_told(tmp_path, service):
     task = open_task(str(tmp_path))
     assert (task.train, task.test, task.class_names) == (clean.train, clean.test, NAMES)
     assert task.left_out == (("service folder", 3),)
-    assert task.notes[0].startswith("3 images below")
+    assert task.notes[0].startswith("left out: 3 images below")
     assert len(find_images([tmp_path])) == 6
 
 
@@ -327,6 +327,6 @@ def test_what_is_left_out_is_in_the_run(tmp_path, tiny_weights):
                "-o", str(tmp_path / "run")]  # fmt: skip
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "1 images below" in result.output
+    assert "1 image below" in result.output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["left_out"] == {"service folder": 1}

@@ -87,6 +87,11 @@ class Asking(nn.Module):
         super().__init__()
         self.own, self.layer, self.names, self.inside = own, layer, names, inside
 
+    @property
+    def bias(self) -> Tensor | None:
+        """As a linear map's."""
+        return self.own.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """What `Inside` makes of it."""
         weight = self.inside.weight(self.layer, self.names, self.own.weight)

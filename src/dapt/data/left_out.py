@@ -7,42 +7,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dapt.data.pictures import missing_extras
+from dapt.progress import counted
 
-# reason: what is told of so many, and the way out
+# reason: what they are, where, and the way out
 REASONS = {
     "no image's name": (
-        "files in the class folders of {where} have no image's name and are left out",
+        "file", "without an image's name in the class folders of {where}",
         "convert them, or give them the extension that they should have",
     ),
     "service folder": (
-        "images below {where} are in folders that a system keeps for itself and are left out",
+        "image", "below {where} in folders that a system keeps for itself",
         "move them if they are photos",
     ),
-    "hidden": (
-        "images below {where} are hidden and are left out",
-        "rename them if they are photos",
-    ),
+    "hidden": ("hidden image", "below {where}", "rename them if they are photos"),
     "in no class folder": (
-        "images of {where} lie in no class folder and are left out",
-        "move them into one if they belong there",
+        "image", "of {where} in no class folder", "move them into one if they belong there"
     ),
     "beside the parts": (
-        "images of {where} lie in folders beside its parts and are left out",
+        "image", "of {where} in folders beside its parts",
         "move them into a part if they belong there",
     ),
     "link to a folder": (
-        "links to folders in the class folders of {where} are not followed",
-        "put what they lead to there instead",
+        "link", "to folders in the class folders of {where}", "put what they lead to there instead"
     ),
     "folder not readable": (
-        "folders below {where} cannot be read and are left out",
-        "check their permissions",
+        "folder", "below {where} that cannot be read", "check their permissions"
     ),
-    "no label": (
-        "images of {where} have no label and are left out",
-        "label them if they are to be used",
-    ),
-}
+    "no label": ("image", "of {where} without a label", "label them if they are to be used"),
+}  # fmt: skip
 
 
 @dataclass
@@ -66,9 +58,10 @@ class LeftOut:
         found = {reason: self.found[reason] for reason in REASONS if reason in self.found}
         told = list(notes)
         for reason, paths in found.items():
-            what, hint = REASONS[reason]
+            kind, place, hint = REASONS[reason]
             if reason == "no image's name":
                 hint = "; or ".join(filter(None, (missing_extras(paths), hint)))
-            told.append(f"{len(paths):,} {what.format(where=where)} (such as {min(paths)}); {hint}")
+            what = f"{counted(len(paths), kind)} {place.format(where=where)}"
+            told.append(f"left out: {what} (such as {min(paths)}); {hint}")
         counts = tuple((reason, len(paths)) for reason, paths in found.items())
         return {"notes": tuple(told), "left_out": counts}

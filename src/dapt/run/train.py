@@ -28,7 +28,7 @@ from dapt.engine.effort import Search, named, seconds_of, summary
 from dapt.engine.evaluate import dispersion, evaluate_task
 from dapt.engine.features import Shared, backbone_of
 from dapt.engine.fit import Journal, Tuned, fit, total_steps
-from dapt.engine.forecast import forecast, forecast_map
+from dapt.engine.forecast import Named, forecast, forecast_map
 from dapt.engine.processes import join_processes
 from dapt.engine.step import StepResult
 from dapt.engine.suited import differing, nobody, suited
@@ -36,7 +36,7 @@ from dapt.errors import UserError, refusing
 from dapt.progress import Reporter
 from dapt.run.directory import EVENTS, RunDirectory, tensors_as_bytes
 from dapt.run.load import load_classifier, unseen
-from dapt.run.records import EvaluationRecord, made_of
+from dapt.run.records import EvaluationRecord, as_file, made_of
 from dapt.safe.files import file_digest, read_text, write_atomic, write_json
 from dapt.settings import Settings
 
@@ -252,18 +252,29 @@ def _finish(tuned: Tuned, shared: Shared, journal: RunJournal) -> None:
         spent["effort_seconds"], more["effort"] = seconds_of(search), summary(search)
         folds = named(search)
     run.add_to_environment(**spent)
-    expected = {"forecast": forecast(tuned, folds), "map_forecast": forecast_map(tuned)}
-    more |= {name: told for name, told in expected.items() if told is not None}
     if task.left_out:
         more["left_out"] = dict(task.left_out)
-    run.finish({
-        "method": settings.method, "dataset": task.name, "shots": settings.shots,
-        "seed": settings.seed, "learned_parameters": classifier.learned_parameters,
-        "support_images": len(tuned.support.store),
-        "support_sha256": support_digest(task, tuned.data.support), "skipped": tuned.skipped,
-        "also_tested": journal.twice, "rose": tuned.rose, "dispersion": spread,
-        **more, "test": test,
-    })  # fmt: skip
+    digest = support_digest(task, tuned.data.support)
+    run.finish({**_metrics(tuned, spread, folds, digest, journal.twice), **more, "test": test})
+
+
+def _metrics(
+    tuned: Tuned,
+    spread: dict[str, dict[str, float]],
+    folds: Named | None = None,
+    support_sha256: str | None = None,
+    also_tested: list[dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Entries of metrics.json, but for those of images that were not tuned on."""
+    settings, made = tuned.settings, tuned.classifier
+    expected = {"forecast": forecast(tuned, folds), "map_forecast": forecast_map(tuned)}
+    return {
+        "method": settings.method, "dataset": tuned.data.task.name, "shots": settings.shots,
+        "seed": settings.seed, "learned_parameters": made.learned_parameters,
+        "support_images": len(tuned.support.store), "support_sha256": support_sha256,
+        "skipped": tuned.skipped, "also_tested": also_tested, "rose": tuned.rose,
+        "dispersion": spread, **{name: told for name, told in expected.items() if told is not None},
+    }  # fmt: skip
 
 
 def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
@@ -271,6 +282,7 @@ def files_of(tuned: Tuned, journal: Journal, **more: Any) -> dict[str, bytes]:
     made, data, seconds = tuned.classifier, tuned.data, round(tuned.seconds, 2)
     parts = (tuned.settings, data.task, data.support, made.backbone)
     files = made_of(*parts, tuning_seconds=seconds, **more)
+    files["metrics.json"] = as_file(_metrics(tuned, dispersion(tuned)))
     if journal.rows:
         files["log.csv"] = as_csv([journal.header, *journal.rows]).encode()
     return files | {"prompts.safetensors": tensors_as_bytes(made.tensors())}
