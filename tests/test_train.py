@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import LONG, until
 from safetensors.torch import load_file, save_file
 
 from dapt.data import draw_support_set
@@ -173,30 +173,38 @@ def test_a_resume_elsewhere_is_told(given, tmp_path, entry, value, told, capsys)
     assert told in said if told else "last bits" not in said
 
 
+# With a checkpoint it rests after each step, so that a signal comes before its end.
 SCRIPT = """
-import json, sys
-from dapt.settings import make_settings
+import json, sys, time
+from dapt.engine.step import Tuner
+from dapt.run.directory import RunDirectory
 from dapt.run.train import train
+from dapt.settings import make_settings
+step, run = Tuner.step, RunDirectory(sys.argv[2])
+
+def slowly(*given):
+    time.sleep(3 if run.checkpoint_file.is_file() else 0)
+    return step(*given)
+
+Tuner.step = slowly
 train(make_settings(json.loads(sys.argv[1])), sys.argv[2], resume=True)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_resumes_to_the_same_bits(given, tmp_path, number):
-    given = {**given, "epochs": 60, "visual_dropout": 0.2}
+    given = {**given, "epochs": 30, "visual_dropout": 0.2}
     undisturbed = train(make_settings(given), tmp_path / "undisturbed")
     run = RunDirectory(tmp_path / "killed")
     command = [sys.executable, "-c", SCRIPT, json.dumps(given), str(run.path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not run.checkpoint_file.is_file() and time.time() < deadline:
-        time.sleep(0.01)
+    until(lambda: run.checkpoint_file.is_file() or process.poll() is not None)
     os.kill(process.pid, number)
-    assert process.wait(60) != 0
+    assert process.wait(LONG) != 0
     assert run.exists
     assert not run.finished
     _, step, _ = run.read_checkpoint()
-    assert 0 < step < 120
+    assert 0 < step < 60
     train(make_settings(given), run.path, resume=True)
     assert results(run) == results(undisturbed)
 
@@ -312,7 +320,7 @@ def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, name):
     run = train(make_settings(given), tmp_path / "run")
     new = {**given, "method": "coop", "lr": 0.7}
     command = [sys.executable, "-c", KILLED_AT, json.dumps(new), str(run.path)]
-    assert subprocess.run([*command, str(getattr(run, name))], timeout=120).returncode == 9
+    assert subprocess.run([*command, str(getattr(run, name))], timeout=LONG).returncode == 9
     new = make_settings(new)
     assert not run.exists
     assert not run.finished
