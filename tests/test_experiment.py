@@ -1,6 +1,8 @@
 """Grids of runs: what is done once, what survives a kill, that who does a run does not matter."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,7 +12,6 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import yaml
@@ -24,7 +25,7 @@ from dapt.errors import UserError
 from dapt.grid import SUITES, Grid, make_plan, read_suite, suite_file
 from dapt.grid.grid import Estimator
 from dapt.grid.plan import DONE
-from dapt.grid.work import Session, Worker
+from dapt.grid.work import Session, Worker, cluster
 from dapt.methods import METHODS, plugins
 from dapt.progress import Reporter
 from dapt.settings import all_fields, make_settings
@@ -554,22 +555,18 @@ def test_a_killed_worker_is_told_of_and_its_run_goes_on(held, tmp_path):
         def say(self, line):
             told.append(line)
 
-    killer = (
-        "import os, signal, sys, time\nfrom pathlib import Path\n"
-        "log = Path(sys.argv[1]) / 'checkpoint.safetensors'\n"
-        "while not log.exists(): time.sleep(0.01)\n"
-        "for task in Path(f'/proc/{sys.argv[2]}/task').iterdir():\n"
-        "    for child in (task / 'children').read_text().split():\n"
-        "        command = Path(f'/proc/{child}/cmdline').read_bytes()\n"
-        "        if b'spawn_' + b'main' in command: os.kill(int(child), signal.SIGKILL)\n"
-        "Path(sys.argv[3]).unlink()\n"
-    )
-    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
-        pytest.skip("children of a process are listed on Linux only")
-    watch = [sys.executable, "-c", killer, str(plan.runs[0].path), str(os.getpid()), str(wait)]
-    watcher = subprocess.Popen(watch)
+    def kill():
+        try:
+            until(plan.runs[0].directory.checkpoint_file.exists)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        finally:
+            wait.unlink()
+
+    killing = threading.Thread(target=kill)
+    killing.start()
     result = Grid(plan, workers=2, threads=1, reporter=Told()).run()
-    assert watcher.wait(LONG) == 0
+    killing.join()
     assert result.done == 2
     assert any("its worker died; the run goes on in another" in line for line in told)
 
@@ -639,11 +636,32 @@ def ray(monkeypatch):
     return pytest.importorskip("ray")
 
 
+@contextlib.contextmanager
+def patience_of_ray():
+    """Ray waits 30 s for its own processes, whatever it is told; a machine may need more."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch, ray):
+    def init(*_, **__):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match="answers there .*timed out"), cluster("local", 1):
+        pass
+
+
 def test_a_local_cluster_is_one_of_its_own(grid, tmp_path, undisturbed, monkeypatch, ray):
     """Whatever RAY_ADDRESS says; and its actors find the bits that this process does."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     result = dapt("experiment", grid(), "-o", tmp_path, "--ray", "local", "--threads", 1)
-    assert result.exit_code == 0, result.output
+    with patience_of_ray():
+        assert result.exit_code == 0, " ".join(result.output.split())
     assert "4 runs to do, about" in result.output
     assert "of work" in result.output
     assert results(tmp_path / "mine") == results(undisturbed)
@@ -655,26 +673,28 @@ def test_a_lost_node_costs_no_run(held, tmp_path, monkeypatch, ray):
 
     monkeypatch.setattr(Cluster._wait_for_node, "__defaults__", (LONG,))
     file, wait = held
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    with patience_of_ray():
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        second = cluster.add_node(num_cpus=1)
+        with patience_of_ray():
+            second = nodes.add_node(num_cpus=1)
 
         def lose_it():
             until(
                 lambda: len([*tmp_path.rglob("checkpoint.safetensors")]) == 2 or not wait.exists()
             )
-            cluster.remove_node(second, allow_graceful=False)
+            nodes.remove_node(second, allow_graceful=False)
             wait.unlink(missing_ok=True)
 
         loss = threading.Thread(target=lose_it)
         loss.start()
-        arguments = ("--ray", cluster.address, "--threads", 1)
+        arguments = ("--ray", nodes.address, "--threads", 1)
         result = dapt("experiment", file, "-o", tmp_path / "a", *arguments)
         wait.unlink(missing_ok=True)
         loss.join()
         assert result.exit_code == 0, result.output
     finally:
-        cluster.shutdown()
+        nodes.shutdown()
     assert "its worker died; the run goes on in another" in result.output
     assert Grid(plan_of(file, tmp_path / "b"), threads=1).run().done == 2
     assert results(tmp_path / "a") == results(tmp_path / "b")
