@@ -134,7 +134,7 @@ def test_same_settings_same_bits(given, tmp_path):
 
 def test_the_number_of_threads_changes_last_bits_at_most(given, tmp_path):
     """The documented exception: sums are split, and added up, otherwise."""
-    settings = make_settings({**given, "epochs": 8, "method": "dapt"})
+    settings = make_settings({**given, "epochs": 3, "method": "dapt"})
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -300,33 +300,42 @@ def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
         train(make_settings(given), run.path, resume=True)
 
 
-# Begins a run anew and is gone, with no clean-up, when it comes to write the file named.
+# Begins runs anew, each in a fork that is gone, with no clean-up, when it comes to write a file.
 KILLED_AT = """
 import json, os, sys
+from pathlib import Path
 from dapt.run import directory
 from dapt.settings import make_settings
 from dapt.run.train import train
 
-settings, run, target = sys.argv[1:]
+settings, *files = sys.argv[1:]
 write = directory.write_atomic
-directory.write_atomic = lambda p, text: os._exit(9) if str(p) == target else write(p, text)
-train(make_settings(json.loads(settings)), run, overwrite=True)
+for file in files:
+    directory.write_atomic = lambda p, text: os._exit(9) if str(p) == file else write(p, text)
+    if not (child := os.fork()):
+        train(make_settings(json.loads(settings)), Path(file).parent, overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, file
 """
 
 
-@pytest.mark.parametrize("name", ["task_file", "support_file", "environment_file", "settings_file"])
-def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, name):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path):
     """Stopped at any file, the directory holds either no run or the whole new one."""
-    run = train(make_settings(given), tmp_path / "run")
+    first = train(make_settings(given), tmp_path / "first")
+    names = ("task_file", "support_file", "environment_file", "settings_file")
+    runs = {name: RunDirectory(shutil.copytree(first.path, tmp_path / name)) for name in names}
     new = {**given, "method": "coop", "lr": 0.7}
-    command = [sys.executable, "-c", KILLED_AT, json.dumps(new), str(run.path)]
-    assert subprocess.run([*command, str(getattr(run, name))], timeout=LONG).returncode == 9
+    files = [str(getattr(run, name)) for name, run in runs.items()]
+    command = [sys.executable, "-c", KILLED_AT, json.dumps(new), *files]
+    subprocess.run(command, timeout=LONG, check=True)
     new = make_settings(new)
-    assert not run.exists
-    assert not run.finished
-    assert not run.prompts_file.exists()
-    train(new, run.path)
-    assert run.read_settings() == new
+    for run in runs.values():
+        assert not run.exists
+        assert not run.finished
+        assert not run.prompts_file.exists()
+        train(new, run.path)
+        assert run.read_settings() == new
 
 
 def test_a_finished_run_has_everything(given, tmp_path, monkeypatch):
