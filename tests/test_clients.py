@@ -418,7 +418,8 @@ def test_each_kind_of_error_is_in_the_log():
 @LINUX
 def test_several_workers_answer_at_one_address(run, photo):
     process = subprocess.Popen(
-        [sys.executable, "-m", "dapt.cli", "serve", str(run.path), "--port", "0", "--workers", "2"],
+        [sys.executable, "-m", "dapt.cli", "serve", str(run.path), "--port", "0", "--workers", "2",
+         "--timeout", str(LONG)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

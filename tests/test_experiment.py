@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 import yaml
@@ -680,11 +681,12 @@ def test_a_lost_node_costs_no_run(held, tmp_path, monkeypatch, ray):
             second = nodes.add_node(num_cpus=1)
 
         def lose_it():
-            until(
-                lambda: len([*tmp_path.rglob("checkpoint.safetensors")]) == 2 or not wait.exists()
-            )
-            nodes.remove_node(second, allow_graceful=False)
-            wait.unlink(missing_ok=True)
+            begun = partial(tmp_path.rglob, "checkpoint.safetensors")
+            try:
+                until(lambda: len([*begun()]) == 2 or not wait.exists())
+                nodes.remove_node(second, allow_graceful=False)
+            finally:
+                wait.unlink(missing_ok=True)
 
         loss = threading.Thread(target=lose_it)
         loss.start()
