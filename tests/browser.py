@@ -3,14 +3,8 @@
 import json
 import os
 import subprocess
-import time
 
-
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
+from patience import until
 
 
 class Browser:
@@ -34,12 +28,15 @@ class Browser:
         os.close(to_browser)
         os.close(from_browser)
         self._number, self._rest, self._session, self.events = 0, b"", None, []
-        targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
-        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        until(self._pages)  # it answers before it has opened one
+        found = self.call("Target.attachToTarget", targetId=self._pages()[0], flatten=True)
         self._session = found["sessionId"]
         for part in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{part}.enable")
+
+    def _pages(self):
+        targets = self.call("Target.getTargets")["targetInfos"]
+        return [target["targetId"] for target in targets if target["type"] == "page"]
 
     def call(self, method, **parameters):
         self._number += 1

@@ -5,7 +5,10 @@ python tests/notebooks.py
 
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
+
+from patience import LONG
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Numbers and pictures, which are other ones on another machine.
@@ -18,13 +21,21 @@ def execute(file, folder):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(file, as_version=4)
-    client = NotebookClient(
+    make = partial(
+        NotebookClient,
         notebook,
         record_timing=False,
+        startup_timeout=LONG,
+        iopub_timeout=LONG,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute()
+    try:
+        make().execute()
+    except RuntimeError as error:  # others took a port between its choice and the kernel's start
+        if "died before" not in str(error):
+            raise
+        make().execute()
     notebook.metadata.language_info = {"name": "python"}  # of any version
     return notebook
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import LONG
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -210,7 +211,7 @@ def test_class_names_that_the_terminal_has_no_letters_for(photo_folder, tiny_wei
     dapt("train", photos, "-b", tiny_weights, "--device", "cpu", "-m", "zero-shot", "-o", run)
     made = subprocess.run(
         [sys.executable, "-m", "dapt.cli", "predict", run, next(photos.rglob("*.png")), "--top=3"],
-        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=150,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=LONG,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "blå \\u732b".encode("latin-1") in made.stdout
@@ -326,7 +327,7 @@ def test_no_room_on_disk_is_one_sentence(options, tmp_path, limit, begun):
     run = tmp_path / "run"
     arguments = [str(o) for o in ["train", *options, "-o", run]]
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=LONG
     )
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -414,7 +415,7 @@ def test_a_wrong_path_names_the_near_one_before_torch_is_imported(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "1.jpg").touch()
     command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(WRONG_PATHS)]
-    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
     assert made.returncode == 0, made.stderr
     for (sentence, *_), (code, told) in zip(WRONG_PATHS, json.loads(made.stdout), strict=True):
         assert (code, told.count("\n")) == (2, 1)

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from patience import LONG
 from typer.testing import CliRunner
 
 from conftest import REPOSITORY
@@ -310,7 +311,7 @@ def test_the_example_needs_neither_torch_nor_dapt(run, exported, photo_folder, t
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
     )
     assert made.returncode == 0, made.stderr
     lines = dict(line.rsplit(": ", 1) for line in made.stdout.splitlines())
@@ -329,7 +330,7 @@ def example_in_javascript(folder, *arguments):
         pytest.skip("Node is not here")
     shutil.copy(REPOSITORY / "examples" / "onnx_predict.mjs", folder)
     command = [node, folder / "onnx_predict.mjs", *arguments]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert made.returncode == 0, made.stderr
     return dict(line.rsplit(": ", 1) for line in made.stdout.splitlines())
 
@@ -448,7 +449,7 @@ def push(run, hub, tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
     command = [sys.executable, "-m", "dapt.cli", "push", str(run.path), "me/photos", "--private"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONG)
 
 
 @once

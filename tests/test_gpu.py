@@ -141,7 +141,7 @@ def test_every_method_and_every_part_is_asked():
 
 def test_where_packages_are_missing_the_rest_is_asked(monkeypatch, capsys):
     absent = "import sys; sys.modules.update(dict.fromkeys(['open_clip', 'pydantic', 'rich']))"
-    words = ["--device", "cpu", "--quick", "--minutes", "1", "--only"]
+    words = ["--device", "cpu", "--quick", "--minutes", "60", "--only"]
     said = {}
     for only in ("attention", "features"):
         start = f"{absent}; from benchmarks.gpu.command import main; sys.exit(main(sys.argv[1:]))"

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from patience import LONG
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -117,7 +118,7 @@ def put(folder, name):
     return path
 
 
-def in_time(work, seconds=60):
+def in_time(work):
     """What ``work()`` gives or raises, or a failure where it hangs; a FIFO may not hang pytest."""
     told = []
 
@@ -129,7 +130,7 @@ def in_time(work, seconds=60):
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(LONG)
     assert told, "it hangs"
     value, error = told[0]
     if error is not None:
@@ -154,7 +155,7 @@ def test_odd_images_are_read(tmp_path, name):
 def test_what_is_no_image_is_named_in_one_line(tmp_path, name):
     path = put(tmp_path, name)
     with pytest.raises(UserError) as caught:
-        in_time(lambda: open_image(path), 10)
+        in_time(lambda: open_image(path))
     said = str(caught.value)
     assert printable(str(path)) in said
     assert said.isprintable()

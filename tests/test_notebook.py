@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import LONG
 from rich.console import Console
 
 from dapt import progress
@@ -85,6 +86,6 @@ assert not said, said
 
 def test_an_import_in_a_notebook_without_widgets_warns_of_nothing():
     made = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, timeout=150
+        [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, timeout=LONG
     )
     assert made.returncode == 0, made.stderr

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import LONG
 
 ONES = ("ivlp", "auto", "dapt+kernel-ridge", "nope")
 LISTS = [["methods"], ["settings"], ["settings", "caltech101", "--shots", "4"],
@@ -32,7 +33,7 @@ HELP = [["--help"], ["--version"], ["data", "--help"], ["train", "--help"]]
 @pytest.fixture(scope="module")
 def said():
     command = [sys.executable, "-c", PROGRAM, json.dumps([*LISTS, *HELP])]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout)
 

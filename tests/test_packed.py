@@ -9,6 +9,7 @@ import sys
 import tarfile
 
 import pytest
+from patience import LONG
 from typer.testing import CliRunner
 
 from dapt.cli import app
@@ -190,7 +191,7 @@ def test_unpacked_by_several_at_once(photo_folder, tmp_path, cache):
         subprocess.Popen([sys.executable, "-c", code, file], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = {process.communicate(timeout=120)[0] for process in started}
+    said = {process.communicate(timeout=LONG)[0] for process in started}
     assert [process.returncode for process in started] == [0, 0]
     task = open_task(str(file))
     assert said == {f"{task}\n"}

@@ -146,6 +146,8 @@ def run(command):
     asked = list(command.arguments)
     if asked[0] == "train" and "--resume" not in asked:
         asked += ["--epochs", "2", "--overwrite"]  # which may be there twice
+    if asked[0] == "experiment" and not {"--quick", "--yaml", "--methods"}.intersection(asked):
+        asked += ["--set", "epochs=2"]
     result = CliRunner().invoke(app, asked, input=given)
     said = " ".join(result.stderr.split())
     assert result.exit_code == 0, f"dapt {shlex.join(asked)}: {said} {result.exception!r}"

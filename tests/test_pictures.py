@@ -359,7 +359,7 @@ def test_no_file_costs_more_than_its_pixels():
             size = read(data).size
         except UserError as error:
             said = str(error)
-        assert time.process_time() - started < 2, name
+        assert time.process_time() - started < 5, name  # 0.2 where nothing else computes
         refused = any(more in said for more in ("has more than", "hold more than", "more boxes"))
         assert size == (48, 40) or refused, (name, said)
 

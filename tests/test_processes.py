@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from patience import LONG, until
 from safetensors.torch import load_file
 
 from dapt.engine.processes import Processes
@@ -31,12 +31,29 @@ def options(photo_folder, tiny_weights):
     }  # fmt: skip
 
 
-def torchrun(output, options, *more, count=2):
+# With a checkpoint they rest after each step, so that a signal comes before their end.
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from dapt.cli import main
+from dapt.engine.step import Tuner
+step, checkpoint = Tuner.step, Path(sys.argv[sys.argv.index("-o") + 1], "checkpoint.safetensors")
+
+def slowly(*given):
+    time.sleep(3 if checkpoint.is_file() else 0)
+    return step(*given)
+
+Tuner.step = slowly
+main()
+"""
+
+
+def torchrun(output, options, program=("-m", "dapt.cli")):
     given = [f"{name}={value}" for name, value in options.items() if name != "dataset"]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count,
-        "-m", "dapt.cli", "train", options["dataset"], "-o", output,
-        *(word for assignment in given for word in ("--set", assignment)), *more,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+        *program, "train", options["dataset"], "-o", output,
+        *(word for assignment in given for word in ("--set", assignment)),
     ]  # fmt: skip
     return subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -45,7 +62,7 @@ def torchrun(output, options, *more, count=2):
 
 def test_two_processes_find_what_one_does(options, tmp_path):
     process = torchrun(tmp_path / "two", options)
-    said, _ = process.communicate(timeout=150)
+    said, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0, said
     assert said.count("learned parameters") == 1
     one = train(make_settings(options), tmp_path / "one")
@@ -64,14 +81,13 @@ def test_two_processes_find_what_one_does(options, tmp_path):
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(options, tmp_path):
-    options = {**options, "epochs": 120}
-    process = torchrun(tmp_path / "run", options)
-    log = tmp_path / "run" / "checkpoint.safetensors"
-    deadline = time.time() + 100
-    while not log.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
+    options = {**options, "epochs": 40, "checkpoint_every": 1}
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    process = torchrun(tmp_path / "run", options, [tmp_path / "slowly.py"])
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    until(lambda: checkpoint.exists() or process.poll() is not None)
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=LONG)
     assert process.returncode != 0, said
     assert not (tmp_path / "run" / "metrics.json").exists()
     resumed = train(make_settings(options), tmp_path / "run", resume=True)

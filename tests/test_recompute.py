@@ -105,6 +105,13 @@ def test_what_is_not_learned_is_never_computed_anew(tiny_weights, monkeypatch):
     assert count
 
 
+def test_what_files_take_of_a_containers_memory_is_free(tmp_path, monkeypatch):
+    for name, text in (("max", "3000"), ("current", "2900"), ("stat", "a 1\ninactive_file 1500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("dapt.engine.processes._GROUP", tmp_path)
+    assert free_memory(torch.device("cpu")) in (1600, None)
+
+
 def test_what_is_free_is_some_of_what_there_is():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import LONG, until
 from safetensors.torch import load_file, save_file
 
 from dapt.data import draw_support_set
@@ -134,7 +134,7 @@ def test_same_settings_same_bits(given, tmp_path):
 
 def test_the_number_of_threads_changes_last_bits_at_most(given, tmp_path):
     """The documented exception: sums are split, and added up, otherwise."""
-    settings = make_settings({**given, "epochs": 8, "method": "dapt"})
+    settings = make_settings({**given, "epochs": 3, "method": "dapt"})
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -173,30 +173,38 @@ def test_a_resume_elsewhere_is_told(given, tmp_path, entry, value, told, capsys)
     assert told in said if told else "last bits" not in said
 
 
+# With a checkpoint it rests after each step, so that a signal comes before its end.
 SCRIPT = """
-import json, sys
-from dapt.settings import make_settings
+import json, sys, time
+from dapt.engine.step import Tuner
+from dapt.run.directory import RunDirectory
 from dapt.run.train import train
+from dapt.settings import make_settings
+step, run = Tuner.step, RunDirectory(sys.argv[2])
+
+def slowly(*given):
+    time.sleep(3 if run.checkpoint_file.is_file() else 0)
+    return step(*given)
+
+Tuner.step = slowly
 train(make_settings(json.loads(sys.argv[1])), sys.argv[2], resume=True)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_resumes_to_the_same_bits(given, tmp_path, number):
-    given = {**given, "epochs": 60, "visual_dropout": 0.2}
+    given = {**given, "epochs": 30, "visual_dropout": 0.2}
     undisturbed = train(make_settings(given), tmp_path / "undisturbed")
     run = RunDirectory(tmp_path / "killed")
     command = [sys.executable, "-c", SCRIPT, json.dumps(given), str(run.path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not run.checkpoint_file.is_file() and time.time() < deadline:
-        time.sleep(0.01)
+    until(lambda: run.checkpoint_file.is_file() or process.poll() is not None)
     os.kill(process.pid, number)
-    assert process.wait(60) != 0
+    assert process.wait(LONG) != 0
     assert run.exists
     assert not run.finished
     _, step, _ = run.read_checkpoint()
-    assert 0 < step < 120
+    assert 0 < step < 60
     train(make_settings(given), run.path, resume=True)
     assert results(run) == results(undisturbed)
 
@@ -292,33 +300,42 @@ def test_resume_wants_the_same_weights(given, tmp_path, tiny_weights):
         train(make_settings(given), run.path, resume=True)
 
 
-# Begins a run anew and is gone, with no clean-up, when it comes to write the file named.
+# Begins runs anew, each in a fork that is gone, with no clean-up, when it comes to write a file.
 KILLED_AT = """
 import json, os, sys
+from pathlib import Path
 from dapt.run import directory
 from dapt.settings import make_settings
 from dapt.run.train import train
 
-settings, run, target = sys.argv[1:]
+settings, *files = sys.argv[1:]
 write = directory.write_atomic
-directory.write_atomic = lambda p, text: os._exit(9) if str(p) == target else write(p, text)
-train(make_settings(json.loads(settings)), run, overwrite=True)
+for file in files:
+    directory.write_atomic = lambda p, text: os._exit(9) if str(p) == file else write(p, text)
+    if not (child := os.fork()):
+        train(make_settings(json.loads(settings)), Path(file).parent, overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, file
 """
 
 
-@pytest.mark.parametrize("name", ["task_file", "support_file", "environment_file", "settings_file"])
-def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path, name):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_while_overwriting_leaves_no_mix(given, tmp_path):
     """Stopped at any file, the directory holds either no run or the whole new one."""
-    run = train(make_settings(given), tmp_path / "run")
+    first = train(make_settings(given), tmp_path / "first")
+    names = ("task_file", "support_file", "environment_file", "settings_file")
+    runs = {name: RunDirectory(shutil.copytree(first.path, tmp_path / name)) for name in names}
     new = {**given, "method": "coop", "lr": 0.7}
-    command = [sys.executable, "-c", KILLED_AT, json.dumps(new), str(run.path)]
-    assert subprocess.run([*command, str(getattr(run, name))], timeout=120).returncode == 9
+    files = [str(getattr(run, name)) for name, run in runs.items()]
+    command = [sys.executable, "-c", KILLED_AT, json.dumps(new), *files]
+    subprocess.run(command, timeout=LONG, check=True)
     new = make_settings(new)
-    assert not run.exists
-    assert not run.finished
-    assert not run.prompts_file.exists()
-    train(new, run.path)
-    assert run.read_settings() == new
+    for run in runs.values():
+        assert not run.exists
+        assert not run.finished
+        assert not run.prompts_file.exists()
+        train(new, run.path)
+        assert run.read_settings() == new
 
 
 def test_a_finished_run_has_everything(given, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 import threading
 
 import pytest
+from patience import LONG
 
 from dapt.engine.data import task_of
 from dapt.errors import UserError
@@ -76,7 +77,7 @@ def test_two_at_once_take_two_names(run, photos):
     together = threading.Barrier(2)
 
     def open_together(settings, *, evaluate):
-        together.wait(30)
+        together.wait(LONG)
         return task_of(settings, evaluate=evaluate)
 
     def evaluate(place):
@@ -86,7 +87,7 @@ def test_two_at_once_take_two_names(run, photos):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LONG)
     found = evaluations(run)
     assert set(found) == {"eval-other.json", "eval-other-2.json"}
     assert {e["settings"]["dataset"] for e in found.values()} == {str(p) for p in places}

@@ -4,7 +4,6 @@ import io
 import random
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import until
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -367,10 +367,7 @@ def test_batches_run_ahead(photos, monkeypatch):
     batches = store.batches([[i] for i in range(12)], prefetch=3)
     assert not made
     next(batches)
-    for _ in range(200):
-        if len(made) == 4:
-            break
-        time.sleep(0.01)
+    until(lambda: len(made) >= 4)
     assert made == [0, 1, 2, 3]
     batches.close()
     assert made == [0, 1, 2, 3]

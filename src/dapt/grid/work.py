@@ -263,7 +263,7 @@ def cluster(address: str, threads: int | None) -> Iterator[tuple[Callable[[], Wo
         quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             ray.init(address, include_dashboard=dashboard, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # where it takes too long to start, of no kind of its own
             reason = reason_of(error)
             raise UserError(f"`ray` {address}: no cluster answers there ({reason})") from error
     try:
