@@ -453,7 +453,11 @@ def test_transparent_and_few_colours_have_a_profile_too():
     assert np.abs(np.array(seen.getpixel((0, 0))) - meant().getpixel((0, 0))).max() <= 1
 
 
-@pytest.mark.parametrize("profile", [SRGB, b"none", WIDE[:200], WIDE + b"mpet", b"x" * 300_000])
+@pytest.mark.parametrize(
+    "profile",
+    [SRGB, b"none", WIDE[:200], WIDE + b"mpet", b"x" * 300_000],
+    ids=["sRGB", "a word", "cut", "of unknown kind", "large"],  # their bytes tell the time
+)
 def test_srgb_and_what_is_no_profile_change_nothing(profile):
     for kind in ("PNG", "JPEG"):
         plain, with_it = (encoded(MUTED, kind, **k) for k in ({}, {"icc_profile": profile}))
