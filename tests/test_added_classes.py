@@ -61,7 +61,9 @@ def test_a_run_of_a_dataset_takes_classes_too(photo_folder, tiny_weights, images
     made = PromptClassifier.load(run.path).add_classes(["red panda"])  # by its name alone
     assert made.classes_.tolist() == ["blue", "green thing", "red panda", "red_thing"]
     assert made.predict_proba(images[3]).shape == (12, 4)
-    assert "metrics.json" not in made.files_
+    told = json.loads(made.files_["metrics.json"])  # anew, of all classes
+    assert "test" not in told
+    assert told["support_images"] == 9
 
 
 def test_images_in_memory_are_known_until_the_process_ends(images, tiny_weights):

@@ -164,5 +164,5 @@ def test_a_tuned_projection_tells_other_classes_apart_and_starts_as_the_backbone
 
 
 def test_a_tower_without_a_projection_is_told():
-    with pytest.raises(UserError, match="has no projection matrix at its end; use a method"):
+    with pytest.raises(UserError, match="has no projection at its end; use a method"):
         METHODS["prolip"].head.create(siglip())

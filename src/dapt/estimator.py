@@ -252,10 +252,11 @@ class PromptClassifier(notebook.Shown, ClassifierMixin, BaseEstimator):
             names: class names, or a mapping from labels to names if labels are not names.
             X, y: images and labels of added classes, as for `fit`.
 
-        The run's metrics are dropped, because they are for fewer classes. Raises a `UserError` if a
-        name exists already or is not a name; if a head must be fitted again and its earlier images
-        are gone (images in memory end with the process; files must be where they were); if the head
-        reads no names and a class has no images; or if a method without a head is given images.
+        The run's test figures are dropped, because they are for fewer classes. Raises a `UserError`
+        if a name exists already or is not a name; if a head must be fitted again and its earlier
+        images are gone (images in memory end with the process; files must be where they were); if
+        the head reads no names and a class has no images; or if a method without a head is given
+        images.
         """
         check_is_fitted(self, "files_")
         if isinstance(names, str):

@@ -114,7 +114,7 @@ def test_files_without_an_images_name_are_told(tmp_path):
     task = open_task(str(tmp_path))
     assert len(task.train) + len(task.test) == 4
     (note,) = task.notes
-    assert note.startswith("2 files in the class folders")
+    assert note.startswith("left out: 2 files without an image's name in the class folders")
     assert "such as dog/IMG_1.HEIC" in note
     (tmp_path / "cow").mkdir()
     (tmp_path / "cow" / "1.heic").touch()
