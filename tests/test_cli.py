@@ -445,9 +445,8 @@ def test_new_shows_and_makes_a_folder_that_train_takes(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_it_goes_on(options, tmp_path, monkeypatch, number):
     run = tmp_path / "my run"
-    monkeypatch.setattr(
-        "dapt.run.train.dispersion", lambda *_: os.kill(os.getpid(), number)
-    )  # after tuning, where no step is looked after
+    # After tuning, where no step is looked after; of this thread, so that it is not late.
+    monkeypatch.setattr("dapt.run.train.dispersion", lambda *_: signal.raise_signal(number))
     stopped = dapt("train", *options, "-o", run)
     assert stopped.exit_code == 130
     way = f"dapt train --output '{run}' --resume"
