@@ -53,7 +53,7 @@ def frugal(megabytes=300):
         before = resident("VmRSS")
     yield
     spent = time.process_time() - started
-    assert spent < 60, f"{spent:.1f} s"
+    assert spent < 20, f"{spent:.1f} s"
     if reset.exists():
         grown = resident("VmHWM") - before
         assert grown < megabytes, f"{grown:.0f} MB"

@@ -118,6 +118,9 @@ class _Pool(nn.Module):
         return cast(Tensor, self.c_proj(mixed))[:, 0]
 
 
+_POOLS = AttentionPool2d, _Pool
+
+
 def asking(tower: Any, inside: Inside) -> Any:
     """A tower whose layers' linear maps ask ``inside``, for one pass."""
     places = {
@@ -157,9 +160,6 @@ class _AndOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> (..., W + 1)."""
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-
-
-_POOLS = AttentionPool2d, _Pool
 
 
 def _with(tower: Any, others: Mapping[str, nn.Module]) -> Any:

@@ -113,7 +113,9 @@ def free_memory(device: torch.device) -> int | None:
     with suppress(OSError, ValueError):  # of a container, which may have less
         most, taken = (int((_GROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
         # Pages of files that nobody has used lately count as taken; they are given back on demand.
-        pages = re.search(r"^inactive_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.M)
+        stat = _GROUP / "memory.stat"
+        told = stat.read_text() if stat.is_file() else ""
+        pages = re.search(r"^inactive_file (\d+)$", told, re.M)
         taken -= int(pages[1]) if pages else 0
         free = most - taken if free is None else min(free, most - taken)
     return free
