@@ -122,6 +122,73 @@ def test_what_is_held_out_is_what_a_fit_without_it_says():
     torch.testing.assert_close(means.held_out(2.0, left_out), torch.cat(plain), rtol=0, atol=1e-6)
 
 
+def scattered(classes=10, images=16):
+    """Features (n, 16) whose classes scatter far more in four directions than in the others."""
+    labels = torch.arange(classes).repeat_interleave(images)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(len(labels), 16, generator=generator) * 0.1
+    noise[:, :4] *= 12
+    centres = torch.randn(classes, 16, generator=generator)
+    return F.normalize(centres[labels] * 0.15 + noise, dim=-1), labels, F.normalize(centres, dim=-1)
+
+
+def evidence(x, labels, text):
+    return Evidence(Examples(x, labels), None, text, 20.0, lambda v: x[None])
+
+
+def test_even_coordinates_are_judged_by_images_that_they_do_not_know():
+    x, labels, text = scattered()
+    pieces = auto.Pieces(x, labels, text, seed=0)
+    even = next(kernel for kernel in pieces.tried if kernel.even)
+    found = pieces.held_out(auto.Candidate(1.0, even, 0.1, share=0.0))
+    found *= pieces._piece(even, 0.1, 1.0)[1]
+    expected = []
+    for half in pieces.halves:
+        unseen = torch.cat(half).tolist()
+        others = torch.tensor([i for i in range(len(x)) if i not in unseen])
+        turn = auto.evened(x[others], labels[others], len(text))
+        seen = F.normalize(x @ turn, dim=-1)
+        kernel = (-even.width * torch.cdist(seen, seen).square()).exp().double()
+        target = F.one_hot(labels, len(text)).double() - (x @ text.T).double()
+        for images in half:
+            kept = torch.tensor([i for i in range(len(x)) if i not in images.tolist()])
+            solved = torch.linalg.solve(
+                kernel[kept][:, kept] + 0.1 * torch.eye(len(kept)), target[kept]
+            )
+            expected.append(x[images] @ text.T + (kernel[images][:, kept] @ solved).float())
+    assert sorted(torch.cat(pieces.rows).tolist()) == list(range(len(x)))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-4)
+
+
+def test_scatter_is_evened_out_where_that_helps_and_comes_back(monkeypatch):
+    x, labels, text = scattered()
+    own, new = torch.arange(len(x)) % 16 < 8, torch.arange(len(x)) % 16 >= 8
+
+    def fitted():
+        head = METHODS["auto"].head(20.0)
+        head.fit(evidence(x[own], labels[own], text), bundled())
+        return head
+
+    even = fitted()
+    again = METHODS["auto"].head(20.0)
+    again.load(even.state_dict(), len(text), 16, "file")
+    assert torch.equal(again(x, text), even(x, text))
+    with pytest.raises(UserError, match="does not hold"):
+        again.load(even.state_dict() | {"turn": torch.eye(15)}, len(text), 16, "file")
+    others = {kernel: own for kernel, own in auto.PENALTIES.items() if not kernel.even}
+    monkeypatch.setattr(auto, "PENALTIES", others)
+    plain = fitted()
+    assert plain.turn is None
+    assert "turn" not in plain.state_dict()
+    again.load(plain.state_dict(), len(text), 16, "file")
+    assert torch.equal(again(x, text), plain(x, text))
+
+    def loss(head):
+        return float(F.cross_entropy(head(x[new], text), labels[new]))
+
+    assert loss(even) < loss(plain)
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 9))
 @settings(deadline=None, max_examples=50)
 def test_a_round_takes_one_image_of_a_class_and_never_its_only_one(labels, seed):

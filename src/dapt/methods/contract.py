@@ -245,9 +245,11 @@ class Head(nn.Module):
         shapes: buffers that `fit` sets and `load` reads, each with its dimensions: C for the number
             of classes, D for the length of a feature, other letters for sizes that a file may
             choose, such as ``{"keys": "nD", "labels": "n", "alpha": ""}``.
+        optional: the same of buffers that `fit` may leave as None, and files then lack.
     """
 
     shapes: ClassVar[dict[str, str]] = {}
+    optional: ClassVar[dict[str, str]] = {}
     Settings: ClassVar[type[PartSettings]] = PartSettings
     fitted: ClassVar[bool] = False  # whether there is anything to fit
     reads_text: ClassVar[bool] = True  # whether it takes class features at all
@@ -265,6 +267,8 @@ class Head(nn.Module):
         self.offset = 0.0  # of every logit: it moves no class above another, but sigmoids read it
         for name in self.shapes:
             self.register_buffer(name, torch.zeros(0))
+        for name in self.optional:
+            self.register_buffer(name, None)
 
     @classmethod
     def create(cls, backbone: Backbone) -> Head:
@@ -300,12 +304,15 @@ class Head(nn.Module):
         """
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         sizes = {"C": classes, "D": dimension}
-        for name, letters in self.shapes.items():  # other letters are what they are found to be
+        shapes = self.shapes | {n: own for n, own in self.optional.items() if n in found}
+        for name, letters in shapes.items():  # other letters are what they are found to be
             sizes = dict(zip(letters, found.get(name, ()), strict=False)) | sizes
-        needed = {n: tuple(sizes.get(x, 0) for x in letters) for n, letters in self.shapes.items()}
+        needed = {n: tuple(sizes.get(x, 0) for x in letters) for n, letters in shapes.items()}
         if found != needed or 0 in sizes.values():
             what = f"for {classes} classes and features of {dimension} numbers"
             raise UserError(f"{where} does not hold what this method fits {what}; train again")
+        for name in self.optional:
+            setattr(self, name, None)
         for name, tensor in tensors.items():
             setattr(self, name, tensor.float())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dapt.methods import contract
@@ -17,6 +18,11 @@ KEYS = 2000
 WIDTH, PENALTIES = 1.0, (0.03, 0.1, 0.3, 1.0)
 
 
+def turned(features: Tensor, turn: Tensor | None) -> Tensor:
+    """(n, D) features of length one, in the coordinates of ``turn`` (D, D) if there is any."""
+    return features if turn is None else F.normalize(features @ turn, dim=-1)
+
+
 def similarity(image: Tensor, keys: Tensor, width: float | Tensor) -> Tensor:
     """(B, m) ``exp(-width |x - k|²)`` of normalised features (B, D) and keys (m, D)."""
     return (-2 * width * (1 - image @ keys.T)).exp()
@@ -27,23 +33,31 @@ class Ridge:
 
     Of features (n, D), normalised, with labels (n,), and class features (C, D). Answers are
     ``f(x) = a x·tᵀ + k(x) values`` with ``values`` fitted to ``onehot(y) - a X·tᵀ``; a is 0 or 1.
-    With up to `KEYS` images this is kernel ridge regression itself.
+    The kernel k sees features `turned`. With up to `KEYS` images this is kernel ridge regression
+    itself.
     """
 
     def __init__(
-        self, features: Tensor, labels: Tensor, text: Tensor, width: float, seed: int
+        self,
+        features: Tensor,
+        labels: Tensor,
+        text: Tensor,
+        width: float,
+        seed: int,
+        turn: Tensor | None = None,
     ) -> None:
-        self.width, self.text, self.labels = width, text, labels
-        self.features, self.keys = features, features
+        self.width, self.text, self.labels, self.turn = width, text, labels, turn
+        self.features = features
+        self.keys = seen = turned(features, turn)
         if len(features) > KEYS:
             drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-            self.keys = features[drawn[:KEYS].sort().values]
+            self.keys = seen[drawn[:KEYS].sort().values]
         found, axes = torch.linalg.eigh(similarity(self.keys, self.keys, width).double())
         kept = found > 1e-10 * found[-1]
         self.strengths, self.back = found[kept], axes[:, kept] / found[kept].sqrt()  # (k,), (m, k)
         self.mapped = axes[:, kept] * found[kept].sqrt()  # (n, k)
-        if self.keys is not features:
-            mapped = similarity(features, self.keys, width).double() @ self.back
+        if self.keys is not seen:
+            mapped = similarity(seen, self.keys, width).double() @ self.back
             self.strengths, turn = torch.linalg.eigh(mapped.T @ mapped)
             self.mapped, self.back = mapped @ turn, self.back @ turn
         self.onehot = class_sums(self.mapped, labels, len(text)).T  # (k, C)
