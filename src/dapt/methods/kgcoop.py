@@ -1,4 +1,8 @@
-"""KgCoOp (Yao et al., 2023): a context that keeps class features near those of given words."""
+"""KgCoOp (Yao et al., 2023): a context that keeps class features near those of given words.
+
+The published weight of the pull is for a model whose logit scale is 100. The smaller the scale, the
+weaker is cross-entropy beside the pull: give a smaller ``kg_weight``.
+"""
 
 from __future__ import annotations
 
