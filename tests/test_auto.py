@@ -26,7 +26,7 @@ from dapt.errors import UserError
 from dapt.methods import METHODS, Evidence, auto, get_method
 from dapt.methods.contract import Examples
 from dapt.methods.held_out import rounds, sharpness
-from dapt.methods.kernel_ridge import Ridge
+from dapt.methods.kernel_ridge import Ridge, expanded, remainder, similarity
 from dapt.methods.prototypes import Prototypes
 from dapt.progress import Reporter
 from dapt.settings import make_settings
@@ -187,6 +187,23 @@ def test_scatter_is_evened_out_where_that_helps_and_comes_back(monkeypatch):
         return float(F.cross_entropy(head(x[new], text), labels[new]))
 
     assert loss(even) < loss(plain)
+
+
+@pytest.mark.parametrize("kernel", auto.PENALTIES)
+def test_a_kernels_large_values_do_not_cost_precision(kernel):
+    """So an exported file, whose runtime adds in another order, says the same."""
+    labels = torch.arange(60).repeat_interleave(16)
+    x, text = features(labels, 60)
+    penalty = min(auto.PENALTIES[kernel])
+    values = 20 * Ridge(x, labels, text, kernel.width, 0).values(penalty, 1.0)
+    bias, slope, rest = expanded(x, values, kernel.width)
+    seen = features(labels, 60, seed=1)[0]
+    found = bias + seen @ slope.T + remainder(2 * kernel.width * (seen @ x.T)) @ rest
+    true = similarity(seen.double(), x.double(), kernel.width) @ values
+    error = float((found - true).abs().max())
+    plainly = similarity(seen, x, kernel.width) @ values.float()
+    assert error < 3e-4  # of logits up to 20
+    assert error < float((plainly - true).abs().max()) / 2
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 9))

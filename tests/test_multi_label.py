@@ -212,7 +212,7 @@ def test_what_is_held_out_is_what_a_fit_without_it_says():
         kept = torch.tensor([i for i in range(12) if i not in lot.tolist()])
         less = Ridge(x[kept], labels[kept], text, 1.0, 0)
         near = (-torch.cdist(x[lot], x[kept]).square()).exp()
-        expected.append(x[lot] @ text.T + near @ less.values(0.1, 1.0))
+        expected.append(x[lot] @ text.T + near @ less.values(0.1, 1.0).float())
         plain.append(x[lot] @ Prototypes(x[kept], labels[kept], text).weight(2.0).T)
     torch.testing.assert_close(
         ridge.held_out(0.1, 1.0, lots), torch.cat(expected), rtol=0, atol=1e-4

@@ -24,7 +24,7 @@ from torch import Tensor
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, HasSettings
 from dapt.methods.held_out import HeldOut, rounds, sharpness, spread
-from dapt.methods.kernel_ridge import Ridge, similarity, turned
+from dapt.methods.kernel_ridge import Ridge, expanded, remainder, turned
 from dapt.methods.losses import class_counts, class_prototypes
 from dapt.methods.prototypes import Prototypes
 
@@ -181,7 +181,7 @@ class Pieces:
         """
         ridge = self.ridges[next((c.kernel for c, _ in chosen if c.kernel), Kernel(1.0))]
         weight = torch.zeros_like(self.text)
-        values = torch.zeros(len(ridge.keys), len(self.text))
+        values = torch.zeros(len(ridge.keys), len(self.text), dtype=torch.double)
         for c, amount in chosen:
             first, second = self.shares(c)
             if first:
@@ -231,7 +231,8 @@ def smoothed(evidence: Evidence, count: int) -> Tensor:
 class Auto(contract.Head):
     """``x·weight + exp(-width |x' - keys|²) values``, of all candidates that `weigh` keeps.
 
-    x' is x, or x `turned` where the kernel that was kept is one of `evened` coordinates.
+    x' is x, or x `turned` where the kernel that was kept is one of `evened` coordinates. The second
+    term is kept `expanded`.
     Support features are averaged over the plain image, the mirrored image and some training views.
     The logits are calibrated by one factor, fitted on held-out images.
     """
@@ -239,9 +240,12 @@ class Auto(contract.Head):
     Settings = AutoSettings
     fitted = without_text = reads_views = multilabel = True
     closed = "an automatic head, which knows only the classes it was fitted on"
-    shapes: ClassVar = {"weight": "CD", "keys": "mD", "values": "mC", "width": ""}
+    shapes: ClassVar = {"weight": "CD", "bias": "C", "slope": "CD", "keys": "mD", "values": "mC",
+                        "width": ""}  # fmt: skip
     optional: ClassVar = {"turn": "DD"}
     weight: Tensor
+    bias: Tensor
+    slope: Tensor
     keys: Tensor
     values: Tensor
     width: Tensor
@@ -277,11 +281,13 @@ class Auto(contract.Head):
         else:
             final = factor * spread(by_names, labels[few]) if meaning else SHARPNESS
         weight, values, ridge = pieces.merged(chosen)
-        self.weight, self.values = final * weight, final * values
-        self.keys, self.width, self.turn = ridge.keys, torch.tensor(ridge.width), ridge.turn
+        self.weight, self.keys, self.turn = final * weight, ridge.keys, ridge.turn
+        self.width = torch.tensor(ridge.width)
+        self.bias, self.slope, self.values = expanded(ridge.keys, final * values, ridge.width)
         return held
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
         seen = turned(image, self.turn)
-        return image @ self.weight.T + similarity(seen, self.keys, self.width) @ self.values
+        curved = remainder(2 * self.width * (seen @ self.keys.T)) @ self.values
+        return image @ self.weight.T + seen @ self.slope.T + curved + self.bias
