@@ -842,6 +842,7 @@ def test_a_decoder_that_was_ended_is_replaced(served, pictures, started):
         for one in own._idle:
             os.kill(one.pid, signal.SIGSTOP)
         begun(client, pictures[0].read_bytes())
+        until(lambda: own._busy)  # the request has come to a decoder
         for one in [*own._busy]:
             os.kill(one.pid, signal.SIGKILL)
         until(lambda: client.metric("dapt_decoders_ended_total") == 1)
