@@ -26,7 +26,7 @@ from dapt.errors import UserError
 from dapt.methods import METHODS, Evidence, auto, get_method
 from dapt.methods.contract import Examples
 from dapt.methods.held_out import rounds, sharpness
-from dapt.methods.kernel_ridge import Ridge, expanded, remainder, similarity
+from dapt.methods.kernel_ridge import Ridge, expanded, similarity, summed
 from dapt.methods.prototypes import Prototypes
 from dapt.progress import Reporter
 from dapt.settings import make_settings
@@ -198,7 +198,7 @@ def test_a_kernels_large_values_do_not_cost_precision(kernel):
     values = 20 * Ridge(x, labels, text, kernel.width, 0).values(penalty, 1.0)
     bias, slope, rest = expanded(x, values, kernel.width)
     seen = features(labels, 60, seed=1)[0]
-    found = bias + seen @ slope.T + remainder(2 * kernel.width * (seen @ x.T)) @ rest
+    found = summed(seen, x, kernel.width, bias, slope, rest)
     true = similarity(seen.double(), x.double(), kernel.width) @ values
     error = float((found - true).abs().max())
     plainly = similarity(seen, x, kernel.width) @ values.float()

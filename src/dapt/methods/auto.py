@@ -24,7 +24,7 @@ from torch import Tensor
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, HasSettings
 from dapt.methods.held_out import HeldOut, rounds, sharpness, spread
-from dapt.methods.kernel_ridge import Ridge, expanded, remainder, turned
+from dapt.methods.kernel_ridge import Ridge, expanded, summed, turned
 from dapt.methods.losses import class_counts, class_prototypes
 from dapt.methods.prototypes import Prototypes
 
@@ -82,7 +82,7 @@ class Candidate:
 
 
 def penalties_for(classes: int, even: bool) -> dict[Kernel, tuple[float, ...]]:
-    """What regressions are tried of so many classes, by their kernel; also ``even`` ones or not."""
+    """What regressions are tried of so many classes, by their kernel; ``even`` ones if so."""
     if classes > MANY:
         return OF_MANY
     return {kernel: own for kernel, own in PENALTIES.items() if even or not kernel.even}
@@ -289,5 +289,5 @@ class Auto(contract.Head):
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D)."""
         seen = turned(image, self.turn)
-        curved = remainder(2 * self.width * (seen @ self.keys.T)) @ self.values
-        return image @ self.weight.T + seen @ self.slope.T + curved + self.bias
+        kernel = summed(seen, self.keys, self.width, self.bias, self.slope, self.values)
+        return image @ self.weight.T + kernel

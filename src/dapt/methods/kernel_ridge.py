@@ -41,12 +41,19 @@ def remainder(t: Tensor) -> Tensor:
 def expanded(keys: Tensor, values: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:
     """`similarity` times ``values`` (m, C) in parts: bias (C,), slope (C, D) and other values.
 
-    Their sum is ``bias + x·slopeᵀ + remainder(2 width x·keysᵀ) values``. Of a wide kernel, values
-    of hundreds cancel almost wholly in the first two; here they do so in double precision, once.
+    `summed` adds them up. Of a wide kernel, values of hundreds cancel almost wholly in the first
+    two; here they do so in double precision, once.
     """
     scaled = exp(-2 * width) * values.double()
     slope = 2 * width * scaled.T @ keys.double()
     return scaled.sum(0).float(), slope.float(), scaled.float()
+
+
+def summed(
+    image: Tensor, keys: Tensor, width: float | Tensor, bias: Tensor, slope: Tensor, values: Tensor
+) -> Tensor:
+    """(B, C) of features (B, D): ``bias + x·slopeᵀ + remainder(2 width x·keysᵀ) values``."""
+    return bias + image @ slope.T + remainder(2 * width * (image @ keys.T)) @ values
 
 
 class Ridge:
@@ -79,8 +86,8 @@ class Ridge:
         self.mapped = axes[:, kept] * found[kept].sqrt()  # (n, k)
         if self.keys is not seen:
             mapped = similarity(seen, self.keys, width).double() @ self.back
-            self.strengths, turn = torch.linalg.eigh(mapped.T @ mapped)
-            self.mapped, self.back = mapped @ turn, self.back @ turn
+            self.strengths, axes = torch.linalg.eigh(mapped.T @ mapped)
+            self.mapped, self.back = mapped @ axes, self.back @ axes
         self.onehot = class_sums(self.mapped, labels, len(text)).T  # (k, C)
         self.by_text = (self.mapped.T @ features.double()).float() @ text.T  # (k, C)
 
@@ -166,5 +173,5 @@ class KernelRidge(contract.Head):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D)."""
-        curved = remainder(2 * WIDTH * (image @ self.keys.T)) @ self.values
-        return self.sharpness * (image @ (text + self.slope).T + curved + self.bias)
+        errors = summed(image, self.keys, WIDTH, self.bias, self.slope, self.values)
+        return self.sharpness * (image @ text.T + errors)
