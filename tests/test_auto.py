@@ -140,8 +140,7 @@ def test_even_coordinates_are_judged_by_images_that_they_do_not_know():
     x, labels, text = scattered()
     pieces = auto.Pieces(x, labels, text, seed=0)
     even = next(kernel for kernel in pieces.tried if kernel.even)
-    found = pieces.held_out(auto.Candidate(1.0, even, 0.1, share=0.0))
-    found *= pieces._piece(even, 0.1, 1.0)[1]
+    found = pieces["ridge", even, 0.1, 1.0].held_out
     expected = []
     for half in pieces.halves:
         unseen = torch.cat(half).tolist()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -21,8 +22,10 @@ from dapt import PromptClassifier
 from dapt.cli import app
 from dapt.data import draw_support_set, load_support_set, open_task
 from dapt.data.items import make_task
+from dapt.engine.data import Data
 from dapt.engine.evaluate import metrics_of_several
 from dapt.engine.features import labels_of
+from dapt.engine.fit import fit
 from dapt.engine.forecast import average_precision
 from dapt.errors import UserError
 from dapt.methods import METHODS, Evidence
@@ -73,6 +76,17 @@ def run(table, tiny_weights, tmp_path_factory):
     assert "mAP" in made.output
     assert "expected on new photos" in made.output
     return RunDirectory(folder)
+
+
+def test_validation_images_are_judged_once(table, tiny_weights):
+    task = open_task(str(table))
+    parts = replace(task, train=task.train[::2], val=task.train[1::2])
+    chosen = make_settings({"dataset": str(table), "backbone": str(tiny_weights), "device": "cpu",
+                            "method": "auto", "shots": 4})  # fmt: skip
+    support = draw_support_set(parts, 4, 1)
+    assert support.val
+    held = fit(Data(parts, support), chosen).held_out
+    assert len(held.labels) == len(support.train) + len(support.val)
 
 
 def listed(root, text, name="list.csv"):

@@ -235,7 +235,7 @@ def _fit_sigmoids(tuned: Tuned) -> Tuned:
         return HeldOut(torch.cat(rows).clone(), labels)
 
     found = [held] if held is not None else []
-    if tuned.val is not None:
+    if tuned.val is not None and not classifier.head.reads_val:  # such a head has said it already
         found.append(said_of(tuned.val.features, tuned.val.labels))
     fair = bool(found) or get_method(tuned.settings.method).still
     if not found:

@@ -1,18 +1,22 @@
-"""The automatic head: many closed forms, weighted by how well they classify held-out images.
+"""The automatic head: many small regressions, weighed by how well they classify other images.
 
-The pieces are the class texts, class means (`Prototypes`) and kernel ridge regressions (`Ridge`),
+Its pieces are the class texts, class means (`Prototypes`) and kernel ridge regressions (`Ridge`),
 each with and without class names. Of enough images, one kernel sees features whose scatter within
-classes is evened out. The candidates are pieces, pairs of pieces, and the text alone.
-Each is judged, in closed form, on support images that it was not fitted on. Candidates that the
-images cannot tell apart are averaged: the more standard errors a candidate's cross-entropy lies
-above the best one's, the lower its weight. Because logits are averaged, the result is one
-classifier.
+classes is evened out. Pieces and pairs of pieces are one family of mixes (`blends`). Of few images
+and classes there are two more: Gaussians (`Gda`) beside class means, and logistic regressions
+(`Logistic`) in the kernel that was chosen.
+
+Each mix is judged by images that it was not fitted on: support images in turn, and validation
+images where there are any. Mixes of a family that these cannot tell apart are averaged: the more
+standard errors the cross-entropy of one lies above the best one's, the lower its weight. Families
+err differently, so they count alike, but for those that are clearly worse. Because logits are
+averaged, the result is one classifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import inf, log
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,8 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dapt.methods import contract
-from dapt.methods.contract import Evidence, HasSettings
-from dapt.methods.held_out import HeldOut, rounds, sharpness, spread
+from dapt.methods.contract import Evidence, Examples, HasSettings
+from dapt.methods.gda import Gda
+from dapt.methods.held_out import HeldOut, rounds, series, sharpness, spread
+from dapt.methods.kernel_logistic import Logistic
 from dapt.methods.kernel_ridge import Ridge, expanded, summed, turned
 from dapt.methods.losses import class_counts, class_prototypes
 from dapt.methods.prototypes import Prototypes
@@ -47,6 +53,14 @@ PENALTIES: dict[Kernel, tuple[float, ...]] = {
 MANY = 5000
 OF_MANY: dict[Kernel, tuple[float, ...]] = {Kernel(1.0): (0.1, 0.3)}
 SHARES = (0.3, 0.5, 0.7)  # of prototypes beside a regression
+# Logistic regressions: what class means they start from, at half the sharpness that fits these, and
+# their penalties.
+STARTS: dict[bool, tuple[float, ...]] = {True: (0.0, 1.0), False: (inf,)}
+RESTRAINTS = (0.3, 0.1, 0.03)
+# They and Gaussians are fitted without each fold, which takes long of more images, squared, times
+# classes.
+FOLDS, MOST_MORE = 8, 30_000_000
+CLEAR = 2.0  # standard errors by which a family must be behind to be left out
 # Nats over all images by which class names must beat chance to have a say.
 MEANING = 3.0
 # Logits by which that is told: at 20,000 classes, those of every eightieth of 80,000 images.
@@ -66,19 +80,9 @@ class AutoSettings(contract.PartSettings):
     )
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Prototypes of a strength and a regression, in shares; strength inf is without text."""
-
-    strength: float
-    kernel: Kernel | None = None
-    penalty: float = 0.0
-    share: float = 1.0
-
-    @property
-    def text(self) -> float:
-        """Whether class names have a say, as a number."""
-        return float(self.strength < inf)
+# A piece by its kind and settings, and a mix of pieces with their shares.
+Key = tuple[Any, ...]
+Mix = tuple[tuple[Key, float], ...]
 
 
 def penalties_for(classes: int, even: bool) -> dict[Kernel, tuple[float, ...]]:
@@ -88,17 +92,33 @@ def penalties_for(classes: int, even: bool) -> dict[Kernel, tuple[float, ...]]:
     return {kernel: own for kernel, own in PENALTIES.items() if even or not kernel.even}
 
 
-def candidates(meaning: bool, tried: dict[Kernel, tuple[float, ...]]) -> Iterator[Candidate]:
-    """All there are, regressions as ``tried``; of names without meaning, those without text."""
-    yield from (Candidate(s) for s in ((0.0, *STRENGTHS) if meaning else ()))
-    yield Candidate(inf)
+def blends(meaning: bool, tried: dict[Kernel, tuple[float, ...]]) -> Iterator[Mix]:
+    """Class means and ridge regressions as ``tried``, alone and in pairs; without text if so."""
+    strengths = STRENGTHS if meaning else (inf,)
+    yield from (means(s) for s in ((0.0, *STRENGTHS) if meaning else ()))
+    yield means(inf)
     for kernel, penalties in tried.items():
         for penalty in penalties:
-            for strengths in (STRENGTHS, (inf,)) if meaning else ((inf,),):
-                yield Candidate(strengths[0], kernel, penalty, 0.0)
-                yield from (
-                    Candidate(s, kernel, penalty, share) for s in strengths for share in SHARES
-                )
+            yield from paired(("ridge", kernel, penalty, float(meaning)), strengths)
+            if meaning:
+                yield from paired(("ridge", kernel, penalty, 0.0), (inf,))
+
+
+def means(strength: float) -> Mix:
+    """Class means of a strength beside the text; inf is without text."""
+    return ((("means", strength), 1.0),)
+
+
+def paired(other: Key, strengths: tuple[float, ...]) -> Iterator[Mix]:
+    """A piece alone, and beside class means."""
+    yield ((other, 1.0),)
+    for share in SHARES:
+        yield from (((("means", s), share), (other, 1 - share)) for s in strengths)
+
+
+def kernel_of(mix: Mix) -> Kernel | None:
+    """What kernel a mix needs, if any."""
+    return next((key[1] for key, _ in mix if key[0] in ("ridge", "logistic")), None)
 
 
 def evened(x: Tensor, y: Tensor, classes: int) -> Tensor:
@@ -116,16 +136,44 @@ def evened(x: Tensor, y: Tensor, classes: int) -> Tensor:
     return (axes * (found.mean() / found).sqrt() @ axes.T).float()
 
 
-class Pieces:
-    """What candidates are put together of, on one support set: (r, C) held-out logits, weights."""
+class Terms(NamedTuple):
+    """``x·weight + bias + k(x) values``: weight (C, D), bias (C,), values (m, C) of a kernel."""
 
-    def __init__(self, x: Tensor, y: Tensor, text: Tensor, seed: int) -> None:
-        self.text, self.left_out = text, rounds(y, len(text), seed)
-        # With one image a class, none can be judged so; how far logits spread, each can tell alone.
-        rows = self.left_out or list(torch.arange(len(y))[:MOST_ALONE, None])
+    weight: Tensor | float = 0.0
+    bias: Tensor | float = 0.0
+    values: Tensor | float = 0.0
+
+
+class Piece(NamedTuple):
+    """What it says of images that it does not know, (r, C), and how far that spreads in a row."""
+
+    held_out: Tensor
+    spread: float
+
+
+class Pieces:
+    """What mixes are made of, on one support set, and what each says of images it does not know."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        text: Tensor,
+        seed: int,
+        lots: list[list[Tensor]] | None = None,
+        val: Examples | None = None,
+    ) -> None:
+        """Of features x (n, D), left out by ``lots`` as `rounds` has it, and of ``val``."""
+        self.x, self.y, self.text, self.val = x, y, text, val
+        self.left_out = rows = rounds(y, len(text), seed, lots)
+        self.judged = bool(rows) or val is not None
+        if not self.judged:  # how far logits spread, one image a class can tell, too
+            rows = list(torch.arange(len(y))[:MOST_ALONE, None])
         self.halves = [half for half in (rows[::2], rows[1::2]) if half]
         self.rows = [images for half in self.halves for images in half]
-        self.labels = y[torch.cat(self.rows)]
+        parts = range(min(FOLDS, len(self.left_out)))
+        self.folds = [torch.cat(self.left_out[i::FOLDS]) for i in parts]
+        self.labels = self._both(lambda: y[torch.cat(self.rows)], lambda val: val.labels)
         self.prototypes = Prototypes(x, y, text)
         # A covariance of fewer images than dimensions says little, even shrunk.
         spare = len(y) - len(y.unique()) if y.dim() == 1 else 0
@@ -137,85 +185,181 @@ class Pieces:
             self.ridges[kernel] = Ridge(*own, evened(x, y, len(text)) if kernel.even else None)
             self.judges[kernel] = [self.ridges[kernel]] * len(self.halves)
             if kernel.even:  # coordinates know the images they are made of: each half has others
-                self.judges[kernel] = [Ridge(*own, self._without(h, x, y)) for h in self.halves]
-        self._held: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
+                self.judges[kernel] = [Ridge(*own, self._evened(torch.cat(h))) for h in self.halves]
+        self._known: dict[Key, tuple[Piece, Callable[[], Terms]]] = {}
 
-    def _without(self, rows: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def _without(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and labels of all but some images."""
+        kept = torch.ones(len(self.y), dtype=torch.bool)
+        kept[images] = False
+        return self.x[kept], self.y[kept]
+
+    def _evened(self, images: Tensor) -> Tensor:
         """Coordinates that know nothing of some images."""
-        kept = torch.ones(len(y), dtype=torch.bool)
-        kept[torch.cat(rows)] = False
-        return evened(x[kept], y[kept], len(self.text))
+        return evened(*self._without(images), len(self.text))
 
-    def _piece(self, *key: Any) -> tuple[Tensor, float]:
-        """Held-out logits of prototypes (strength,) or a regression (kernel, penalty, text)."""
-        if key not in self._held:
-            if len(key) == 1:
-                logits = self.prototypes.held_out(key[0], self.rows)
-            else:
-                kernel, penalty, text = key
-                both = zip(self.judges[kernel], self.halves, strict=True)
-                logits = torch.cat([ridge.held_out(penalty, text, rows) for ridge, rows in both])
-            self._held[key] = logits, spread(logits, self.labels)
-        return self._held[key]
+    def _both(self, left_out: Callable[[], Tensor], of: Callable[[Examples], Tensor]) -> Tensor:
+        """What there is of images that are left out in turn, and of validation images."""
+        found = [left_out()] if self.rows else []
+        return torch.cat(found if self.val is None else [*found, of(self.val)])
 
-    def shares(self, c: Candidate) -> tuple[float, float]:
-        """What its prototypes and its regression are multiplied by, so that both count alike."""
-        first = c.share / self._piece(c.strength)[1] if c.share else 0.0
-        second = (1 - c.share) / self._piece(c.kernel, c.penalty, c.text)[1] if c.kernel else 0.0
-        return first, second
+    def _add(self, key: Key, held_out: Tensor, terms: Callable[[], Terms]) -> None:
+        self._known[key] = Piece(held_out, spread(held_out, self.labels)), terms
 
-    def held_out(self, c: Candidate) -> Tensor:
-        """(r, C) logits that vary by about one in a row."""
-        first, second = self.shares(c)
-        found = torch.zeros(())
-        if first:
-            found = found + first * self._piece(c.strength)[0]
-        if second:
-            found = found + second * self._piece(c.kernel, c.penalty, c.text)[0]
-        return found
+    def __getitem__(self, key: Key) -> Piece:
+        if key not in self._known:
+            kind, *settings = key
+            getattr(self, f"_{kind}")(*settings)
+        return self._known[key][0]
 
-    def merged(self, chosen: list[tuple[Candidate, float]]) -> tuple[Tensor, Tensor, Ridge]:
-        """One classifier of all: weight (C, D), values (m, C) and a regression with their kernel.
+    def _means(self, strength: float) -> None:
+        """Class means of a strength beside the text."""
+        held = self._both(
+            lambda: self.prototypes.held_out(strength, self.rows),
+            lambda val: val.features @ self.prototypes.weight(strength).T,
+        )
+        self._add(("means", strength), held, lambda: Terms(self.prototypes.weight(strength)))
+
+    def _ridge(self, kernel: Kernel, penalty: float, text: float) -> None:
+        """A ridge regression, with text or without."""
+        ridge, both = self.ridges[kernel], zip(self.judges[kernel], self.halves, strict=True)
+        held = self._both(
+            lambda: torch.cat([own.held_out(penalty, text, rows) for own, rows in both]),
+            lambda val: ridge.answers(val.features, penalty, text),
+        )
+        key = ("ridge", kernel, penalty, text)
+        values = ridge.values
+        self._add(key, held, lambda: Terms(text * self.text, values=values(penalty, text)))
+
+    def _gaussian(self) -> None:
+        """Gaussians of one covariance, fitted anew without each fold."""
+
+        def fitted(x: Tensor, y: Tensor) -> Gda:
+            found = Gda(1.0)
+            found.estimate(x, y, len(self.text))
+            # What all classes share is large, tells nothing, and would cost precision.
+            found.weight -= found.weight.mean(0)
+            found.bias -= found.bias.mean()
+            return found
+
+        whole, held = fitted(self.x, self.y), torch.zeros(len(self.y), len(self.text))
+        for images in self.folds:
+            held[images] = fitted(*self._without(images)).scores(self.x[images])
+        found = self._both(
+            lambda: held[torch.cat(self.rows)], lambda val: whole.scores(val.features)
+        )
+        self._add(("gaussian",), found, lambda: Terms(whole.weight, whole.bias))
+
+    def _logistic(self, kernel: Kernel, strength: float, penalty: float) -> None:
+        """Logistic regressions on top of class means of a strength: of all penalties at once."""
+        found = self["means", strength]
+        sharp = sharpness(found.held_out, self.labels)[0] / 2
+        weights = [self.prototypes.weight(strength, images) for images in (None, *self.folds)]
+        regressions = Logistic(self.ridges[kernel], sharp * torch.stack(weights), self.folds)
+        for penalty in RESTRAINTS:
+            regressions.fit(penalty)
+            held = self._both(
+                lambda: regressions.held_out()[torch.cat(self.rows)],
+                lambda val: regressions.answers(val.features),
+            )
+            terms = partial(Terms, regressions.weight, values=regressions.values)
+            self._add(("logistic", kernel, strength, penalty), held, terms)
+
+    def held_out(self, mix: Mix) -> Tensor:
+        """(r, C) logits, of pieces that are divided by their spreads, so that all count alike."""
+        parts = [share / self[key].spread * self[key].held_out for key, share in mix]
+        return sum(parts, torch.zeros(()))
+
+    def merged(self, chosen: list[tuple[Mix, float]]) -> tuple[Tensor, Tensor, Tensor, Ridge]:
+        """One classifier of all, as in `Terms`, and a regression with their kernel.
 
         All are of one kernel, or of none.
         """
-        ridge = self.ridges[next((c.kernel for c, _ in chosen if c.kernel), Kernel(1.0))]
-        weight = torch.zeros_like(self.text)
+        kernels = (kernel_of(mix) for mix, _ in chosen)
+        ridge = self.ridges[next(filter(None, kernels), Kernel(1.0))]
+        weight, bias = torch.zeros_like(self.text), torch.zeros(len(self.text))
         values = torch.zeros(len(ridge.keys), len(self.text), dtype=torch.double)
-        for c, amount in chosen:
-            first, second = self.shares(c)
-            if first:
-                weight += amount * first * self.prototypes.weight(c.strength)
-            if second:
-                weight += amount * second * c.text * self.text
-                values += amount * second * ridge.values(c.penalty, c.text)
-        return weight, values, ridge
+        for mix, amount in chosen:
+            for key, share in mix:
+                part = amount * share / self[key].spread
+                terms = self._known[key][1]()
+                weight += part * terms.weight
+                bias += part * terms.bias
+                values += part * terms.values
+        return weight, bias, values, ridge
+
+    def more(self, kernel: Kernel, meaning: bool) -> Iterator[list[Mix]]:
+        """Other families of mixes than `blends`, beside those of a kernel."""
+        if self.y.dim() > 1 or len(self.y) ** 2 * len(self.text) > MOST_MORE:
+            return
+        if bool((self.prototypes.counts == 0).any()):  # both would say: never that class
+            return
+        if self.folds:
+            strengths = STRENGTHS if meaning else (inf,)
+            yield list(paired(("gaussian",), strengths))
+        if not kernel.even:  # each fold would need its own coordinates
+            settings = ((s, p) for s in STARTS[meaning] for p in RESTRAINTS)
+            yield [((("logistic", kernel, *own), 1.0),) for own in settings]
 
 
-def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Candidate, float]]:
-    """Candidates of one kernel with what each is multiplied by: its share times its sharpness."""
-    if not pieces.left_out:
-        alone = [Candidate(s, Kernel(1.0), *more) for s, *more in ALONE[meaning]]
-        return [(c, 1 / len(alone)) for c in alone]
-    known = list(candidates(meaning, pieces.tried))
+def compared(logits: Iterable[Tensor], labels: Tensor) -> tuple[list[float], Tensor]:
+    """Of held-out logits (r, C), how sharp each is to be, and how far each is behind the best.
+
+    That is in standard errors of the difference in cross-entropy.
+    """
     factors, losses, factor = list[float](), list[Tensor](), 1.0
-    for c in known:  # neighbours are alike: each starts where the last ended
-        factor, loss = sharpness(pieces.held_out(c), pieces.labels, max(factor, 0.1))
+    for own in logits:  # neighbours are alike: each starts where the last ended
+        factor, loss = sharpness(own, labels, max(factor, 0.1))
         factors.append(factor)
         losses.append(loss)
     behind = torch.stack(losses).double()  # (candidates, r)
     behind -= behind[int(behind.mean(1).argmin())].clone()
     error = behind.std(1, unbiased=False) / behind.shape[1] ** 0.5
-    shares = (-behind.mean(1) / error.clamp_min(1e-9)).softmax(0).tolist()
-    # One kernel is kept: the one whose candidates weigh most; those without any stay.
-    totals = {k: sum(s for c, s in zip(known, shares, strict=True) if c.kernel == k)
-              for k in pieces.tried}  # fmt: skip
-    kept = {None, max(totals, key=lambda k: totals[k])}
+    return factors, behind.mean(1) / error.clamp_min(1e-9)
+
+
+def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Mix, float]]:
+    """Mixes of one kernel with what each is multiplied by: its share times its sharpness."""
+    if not pieces.judged:
+        alone = [
+            ((("means", s), share), (("ridge", Kernel(1.0), penalty, float(meaning)), 1 - share))
+            for s, penalty, share in ALONE[meaning]
+        ]
+        return [(mix, 1 / len(alone)) for mix in alone]
+    known = list(blends(meaning, pieces.tried))
+    factors, apart = compared(map(pieces.held_out, known), pieces.labels)
+    shares = (-apart).softmax(0).tolist()
+    # One kernel is kept: the one whose mixes weigh most; those without any stay.
+    totals = dict.fromkeys(pieces.tried, 0.0)
+    for mix, share in zip(known, shares, strict=True):
+        if (own := kernel_of(mix)) is not None:
+            totals[own] += share
+    kernel = max(totals, key=lambda k: totals[k])
+    kept = [s * (kernel_of(m) in (None, kernel)) for m, s in zip(known, shares, strict=True)]
+    amounts = [f * share / sum(kept) for f, share in zip(factors, kept, strict=True)]
+    families = [_worth(known, amounts)]
+    for family in pieces.more(kernel, meaning):
+        factors, apart = compared(map(pieces.held_out, family), pieces.labels)
+        shares = (-apart).softmax(0).tolist()
+        families.append(_worth(family, [f * s for f, s in zip(factors, shares, strict=True)]))
+    factors, apart = compared((averaged(pieces, own) for own in families), pieces.labels)
     return [
-        (c, share * factor)
-        for c, share, factor in zip(known, shares, factors, strict=True)
-        if c.kernel in kept and share > 1e-4
+        (mix, amount * factor)
+        for own, factor, behind in zip(families, factors, apart.tolist(), strict=True)
+        if behind < CLEAR
+        for mix, amount in own
     ]
+
+
+def _worth(mixes: list[Mix], amounts: list[float]) -> list[tuple[Mix, float]]:
+    """Those that are not next to nothing."""
+    least = 1e-4 * max(amounts)
+    return [(mix, own) for mix, own in zip(mixes, amounts, strict=True) if own >= least]
+
+
+def averaged(pieces: Pieces, chosen: list[tuple[Mix, float]]) -> Tensor:
+    """(r, C) held-out logits of them all."""
+    return sum((amount * pieces.held_out(mix) for mix, amount in chosen), torch.zeros(()))
 
 
 def smoothed(evidence: Evidence, count: int) -> Tensor:
@@ -229,16 +373,17 @@ def smoothed(evidence: Evidence, count: int) -> Tensor:
 
 
 class Auto(contract.Head):
-    """``x·weight + exp(-width |x' - keys|²) values``, of all candidates that `weigh` keeps.
+    """``x·weight + bias + exp(-width |x' - keys|²) values``, of all mixes that `weigh` keeps.
 
-    x' is x, or x `turned` where the kernel that was kept is one of `evened` coordinates. The second
-    term is kept `expanded`.
+    x' is x, or x `turned` where the kernel that was kept is one of `evened` coordinates. The last
+    term is kept `expanded`, its own bias in the other.
     Support features are averaged over the plain image, the mirrored image and some training views.
-    The logits are calibrated by one factor, fitted on held-out images.
+    Nearly equal images of a class are left out together. The logits are calibrated by one factor,
+    fitted on images that were left out and on validation images.
     """
 
     Settings = AutoSettings
-    fitted = without_text = reads_views = multilabel = True
+    fitted = without_text = reads_views = reads_val = multilabel = True
     closed = "an automatic head, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "bias": "C", "slope": "CD", "keys": "mD", "values": "mC",
                         "width": ""}  # fmt: skip
@@ -254,7 +399,7 @@ class Auto(contract.Head):
     @classmethod
     def describe(cls, settings: HasSettings) -> str:
         """What a model card says of it."""
-        return "class means and kernel ridge regressions on image features, weighed by folds,"
+        return "class means and kernel regressions on image features, weighed by folds,"
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
         """Choose, put together, calibrate."""
@@ -271,19 +416,21 @@ class Auto(contract.Head):
         # Of several labels, too few images can tell: names have a say, and folds weigh it.
         meaning = several or len(losses) * log(len(text)) - float(losses.sum()) > MEANING
         meaning &= (words := bool(text.any()))  # none, where the backbone reads no text
-        pieces = Pieces(x, labels, text, settings.seed)
+        lots = None if several else series(plain, labels, len(text))
+        pieces = Pieces(x, labels, text, settings.seed, lots, evidence.val)
         chosen = weigh(pieces, meaning or (words and bool((counts == 0).any())))
         held: HeldOut | None = None
-        if pieces.left_out:
-            logits = sum((amount * pieces.held_out(c) for c, amount in chosen), torch.zeros(()))
+        if pieces.judged:
+            logits = averaged(pieces, chosen)
             final = sharpness(logits, pieces.labels)[0]
             held = HeldOut(final * logits, pieces.labels, final)
         else:
             final = factor * spread(by_names, labels[few]) if meaning else SHARPNESS
-        weight, values, ridge = pieces.merged(chosen)
+        weight, bias, values, ridge = pieces.merged(chosen)
         self.weight, self.keys, self.turn = final * weight, ridge.keys, ridge.turn
         self.width = torch.tensor(ridge.width)
-        self.bias, self.slope, self.values = expanded(ridge.keys, final * values, ridge.width)
+        more, self.slope, self.values = expanded(ridge.keys, final * values, ridge.width)
+        self.bias = final * bias + more
         return held
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:

@@ -89,4 +89,6 @@ def precision(residuals: Tensor) -> Tensor:
     scatter = (residuals.T @ residuals).double()  # (n - 1) S
     count, dimension = residuals.shape
     ridge = scatter.trace() / max(1, count - 1) * torch.eye(dimension).to(scatter)
-    return dimension * torch.linalg.pinv(scatter + ridge, hermitian=True).to(residuals.dtype)
+    # What is below the tolerance is what rounding leaves of equal images.
+    inverse = torch.linalg.pinv(scatter + ridge, atol=1e-10, hermitian=True)
+    return dimension * inverse.to(residuals.dtype)

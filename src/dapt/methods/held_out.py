@@ -16,6 +16,8 @@ from torch import Tensor
 from dapt.methods.sigmoids import calibrated, folds
 
 ROUNDS = 16
+# Share of the usual distance within classes, and images of a class of which that is asked.
+NEAR, MOST_NEAR = 0.6, 2000
 
 
 @dataclass(frozen=True)
@@ -30,27 +32,60 @@ class HeldOut:
     factor: float = 1.0
 
 
-def rounds(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
+def series(features: Tensor, labels: Tensor, classes: int) -> list[list[Tensor]]:
+    """Of each class, its images (n, D) in lots of those that show one thing, or nearly so.
+
+    Photos come in series, drawings in variants: an image that is left out is known all too well
+    while others of its series stay. Images of a class nearer than `NEAR` of the usual distance
+    belong together, and so do those near to them. A class that is one series is taken apart.
+    """
+    from scipy.sparse.csgraph import connected_components  # takes long to load
+
+    by_class = _by_class(labels, classes)
+    sampled = [features[own[:: -(-len(own) // 64)]] for own in by_class if len(own) > 1]
+    usual = [torch.pdist(some) for some in sampled]
+    near = NEAR * float(torch.cat(usual).median()) if usual else 0.0
+    found = list[list[Tensor]]()
+    for own in by_class:
+        lots = list(own.split(1)) if len(own) else []
+        if 2 < len(own) <= MOST_NEAR:
+            close = torch.cdist(features[own], features[own]) < near
+            count, numbers = connected_components(close.numpy(), directed=False)
+            if count > 1:
+                lots = [own[torch.from_numpy(numbers == number)] for number in range(count)]
+        found.append(lots)
+    return found
+
+
+def rounds(
+    labels: Tensor, classes: int, seed: int, lots: list[list[Tensor]] | None = None
+) -> list[Tensor]:
     """Images to leave out together: one of each class that has more, and again, `ROUNDS` at most.
 
     Left out alone, an image's class would be an image short of all others, and look worse than it
-    is. Of very many classes, some are drawn: more would say little, and cost memory. Of several
-    labels an image, each round takes its share of every class; none, where all have one image.
+    is. Where there are ``lots``, by `series`, it is one of these. Of very many classes, some are
+    drawn: more would say little, and cost memory. Of several labels an image, each round takes its
+    share of every class; none, where all have one image.
     """
     if labels.dim() == 2:
         parts = min(ROUNDS, int(labels.sum(0).max()))
         return folds(labels, parts, max(500, 1_000_000 // classes)) if parts > 1 else []
-    by_class = labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())
-    places, found = [own[:ROUNDS] for own in by_class if len(own) > 1], list[Tensor]()
+    lots = lots or [list(own.split(1)) for own in _by_class(labels, classes)]
+    places, found = [own[:ROUNDS] for own in lots if len(own) > 1], list[Tensor]()
     most = max(500, 1_000_000 // classes)
     if len(places) > most:
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
         places = [places[i] for i in order[:most].sort().values.tolist()]
     for number in range(max((len(own) for own in places), default=0)):
-        now = [own[number] for own in places if len(own) > number]
+        now = torch.cat([own[number] for own in places if len(own) > number])
         if sum(len(f) for f in found) + len(now) <= most:
-            found.append(torch.stack(now))
+            found.append(now)
     return found
+
+
+def _by_class(labels: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """Of each class, which of the images are its own."""
+    return labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())
 
 
 def spread(logits: Tensor, labels: Tensor) -> float:

@@ -104,6 +104,11 @@ class Ridge:
         """(m, C), in double precision."""
         return self.back @ self._solved(penalty, text)
 
+    def answers(self, image: Tensor, penalty: float, text: float) -> Tensor:
+        """(B, C) for others' features (B, D)."""
+        kernel = similarity(turned(image, self.turn), self.keys, self.width).double()
+        return (kernel @ self.values(penalty, text)).float() + text * image @ self.text.T
+
     def held_out(self, penalty: float, text: float, left_out: list[Tensor]) -> Tensor:
         """(r, C) answers for images, by `rounds`; exact, and fitted but once.
 

@@ -37,8 +37,8 @@ class Prototypes:
                 sums -= own.T @ self.features[without]
                 counts -= own.sum(0)
             else:
-                sums[own] -= self.features[without]
-                counts[own] -= 1
+                sums.index_add_(0, own, self.features[without], alpha=-1)
+                counts -= own.bincount(minlength=len(counts))
         means = sums / counts.clamp_min(1)[:, None]
         means[counts == 0] = 0  # not what rounding leaves
         blend = means if strength == float("inf") else self.text + strength * means
