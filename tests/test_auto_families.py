@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dapt.methods import METHODS, Evidence, auto, kernel_logistic
 from dapt.methods.contract import Examples
-from dapt.methods.held_out import rounds, series
+from dapt.methods.held_out import careful, rounds, series, sharpness
 from dapt.methods.kernel_logistic import Logistic
 from dapt.methods.kernel_ridge import Ridge
 from dapt.methods.prototypes import Prototypes
@@ -147,3 +147,29 @@ def test_series_have_every_image_once(labels, seed):
         found = torch.cat([*own, torch.tensor([], dtype=torch.long)]).tolist()
         assert sorted(found) == (labels == label).nonzero()[:, 0].tolist()
         assert len(own) > 1 or len(found) < 2  # one can be left out
+
+
+def test_few_images_prove_no_certainty_and_many_do():
+    logits, labels = torch.eye(3), torch.arange(3)
+    few, many = (careful(logits.repeat(n, 1), labels.repeat(n)) for n in (1, 1000))
+    assert 4 < few < many / 1.5
+    assert careful(-logits, labels) > 0.05  # nor do few that are wrong prove that all is chance
+    generator = torch.Generator().manual_seed(0)
+    noisy = logits.repeat(1000, 1) + torch.randn(3000, 3, generator=generator)
+    best = sharpness(noisy, labels.repeat(1000))[0]
+    assert careful(noisy, labels.repeat(1000)) == pytest.approx(best, rel=0.02)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("images", [2, 3])
+def test_very_few_images_give_probabilities_that_one_can_use(classes, images):
+    worst = 0.0
+    for seed in range(5):
+        labels, unseen = torch.arange(classes).repeat(images), torch.arange(classes).repeat(20)
+        x, text = near(labels, classes, seed=seed)
+        head = METHODS["auto"].head(20.0)
+        own = Evidence(Examples(x, labels), None, text, 20.0, lambda v, x=x: x[None])
+        head.fit(own, make_settings({"dataset": "bundled", "method": "auto"}))
+        loss = F.cross_entropy(head(near(unseen, classes, seed=99)[0], text), unseen)
+        worst = max(worst, float(loss) / float(torch.tensor(classes).log()))
+    assert worst < 1.05  # of what it would be of knowing nothing

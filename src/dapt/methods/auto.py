@@ -28,7 +28,7 @@ from torch import Tensor
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, Examples, HasSettings
 from dapt.methods.gda import Gda
-from dapt.methods.held_out import HeldOut, rounds, series, sharpness, spread
+from dapt.methods.held_out import USUAL, HeldOut, careful, rounds, series, sharpness, spread
 from dapt.methods.kernel_logistic import Logistic
 from dapt.methods.kernel_ridge import Ridge, expanded, summed, turned
 from dapt.methods.losses import class_counts, class_prototypes
@@ -68,8 +68,6 @@ MOST_LOGITS = 20_000_000
 # With one image a class nothing can be left out. These held on every task that was tried.
 ALONE = {True: [(1.0, 0.1, 0.7), (1.0, 0.3, 0.5), (2.0, 0.1, 0.7)], False: [(inf, 0.3, 0.5)]}
 MOST_ALONE = 200  # images of which that is asked
-# What is put in where nothing could be held out, of logits that vary by one within a row.
-SHARPNESS = 3.0
 
 
 class AutoSettings(contract.PartSettings):
@@ -176,8 +174,8 @@ class Pieces:
         self.labels = self._both(lambda: y[torch.cat(self.rows)], lambda val: val.labels)
         self.prototypes = Prototypes(x, y, text)
         # A covariance of fewer images than dimensions says little, even shrunk.
-        spare = len(y) - len(y.unique()) if y.dim() == 1 else 0
-        self.tried = penalties_for(len(text), even=spare >= x.shape[1])
+        self.many = y.dim() == 1 and len(y) - len(y.unique()) >= x.shape[1]
+        self.tried = penalties_for(len(text), even=self.many)
         self.ridges = dict[Kernel, Ridge]()
         self.judges = dict[Kernel, list[Ridge]]()  # for each half
         for kernel in self.tried:
@@ -294,7 +292,7 @@ class Pieces:
             return
         if bool((self.prototypes.counts == 0).any()):  # both would say: never that class
             return
-        if self.folds:
+        if self.many:
             strengths = STRENGTHS if meaning else (inf,)
             yield list(paired(("gaussian",), strengths))
         if not kernel.even:  # each fold would need its own coordinates
@@ -422,10 +420,10 @@ class Auto(contract.Head):
         held: HeldOut | None = None
         if pieces.judged:
             logits = averaged(pieces, chosen)
-            final = sharpness(logits, pieces.labels)[0]
+            final = careful(logits, pieces.labels)
             held = HeldOut(final * logits, pieces.labels, final)
         else:
-            final = factor * spread(by_names, labels[few]) if meaning else SHARPNESS
+            final = factor * spread(by_names, labels[few]) if meaning else USUAL
         weight, bias, values, ridge = pieces.merged(chosen)
         self.weight, self.keys, self.turn = final * weight, ridge.keys, ridge.turn
         self.width = torch.tensor(ridge.width)

@@ -255,7 +255,8 @@ class Head(nn.Module):
     reads_text: ClassVar[bool] = True  # whether it takes class features at all
     without_text: ClassVar[bool] = False  # whether it does as well where those are zeros
     reads_views: ClassVar[bool] = False  # whether it is fitted on training views, not plain ones
-    reads_val: ClassVar[bool] = False  # whether it chooses by held-out images, where there are any
+    # Whether it chooses by validation images, where there are any. What `fit` says has them then.
+    reads_val: ClassVar[bool] = False
     projects: ClassVar[bool] = False  # whether features come to it before the tower's projection
     multilabel: ClassVar[bool] = False  # whether it can be fitted to several labels an image
     carries: ClassVar[bool] = False  # whether `carry` takes it to classes of other names
