@@ -448,8 +448,13 @@ def test_a_stopped_run_says_how_it_goes_on(options, tmp_path, monkeypatch, numbe
     run = tmp_path / "my run"
     # After tuning, where no step is looked after; of this thread, so that it is not late.
     monkeypatch.setattr("dapt.run.train.dispersion", lambda *_: signal.raise_signal(number))
-    stopped = dapt("train", *options, "-o", run)
-    assert stopped.exit_code == 130
+    # What a shell starts in its background ignores Ctrl-C, and so would the tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stopped = dapt("train", *options, "-o", run)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.exit_code == 130, stopped.output
     way = f"dapt train --output '{run}' --resume"
     assert f"should it be stopped, this goes on: {way}" in stopped.output
     assert f"stopped; go on with: {way}" in stopped.stderr
