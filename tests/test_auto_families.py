@@ -102,8 +102,8 @@ def test_a_family_that_is_clearly_worse_has_no_share():
     labels = torch.arange(5).repeat_interleave(6)
     x, text = near(labels, 5, spread=0.3)
     pieces = auto.Pieces(x, labels, text, seed=0)
-    held, terms = pieces["gaussian",], pieces._known["gaussian",][1]
-    pieces._known["gaussian",] = held._replace(held_out=-held.held_out), terms
+    held = pieces["gaussian",]
+    pieces._known["gaussian",] = held._replace(held_out=-held.held_out)
     gaussians, logistic = pieces.more(auto.Kernel(1.0), meaning=True)
     alone = [mix for mix in gaussians if len(mix) == 1]
     pieces.more = lambda *_: iter([alone, logistic])

@@ -143,10 +143,11 @@ class Terms(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What it says of images that it does not know, (r, C), and how far that spreads in a row."""
+    """What it says of images that it does not know, (r, C), how far that spreads, and its terms."""
 
     held_out: Tensor
     spread: float
+    terms: Callable[[], Terms]
 
 
 class Pieces:
@@ -184,7 +185,7 @@ class Pieces:
             self.judges[kernel] = [self.ridges[kernel]] * len(self.halves)
             if kernel.even:  # coordinates know the images they are made of: each half has others
                 self.judges[kernel] = [Ridge(*own, self._evened(torch.cat(h))) for h in self.halves]
-        self._known: dict[Key, tuple[Piece, Callable[[], Terms]]] = {}
+        self._known = dict[Key, Piece]()
 
     def _without(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and labels of all but some images."""
@@ -202,13 +203,13 @@ class Pieces:
         return torch.cat(found if self.val is None else [*found, of(self.val)])
 
     def _add(self, key: Key, held_out: Tensor, terms: Callable[[], Terms]) -> None:
-        self._known[key] = Piece(held_out, spread(held_out, self.labels)), terms
+        self._known[key] = Piece(held_out, spread(held_out, self.labels), terms)
 
     def __getitem__(self, key: Key) -> Piece:
         if key not in self._known:
             kind, *settings = key
             getattr(self, f"_{kind}")(*settings)
-        return self._known[key][0]
+        return self._known[key]
 
     def _means(self, strength: float) -> None:
         """Class means of a strength beside the text."""
@@ -248,7 +249,7 @@ class Pieces:
         )
         self._add(("gaussian",), found, lambda: Terms(whole.weight, whole.bias))
 
-    def _logistic(self, kernel: Kernel, strength: float, penalty: float) -> None:
+    def _logistic(self, kernel: Kernel, strength: float, *_: float) -> None:
         """Logistic regressions on top of class means of a strength: of all penalties at once."""
         found = self["means", strength]
         sharp = sharpness(found.held_out, self.labels)[0] / 2
@@ -279,8 +280,7 @@ class Pieces:
         values = torch.zeros(len(ridge.keys), len(self.text), dtype=torch.double)
         for mix, amount in chosen:
             for key, share in mix:
-                part = amount * share / self[key].spread
-                terms = self._known[key][1]()
+                part, terms = amount * share / self[key].spread, self[key].terms()
                 weight += part * terms.weight
                 bias += part * terms.bias
                 values += part * terms.values
@@ -316,6 +316,12 @@ def compared(logits: Iterable[Tensor], labels: Tensor) -> tuple[list[float], Ten
     return factors, behind.mean(1) / error.clamp_min(1e-9)
 
 
+def weighed(pieces: Pieces, family: list[Mix]) -> tuple[list[float], list[float]]:
+    """Of each mix of a family, how sharp it is to be, and its share in their average."""
+    factors, apart = compared(map(pieces.held_out, family), pieces.labels)
+    return factors, (-apart).softmax(0).tolist()
+
+
 def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Mix, float]]:
     """Mixes of one kernel with what each is multiplied by: its share times its sharpness."""
     if not pieces.judged:
@@ -325,8 +331,7 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Mix, float]]:
         ]
         return [(mix, 1 / len(alone)) for mix in alone]
     known = list(blends(meaning, pieces.tried))
-    factors, apart = compared(map(pieces.held_out, known), pieces.labels)
-    shares = (-apart).softmax(0).tolist()
+    factors, shares = weighed(pieces, known)
     # One kernel is kept: the one whose mixes weigh most; those without any stay.
     totals = dict.fromkeys(pieces.tried, 0.0)
     for mix, share in zip(known, shares, strict=True):
@@ -337,8 +342,7 @@ def weigh(pieces: Pieces, meaning: bool) -> list[tuple[Mix, float]]:
     amounts = [f * share / sum(kept) for f, share in zip(factors, kept, strict=True)]
     families = [_worth(known, amounts)]
     for family in pieces.more(kernel, meaning):
-        factors, apart = compared(map(pieces.held_out, family), pieces.labels)
-        shares = (-apart).softmax(0).tolist()
+        factors, shares = weighed(pieces, family)
         families.append(_worth(family, [f * s for f, s in zip(factors, shares, strict=True)]))
     factors, apart = compared((averaged(pieces, own) for own in families), pieces.labels)
     return [

@@ -129,10 +129,10 @@ def careful(logits: Tensor, labels: Tensor) -> float:
     A factor e times as large or as small as `USUAL` costs half a nat, over all images. Of several
     labels, it is that of `sharpness`, whose calibration has doubts of its own.
     """
-    from scipy.optimize import minimize_scalar  # takes long to load
-
     if labels.dim() == 2:
         return sharpness(logits, labels)[0]
+    from scipy.optimize import minimize_scalar  # takes long to load
+
     usual = USUAL / spread(logits, labels)
 
     def cost(more: float) -> float:
