@@ -133,7 +133,7 @@ def fitted(method: str) -> Callable[[Backbone], None]:
 
     def check(backbone: Backbone) -> None:
         classifier = classifier_of(backbone, method)
-        settings = make_settings({"dataset": "bundled", "method": method, "auto_views": 1})
+        settings = make_settings({"dataset": "bundled", "method": method, "looks": 2})
         settings = settings.model_copy(update={"prolip_steps": 2, "prolip_views": 1})
         with torch.no_grad():
             text = classifier.text_features()
@@ -141,9 +141,8 @@ def fitted(method: str) -> Callable[[Backbone], None]:
         # As if of six images: a head knows features alone.
         raw = raw.repeat(3, 1) + 0.1 * raw.std() * torch.randn(6, raw.shape[1])
         support = Examples(F.normalize(raw, dim=-1), torch.arange(6) % 3)
-        mirrored = lambda: support.features  # noqa: E731
-        evidence = Evidence(support, None, text, backbone.logit_scale,
-                            lambda count: raw.expand(count, -1, -1), 1.0, mirrored)  # fmt: skip
+        views = lambda count: raw.expand(count, -1, -1)  # noqa: E731
+        evidence = Evidence(support, None, text, backbone.logit_scale, views)
         classifier.head.fit(evidence, settings)
         if not bool(classifier.logits(support.features, text).isfinite().all()):
             raise ArithmeticError("its logits are not finite")

@@ -100,6 +100,8 @@ class PlainClassifier(nn.Module):
         images, prompt = self.backbone.normalize(views), self.learned()["visual_prompt"]
         return F.normalize(image_plain(self.model.visual, images, prompt), dim=-1)
 
+    encode = image_features
+
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits; class features are computed anew."""
         return self.logits(self.image_features(views), self.text_features())

@@ -127,8 +127,7 @@ class Variant:
         support = Examples(features, torch.arange(classes).repeat(4))
         text, lengths = own.text_features().cpu(), own.text_lengths().cpu()
         views = partial(_views, features)
-        evidence = Evidence(support, None, text, own.backbone.logit_scale, views, lengths,
-                            lambda: features)  # fmt: skip
+        evidence = Evidence(support, None, text, own.backbone.logit_scale, views, lengths)
         started = now(self.device)
         own.head.fit(evidence, self.settings)
         seconds = now(self.device) - started
@@ -163,7 +162,7 @@ class Variant:
         text = None if self.plain or each else own.text_features()
         made = now(self.device)
         for _ in range(EVAL_BATCHES):
-            image = own.image_features(self.eval_views)
+            image = own.encode(self.eval_views)
             text_of = own.text_features(image) if each or text is None else text
             own.logits(image, text_of)
         batch = (now(self.device) - made) / EVAL_BATCHES

@@ -197,7 +197,7 @@ def fit_head(classifier, settings):
     support = Examples(F.normalize(raw, dim=-1), torch.arange(6) % 3)
     classifier.head.fit(
         Evidence(support, None, text, classifier.backbone.logit_scale,
-                 lambda count: raw.expand(count, -1, -1), 1.0, lambda: support.features),
+                 lambda count: raw.expand(count, -1, -1)),
         settings,
     )  # fmt: skip
 
@@ -208,7 +208,7 @@ def fit_head(classifier, settings):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_mixes_devices(name, tiny_weights, monkeypatch):
     row, backbone = METHODS[name], load_backbone(str(tiny_weights), device="cpu")
-    quick = {"prolip_steps": 1, "prolip_views": 1, "auto_views": 1, "visual_dropout": 0.2}
+    quick = {"prolip_steps": 1, "prolip_views": 1, "visual_dropout": 0.2}
     quick = {setting: value for setting, value in quick.items() if setting in row.settings}
     settings = make_settings({"dataset": "bundled", "method": name, **quick})
     real = new_classifier(backbone, NAMES, "a photo of a {}.", row, settings)

@@ -52,7 +52,7 @@ def dapt(*arguments):
 def given(photo_folder):
     return {"dataset": str(photo_folder), "backbone": VIT, "pretrained": "random", "device": "cpu",
             "shots": 4, "batch_size": 6, "epochs": 2, "lr": 0.01, "tip_epochs": 1,
-            "gda_views": 2, "tip_views": 2, "auto_views": 1}  # fmt: skip
+            "gda_views": 2, "tip_views": 2, "looks": 2}  # fmt: skip
 
 
 def settings_of(given, method, **more):

@@ -89,7 +89,7 @@ def shared(mixed):
 
 @pytest.fixture(scope="module")
 def run(given, tmp_path_factory):
-    own = {**given, "method": "auto", "auto_views": 1}
+    own = {**given, "method": "auto", "looks": 2}
     return train(make_settings(own), tmp_path_factory.mktemp("runs") / "run")
 
 
@@ -176,7 +176,7 @@ def test_half_precision_is_of_the_towers_alone(tiny_weights, mixed):
                                     "tip-adapter", "tip-adapter-f", "text-prototype", "clap",
                                     "lp++", "ss-text"])  # fmt: skip
 def test_heads_learn_on_both(given, shared, method):
-    own = {"tip_epochs": 1, "gda_views": 2, "tip_views": 2, "auto_views": 1, "clap_views": 2,
+    own = {"tip_epochs": 1, "gda_views": 2, "tip_views": 2, "looks": 2, "clap_views": 2,
            "clap_epochs": 2}  # fmt: skip
     stem = method.split("-")[0]
     settings = make_settings(
@@ -208,7 +208,7 @@ def test_models_of_images_alone_do_without_words(vit, given):
     joined = Joined([vit, load_backbone("timm:test_resnet", "random", device="cpu")])
     assert not joined.reads_text
     assert joined.logit_scale == pytest.approx(vit.logit_scale)
-    settings = make_settings({**given, "method": "auto", "auto_views": 1})
+    settings = make_settings({**given, "method": "auto", "looks": 2})
     assert fit(open_data(settings), settings, shared=Shared(joined)).classifier
     wordy = make_settings({**given, "method": "zero-shot"})
     with pytest.raises(UserError, match="reads no text.*auto, linear-probe, kernel-ridge"):
@@ -293,12 +293,12 @@ def test_predict_eval_and_resume_agree_with_the_run(run, given, photo_folder):
     _, result = evaluate_run(run, Target())
     assert result["accuracy"] == pytest.approx(right)
     assert run.read_metrics().test.accuracy == pytest.approx(right)
-    again = {**given, "method": "auto", "auto_views": 1}
+    again = {**given, "method": "auto", "looks": 2}
     assert train(make_settings(again), run.path, resume=True).finished
 
 
 def test_the_same_run_gives_the_same_bits(run, given, shared, tmp_path):
-    own = make_settings({**given, "method": "auto", "auto_views": 1})
+    own = make_settings({**given, "method": "auto", "looks": 2})
     assert train(own, tmp_path / "run", shared=shared).prompts_file.read_bytes() == (
         run.prompts_file.read_bytes()
     )
@@ -362,7 +362,7 @@ def test_classes_are_added_and_a_saved_classifier_loads(given, photo_folder, tmp
     folder, names = photo_folder / "train", ("blue", "green thing", "red_thing")
     pictures = {n: [np.asarray(Image.open(p)) for p in (folder / n).iterdir()] for n in names}
     made = PromptClassifier(given["backbone"], pretrained=[None, "random"], device="cpu",
-                            settings={"auto_views": 1})  # fmt: skip
+                            settings={"looks": 2})  # fmt: skip
     made.fit([*pictures["blue"], *pictures["green thing"]], ["blue"] * 6 + ["green thing"] * 6)
     made.add_classes(["red_thing"], pictures["red_thing"], ["red_thing"] * 6)
     images = [p[0] for p in pictures.values()]

@@ -114,7 +114,7 @@ def _head(method: str, place: Place) -> tuple[Figures, str]:
     from dapt.methods.contract import Examples
 
     def of(device: str) -> torch.Tensor:
-        own, few = models.backbone("bundled", None, device), {"auto_views": 1, "prolip_views": 1}
+        own, few = models.backbone("bundled", None, device), {"looks": 2, "prolip_views": 1}
         settings, row = models.settings_of(method, **few, prolip_steps=2), get_method(method)
         made = new_classifier(own, models.NAMES, models.TEMPLATE, row, settings)
         with torch.no_grad():
@@ -122,8 +122,7 @@ def _head(method: str, place: Place) -> tuple[Figures, str]:
             text, lengths = made.text_features().cpu(), made.text_lengths().cpu()
         support = Examples(F.normalize(raw, dim=-1), torch.arange(len(raw)) % len(models.NAMES))
         views = lambda count: raw.expand(count, -1, -1)  # noqa: E731
-        evidence = Evidence(support, None, text, own.logit_scale, views, lengths,
-                            lambda: support.features)  # fmt: skip
+        evidence = Evidence(support, None, text, own.logit_scale, views, lengths)
         made.head.fit(evidence, settings)
         made.head.to(own.device)
         with torch.no_grad():
@@ -141,7 +140,7 @@ def _accuracy(method: str, place: Place) -> tuple[Figures, str]:
     from dapt.engine.features import Shared
     from dapt.engine.fit import fit
 
-    few = {"shots": 1, "steps": 2, "auto_views": 1} if place.quick else {"shots": 4, "steps": 20}
+    few = {"shots": 1, "steps": 2, "looks": 2} if place.quick else {"shots": 4, "steps": 20}
     data = open_data(models.settings_of(method, **few))
     if place.quick:
         data = replace(data, task=replace(data.task, test=data.task.test[:40]))

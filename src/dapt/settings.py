@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dapt.clip.known import SUITED, as_one, each_of, names_of
+from dapt.clip.looks import LOOKS
 from dapt.errors import UserError, nearest, refusing, shown
 from dapt.methods import BUILT_IN, METHODS, PartSettings, find_method, get_method
 from dapt.methods.contract import LARGEST, LossTerm, Method
@@ -65,6 +66,9 @@ class Settings(BaseModel):
     shots: int = Field(16, ge=1, description="support images per class")
     seed: int = Field(1, ge=0, lt=2**32, description="seed of support set, prompts and views")
     template: str | None = Field(None, description="sentence with {}, if no prompt is learned")
+    looks: int = Field(
+        1, ge=1, le=len(LOOKS), description="looks at an image that is classified: mirrored, cut"
+    )
     templates: list[str] | None = Field(
         None, min_length=1, description="several templates to average: a list or a file of lines"
     )

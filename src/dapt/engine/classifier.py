@@ -14,6 +14,7 @@ from dapt.clip.backbone import Backbone
 from dapt.clip.image import image_features, kept_bytes
 from dapt.clip.inside import EVALUATION, NOTHING, Inside, Pass
 from dapt.clip.joined import Joined, JoinedTexts
+from dapt.clip.looks import looks
 from dapt.clip.text import TEXT_MEMORY, ClassTokens, TextEncoder
 from dapt.data.grey import Scale
 from dapt.data.items import DEFAULT_TEMPLATE
@@ -42,6 +43,7 @@ class Classifier(nn.Module):
             classes than fit are encoded in chunks.
         multilabel: whether an image may be of several classes: logits pass through `Sigmoids`, and
             each class has a probability by itself.
+        looks: at an image that is classified; see `dapt.clip.looks`.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Classifier(nn.Module):
         templates: Sequence[str] = (),
         text_memory: int = TEXT_MEMORY,
         multilabel: bool = False,
+        looks: int = 1,
     ) -> None:
         super().__init__()
         self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
+        self.looks = looks
         self.grey: Scale | None = None  # of grey images of more than 8 bits; as `Task.grey`
         self.parts = nn.ModuleList(parts).to(backbone.device)
         self.head = (head or Head(backbone.logit_scale)).to(backbone.device)
@@ -65,6 +69,7 @@ class Classifier(nn.Module):
         place, classes = backbone.device, len(self.class_names)
         self.sigmoids = Sigmoids(classes).to(place) if multilabel else None
         self.reads_images = any(part.reads_images for part in parts_of(self.parts, "text"))
+        # Features of one look that are not the frozen tower's own.
         self.changes_images = bool(parts_of(self.parts, "image")) or self.head.projects
         self.text_encoders = nn.ModuleList()
         if backbone.reads_text and (self.head.reads_text or parts_of(self.parts, "text")):
@@ -183,7 +188,7 @@ class Classifier(nn.Module):
     def image_features(
         self, views: Tensor, now: Pass = EVALUATION, *, normalized: bool = True
     ) -> Tensor:
-        """(B, D) image features in fp32, of length one unless told otherwise, for the head.
+        """(B, D) image features in fp32 of one look, of length one unless told otherwise.
 
         Views (B, 3, S, S) are uint8 pixels, or floating point that is normalised already.
         """
@@ -191,9 +196,21 @@ class Classifier(nn.Module):
         how = {"normalized": normalized, "projected": not self.head.projects}
         return image_features(self.backbone, views, inside, **how)
 
+    def encode(self, views: Tensor) -> Tensor:
+        """(B, D) features, normalised, that an image is classified by: means over all looks.
+
+        Views are as in `image_features`.
+        """
+        if self.looks == 1:
+            return self.image_features(views)
+        if views.dtype == torch.uint8:
+            views = self.backbone.normalize(views)
+        found = torch.stack([self.image_features(seen) for seen in looks(views, self.looks)])
+        return F.normalize(found.mean(0), dim=-1)
+
     def forward(self, views: Tensor) -> Tensor:
         """(B, C) logits of (B, 3, S, S) views."""
-        return self.logits(self.image_features(views))
+        return self.logits(self.encode(views))
 
     def logits(self, image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
         """(B, C) logits of normalised features (B, D) and (C, D), or each image's (B, C, D).
@@ -329,4 +346,5 @@ def new_classifier(
         templates=settings.templates or (),
         text_memory=text_memory(settings) // (settings.batch_size if method.reads_images else 1),
         multilabel=multilabel,
+        looks=settings.looks,
     )

@@ -51,7 +51,7 @@ def predict_seconds(classifier: Classifier) -> float:
     views = noise(classifier.backbone, _IMAGES)
     with torch.inference_mode():
         text = None if classifier.reads_images else classifier.text_features()
-        classifier.image_features(views[:1]).cpu()  # waits for a GPU, which is at work yet
+        classifier.encode(views[:1]).cpu()  # waits for a GPU, which is at work yet
         started = time.perf_counter()
-        classifier.logits(classifier.image_features(views), text).cpu()
+        classifier.logits(classifier.encode(views), text).cpu()
     return (time.perf_counter() - started) / _IMAGES

@@ -31,8 +31,7 @@ def classify(
     classifier: Classifier, store: ImageStore, *, batch_size: int = 100, advance: Advance = nothing
 ) -> Tensor:
     """(n, C) logits of every image in ``store``; class features are computed once."""
-    encode = classifier.image_features
-    features = encode_store(encode, store, batch_size=batch_size, advance=advance)
+    features = encode_store(classifier.encode, store, batch_size=batch_size, advance=advance)
     return torch.cat(list(logits_of(classifier, features)))
 
 
@@ -125,18 +124,20 @@ def metrics_of_several(
     }  # fmt: skip
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
+def calibration_error(
+    confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None
+) -> float:
     """Expected calibration error (Guo et al., 2017): gap of confidence and accuracy, by bins.
 
     Confidence (n,) is the probability of the class named, ``correct`` (n,) whether it is true;
-    bins are of equal width.
+    images count by ``weights`` (n,), which sum to one, or all alike. The `ECE_BINS` bins are of
+    equal width.
     """
-    which, error = np.minimum((confidence * bins).astype(int), bins - 1), 0.0
-    for b in range(bins):
-        if (inside := which == b).any():
-            gap = abs(confidence[inside].mean() - correct[inside].mean())
-            error += float(inside.mean() * gap)
-    return error
+    which = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = confidence - correct
+    if weights is None:
+        weights = np.full(len(gaps), 1 / len(gaps))
+    return float(np.abs(np.bincount(which, weights * gaps)).sum())
 
 
 def mean_text_distance(text_features: Tensor) -> float:
@@ -224,7 +225,7 @@ def dispersion(tuned: Tuned) -> dict[str, dict[str, float]]:
     if vectors := [part for part in own.parts if isinstance(part, ClassVectors)]:
         classes[0] = vectors[0].first(prototypes)
     text = [mean_text_distance(each) for each in classes]
-    features = (own.as_own(support.features), support.features_of(own, settings))
+    features = (own.as_own(support.features), support.features_of(own, settings, looks=False))
     image = [mean_prototype_distance(z, labels, prototypes) for z in features]
     found = {"inter": text, "intra": image}
     return {name: {"before": before, "after": after} for name, (before, after) in found.items()}

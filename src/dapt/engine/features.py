@@ -124,18 +124,22 @@ class Support:
     features: Tensor  # (n, D), normalised, on the CPU
     prototypes: Tensor  # (C, D)
 
-    def features_of(self, classifier: Classifier, settings: Settings) -> Tensor:
-        """(n, D), as a classifier sees the images."""
-        if not classifier.changes_images:
+    def features_of(
+        self, classifier: Classifier, settings: Settings, *, looks: bool = True
+    ) -> Tensor:
+        """(n, D), as a classifier sees the images: in all its looks, or in one."""
+        looks = looks and classifier.looks > 1
+        if not (classifier.changes_images or looks):
             return self.features
-        size = settings.eval_batch_size
-        return encode_store(classifier.image_features, self.store, batch_size=size)
+        encode = classifier.encode if looks else classifier.image_features
+        return encode_store(encode, self.store, batch_size=settings.eval_batch_size)
 
 
 @dataclass
 class _Images:
     store: ImageStore
-    features: dict[int, Tensor] = field(default_factory=dict)  # by batch size
+    # By batch size, and how many looks: with others they may round otherwise.
+    features: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
 
 
@@ -174,18 +178,20 @@ class Shared:
             UserError: an image cannot be read, and settings are strict or none can.
         """
         images, reporter = self._images(task, items, settings), reporter or Reporter()
-        size = settings.eval_batch_size
-        encode, features = partial(image_features, self.backbone), images.features.get(size)
+        size, looks = settings.eval_batch_size, 1 if classifier is None else classifier.looks
+        plain = partial(image_features, self.backbone)
+        encode = plain if classifier is None or looks == 1 else classifier.encode
+        features = images.features.get((size, looks))
         if own := classifier is not None and classifier.changes_images:
-            encode, features = partial(classifier.image_features), None
+            encode, features = classifier.encode, None
         if features is None:
             bad = None if settings.strict else images.unreadable
             with reporter.stage(f"{what} images", len(items)) as advance:
                 features = encode_store(
                     encode, images.store, batch_size=size, advance=advance, unreadable=bad
                 )
-        if not own:  # with another batch size they may round otherwise
-            images.features[size] = features
+        if not own:
+            images.features[size, looks] = features
         if not (bad := images.unreadable):
             return Encoded(items, features, [], classes_if_several(task))
         first = bad[min(bad)]

@@ -31,7 +31,7 @@ from dapt.engine.features import (
     Support,
     backbone_of,
     chunks,
-    encode_store,
+    classes_if_several,
     labels_of,
 )
 from dapt.engine.processes import join_processes, keep_freed_memory
@@ -184,15 +184,12 @@ def _fit_head(tuned: Tuned, shared: Shared, reporter: Reporter) -> Tuned:
             ]
         return torch.cat(found).cpu().clone().unflatten(0, (count, len(store)))
 
-    def mirrored() -> Tensor:
-        size = settings.eval_batch_size
-        return encode_store(lambda v: classifier.image_features(v.flip(-1)), store, batch_size=size)
-
     with torch.no_grad():  # not in inference mode: a head may need gradients of what it makes of it
         text, lengths = classifier.text_features().cpu().clone(), classifier.text_lengths().cpu()
     own = Examples(support.features_of(classifier, settings), support.labels)
     scale = classifier.backbone.logit_scale
-    evidence = Evidence(own, val, text, scale, train_views, lengths, mirrored)
+    everywhere = labels_of(task.train, classes_if_several(task))
+    evidence = Evidence(own, val, text, scale, train_views, lengths, everywhere)
     held_out = classifier.head.fit(evidence, settings)
     head, device = classifier.head.to(shared.backbone.device), shared.backbone.device
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from dapt.engine.fit import Tuned
 from dapt.engine.photos import SAME_TEXT
 from dapt.errors import readable
 from dapt.methods import get_method
+from dapt.methods.held_out import frequencies, worth
 from dapt.methods.sigmoids import as_everywhere
 
 # Confused classes that are told, quantiles of probabilities that are kept, and resamples.
@@ -78,9 +79,10 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
     )
     correct = predicted == truth
     task = tuned.data.task
-    weights = frequencies(truth, [item.label for item in task.train], len(task.class_names))
+    often = frequencies(torch.from_numpy(truth), labels_of(task.train), len(task.class_names))
+    weights = often.numpy()
     accuracy = float((weights * correct).sum())
-    low, high = wilson(accuracy, float(1 / (weights**2).sum()))
+    low, high = wilson(accuracy, worth(often))
     steps = np.linspace(0, 1, _QUANTILES + 1)
     pairs, names = confused(truth, predicted), task.class_names
     return {
@@ -89,8 +91,8 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
         "low": low,
         "high": high,
         "ece": {
-            "before": calibration_error(raw, correct),
-            "after": calibration_error(best, correct),
+            "before": calibration_error(raw, correct, weights),
+            "after": calibration_error(best, correct, weights),
         },
         "confused": [{"classes": [names[a], names[b]], "images": n} for a, b, n in pairs],
         "advice": _advice(tuned, truth, predicted, accuracy, pairs),
@@ -154,16 +156,6 @@ def _advice_of_several(tuned: Tuned, aps: dict[int, float]) -> str:
         f"More photos of '{names[worst]}' would help most: the average precision of its held-out "
         f"ones is {aps[worst]:.0%}."
     )
-
-
-def frequencies(truth: np.ndarray, everywhere: list[int], classes: int) -> np.ndarray:
-    """(n,) weights of images with labels ``truth`` that make classes as frequent as everywhere."""
-    here = np.bincount(truth, minlength=classes)
-    there = np.bincount(np.asarray(everywhere, dtype=int), minlength=classes)
-    weights = (there / np.maximum(here, 1))[truth].astype(float)
-    if not weights.sum():
-        weights = np.ones(len(truth))
-    return weights / weights.sum()
 
 
 def wilson(share: float, images: float, z: float = 1.96) -> tuple[float, float]:

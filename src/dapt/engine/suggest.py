@@ -79,7 +79,7 @@ def suggest(
 
 def _seen(classifier: Classifier, views: Tensor, places: Tensor) -> Pool:
     with torch.inference_mode():
-        features = classifier.image_features(views)
+        features = classifier.encode(views)
         logits = classifier.logits(features)
         require_finite(logits, "logits")
         best = logits.softmax(-1).topk(min(2, logits.shape[1]))

@@ -255,7 +255,7 @@ class Estimator:
         views = noise(backbone, count)
         with torch.inference_mode():
             started = time.perf_counter()
-            classifier.image_features(views).cpu()  # waits for a GPU
+            classifier.encode(views).cpu()  # waits for a GPU
             self._note(IMAGE, settings, (time.perf_counter() - started) / count)
 
     def _work(self, settings: Settings) -> tuple[int, int]:

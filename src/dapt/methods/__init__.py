@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from dapt.clip.looks import LOOKS
 from dapt.errors import UserError, nearest
 from dapt.methods import (
     auto,
@@ -149,7 +150,7 @@ METHODS: dict[str, Method] = {
     "ss-text+": Method("SS-Text+", head=ss_text.SSTextPlus, field=True),
     "prolip": Method("ProLIP", head=prolip.ProLIP, field=True),
     AUTOMATIC: Method(
-        "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"crop_min": 0.65},
+        "Automatic", head=auto.Auto, defaults=lambda dataset, shots: {"looks": len(LOOKS)},
         colour=("#15803d", "#4ade80"), marker="*", shown=True,
     ),
 }  # fmt: skip

@@ -21,14 +21,21 @@ from math import inf, log
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from dapt.methods import contract
 from dapt.methods.contract import Evidence, Examples, HasSettings
 from dapt.methods.gda import Gda
-from dapt.methods.held_out import USUAL, HeldOut, careful, rounds, series, sharpness, spread
+from dapt.methods.held_out import (
+    USUAL,
+    HeldOut,
+    careful,
+    frequencies,
+    rounds,
+    series,
+    sharpness,
+    spread,
+)
 from dapt.methods.kernel_logistic import Logistic
 from dapt.methods.kernel_ridge import Ridge, expanded, summed, turned
 from dapt.methods.losses import class_counts, class_prototypes
@@ -68,14 +75,8 @@ MOST_LOGITS = 20_000_000
 # With one image a class nothing can be left out. These held on every task that was tried.
 ALONE = {True: [(1.0, 0.1, 0.7), (1.0, 0.3, 0.5), (2.0, 0.1, 0.7)], False: [(inf, 0.3, 0.5)]}
 MOST_ALONE = 200  # images of which that is asked
-
-
-class AutoSettings(contract.PartSettings):
-    """Of the automatic head."""
-
-    auto_views: int = Field(
-        8, ge=0, le=1000, description="training views averaged with the image itself"
-    )
+# Without one of fewer images than that, a class is known clearly less well.
+ENOUGH = 8
 
 
 # A piece by its kind and settings, and a mix of pieces with their shares.
@@ -264,6 +265,19 @@ class Pieces:
             terms = partial(Terms, regressions.weight, values=regressions.values)
             self._add(("logistic", kernel, strength, penalty), held, terms)
 
+    @property
+    def fair(self) -> Tensor:
+        """(r,): whether what is said of an image tells how well others will be known.
+
+        Of validation images it does, and of those left out unless that left few of their class.
+        Where there is no other, they do.
+        """
+        if self.val is None or self.labels.dim() > 1:
+            return torch.ones(len(self.labels), dtype=torch.bool)
+        found = self.prototypes.counts.flatten()[self.labels] >= ENOUGH
+        found[-len(self.val.labels) :] = True
+        return found
+
     def held_out(self, mix: Mix) -> Tensor:
         """(r, C) logits, of pieces that are divided by their spreads, so that all count alike."""
         parts = [share / self[key].spread * self[key].held_out for key, share in mix]
@@ -364,28 +378,17 @@ def averaged(pieces: Pieces, chosen: list[tuple[Mix, float]]) -> Tensor:
     return sum((amount * pieces.held_out(mix) for mix, amount in chosen), torch.zeros(()))
 
 
-def smoothed(evidence: Evidence, count: int) -> Tensor:
-    """(n, D) support features: half the plain and the mirrored image's, half some views'."""
-    whole = evidence.support.features
-    if evidence.mirrored is not None:
-        whole = (whole + evidence.mirrored()) / 2
-    if count:
-        whole = whole + F.normalize(evidence.views(count), dim=-1).mean(0)
-    return F.normalize(whole, dim=-1)
-
-
 class Auto(contract.Head):
     """``x·weight + bias + exp(-width |x' - keys|²) values``, of all mixes that `weigh` keeps.
 
     x' is x, or x `turned` where the kernel that was kept is one of `evened` coordinates. The last
     term is kept `expanded`, its own bias in the other.
-    Support features are averaged over the plain image, the mirrored image and some training views.
     Nearly equal images of a class are left out together. The logits are calibrated by one factor,
-    fitted on images that were left out and on validation images.
+    fitted on images that were left out and on validation images, classes weighed as often as they
+    are among all images.
     """
 
-    Settings = AutoSettings
-    fitted = without_text = reads_views = reads_val = multilabel = True
+    fitted = without_text = reads_val = multilabel = True
     closed = "an automatic head, which knows only the classes it was fitted on"
     shapes: ClassVar = {"weight": "CD", "bias": "C", "slope": "CD", "keys": "mD", "values": "mC",
                         "width": ""}  # fmt: skip
@@ -405,27 +408,27 @@ class Auto(contract.Head):
 
     def fit(self, evidence: Evidence, settings: HasSettings) -> HeldOut | None:
         """Choose, put together, calibrate."""
-        own: AutoSettings = settings.of(AutoSettings)
-        labels, text = evidence.support.labels, evidence.text
+        x, labels, text = evidence.support.features, evidence.support.labels, evidence.text
         if several := labels.dim() == 2:  # what all names have in common tells for no class
             text = text - text.mean(0)
-        plain = evidence.support.features
-        x = smoothed(evidence, own.auto_views)
         counts = class_counts(labels, len(text))
-        few = torch.arange(0, len(plain), -(-len(plain) * len(text) // MOST_LOGITS))
-        by_names = plain[few] @ text.T
+        few = torch.arange(0, len(x), -(-len(x) * len(text) // MOST_LOGITS))
+        by_names = x[few] @ text.T
         factor, losses = sharpness(by_names, labels[few])
         # Of several labels, too few images can tell: names have a say, and folds weigh it.
         meaning = several or len(losses) * log(len(text)) - float(losses.sum()) > MEANING
         meaning &= (words := bool(text.any()))  # none, where the backbone reads no text
-        lots = None if several else series(plain, labels, len(text))
+        lots = None if several else series(x, labels, len(text))
         pieces = Pieces(x, labels, text, settings.seed, lots, evidence.val)
         chosen = weigh(pieces, meaning or (words and bool((counts == 0).any())))
         held: HeldOut | None = None
         if pieces.judged:
             logits = averaged(pieces, chosen)
-            final = careful(logits, pieces.labels)
-            held = HeldOut(final * logits, pieces.labels, final)
+            often = None
+            if not several and evidence.everywhere is not None:
+                often = frequencies(pieces.labels, evidence.everywhere, len(text))
+            final = careful(logits, pieces.labels, often)
+            held = HeldOut(final * logits[pieces.fair], pieces.labels[pieces.fair], final)
         else:
             final = factor * spread(by_names, labels[few]) if meaning else USUAL
         weight, bias, values, ridge = pieces.merged(chosen)

@@ -218,7 +218,7 @@ class Examples:
 class Evidence:
     """What a head is fitted on; nothing of it comes from test images."""
 
-    support: Examples  # the images tuned on, in the plain view
+    support: Examples  # the images tuned on, as they are seen when classified
     val: Examples | None  # held-out ones, where there are
     # (C, D) normalised class features, (C, 0) where the head reads none; zeros, which have no say,
     # where the backbone reads no text.
@@ -226,9 +226,8 @@ class Evidence:
     scale: float  # exp(logit_scale) of the backbone
     views: Callable[[int], Tensor]  # V -> (V, n, D) of the support's training views, not normalised
     text_lengths: Tensor | float = 1.0  # (C, 1) of class features before they were normalised
-    mirrored: Callable[[], Tensor] | None = (
-        None  # (n, D) normalised, of the support's mirror images
-    )
+    # Labels of all images that the support set was drawn from: how often classes are to be met.
+    everywhere: Tensor | None = None
 
     @property
     def classes(self) -> int:

@@ -123,21 +123,41 @@ def sharpness(logits: Tensor, labels: Tensor, start: float = 1.0) -> tuple[float
     return factor, F.cross_entropy(factor * logits, labels, reduction="none")
 
 
-def careful(logits: Tensor, labels: Tensor) -> float:
+def frequencies(labels: Tensor, everywhere: Tensor, classes: int) -> Tensor:
+    """(r,) weights of images with labels (r,) that make classes as frequent as everywhere (n,).
+
+    They sum to one; where none of these classes is anywhere else, all are alike.
+    """
+    here, there = (each.bincount(minlength=classes).double() for each in (labels, everywhere))
+    weights = (there / here.clamp_min(1))[labels]
+    if not weights.any():
+        weights = torch.ones(len(labels), dtype=torch.double)
+    return weights / weights.sum()
+
+
+def worth(weights: Tensor) -> float:
+    """How many images of equal weight tell as much as these, whose weights sum to one (Kish)."""
+    return float(1 / weights.square().sum())
+
+
+def careful(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """As the factor of `sharpness`, drawn to what is usual: few images prove no certainty.
 
-    A factor e times as large or as small as `USUAL` costs half a nat, over all images. Of several
-    labels, it is that of `sharpness`, whose calibration has doubts of its own.
+    A factor e times as large or as small as `USUAL` costs half a nat, over all images, which count
+    by ``weights`` (r,) as of `frequencies`. Of several labels, it is that of `sharpness`, whose
+    calibration has doubts of its own.
     """
     if labels.dim() == 2:
         return sharpness(logits, labels)[0]
     from scipy.optimize import minimize_scalar  # takes long to load
 
-    usual = USUAL / spread(logits, labels)
+    usual, counted = USUAL / spread(logits, labels), torch.ones(len(labels))
+    if weights is not None:
+        counted = (worth(weights) * weights).float()
 
     def cost(more: float) -> float:
-        lost = F.cross_entropy(usual * exp(more) * logits, labels, reduction="sum")
-        return float(lost) + more**2 / 2
+        lost = F.cross_entropy(usual * exp(more) * logits, labels, reduction="none")
+        return float(counted @ lost) + more**2 / 2
 
     return usual * exp(minimize_scalar(cost, bounds=(-9.0, 9.0), method="bounded").x)
 

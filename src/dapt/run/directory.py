@@ -310,6 +310,8 @@ class RunDirectory:
     def read_settings(self) -> Settings:
         """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
         found = read_object(self.settings_file, "settings of the run")
+        if found.pop("auto_views", None) is not None:  # of before images were looked at repeatedly
+            found.setdefault("looks", 1)
         method = found.get("method")
         if isinstance(method, str) and find_method(method) is None and (of := self._plugin()):
             raise UserError(

@@ -62,7 +62,7 @@ class Served:
         """Classify views (S, S, 3) in one batch."""
         batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode():
-            features = self.classifier.image_features(batch)
+            features = self.classifier.encode(batch)
             probabilities = self.classifier.probabilities(self.classifier.logits(features).cpu())
             cosines = torch.empty(len(views), 0)
             if self.support is not None:
@@ -115,7 +115,7 @@ def _support(run: RunDirectory, classifier: Classifier, reporter: Reporter) -> S
             image.thumbnail((160, 160))
             image.save(file, "JPEG", quality=85)
             pictures.append(file.getvalue())
-        return classifier.image_features(views)
+        return classifier.encode(views)
 
     paths, how = map(task.image_path, items), classifier.of_views()
     with reporter.stage("support images", len(items)) as advance:

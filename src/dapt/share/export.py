@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 
 from dapt import __version__
 from dapt.clip.image import encode_image
+from dapt.clip.looks import looks
 from dapt.engine.classifier import Classifier, inside_of, parts_of
 from dapt.engine.data import task_of
 from dapt.engine.features import Shared, backbone_of
@@ -82,7 +83,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.visual, self.head = classifier.backbone.visual, classifier.head
-        self.sigmoids = classifier.sigmoids
+        self.sigmoids, self.looks = classifier.sigmoids, classifier.looks
         self.parts = nn.ModuleList(parts_of(classifier.parts, "image"))
         with torch.inference_mode(False), torch.no_grad():
             self.register_buffer("text", classifier.text_features().detach().clone())  # (C, D)
@@ -91,7 +92,9 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C) probabilities of (B, 3, S, S) normalised images."""
         inside = inside_of(self.parts, "image")
-        features = encode_image(self.visual, images, inside, not self.head.projects)
+        seen = torch.cat(list(looks(images, self.looks)))  # one pass: a graph has one tower
+        features = encode_image(self.visual, seen, inside, not self.head.projects)
+        features = F.normalize(features, dim=-1).unflatten(0, (self.looks, -1)).mean(0)  # (B, D)
         logits = self.head(F.normalize(features, dim=-1), self.text)
         return logits.softmax(-1) if self.sigmoids is None else self.sigmoids(logits).sigmoid()
 
