@@ -82,8 +82,10 @@ def test_the_classifier_says_what_its_parts_said_of_validation_images(images, me
     own = Evidence(Examples(x, labels), val, text, 20.0, lambda v: x[None])
     held = head.fit(own, make_settings({"dataset": "bundled", "method": "auto"}))
     assert torch.equal(held.labels[-20:], seen)
+    assert len(held.labels) == 20 + (len(x) if images > 1 else 0)
     # A class that is left few images says little of how well new ones are known.
-    assert len(held.labels) == 20 + (len(x) if images >= auto.ENOUGH else 0)
+    assert int(held.fair.sum()) == 20 + (len(x) if images >= auto.ENOUGH else 0)
+    assert held.fair[-20:].all()
     torch.testing.assert_close(head(val.features, text), held.logits[-20:], rtol=1e-4, atol=1e-3)
 
 

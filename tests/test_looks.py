@@ -123,6 +123,9 @@ def test_whoever_reads_a_run_sees_the_same(photo_folder, tiny_weights, tmp_path)
     assert load_classifier(directory).looks == len(LOOKS)
     again = runner.invoke(app, ["eval", str(run)])
     assert again.exit_code == 0, again.output
+    plain = runner.invoke(app, [*command, "-m", "zero-shot", "-o", str(tmp_path / "plain")])
+    zero = RunDirectory(tmp_path / "plain").read_metrics().test.accuracy
+    assert f"zero-shot, which learns nothing: {100 * zero:.1f} %" in made.output, plain.output
     # A run of before there were looks saw one, whatever the default is now.
     kept = json.loads(directory.settings_file.read_text())
     del kept["looks"]

@@ -259,7 +259,8 @@ def named(search: Search) -> Named | None:
     if (best := search.best) is None:
         return None
     truth, predicted, sure = (best.all(name) for name in ("truth", "predicted", "best"))
-    return Named(truth, predicted, sure, np.exp(-best.all("losses")), sure)
+    fair = np.ones(len(truth), dtype=bool)
+    return Named(truth, predicted, sure, np.exp(-best.all("losses")), sure, fair)
 
 
 @dataclass(frozen=True)

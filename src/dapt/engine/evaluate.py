@@ -188,7 +188,10 @@ def evaluate_task(
 def evaluate_zero_shot(
     task: Task, settings: Settings, reporter: Reporter, shared: Shared
 ) -> dict[str, Any]:
-    """As `evaluate_task`, of the bare backbone with the template's words, which fits nothing."""
+    """As `evaluate_task`, of the bare backbone with the template's words, which fits nothing.
+
+    It looks once, whatever the settings say.
+    """
     how, kind = (shared.backbone, task.class_names, task.template), task.multilabel
     classifier = _zero_shot(*how, settings, multilabel=kind)
     return evaluate_task(classifier, task, settings, reporter, shared)
@@ -202,7 +205,7 @@ def _zero_shot(
     *,
     multilabel: bool = False,
 ) -> Classifier:
-    row = get_method(ZERO_SHOT)
+    row, settings = get_method(ZERO_SHOT), settings.model_copy(update={"looks": 1})
     return new_classifier(backbone, names, template, row, settings, multilabel=multilabel)
 
 

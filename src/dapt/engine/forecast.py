@@ -32,7 +32,7 @@ class Named:
     """What a classifier says of n images that it was not fitted on: (n,) arrays.
 
     True and best labels; probabilities of the best, of the true one, and of the best before
-    calibration.
+    calibration; and whether it tells how well others will be known.
     """
 
     truth: np.ndarray
@@ -40,15 +40,19 @@ class Named:
     best: np.ndarray
     true: np.ndarray
     raw: np.ndarray
+    fair: np.ndarray
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, factor: float = 1.0) -> Named:
+    def of(
+        cls, logits: Tensor, labels: Tensor, factor: float = 1.0, fair: Tensor | None = None
+    ) -> Named:
         """Of logits (n, C), which calibration has multiplied by ``factor``."""
         probabilities = logits.double().softmax(-1)
         best, predicted = probabilities.max(-1)
         true = probabilities.gather(1, labels[:, None])[:, 0]
         raw = (logits / factor).double().softmax(-1).amax(-1)
-        return cls(*(t.numpy() for t in (labels, predicted, best, true, raw)))
+        fair = torch.ones(len(labels), dtype=torch.bool) if fair is None else fair
+        return cls(*(t.numpy() for t in (labels, predicted, best, true, raw, fair)))
 
 
 def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
@@ -58,8 +62,8 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
     count, of which the towers knew nothing either. Where images have several labels,
     `forecast_map` is asked.
 
-    ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, classes weighed as often as
-    they are among all the task's images to tune on. ``ece`` is before and after the calibration of
+    ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, of images that are fair,
+    classes weighed as often as they are among all the task's images to tune on. ``ece`` is before and after the calibration of
     the head. ``confused`` has pairs of classes; ``true`` and ``best`` are quantiles of the
     probability of the true and of the best class, in even steps from 0 to 1.
     """
@@ -68,20 +72,21 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
         return None
     parts = [] if folds is None else [folds]
     if held is not None and not get_method(tuned.settings.method).learns:
-        parts.append(Named.of(held.logits, held.labels, held.factor))
+        parts.append(Named.of(held.logits, held.labels, held.factor, held.fair))
     if val is not None and not classifier.head.reads_val:
         found = torch.cat(list(logits_of(classifier, val.features)))
         parts.append(Named.of(found, val.labels))
     if not parts:
         return None
-    truth, predicted, best, true, raw = (
+    truth, predicted, best, true, raw, fair = (
         np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Named)
     )
     correct = predicted == truth
     task = tuned.data.task
-    often = frequencies(torch.from_numpy(truth), labels_of(task.train), len(task.class_names))
+    some, everywhere = torch.from_numpy(truth[fair]), labels_of(task.train)
+    often = frequencies(some, everywhere, len(task.class_names))
     weights = often.numpy()
-    accuracy = float((weights * correct).sum())
+    accuracy = float((weights * correct[fair]).sum())
     low, high = wilson(accuracy, worth(often))
     steps = np.linspace(0, 1, _QUANTILES + 1)
     pairs, names = confused(truth, predicted), task.class_names
@@ -91,13 +96,13 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
         "low": low,
         "high": high,
         "ece": {
-            "before": calibration_error(raw, correct, weights),
-            "after": calibration_error(best, correct, weights),
+            "before": calibration_error(raw[fair], correct[fair], weights),
+            "after": calibration_error(best[fair], correct[fair], weights),
         },
         "confused": [{"classes": [names[a], names[b]], "images": n} for a, b, n in pairs],
         "advice": _advice(tuned, truth, predicted, accuracy, pairs),
-        "true": np.quantile(true, steps).tolist(),
-        "best": np.quantile(best, steps).tolist(),
+        "true": np.quantile(true[fair], steps).tolist(),
+        "best": np.quantile(best[fair], steps).tolist(),
     }
 
 

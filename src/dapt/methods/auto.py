@@ -266,14 +266,14 @@ class Pieces:
             self._add(("logistic", kernel, strength, penalty), held, terms)
 
     @property
-    def fair(self) -> Tensor:
+    def fair(self) -> Tensor | None:
         """(r,): whether what is said of an image tells how well others will be known.
 
         Of validation images it does, and of those left out unless that left few of their class.
-        Where there is no other, they do.
+        None where there are no others than these.
         """
         if self.val is None or self.labels.dim() > 1:
-            return torch.ones(len(self.labels), dtype=torch.bool)
+            return None
         found = self.prototypes.counts.flatten()[self.labels] >= ENOUGH
         found[-len(self.val.labels) :] = True
         return found
@@ -428,7 +428,7 @@ class Auto(contract.Head):
             if not several and evidence.everywhere is not None:
                 often = frequencies(pieces.labels, evidence.everywhere, len(text))
             final = careful(logits, pieces.labels, often)
-            held = HeldOut(final * logits[pieces.fair], pieces.labels[pieces.fair], final)
+            held = HeldOut(final * logits, pieces.labels, final, pieces.fair)
         else:
             final = factor * spread(by_names, labels[few]) if meaning else USUAL
         weight, bias, values, ridge = pieces.merged(chosen)

@@ -26,12 +26,14 @@ NEAR, MOST_NEAR = 0.6, 2000
 class HeldOut:
     """Logits (r, C) of images that were left out for them, and their labels.
 
-    ``factor`` is what calibration has multiplied the logits by.
+    ``factor`` is what calibration has multiplied the logits by. Images that are ``fair`` (r,) tell
+    how well others will be known: all, unless others are told.
     """
 
     logits: Tensor
     labels: Tensor
     factor: float = 1.0
+    fair: Tensor | None = None
 
 
 def series(features: Tensor, labels: Tensor, classes: int) -> list[list[Tensor]]:
