@@ -63,9 +63,9 @@ def forecast(tuned: Tuned, folds: Named | None = None) -> dict[str, Any] | None:
     `forecast_map` is asked.
 
     ``accuracy`` with ``low`` and ``high``, a 95 % interval: fractions, of images that are fair,
-    classes weighed as often as they are among all the task's images to tune on. ``ece`` is before and after the calibration of
-    the head. ``confused`` has pairs of classes; ``true`` and ``best`` are quantiles of the
-    probability of the true and of the best class, in even steps from 0 to 1.
+    classes weighed as often as they are among all the task's images to tune on. ``ece`` is before
+    and after the calibration of the head. ``confused`` has pairs of classes; ``true`` and ``best``
+    are quantiles of the probability of the true and of the best class, in even steps from 0 to 1.
     """
     held, val, classifier = tuned.held_out, tuned.val, tuned.classifier
     if tuned.data.task.multilabel:
