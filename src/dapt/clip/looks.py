@@ -36,6 +36,10 @@ LOOKS = (
     Look(0.0, 0.1, 0.9, 0.9),
     Look(0.1, 0.0, 0.9, 0.9),
     Look(0.1, 0.1, 0.9, 0.9, mirrored=True),
+    Look(0.0, 0.0, 0.8, 0.8),
+    Look(0.0, 0.2, 0.8, 0.8, mirrored=True),
+    Look(0.2, 0.0, 0.8, 0.8, mirrored=True),
+    Look(0.2, 0.2, 0.8, 0.8),
 )
 
 
