@@ -67,7 +67,7 @@ class Settings(BaseModel):
     seed: int = Field(1, ge=0, lt=2**32, description="seed of support set, prompts and views")
     template: str | None = Field(None, description="sentence with {}, if no prompt is learned")
     looks: int = Field(
-        1, ge=1, le=len(LOOKS), description="looks at an image that is classified: mirrored, cut"
+        1, ge=1, le=len(LOOKS), description="looks averaged for each image: whole, mirrored, crops"
     )
     templates: list[str] | None = Field(
         None, min_length=1, description="several templates to average: a list or a file of lines"

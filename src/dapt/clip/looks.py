@@ -1,7 +1,7 @@
 """Several looks at an image, whose features are averaged: it, mirrored, and cut at its edges.
 
-A tower sees the same thing a little differently in each, and what it does so by chance averages
-out. Looks are made of what preprocessing gives, so that training, prediction, a server and an
+A tower's features of the same thing differ a little from look to look; in their mean, such chance
+is less. Looks are made of what preprocessing gives, so that training, prediction, a server and an
 exported file cannot differ in them.
 """
 

@@ -138,7 +138,7 @@ class Support:
 @dataclass
 class _Images:
     store: ImageStore
-    # By batch size, and how many looks: with others they may round otherwise.
+    # By batch size, as with another one they may round otherwise, and number of looks.
     features: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
 

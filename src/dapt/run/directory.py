@@ -310,7 +310,7 @@ class RunDirectory:
     def read_settings(self) -> Settings:
         """Validated again; as of all records, a `UserError` if missing, damaged or impossible."""
         found = read_object(self.settings_file, "settings of the run")
-        if found.pop("auto_views", None) is not None:  # of before images were looked at repeatedly
+        if found.pop("auto_views", None) is not None:  # made when a run looked at an image once
             found.setdefault("looks", 1)
         method = found.get("method")
         if isinstance(method, str) and find_method(method) is None and (of := self._plugin()):
